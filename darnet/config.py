@@ -1,0 +1,247 @@
+"""Every setting, in one frozen tree read from defaults, a TOML file, the environment and flags, in that order.
+
+Defaults are the paper's where it states one. An unknown key is an error that names it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from darnet.errors import UsageError
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
+
+
+class Section(BaseModel):
+    """A part of the settings tree: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class VolumeConfig(Section):
+    """From a decoded scan to the standard volume; all of it is in `preprocessing_version`."""
+
+    shape: tuple[int, int, int] = (64, 224, 224)
+    """D, H, W of the network input. Source: paper sec. 4.2."""
+    window_hu: tuple[float, float] = (-1350.0, 150.0)
+    """Hounsfield units that become 0 and 255. Source: ours; the paper does not state its window."""
+    crop: Literal["paper", "body"] = "paper"
+    """`paper`: 48/512 of each side off; `body`: the bounding box of the body. Source: authors' code; `body` ours."""
+    depth_resampling: Literal["linear", "area"] = "linear"
+    """Along z: `linear` between the two nearest slices, or `area` over all. Source: paper sec. 4.2; `area` ours."""
+    slice_order: Literal["head_first", "feet_first"] = "head_first"
+    """Order of slice images, which carry no orientation of their own. Source: ours."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if min(self.shape) < 8:
+            raise ValueError(f"shape {self.shape}: every axis needs at least 8 voxels")
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"window_hu {self.window_hu}: the lower bound must be below the upper")
+        return self
+
+    @property
+    def preprocessing_version(self) -> str:
+        """Revision of the code and fingerprint of these settings: changes whenever the network input may."""
+        return f"{PREPROCESSING_REVISION}-{fingerprint(self)[:12]}"
+
+
+class ModelConfig(Section):
+    """The network; the defaults are the paper's DA+CA ResNet18 (35,237,163 parameters)."""
+
+    channel_attention: bool = True
+    """Channel-wise attention (CA). Source: paper ref. 11."""
+    depth_attention: bool = True
+    """Depth-wise attention (DA). Source: paper sec. 3.2."""
+    volume_shape: tuple[int, int, int] = (64, 224, 224)
+    """D, H, W the network is built for; DA ties its layers to D. Source: paper sec. 4.2."""
+    base_channels: int = Field(64, ge=1)
+    """Channels of the first stage; later stages have 2, 4, 8 times as many. Source: ResNet18, paper ref. 8."""
+    num_classes: int = Field(3, ge=2)
+    """Source: paper Table 1."""
+
+
+class AugmentConfig(Section):
+    """Online augmentation, in plane. Source: paper sec. 4.2 names the kinds, the authors' code the ranges."""
+
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Chance of a left-right mirror image."""
+    rotation_degrees: float = Field(5.0, ge=0)
+    """Largest rotation either way."""
+    translation_voxels: float = Field(5.0, ge=0)
+    """Largest shift along each of y and x, in voxels of a 224-wide input; scales with the width."""
+    zoom: tuple[float, float] = (0.9, 1.1)
+    """Range of the magnification."""
+
+
+class TrainConfig(Section):
+    """How one fold is trained."""
+
+    epochs: int = Field(80, ge=1)
+    """Source: authors' code; the paper does not say."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Initial rate of Adam, cosine-annealed to 0. Source: paper sec. 4.2."""
+    batch_size: int = Field(4, ge=1)
+    """Scans a step over all workers together. Source: paper sec. 4.2."""
+    num_folds: int = Field(5, ge=2)
+    """Source: paper sec. 4.1."""
+    seed: int = 0
+    """Seeds folds, weights, order and augmentation."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+class DecodeConfig(Section):
+    """Limits of one source's decoding, done in a child process. Source: ours, from the largest chest CT seen."""
+
+    min_slices: int = Field(10, ge=1)
+    """Scans with fewer slices are `SKIP_FEW_SLICES`."""
+    max_slices: int = Field(4000, ge=1)
+    """More slices than this are `BAD_LIMIT`."""
+    max_scan_bytes: int = Field(1 << 30, ge=1)
+    """More decoded bytes a scan than this are `BAD_LIMIT`, judged from headers before any pixel is read."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Wall-clock seconds one source may take to decode."""
+    memory_bytes: int = Field(4 << 30, ge=1 << 28)
+    """Address space the decoding child may use."""
+
+
+class ScoreConfig(Section):
+    """How an archive is scored."""
+
+    batch_size: int = Field(4, ge=1)
+    """Scans a forward pass; a short batch is padded, so the same scan always gives the same bits."""
+    num_threads: int = Field(1, ge=1)
+    """Threads of one model actor on a CPU; part of what makes numbers repeatable."""
+    num_actors: int = Field(1, ge=1)
+    """Model actors, one GPU each where the cluster has GPUs."""
+    part_scans: int = Field(64, ge=1)
+    """Sources whose rows are staged together: at most this much work is lost by a kill."""
+    decode: DecodeConfig = DecodeConfig()
+
+
+def fingerprint(section: BaseModel) -> str:
+    """SHA-256 of the settings' canonical JSON."""
+    text = json.dumps(section.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Settings(BaseSettings):
+    """What every job shares; a job adds the places it reads and writes."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="DARNET_",
+        env_nested_delimiter="__",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        nested_model_default_partial_update=True,
+        use_attribute_docstrings=True,
+    )
+    config: Path | None = None
+    """TOML file of settings; the environment and flags override it."""
+    volume: VolumeConfig = VolumeConfig()
+    network: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    score: ScoreConfig = ScoreConfig()
+
+
+class PrepareSettings(Settings):
+    """Archive and cohort table -> standard volumes, folds."""
+
+    archive: str
+    """Where the scans are: a folder or s3://bucket/prefix."""
+    cohort: str
+    """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has one, cohort (train or test)."""
+    volumes: str
+    """Folder the standard volumes are written to."""
+
+
+class TrainSettings(Settings):
+    """Standard volumes and folds -> model bundle."""
+
+    volumes: str
+    """Folder written by jobs.prepare."""
+    out: Path
+    """Folder the model bundle is written to; must not exist."""
+    workers: int = Field(1, ge=1)
+    """DDP workers a fold; must divide train.batch_size."""
+    runs: Path | None = None
+    """Where checkpoints are kept, so that a killed training resumes. Default: beside `out`, `<out>.runs`."""
+
+
+class ScoreSettings(Settings):
+    """Archive and bundle -> the next object of the results table."""
+
+    archive: str
+    """Where the scans are: a folder or s3://bucket/prefix."""
+    model: str
+    """Model bundle, a local folder or s3://bucket/prefix."""
+    results: str
+    """Where the results table is: a folder or s3://bucket/prefix."""
+    night: str | None = None
+    """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
+
+
+class DemoSettings(Settings):
+    """The whole road on phantoms, on one machine without any service."""
+
+    out: Path = Path(".demo")
+    """Folder for everything the demo makes; emptied first."""
+
+
+def read_settings(settings_class: type[SettingsT], arguments: list[str], prog: str) -> SettingsT:
+    """Read a job's settings: defaults, then the TOML file of `--config`, the environment (`DARNET_...`), flags.
+
+    Raises: UsageError naming every wrong or unknown key; SystemExit(0) after `--help`.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path, default=None)
+    config: Path | None = early.parse_known_args(arguments)[0].config
+    if config is None and os.environ.get("DARNET_CONFIG"):
+        config = Path(os.environ["DARNET_CONFIG"])
+    if config is not None and not config.is_file():
+        raise UsageError(f"--config {config}: no such file")
+
+    class Sourced(settings_class):  # type: ignore[valid-type,misc]
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], env_settings: PydanticBaseSettingsSource, **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            flags = CliSettingsSource[Any](
+                settings_cls, cli_prog_name=prog, cli_parse_args=arguments, cli_exit_on_error=False
+            )
+            return flags, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+    Sourced.__doc__ = settings_class.__doc__
+    try:
+        return Sourced()
+    except (ValidationError, SettingsError, ValueError) as error:
+        raise UsageError(f"settings are wrong:\n{_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    """Name each wrong key and say what was wrong with it."""
+    if not isinstance(error, ValidationError):
+        return f"  {error}"
+    lines = []
+    for item in error.errors(include_url=False, include_input=False):
+        lines.append(f"  {'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""What can go wrong, as names: a scan's status and a job's exit code.
+
+A `ScanError` turns one scan into a row of the results table; a `RunError` stops the job with its exit code.
+"""
+
+from enum import IntEnum, StrEnum
+
+
+class Status(StrEnum):
+    """How a scan ended. `SKIP_*` and `BAD_*` are final, `ERR_*` is tried again next night. Source: ours."""
+
+    OK = "OK"
+
+    SKIP_MODALITY = "SKIP_MODALITY"  # not CT, or an object without pixels
+    SKIP_LOCALIZER = "SKIP_LOCALIZER"  # scout view
+    SKIP_SECONDARY = "SKIP_SECONDARY"  # screenshot, dose page or other secondary capture
+    SKIP_MULTIFRAME = "SKIP_MULTIFRAME"  # several frames in one DICOM object (enhanced or perfusion CT)
+    SKIP_ORIENTATION = "SKIP_ORIENTATION"  # coronal or sagittal reformat
+    SKIP_FEW_SLICES = "SKIP_FEW_SLICES"  # fewer than min_slices
+    SKIP_NO_LUNG = "SKIP_NO_LUNG"  # a head, an abdomen
+
+    BAD_UNREADABLE = "BAD_UNREADABLE"  # claims to be a scan, cannot be parsed
+    BAD_TRUNCATED = "BAD_TRUNCATED"  # shorter than it declares
+    BAD_HEADER = "BAD_HEADER"  # a needed tag is missing or absurd
+    BAD_PIXELS = "BAD_PIXELS"  # colour, 16-bit display image, pixels that do not decode
+    BAD_GEOMETRY = "BAD_GEOMETRY"  # positions or axes that describe no box of voxels
+    BAD_MISSING_SLICE = "BAD_MISSING_SLICE"
+    BAD_DUPLICATE_SLICE = "BAD_DUPLICATE_SLICE"
+    BAD_MIXED_SERIES = "BAD_MIXED_SERIES"  # two patients, orientations or image sizes in one series
+    BAD_TILT = "BAD_TILT"  # gantry tilt: slices are sheared
+    BAD_INTENSITY = "BAD_INTENSITY"  # values that cannot be Hounsfield units
+    BAD_LIMIT = "BAD_LIMIT"  # larger than the stated limits
+    BAD_ZIP = "BAD_ZIP"  # encrypted, damaged or hostile zip
+    BAD_GAVE_UP = "BAD_GAVE_UP"  # the same ERR on the same bytes for the third night
+
+    ERR_STORAGE = "ERR_STORAGE"  # could not be fetched
+    ERR_GONE = "ERR_GONE"  # deleted between plan and read
+    ERR_INPUT_CHANGED = "ERR_INPUT_CHANGED"  # replaced between plan and read
+    ERR_TIMEOUT = "ERR_TIMEOUT"  # decoding took too long
+    ERR_DECODER_CRASH = "ERR_DECODER_CRASH"  # the decoder's process died
+    ERR_MEMORY = "ERR_MEMORY"  # decoding asked for more memory than allowed
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the next night leaves this scan alone."""
+        return not self.value.startswith("ERR_")
+
+
+class ExitCode(IntEnum):
+    """What a job tells its caller. Source: ours."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG_USE = 2
+    HELD = 3
+    STORAGE = 4
+    CREDENTIALS = 5
+
+
+class ScanError(Exception):
+    """One scan cannot be scored: it becomes a row with this status, and the job goes on."""
+
+    def __init__(self, status: Status, detail: str) -> None:
+        super().__init__(status, detail)
+        self.status = status
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.detail}"
+
+
+class RunError(Exception):
+    """The job cannot go on; `exit_code` says why."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(RunError):
+    """Wrong settings or missing input."""
+
+    exit_code = ExitCode.WRONG_USE
+
+
+class StorageError(RunError):
+    """The store cannot be reached or refuses."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class CredentialsError(RunError):
+    """The store does not accept who we are."""
+
+    exit_code = ExitCode.CREDENTIALS
