@@ -1,0 +1,375 @@
+"""The model bundle: trained folds and the settings they need enter, a folder leaves; and that folder's way back.
+
+A bundle never changes, holds no pickle, and alone rebuilds the ensemble. What is read has passed every digest.
+"""
+
+import hashlib
+import math
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import safetensors.torch
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from darnet.config import ModelConfig, Section, TrainConfig, VolumeConfig, fingerprint
+from darnet.errors import StorageError, UsageError
+from darnet.model import DARNet, count_parameters
+from darnet.scan import DIAGNOSES, Diagnosis
+from darnet.storage import ObjectMissing, Store, open_store
+
+MANIFEST_FILE = "bundle.json"
+CARD_FILE = "MODEL_CARD.md"
+SHA256_PATTERN = "^[0-9a-f]{64}$"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedFold:
+    """What training one fold leaves: weights, how they came about, and the metrics of its validation scans."""
+
+    state: Mapping[str, Tensor]
+    world_size: int
+    seed: int
+    validation: Mapping[str, float]
+
+
+class BundleSettings(Section):
+    """The settings a model carries with it; building one checks that they fit each other."""
+
+    volume: VolumeConfig
+    """How a scan becomes the network's input."""
+    network: ModelConfig
+    """The network of every fold."""
+    train: TrainConfig
+    """How the folds were trained."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.volume.shape != self.network.volume_shape:
+            raise ValueError(
+                f"volume.shape {self.volume.shape} is not network.volume_shape {self.network.volume_shape}"
+            )
+        if self.network.num_classes != len(DIAGNOSES):
+            raise ValueError(f"network.num_classes is {self.network.num_classes}; there are {len(DIAGNOSES)} diagnoses")
+        return self
+
+
+class FoldRecord(Section):
+    """One fold's weights and how they came about."""
+
+    file: str = Field(pattern=r"^fold\d+\.safetensors$")
+    """Name inside the bundle."""
+    sha256: str = Field(pattern=SHA256_PATTERN)
+    """Digest of the file."""
+    world_size: int = Field(ge=1)
+    """DDP workers that trained it."""
+    seed: int
+    """Seed of its weights, order and augmentation."""
+    validation: dict[str, float | None]
+    """Metrics on the fold's validation scans; null where one is undefined."""
+
+
+class BundleManifest(Section):
+    """What `bundle.json` says."""
+
+    model_name: str
+    """Kind of network, from its attention modules."""
+    model_version: str = Field(min_length=1)
+    """Which training this is."""
+    model_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Digest over all of what changes a prediction."""
+    preprocessing_version: str
+    """Revision and settings of the road from bytes to network input."""
+    code_version: str
+    """Version of the code that trained it."""
+    cohort_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Digest of the cohort table it was trained on."""
+    classes: tuple[Diagnosis, ...]
+    """Diagnoses in the order of the network's outputs."""
+    settings: BundleSettings
+    """Everything needed to rebuild the input and the network, and to train again."""
+    settings_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Fingerprint of `settings`."""
+    folds: tuple[FoldRecord, ...] = Field(min_length=1)
+    """The ensemble, in order."""
+
+
+class _PredictionFacts(Section):
+    """All of what changes a prediction; its fingerprint is `model_sha256`."""
+
+    volume: VolumeConfig
+    preprocessing_version: str
+    network: ModelConfig
+    classes: tuple[Diagnosis, ...]
+    weights_sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle in memory: `weights` are the fold files' bytes, verified against the manifest, in its order."""
+
+    manifest: BundleManifest
+    weights: tuple[bytes, ...] = field(repr=False)
+
+
+def name_model(network: ModelConfig) -> str:
+    """Name of the network in rows and reports, such as `darnet-da-ca`. Source: ours."""
+    attentions = [
+        name for name, wanted in (("da", network.depth_attention), ("ca", network.channel_attention)) if wanted
+    ]
+    return "-".join(["darnet", *(attentions or ["plain"])])
+
+
+def write_bundle(
+    out: Path,
+    *,
+    settings: BundleSettings,
+    folds: Sequence[TrainedFold],
+    cohort_sha256: str,
+    model_version: str,
+    code_version: str,
+    trained_on: str,
+) -> Bundle:
+    """Write a bundle that appears whole or not at all; `trained_on` is the model card's sentence about the data.
+
+    Raises: UsageError if `out` exists; ValueError if a fold's weights are not of this network; StorageError.
+    """
+    _refuse_existing(out)
+    blueprint = _build_blueprint(settings.network)
+    for trained in folds:
+        _check_state(blueprint, trained.state)
+    weights = tuple(_serialize(trained.state) for trained in folds)
+    records = tuple(_describe_fold(*fold) for fold in zip(range(len(folds)), folds, weights, strict=True))
+    manifest = BundleManifest(
+        model_name=name_model(settings.network),
+        model_version=model_version,
+        model_sha256=_digest_model(settings, DIAGNOSES, records),
+        preprocessing_version=settings.volume.preprocessing_version,
+        code_version=code_version,
+        cohort_sha256=cohort_sha256,
+        classes=DIAGNOSES,
+        settings=settings,
+        settings_sha256=fingerprint(settings),
+        folds=records,
+    )
+    files = {record.file: data for record, data in zip(records, weights, strict=True)}
+    files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    files[CARD_FILE] = render_model_card(manifest, trained_on).encode()
+    _publish_folder(out, files)
+    return Bundle(manifest, weights)
+
+
+def read_bundle(store: Store) -> Bundle:
+    """Read a bundle and check all of it against its digests.
+
+    Raises: UsageError naming the file that is missing, damaged or changed, and what to do; StorageError.
+    """
+    manifest = _parse_manifest(_read_file(store, MANIFEST_FILE), f"{store.uri}/{MANIFEST_FILE}")
+    weights = []
+    for record in manifest.folds:
+        weights.append(_read_file(store, record.file))
+        if hashlib.sha256(weights[-1]).hexdigest() != record.sha256:
+            raise UsageError(
+                f"{store.uri}/{record.file}: damaged, or of another model (its digest is not the one in "
+                f"{MANIFEST_FILE}); copy the bundle again from where it was trained"
+            )
+    return Bundle(manifest, tuple(weights))
+
+
+def load_networks(bundle: Bundle) -> list[DARNet]:
+    """The ensemble on the CPU, in evaluation mode, in the order of the folds."""
+    return [_load_network(bundle.manifest.settings.network, data) for data in bundle.weights]
+
+
+def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
+    """The model card, in Markdown, from what the run itself knows."""
+    settings = manifest.settings
+    switch = {True: "on", False: "off"}
+    return MODEL_CARD.format(
+        manifest=manifest,
+        settings=settings,
+        train=settings.train,
+        shape=" x ".join(map(str, settings.volume.shape)),
+        num_folds=len(manifest.folds),
+        depth_attention=switch[settings.network.depth_attention],
+        channel_attention=switch[settings.network.channel_attention],
+        num_parameters=count_parameters(_build_blueprint(settings.network)),
+        classes="\n".join(f"{index}. {name}" for index, name in enumerate(manifest.classes)),
+        folds=_render_folds(manifest.folds),
+        trained_on=trained_on.strip(),
+    )
+
+
+def _render_folds(folds: Sequence[FoldRecord]) -> str:
+    """Markdown table of the folds, one column a metric."""
+    names = list(dict.fromkeys(name for fold in folds for name in fold.validation))
+    rows = [["file", "seed", "workers", *names], ["---"] * (3 + len(names))]
+    for fold in folds:
+        values = (fold.validation.get(name) for name in names)
+        metrics = ["undefined" if value is None else f"{value:.4f}" for value in values]
+        rows.append([fold.file, str(fold.seed), str(fold.world_size), *metrics])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _digest_model(settings: BundleSettings, classes: tuple[Diagnosis, ...], folds: Sequence[FoldRecord]) -> str:
+    """Digest over all of what changes a prediction; metrics, names and training settings are not among it."""
+    facts = _PredictionFacts(
+        volume=settings.volume,
+        preprocessing_version=settings.volume.preprocessing_version,
+        network=settings.network,
+        classes=classes,
+        weights_sha256=tuple(fold.sha256 for fold in folds),
+    )
+    return fingerprint(facts)
+
+
+def _describe_fold(index: int, trained: TrainedFold, data: bytes) -> FoldRecord:
+    return FoldRecord(
+        file=f"fold{index}.safetensors",
+        sha256=hashlib.sha256(data).hexdigest(),
+        world_size=trained.world_size,
+        seed=trained.seed,
+        # JSON has no NaN, which is what a metric without any scan of a class is.
+        validation={name: value if math.isfinite(value) else None for name, value in trained.validation.items()},
+    )
+
+
+def _serialize(state: Mapping[str, Tensor]) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return safetensors.torch.save(tensors)
+
+
+def _check_state(blueprint: DARNet, state: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError naming the tensors that are missing, unknown, or of another shape or type."""
+    expected = {(name, tensor.shape, tensor.dtype) for name, tensor in blueprint.state_dict().items()}
+    found = {(name, tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    wrong = sorted({name for name, _, _ in expected ^ found})
+    if wrong:
+        raise ValueError(f"these weights are not of the network {blueprint.config}: {', '.join(wrong)}")
+
+
+def _build_blueprint(network: ModelConfig) -> DARNet:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return DARNet(network)
+
+
+def _load_network(config: ModelConfig, data: bytes) -> DARNet:
+    network = _build_blueprint(config).to_empty(device="cpu")
+    # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
+    network.load_state_dict(safetensors.torch.load(data), strict=True)
+    return network.eval()
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out}: exists already, and a bundle is never overwritten; name another folder")
+
+
+def _publish_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """Fill a hidden folder beside `out` and rename it, so that no reader meets a part of a bundle."""
+    staged = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        store = open_store(str(staged), create=True)
+        for name, data in files.items():
+            store.write_bytes(name, data)
+        staged.rename(out)
+    except OSError as error:
+        _refuse_existing(out)
+        raise StorageError(f"{out}: cannot write the bundle ({error.strerror}); check rights and space") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _read_file(store: Store, name: str) -> bytes:
+    try:
+        return store.read_bytes(name)
+    except ObjectMissing as error:
+        remedy = "name a folder that jobs.train wrote, or copy the bundle again, whole"
+        raise UsageError(f"{store.uri}/{name}: missing from the model bundle; {remedy}") from error
+
+
+def _parse_manifest(text: bytes, place: str) -> BundleManifest:
+    """Raises: UsageError if the manifest is damaged, contradicts itself, or asks for other code than this."""
+    try:
+        manifest = BundleManifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
+        raise UsageError(f"{place}: not a bundle this code can read ({wrong}); copy the bundle again") from error
+    settings = manifest.settings
+    if fingerprint(settings) != manifest.settings_sha256:
+        raise _refuse_edited(place, "settings", manifest)
+    if manifest.preprocessing_version != settings.volume.preprocessing_version:
+        raise UsageError(
+            f"{place}: trained on volumes of preprocessing {manifest.preprocessing_version}, this code makes "
+            f"{settings.volume.preprocessing_version}; use code version {manifest.code_version} or train again"
+        )
+    if (
+        manifest.classes != DIAGNOSES
+        or _digest_model(settings, manifest.classes, manifest.folds) != manifest.model_sha256
+    ):
+        raise _refuse_edited(place, "classes or folds", manifest)
+    if manifest.model_name != name_model(settings.network):
+        raise _refuse_edited(place, "model_name", manifest)
+    return manifest
+
+
+def _refuse_edited(place: str, part: str, manifest: BundleManifest) -> UsageError:
+    return UsageError(
+        f"{place}: its {part} are not what was trained; the file was edited, or written by other code "
+        f"({manifest.code_version}); copy the bundle again or train again"
+    )
+
+
+MODEL_CARD = """\
+# {manifest.model_name} {manifest.model_version}
+
+**Research use only. Not a medical device: no decision about a patient may rest on it.**
+
+An ensemble of {num_folds} networks that sorts a chest CT scan into three classes; the mean of their probabilities is
+the ensemble's. The network follows Shi et al., "Dual-Attention Residual Network for Automatic Diagnosis of COVID-19".
+
+| | |
+| --- | --- |
+| model_sha256 | `{manifest.model_sha256}` |
+| network | attention by depth {depth_attention}, by channel {channel_attention}; {num_parameters:,} parameters |
+| code | {manifest.code_version} |
+| preprocessing | {manifest.preprocessing_version} |
+| cohort_sha256 | `{manifest.cohort_sha256}` |
+| input | one scan as {shape} voxels, crop `{settings.volume.crop}`, window {settings.volume.window_hu} HU |
+| training | {train.epochs} epochs, learning rate {train.learning_rate}, batch {train.batch_size}, seed {train.seed} |
+
+## Classes
+
+{classes}
+
+NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
+
+## Trained on
+
+{trained_on}
+
+## Folds
+
+{folds}
+
+Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
+read it as an upper estimate. The figures printed in the paper were not measured on these weights and say nothing
+about them.
+
+## Intended use
+
+Research on batches of chest CT: ranking scans, comparing models, studying where a class activation map lies.
+
+## Limits
+
+- It knows three classes. A scan of anything else still gets three probabilities that add up to one.
+- Probabilities are not calibrated, and shift with scanner, reconstruction, population and prevalence.
+- A class activation map shows what the network used, not where disease is.
+- It has not been validated on any site or population other than the data named above.
+"""

@@ -1,0 +1,112 @@
+"""Class activation maps: a feature map and the head's weights enter, a map and its numbers for one scan leave.
+
+The map says what the logit was made of, voxel by voxel of the last feature map; it proves nothing about disease.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity
+
+
+@dataclass(frozen=True, slots=True)
+class CamStatistics:
+    """The `cam_*` and gate columns of a results row; all None where the map is nowhere positive.
+
+    Units:  fractions in [0, 1]; the peak in 0-based voxels of the canonically ordered original series.
+    Source: ours.
+    """
+
+    cam_class: Diagnosis | None = None
+    cam_in_lung_fraction: float | None = None
+    cam_left_fraction: float | None = None
+    cam_extent_fraction: float | None = None
+    cam_peak_slice: int | None = None
+    cam_peak_y: int | None = None
+    cam_peak_x: int | None = None
+    cam_depth_profile: tuple[float, ...] | None = None
+    depth_gate_profile: tuple[float, ...] | None = None
+
+
+def class_activation_maps(features: Tensor, weight: Tensor) -> Tensor:
+    """Split each class's logit over the last feature map: the spatial mean of a map plus the bias is the logit.
+
+    Shape:  features (B, C, d, h, w), weight (K, C) of the head -> (B, K, d, h, w).
+    Source: paper sec. 4.5, ref. 27.
+    """
+    return torch.einsum("bcdhw,kc->bkdhw", features, weight)
+
+
+def upsample_cam(class_map: Tensor, shape: tuple[int, int, int]) -> FloatArray:
+    """Keep what speaks for the class and stretch it over the network input.
+
+    Shape:  (d, h, w) -> (D, H, W) float32.
+    Source: paper sec. 4.5 (up-sampled); ReLU first and trilinear with align_corners=False, ours.
+    """
+    positive = F.relu(class_map.detach().float().cpu())
+    stretched = F.interpolate(positive[None, None], size=shape, mode="trilinear", align_corners=False)
+    array: FloatArray = stretched[0, 0].numpy()
+    return array
+
+
+def measure_cam(
+    cam: FloatArray,
+    cam_class: Diagnosis,
+    *,
+    crop: CropBox,
+    intensity: Intensity,
+    lung: BoolArray | None,
+    depth_gate_profile: Sequence[float] | None,
+) -> CamStatistics:
+    """Where one scan's map lies, how far it spreads, and where it peaks.
+
+    Shape:  cam (D, H, W), nowhere negative, on the grid of the standard volume; lung the same or None;
+            depth_gate_profile (d,), the last block's gates averaged over channels and folds, or None without DA.
+    Raises: ValueError if lung and cam differ in shape.
+    Source: ours.
+    """
+    if lung is not None and lung.shape != cam.shape:
+        raise ValueError(f"lung mask {lung.shape} and CAM {cam.shape} are on different grids")
+    maximum = cam.max()
+    if not maximum > 0:
+        return CamStatistics()
+    depth_sums = cam.sum(axis=(1, 2), dtype=np.float64)  # (D,)
+    total = float(depth_sums.sum())
+    peak_slice, peak_y, peak_x = _locate_peak(cam, crop)
+    return CamStatistics(
+        cam_class=cam_class,
+        cam_in_lung_fraction=None if lung is None else float(cam[lung].sum(dtype=np.float64)) / total,
+        cam_left_fraction=None if intensity is Intensity.DISPLAY else _sum_left(cam) / total,
+        cam_extent_fraction=float(np.mean(cam >= maximum / 2)),
+        cam_peak_slice=peak_slice,
+        cam_peak_y=peak_y,
+        cam_peak_x=peak_x,
+        cam_depth_profile=tuple((depth_sums / total).tolist()),
+        depth_gate_profile=None if depth_gate_profile is None else tuple(map(float, depth_gate_profile)),
+    )
+
+
+def _sum_left(cam: FloatArray) -> float:
+    """Sum over the patient's left: canonical x runs from the patient's right to left, so x >= W / 2."""
+    return float(cam[..., (cam.shape[2] + 1) // 2 :].sum(dtype=np.float64))
+
+
+def _locate_peak(cam: FloatArray, crop: CropBox) -> tuple[int, int, int]:
+    """Slice, y and x of the original voxel under the centre of the first maximum in z, y, x order."""
+    z, y, x = (int(index) for index in np.unravel_index(np.argmax(cam), cam.shape))
+    depth, height, width = cam.shape
+    return (
+        _map_index(z, depth, crop.num_slices),
+        crop.top + _map_index(y, height, crop.height),
+        crop.left + _map_index(x, width, crop.width),
+    )
+
+
+def _map_index(index: int, num_cells: int, num_original: int) -> int:
+    """Nearest original index to (index + 0.5) * num_original / num_cells - 0.5, halves upwards, in exact integers."""
+    return (2 * index + 1) * num_original // (2 * num_cells)

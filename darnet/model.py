@@ -1,0 +1,217 @@
+"""The dual-attention 3D ResNet18: a standard volume scaled to [0, 1] enters, class logits leave.
+
+Feature map, depth gates and head can be had apart, so that a class activation map needs no hooks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from darnet.config import ModelConfig
+
+__all__ = [
+    "ChannelAttention",
+    "DARNet",
+    "DepthAttention",
+    "FeatureTrace",
+    "ModelConfig",
+    "ResidualBlock",
+    "build_network",
+    "count_parameters",
+]
+
+STAGE_WIDTHS = (1, 2, 4, 8)  # times base_channels. Source: ResNet18, paper ref. 8
+BLOCKS_PER_STAGE = 2  # Source: ResNet18, paper ref. 8
+CHANNEL_REDUCTION = 16  # Source: paper ref. 11
+
+
+class FeatureTrace(NamedTuple):
+    """What the last block yields.
+
+    Shape: `features` (B, 8 * base_channels, d, h, w); `depth_gates` (B, 8 * base_channels, d), None without DA.
+    """
+
+    features: Tensor
+    depth_gates: Tensor | None
+
+
+class ChannelAttention(nn.Module):
+    """Scale each channel by a gate computed from all channels' means.
+
+    Source: paper ref. 11, in 3D as in paper Fig. 1a.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // CHANNEL_REDUCTION)
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, C, D, H, W) -> same."""
+        means = x.mean(dim=(2, 3, 4))  # (B, C)
+        gates = torch.sigmoid(self.excite(F.relu(self.squeeze(means))))  # (B, C)
+        return x * gates[:, :, None, None, None]  # (B, C, D, H, W)
+
+
+class DepthAttention(nn.Module):
+    """Scale each slice of each channel by a gate computed from all slices' means.
+
+    Source: paper sec. 3.2 eq. 1-2; the hidden width D from the authors' code, which the parameter count confirms.
+    """
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        self.channels, self.depth = channels, depth
+        self.squeeze = nn.Linear(channels * depth, depth)
+        self.excite = nn.Linear(depth, channels * depth)
+
+    def compute_gates(self, x: Tensor) -> Tensor:
+        """Gates of eq. 2, in (0, 1).
+
+        Shape:  (B, C, D, H, W) -> (B, C, D).
+        Raises: ValueError if C or D is not what the layers were built for.
+        """
+        if x.shape[1:3] != (self.channels, self.depth):
+            raise ValueError(
+                f"depth attention is built for {self.channels} channels of depth {self.depth}, got {tuple(x.shape)}"
+            )
+        means = x.mean(dim=(3, 4)).flatten(1)  # (B, C * D)
+        gates = torch.sigmoid(self.excite(F.relu(self.squeeze(means))))  # (B, C * D)
+        return gates.view(-1, self.channels, self.depth)  # (B, C, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, C, D, H, W) -> same."""
+        return x * self.compute_gates(x)[..., None, None]
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, then the attentions that are asked for, then the shortcut and ReLU.
+
+    Source: paper Fig. 1 and sec. 3.1; DA before CA from the authors' code.
+    """
+
+    def __init__(self, in_channels: int, channels: int, depth: int, stride: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv3d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm3d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm3d(channels),
+        )
+        self.depth_attention = DepthAttention(channels, depth) if config.depth_attention else None
+        self.channel_attention = ChannelAttention(channels) if config.channel_attention else None
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv3d(in_channels, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm3d(channels)
+            )
+
+    def trace(self, x: Tensor) -> FeatureTrace:
+        """Output and depth gates; shape as `forward`."""
+        residual: Tensor = self.residual(x)  # (B, channels, depth, h, w)
+        depth_gates = None
+        if self.depth_attention is not None:
+            depth_gates = self.depth_attention.compute_gates(residual)  # (B, channels, depth)
+            residual = residual * depth_gates[..., None, None]
+        if self.channel_attention is not None:
+            residual = self.channel_attention(residual)
+        return FeatureTrace(F.relu(residual + self.shortcut(x), inplace=True), depth_gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, in_channels, D, H, W) -> (B, channels, depth, h, w): each axis over the stride, rounded up."""
+        return self.trace(x).features
+
+
+class DARNet(nn.Module):
+    """3D ResNet18 with the attentions of `config`; without either it is the paper's baseline.
+
+    Source: paper sec. 3.1 (one downsampling fewer than ResNet18: no max-pool, and the stem keeps the depth).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        base = config.base_channels
+        self.stem = nn.Sequential(
+            nn.Conv3d(1, base, kernel_size=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False),
+            nn.BatchNorm3d(base),
+            nn.ReLU(inplace=True),
+        )
+        stages = []
+        in_channels, depth = base, config.volume_shape[0]
+        for index, width in enumerate(STAGE_WIDTHS):
+            stride = 1 if index == 0 else 2
+            depth = -(-depth // stride)
+            stages.append(_build_stage(in_channels, width * base, depth, stride, config))
+            in_channels = width * base
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(in_channels, config.num_classes)
+        if not self.head.weight.is_meta:  # nothing to fill there, and torch loads its compiler (2 s) to pretend
+            self.apply(_initialize)
+
+    def trace(self, x: Tensor) -> FeatureTrace:
+        """Last feature map, and the depth gates of the block that made it.
+
+        Shape:  (B, 1, D, H, W) in [0, 1] -> see `FeatureTrace`; d is D / 8, h and w are H / 16 and W / 16, rounded up.
+        Raises: ValueError on any other shape than the one the network is built for.
+        """
+        if x.dim() != 5 or x.shape[1:] != (1, *self.config.volume_shape):
+            depth, height, width = self.config.volume_shape
+            raise ValueError(f"the network takes (B, 1, {depth}, {height}, {width}), got {tuple(x.shape)}")
+        *blocks, last = (module for module in self.modules() if isinstance(module, ResidualBlock))
+        x = self.stem(x)  # (B, base, D, H / 2, W / 2)
+        for block in blocks:
+            x = block(x)
+        return last.trace(x)  # (B, 8 * base, d, h, w)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Shape: (B, 1, D, H, W) -> (B, 8 * base_channels, d, h, w)."""
+        return self.trace(x).features
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits from a feature map: global average, then one linear layer.
+
+        Shape: (B, 8 * base_channels, d, h, w) -> (B, num_classes).
+        """
+        logits: Tensor = self.head(features.mean(dim=(2, 3, 4)))  # (B, num_classes)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, 1, D, H, W) -> logits (B, num_classes)."""
+        return self.classify(self.features(x))
+
+
+def build_network(config: ModelConfig, seed: int) -> DARNet:
+    """Network with initial weights that depend on `seed` alone; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed the GPUs too, which fork_rng does not put back here.
+        torch.default_generator.manual_seed(seed)
+        return DARNet(config)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of trained values; running statistics of batch norm are not among them."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _build_stage(in_channels: int, channels: int, depth: int, stride: int, config: ModelConfig) -> nn.Sequential:
+    """Blocks of one stage; the first takes the stride and the new width."""
+    first = ResidualBlock(in_channels, channels, depth, stride, config)
+    rest = [ResidualBlock(channels, channels, depth, 1, config) for _ in range(BLOCKS_PER_STAGE - 1)]
+    return nn.Sequential(first, *rest)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Source: paper sec. 4.2 (Kaiming normal, biases 0); fan-out and the linear layers' N(0, 0.01), authors' code."""
+    if isinstance(module, nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm3d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
