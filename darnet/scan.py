@@ -6,7 +6,7 @@ Axes are z, y, x (D, H, W) everywhere; canonical order is z 0 = head, y front to
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,32 @@ class Source:
         for item in sorted(self.objects, key=lambda item: item.key):
             digest.update(f"{item.key}\0{item.version}\0{item.num_bytes}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+class SliceStack(Protocol):
+    """A scan's slices in canonical order and orientation, read one at a time.
+
+    Units: `spacing_mm` is (z, y, x) in mm, None for display images; slices are HU or display values by `intensity`.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows and columns of the canonically oriented scan."""
+
+    @property
+    def intensity(self) -> Intensity:
+        """What the values mean."""
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """Distance between voxel centres along z, y, x."""
+
+    def read_slice(self, index: int) -> FloatArray:
+        """Decode one slice.
+
+        Shape:  (rows, columns) float32.
+        Raises: ScanError if its pixels do not decode.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,183 @@
+"""Files in, pixels out: the only module that knows SimpleITK, and the place where x, y, z is turned into z, y, x.
+
+DICOM slices come as Hounsfield units (the rescale is applied here, once), slice images as 8-bit display values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from natsort import os_sorted
+
+from darnet.config import DecodeConfig
+from darnet.errors import ScanError, Status
+from darnet.scan import FloatArray, Intensity
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+# How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
+_ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
+
+
+@dataclass(frozen=True)
+class VolumeStack:
+    """A whole volume file, turned to canonical axes. `voxels_hu` (D, H, W)."""
+
+    voxels_hu: FloatArray
+    spacing_mm: tuple[float, float, float]
+    intensity: Intensity = Intensity.HU
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows and columns."""
+        depth, height, width = self.voxels_hu.shape
+        return depth, height, width
+
+    def read_slice(self, index: int) -> FloatArray:
+        """One slice of the volume already in memory, (rows, columns) float32 HU."""
+        slice_hu: FloatArray = self.voxels_hu[index]
+        return slice_hu
+
+
+@dataclass(frozen=True)
+class ImageStack:
+    """A folder of 8-bit slice images, head first. They have no spacing."""
+
+    paths: tuple[Path, ...]
+    shape: tuple[int, int, int]
+    spacing_mm: None = None
+    intensity: Intensity = Intensity.DISPLAY
+
+    def read_slice(self, index: int) -> FloatArray:
+        """Decode one image; (rows, columns) float32 display values.
+
+        Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
+        """
+        pixels = _read_pixels(self.paths[index], "")
+        if pixels.ndim == 3:
+            if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
+                raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
+            pixels = pixels[..., 0]
+        return pixels.astype(np.float32)
+
+
+def set_decoder_threads(num_threads: int) -> None:
+    """Threads SimpleITK may use in this process."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(num_threads)
+
+
+def read_dicom_slice(path: Path) -> FloatArray:
+    """Decode one DICOM slice in any transfer syntax GDCM knows.
+
+    Shape:  (rows, columns) float32, as stored.
+    Units:  HU; slope and intercept are applied by GDCM.
+    Raises: ScanError(BAD_PIXELS) if its pixels do not decode.
+    """
+    pixels = _read_pixels(path, "GDCMImageIO")
+    if pixels.ndim == 3 and pixels.shape[0] == 1:
+        pixels = pixels[0]
+    if pixels.ndim != 2:
+        raise ScanError(Status.BAD_PIXELS, f"slice decodes to {pixels.ndim} dimensions")
+    return pixels.astype(np.float32)
+
+
+def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
+    """Read a NIfTI, NRRD or MetaImage volume whole and turn it to canonical axes.
+
+    Raises: ScanError: BAD_LIMIT, BAD_PIXELS, BAD_GEOMETRY, BAD_INTENSITY, BAD_UNREADABLE.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size, components = reader.GetSize(), reader.GetNumberOfComponents()
+        _check_volume(size, components, reader.GetSpacing(), limits)
+        image = reader.Execute()
+        # LPS puts x to the patient's left and y to the back; z then rises to the head and is turned last.
+        image = sitk.DICOMOrient(image[:, :, :, 0] if len(size) == 4 else image, "LPS")
+    except RuntimeError as error:
+        raise _explain(error, Status.BAD_UNREADABLE, "volume file does not decode") from error
+    voxels_hu = sitk.GetArrayViewFromImage(image)[::-1].astype(np.float32)
+    if not np.isfinite(voxels_hu).all():
+        raise ScanError(Status.BAD_INTENSITY, "volume holds values that are no numbers")
+    x_mm, y_mm, z_mm = image.GetSpacing()
+    return VolumeStack(voxels_hu, (z_mm, y_mm, x_mm))
+
+
+def open_images(
+    paths: Sequence[Path], names: Sequence[str], limits: DecodeConfig, *, is_head_first: bool
+) -> ImageStack:
+    """Order slice images by their names, as a person would, and check every header and ending.
+
+    Raises: ScanError: BAD_LIMIT, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE, SKIP_FEW_SLICES.
+    """
+    path_of = dict(zip(names, paths, strict=True))
+    ordered = [path_of[name] for name in os_sorted(names)]
+    if not is_head_first:
+        ordered.reverse()
+    if len(ordered) > limits.max_slices:
+        raise ScanError(Status.BAD_LIMIT, f"{len(ordered)} slices, at most {limits.max_slices}")
+    sizes = {_read_image_size(path) for path in ordered}
+    if len(sizes) > 1:
+        raise ScanError(Status.BAD_MIXED_SERIES, f"{len(sizes)} image sizes in one folder")
+    (height, width) = sizes.pop()
+    if len(ordered) * height * width > limits.max_scan_bytes:
+        raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
+    if len(ordered) < limits.min_slices:
+        raise ScanError(Status.SKIP_FEW_SLICES, f"{len(ordered)} slices, {limits.min_slices} needed")
+    return ImageStack(tuple(ordered), (len(ordered), height, width))
+
+
+def _read_pixels(path: Path, image_io: str) -> FloatArray:
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(image_io)
+    reader.SetFileName(str(path))
+    try:
+        pixels: FloatArray = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        raise _explain(error, Status.BAD_PIXELS, "a slice does not decode") from error
+    return pixels
+
+
+def _explain(error: RuntimeError, status: Status, detail: str) -> Exception:
+    """SimpleITK has one exception for everything; only a lack of memory may pass another time."""
+    lacks_memory = any(words in str(error) for words in ("bad_alloc", "Failed to allocate", "MemoryAllocation"))
+    return MemoryError() if lacks_memory else ScanError(status, detail)
+
+
+def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[float, ...], limits: DecodeConfig) -> None:
+    """Judge a volume file by its header, before its voxels are read."""
+    if components != 1 or len(size) not in (3, 4) or (len(size) == 4 and size[3] != 1):
+        raise ScanError(Status.BAD_PIXELS, f"{len(size)} dimensions of {components} values; a scan has 3 of 1")
+    if size[2] > limits.max_slices or max(size[:2]) > limits.max_scan_bytes // 4:
+        raise ScanError(Status.BAD_LIMIT, f"volume of {size} voxels")
+    if 2 * size[0] * size[1] * size[2] > limits.max_scan_bytes:
+        raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
+    if not all(0.01 < value < 100 for value in spacing_mm[:3]):
+        raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
+
+
+def _read_image_size(path: Path) -> tuple[int, int]:
+    """Rows and columns of an 8-bit image, from its header."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ScanError(Status.BAD_UNREADABLE, "a slice image has no readable header") from error
+    if reader.GetPixelID() not in (sitk.sitkUInt8, sitk.sitkVectorUInt8):
+        raise ScanError(Status.BAD_PIXELS, "a slice image is not 8-bit")
+    ending = _ENDINGS.get(path.suffix.lower())
+    if ending is not None and ending not in _read_tail(path):
+        raise ScanError(Status.BAD_TRUNCATED, "a slice image ends early")
+    width, height = reader.GetSize()[:2]
+    return height, width
+
+
+def _read_tail(path: Path) -> bytes:
+    """Some writers add a few bytes behind the end."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 64, 0))
+        return file.read()

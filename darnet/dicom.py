@@ -1,0 +1,375 @@
+"""DICOM files of one source in; its series out, each either in canonical order with its geometry checked or refused.
+
+Only headers are read here, of every slice, with the declared length of the pixels; pixels are decoded elsewhere.
+"""
+
+import hashlib
+import math
+import struct
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+from darnet.config import DecodeConfig
+from darnet.errors import ScanError, Status
+from darnet.scan import Manufacturer
+
+# Source: ours. A table feeds to a few hundredths of a mm; a tenth of a slice is beyond rounding in any header seen.
+DUPLICATE_MM = 0.01
+MISSING_RATIO = 1.5
+IRREGULAR_RATIO = 0.25
+TILT_DEGREES = 1.0
+MAX_SIDE = 8192
+
+_NEEDED_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Manufacturer",
+    "NumberOfFrames", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "PixelSpacing", "RescaleSlope",
+    "RescaleIntercept", "ImagePositionPatient", "ImageOrientationPatient", "GantryDetectorTilt",
+]  # fmt: skip
+_MAKERS = (
+    ("ge medical", Manufacturer.GE),
+    ("siemens", Manufacturer.SIEMENS),
+    ("philips", Manufacturer.PHILIPS),
+    ("canon", Manufacturer.CANON),
+    ("toshiba", Manufacturer.CANON),
+    ("united imaging", Manufacturer.UNITED_IMAGING),
+    ("uih", Manufacturer.UNITED_IMAGING),
+)
+
+
+@dataclass(frozen=True)
+class SliceHeader:
+    """What the header of one DICOM file says, as far as scoring needs it; None where it says nothing usable."""
+
+    path: Path
+    series_uid: str
+    patient_id: str
+    modality: str
+    is_secondary: bool
+    image_type: tuple[str, ...]
+    manufacturer: Manufacturer | None
+    num_frames: int
+    num_samples: int
+    rows: int
+    columns: int
+    bits_allocated: int
+    pixel_spacing_mm: tuple[float, ...] | None
+    slope: float
+    position_mm: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    tilt_degrees: float
+    damage: ScanError | None
+
+
+@dataclass(frozen=True)
+class DicomSeries:
+    """One series in canonical order: paths head first, and how to turn each slice's pixels.
+
+    Units: `spacing_mm` (z, y, x) in mm. Shape: `shape` is slices, rows, columns after turning.
+    """
+
+    paths: tuple[Path, ...]
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    is_transposed: bool
+    is_row_flipped: bool
+    is_column_flipped: bool
+
+    def turn(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Stored (rows, columns) to canonical: rows front to back, columns the patient's right to left."""
+        if self.is_transposed:
+            pixels = pixels.T
+        return pixels[:: -1 if self.is_row_flipped else 1, :: -1 if self.is_column_flipped else 1]
+
+
+def has_dicom_magic(path: Path) -> bool:
+    """Whether the file carries DICOM's preamble and magic word."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def read_header(path: Path) -> SliceHeader | None:
+    """Read one file's header and check that its pixels are as long as declared.
+
+    A file without magic word counts if it parses to an object with a SOP class; otherwise it is no DICOM: None.
+    Raises: ScanError(BAD_UNREADABLE) for a file that claims to be DICOM and is not readable as such.
+    """
+    is_claimed = has_dicom_magic(path)
+    with warnings.catch_warnings(), path.open("rb") as file:
+        warnings.simplefilter("ignore")
+        try:
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
+            if "SOPClassUID" in dataset:
+                return _describe(dataset, path, file)
+        except Exception as error:  # pydicom raises nearly every built-in exception on hostile input
+            if is_claimed:
+                raise ScanError(Status.BAD_UNREADABLE, f"header does not parse: {type(error).__name__}") from error
+    if is_claimed:
+        raise ScanError(Status.BAD_UNREADABLE, "DICOM file without a single needed tag")
+    return None
+
+
+def arrange_series(headers: Sequence[SliceHeader], limits: DecodeConfig) -> DicomSeries:
+    """Put the slices of one series into canonical order.
+
+    Raises: ScanError with the first reason, in this order, why the series is not a chest CT volume: kind, limits,
+            mixed content, header, damage, number of slices, orientation, tilt, positions.
+    """
+    _check_kind(headers)
+    _check_limits(headers, limits)
+    _check_uniform(headers)
+    for header in headers:
+        _check_header(header)
+    _check_damage(headers)
+    if len(headers) < limits.min_slices:
+        raise ScanError(Status.SKIP_FEW_SLICES, f"{len(headers)} slices, {limits.min_slices} needed")
+    return _order_slices(headers)
+
+
+def hash_series_uid(series_uid: str) -> str:
+    """8 hex digits that tell the series of a source apart."""
+    return hashlib.sha256(series_uid.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def _describe(dataset: FileDataset, path: Path, file: BinaryIO) -> SliceHeader:
+    orientation = _numbers(dataset, "ImageOrientationPatient", 6)
+    frames = _number(dataset, "NumberOfFrames", 1.0)
+    tilt = _number(dataset, "GantryDetectorTilt", 0.0)
+    return SliceHeader(
+        path=path,
+        series_uid=str(dataset.get("SeriesInstanceUID") or ""),
+        patient_id=str(dataset.get("PatientID") or ""),
+        modality=str(dataset.get("Modality") or ""),
+        is_secondary=str(dataset.SOPClassUID).startswith(SecondaryCaptureImageStorage),
+        image_type=tuple(str(value).upper() for value in _values(dataset.get("ImageType"))),
+        manufacturer=_recognise_maker(str(dataset.get("Manufacturer") or "")),
+        num_frames=int(frames) if math.isfinite(frames) else 0,
+        num_samples=int(_number(dataset, "SamplesPerPixel", 1.0)),
+        rows=int(_number(dataset, "Rows", 0.0)),
+        columns=int(_number(dataset, "Columns", 0.0)),
+        bits_allocated=int(_number(dataset, "BitsAllocated", 0.0)),
+        pixel_spacing_mm=_numbers(dataset, "PixelSpacing", 2),
+        slope=_number(dataset, "RescaleSlope", 1.0),
+        position_mm=_numbers(dataset, "ImagePositionPatient", 3),
+        orientation=orientation,
+        tilt_degrees=tilt if math.isfinite(tilt) else 0.0,
+        damage=_find_damage(dataset, path, file),
+    )
+
+
+def _values(value: Any) -> Sequence[Any]:
+    if value is None:
+        return ()
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _number(dataset: FileDataset, tag: str, default: float) -> float:
+    """A single number; the default where the tag is absent or empty, NaN where it is no number."""
+    value = dataset.get(tag)
+    if value is None or value == "":
+        return default
+    return float(value)
+
+
+def _numbers(dataset: FileDataset, tag: str, count: int) -> tuple[float, ...] | None:
+    """Exactly `count` finite numbers, or None."""
+    values = tuple(float(value) for value in _values(dataset.get(tag)))
+    return values if len(values) == count and all(math.isfinite(value) for value in values) else None
+
+
+def _recognise_maker(text: str) -> Manufacturer | None:
+    """None where the header does not say; free text never leaves this function."""
+    text = text.strip().lower()
+    if not text:
+        return None
+    if text == "ge":
+        return Manufacturer.GE
+    return next((maker for words, maker in _MAKERS if words in text), Manufacturer.OTHER)
+
+
+def _find_damage(dataset: FileDataset, path: Path, file: BinaryIO) -> ScanError | None:
+    """Compare the declared length of the pixels with the file, without reading them.
+
+    A deflated data set has no visible end: it is inflated whole instead.
+    """
+    syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
+    if syntax == DeflatedExplicitVRLittleEndian:
+        pixels = pydicom.dcmread(path).get("PixelData")
+        return None if pixels else ScanError(Status.BAD_TRUNCATED, "no pixel data")
+    end_bytes = path.stat().st_size
+    order = "<" if dataset.original_encoding[1] else ">"
+    tag = file.read(4)
+    if len(tag) < 4:
+        return ScanError(Status.BAD_TRUNCATED, "ends before its pixel data")
+    if struct.unpack(order + "HH", tag) != (0x7FE0, 0x0010):
+        return ScanError(Status.BAD_PIXELS, "pixel data of another kind than CT uses")
+    if dataset.original_encoding[0]:
+        (length,) = struct.unpack(order + "I", file.read(4))
+    else:
+        (length,) = struct.unpack(order + "4xI", file.read(8))
+    if length == 0xFFFFFFFF:
+        return _follow_fragments(file, end_bytes)
+    return _compare_length(dataset, length, end_bytes - file.tell())
+
+
+def _compare_length(dataset: FileDataset, length: int, left_bytes: int) -> ScanError | None:
+    """Native pixels: as many bytes as rows, columns and bits ask for, and all of them in the file."""
+    needed = int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)
+    needed *= int(dataset.get("SamplesPerPixel") or 1) * int(dataset.get("NumberOfFrames") or 1)
+    needed = needed * int(dataset.get("BitsAllocated") or 0) // 8
+    if length > left_bytes:
+        return ScanError(Status.BAD_TRUNCATED, f"pixel data ends {length - left_bytes} bytes early")
+    if length < needed:
+        return ScanError(Status.BAD_TRUNCATED, f"pixel data declares {length} bytes where {needed} are needed")
+    return None
+
+
+def _follow_fragments(file: BinaryIO, end_bytes: int) -> ScanError | None:
+    """Encapsulated pixels: follow the chain of fragments to its end."""
+    num_fragments = -1  # the first item is the offset table
+    while True:
+        head = file.read(8)
+        if len(head) == 0 and num_fragments > 0:
+            return None  # some writers leave out the closing delimiter
+        if len(head) < 8:
+            return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
+        group, element, length = struct.unpack("<HHI", head)
+        if (group, element) == (0xFFFE, 0xE0DD):
+            return None if num_fragments > 0 else ScanError(Status.BAD_TRUNCATED, "no compressed pixel data")
+        if (group, element) != (0xFFFE, 0xE000):
+            return ScanError(Status.BAD_PIXELS, "chain of compressed fragments is broken")
+        if file.tell() + length > end_bytes:
+            return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
+        file.seek(length, 1)
+        num_fragments += 1
+
+
+def _check_kind(headers: Sequence[SliceHeader]) -> None:
+    """Refuse what is valid but no axial CT volume."""
+    first = headers[0]
+    if any(header.modality != "CT" for header in headers):
+        raise ScanError(Status.SKIP_MODALITY, "modality is not CT")
+    if all(header.is_secondary for header in headers):
+        raise ScanError(Status.SKIP_SECONDARY, "secondary capture")
+    if all("LOCALIZER" in header.image_type for header in headers):
+        raise ScanError(Status.SKIP_LOCALIZER, "scout view")
+    if any(header.num_frames != 1 for header in headers):
+        if not all(0 < header.num_frames <= 100_000 for header in headers):
+            raise ScanError(Status.BAD_HEADER, f"NumberOfFrames is {first.num_frames}")
+        raise ScanError(Status.SKIP_MULTIFRAME, "several frames in one object")
+
+
+def _check_limits(headers: Sequence[SliceHeader], limits: DecodeConfig) -> None:
+    """Refuse what would take too much memory, before any pixel is read."""
+    if len(headers) > limits.max_slices:
+        raise ScanError(Status.BAD_LIMIT, f"{len(headers)} slices, at most {limits.max_slices}")
+    scan_bytes = sum(2 * max(header.rows, 0) * max(header.columns, 0) for header in headers)
+    side = max(max(header.rows, header.columns) for header in headers)
+    if scan_bytes > limits.max_scan_bytes or side > MAX_SIDE:
+        raise ScanError(Status.BAD_LIMIT, f"{scan_bytes} bytes decoded, at most {limits.max_scan_bytes}")
+
+
+def _check_uniform(headers: Sequence[SliceHeader]) -> None:
+    """One patient, one image size, one orientation, one pixel size."""
+    for name, values in (
+        ("patients", {header.patient_id for header in headers}),
+        ("image sizes", {(header.rows, header.columns) for header in headers}),
+        ("orientations", {_rounded(header.orientation, 3) for header in headers}),
+        ("pixel sizes", {_rounded(header.pixel_spacing_mm, 4) for header in headers}),
+    ):
+        if len(values) > 1:
+            raise ScanError(Status.BAD_MIXED_SERIES, f"{len(values)} {name} in one series")
+
+
+def _rounded(values: tuple[float, ...] | None, digits: int) -> tuple[float, ...] | None:
+    """Adding 0.0 turns -0.0 into 0.0."""
+    return values if values is None else tuple(round(value, digits) + 0.0 for value in values)
+
+
+def _check_header(header: SliceHeader) -> None:
+    """Refuse a slice that lacks what its place and size need."""
+    if not header.series_uid:
+        raise ScanError(Status.BAD_HEADER, "SeriesInstanceUID is missing")
+    if header.rows < 2 or header.columns < 2:
+        raise ScanError(Status.BAD_HEADER, f"image of {header.rows} x {header.columns} pixels")
+    if header.num_samples != 1 or header.bits_allocated not in (8, 16, 32):
+        samples, bits = header.num_samples, header.bits_allocated
+        raise ScanError(Status.BAD_PIXELS, f"{samples} samples of {bits} bits a pixel; CT has one of 8, 16 or 32")
+    if header.position_mm is None or header.orientation is None:
+        raise ScanError(Status.BAD_HEADER, "ImagePositionPatient or ImageOrientationPatient is missing or no number")
+    if header.pixel_spacing_mm is None or not all(0.01 < value < 10 for value in header.pixel_spacing_mm):
+        raise ScanError(Status.BAD_HEADER, "PixelSpacing is missing or absurd")
+    if not math.isfinite(header.slope) or header.slope == 0:
+        raise ScanError(Status.BAD_HEADER, f"RescaleSlope is {header.slope}")
+    row, column = np.array(header.orientation[:3]), np.array(header.orientation[3:])
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if max(abs(float(length) - 1) for length in lengths) > 0.01 or abs(float(row @ column)) > 0.01:
+        raise ScanError(Status.BAD_GEOMETRY, "ImageOrientationPatient is no pair of perpendicular unit vectors")
+
+
+def _check_damage(headers: Sequence[SliceHeader]) -> None:
+    damaged = [header.damage for header in headers if header.damage is not None]
+    if damaged:
+        raise ScanError(damaged[0].status, f"{len(damaged)} of {len(headers)} slices: {damaged[0].detail}")
+
+
+def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
+    """Order by position along the slices' normal, head first, and find how each slice must be turned."""
+    first = headers[0]
+    assert first.orientation is not None
+    assert first.pixel_spacing_mm is not None
+    row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+    normal = np.cross(row, column)
+    if int(np.argmax(np.abs(normal))) != 2:
+        raise ScanError(Status.SKIP_ORIENTATION, "coronal or sagittal slices")
+    normal *= np.sign(normal[2])
+    positions_mm = np.array([header.position_mm for header in headers])
+    along_mm = positions_mm @ normal
+    order = np.argsort(-along_mm, kind="stable")
+    _check_tilt(positions_mm[order], normal, max(abs(header.tilt_degrees) for header in headers))
+    slice_spacing_mm = _measure_spacing(-along_mm[order])
+    is_transposed = bool(abs(row[0]) < abs(row[1]))
+    right_to_left, front_to_back = (column, row) if is_transposed else (row, column)
+    height, width = (first.columns, first.rows) if is_transposed else (first.rows, first.columns)
+    row_mm, column_mm = first.pixel_spacing_mm
+    return DicomSeries(
+        paths=tuple(headers[index].path for index in order),
+        shape=(len(headers), height, width),
+        spacing_mm=(slice_spacing_mm, *((column_mm, row_mm) if is_transposed else (row_mm, column_mm))),
+        is_transposed=is_transposed,
+        is_row_flipped=bool(front_to_back[1] < 0),
+        is_column_flipped=bool(right_to_left[0] < 0),
+    )
+
+
+def _check_tilt(positions_mm: NDArray[np.float64], normal: NDArray[np.float64], stated_degrees: float) -> None:
+    """Slices of an untilted gantry are stacked along their own normal."""
+    path_mm = positions_mm[-1] - positions_mm[0]
+    along_mm = abs(float(path_mm @ normal))
+    across_mm = float(np.linalg.norm(path_mm - (path_mm @ normal) * normal))
+    degrees = max(math.degrees(math.atan2(across_mm, along_mm)) if along_mm else 0.0, stated_degrees)
+    if degrees > TILT_DEGREES:
+        raise ScanError(Status.BAD_TILT, f"gantry tilted by {degrees:.1f} degrees")
+
+
+def _measure_spacing(ascending_mm: NDArray[np.float64]) -> float:
+    """The distance between neighbours, the same everywhere. There is no limit on how large it is."""
+    steps_mm = np.diff(ascending_mm)
+    if steps_mm.min() < DUPLICATE_MM:
+        num_same = int((steps_mm < DUPLICATE_MM).sum())
+        raise ScanError(Status.BAD_DUPLICATE_SLICE, f"{num_same} slices share a position with another")
+    middle_mm = float(np.median(steps_mm))
+    if steps_mm.max() > MISSING_RATIO * middle_mm:
+        num_gaps = int((steps_mm > MISSING_RATIO * middle_mm).sum())
+        raise ScanError(Status.BAD_MISSING_SLICE, f"{num_gaps} gaps, the largest {steps_mm.max():.2f} mm")
+    if np.abs(steps_mm - middle_mm).max() > IRREGULAR_RATIO * middle_mm:
+        raise ScanError(Status.BAD_GEOMETRY, f"slices {steps_mm.min():.2f} to {steps_mm.max():.2f} mm apart")
+    return float(ascending_mm[-1] - ascending_mm[0]) / (len(ascending_mm) - 1)

@@ -1,0 +1,291 @@
+"""A source in; its scans out, each with a status and, where that is OK, the network's input.
+
+This is the one road from bytes to network input: training and scoring both take it.
+"""
+
+import hmac
+import tempfile
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from darnet.archive import VOLUME_SUFFIXES, is_stray
+from darnet.config import DecodeConfig, VolumeConfig
+from darnet.decode import IMAGE_SUFFIXES, open_images, open_volume, read_dicom_slice, set_decoder_threads
+from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
+from darnet.errors import ScanError, Status
+from darnet.lung import has_lung, segment_lung
+from darnet.sandbox import Sandbox
+from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source
+from darnet.storage import Store
+from darnet.volume import make_standard_volume
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file of a source on this machine's disk; `name` is its key in the archive or zip."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class DicomStack:
+    """A DICOM series whose slices are decoded when asked for."""
+
+    series: DicomSeries
+    intensity: Intensity = Intensity.HU
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows and columns in canonical axes."""
+        return self.series.shape
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """(z, y, x) in mm."""
+        return self.series.spacing_mm
+
+    def read_slice(self, index: int) -> FloatArray:
+        """One slice, head first, (rows, columns) float32 HU."""
+        return np.ascontiguousarray(self.series.turn(read_dicom_slice(self.series.paths[index])))
+
+
+@dataclass(frozen=True)
+class Road:
+    """What decides a network input: settings, limits, and the secret for patient and series keys."""
+
+    volume: VolumeConfig
+    decode: DecodeConfig
+    pseudonym_key: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"Road(volume={self.volume!r}, decode={self.decode!r})"
+
+
+class Ingester:
+    """Fetches sources from a store and decodes them in a child process of its own, one after another."""
+
+    def __init__(self, store: Store, road: Road) -> None:
+        self._store = store
+        self._road = road
+        self._sandbox = Sandbox("darnet.ingest:decode_source", road.decode.memory_bytes, road.decode.timeout_s)
+
+    def ingest(self, source: Source) -> list[IngestedScan]:
+        """Every scan of the source, at least one; what cannot be scored has a status that says why."""
+        start_s = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
+            try:
+                staged = stage_source(self._store, source, Path(folder))
+                fetch_s = time.perf_counter() - start_s
+                scans: list[IngestedScan] = self._sandbox.call(source.key, staged, Path(folder), self._road)
+                check_unchanged(self._store, source)
+            except ScanError as error:
+                facts = ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
+                return [IngestedScan(source.key, error.status, error.detail, facts)]
+        return [replace(scan, fetch_s=fetch_s) for scan in scans]
+
+    def close(self) -> None:
+        """End the child process."""
+        self._sandbox.close()
+
+
+def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
+    """Put the source's objects on this disk under names any decoder accepts: links where they are here already.
+
+    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
+    """
+    staged = []
+    for index, item in enumerate(source.objects):
+        suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
+        path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
+        here = store.local_path(item.key)
+        if here is None:
+            store.fetch(item, path)
+        else:
+            path.symlink_to(here)
+        staged.append(StagedFile(item.key, path))
+    check_unchanged(store, source)
+    return staged
+
+
+def check_unchanged(store: Store, source: Source) -> None:
+    """Files read in place must still be the planned ones; fetched ones were checked while they were fetched.
+
+    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED.
+    """
+    for item in source.objects:
+        path = store.local_path(item.key)
+        if path is None:
+            return
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ScanError(Status.ERR_GONE, "a file was deleted after planning") from error
+        if (str(status.st_mtime_ns), status.st_size) != (item.version, item.num_bytes):
+            raise ScanError(Status.ERR_INPUT_CHANGED, "a file was replaced after planning")
+
+
+def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
+    """Decode all scans of one staged source; runs inside the sandbox."""
+    set_decoder_threads(1)
+    if source_key.lower().endswith(".zip"):
+        try:
+            return _decode_slices(source_key, _unpack_zip(staged[0].path, folder, road.decode), road)
+        except ScanError as error:
+            return [IngestedScan(source_key, error.status, error.detail, _count(staged))]
+    if source_key.lower().endswith(VOLUME_SUFFIXES):
+        return [_decode_scan(source_key, _count(staged), lambda: open_volume(staged[0].path, road.decode), road)]
+    return _decode_slices(source_key, staged, road)
+
+
+def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> list[IngestedScan]:
+    """DICOM where there is any, since images beside it are thumbnails; else slice images; else one row that says so."""
+    images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    headers, unreadable = _read_headers([file for file in staged if file not in images])
+    if headers:
+        return _decode_series(source_key, headers, unreadable, road)
+    if unreadable or not images:
+        detail = unreadable[0].detail if unreadable else "no file is a slice"
+        return [IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count(staged))]
+    is_head_first = road.volume.slice_order == "head_first"
+
+    def open_stack() -> SliceStack:
+        names, paths = [file.name for file in images], [file.path for file in images]
+        return open_images(paths, names, road.decode, is_head_first=is_head_first)
+
+    return [_decode_scan(source_key, _count(images), open_stack, road)]
+
+
+def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[ScanError]]:
+    """Headers of the DICOM files, and an error for each file that claims to be one and is not."""
+    headers, unreadable = [], []
+    for file in files:
+        try:
+            header = read_header(file.path)
+        except ScanError as error:
+            unreadable.append(error)
+            continue
+        if header is not None:
+            headers.append(header)
+        elif file.name.lower().endswith(DICOM_SUFFIXES):
+            unreadable.append(ScanError(Status.BAD_UNREADABLE, "a file named as DICOM is none"))
+    return headers, unreadable
+
+
+def _decode_series(
+    source_key: str, headers: Sequence[SliceHeader], unreadable: Sequence[ScanError], road: Road
+) -> list[IngestedScan]:
+    """One scan a series. An unreadable file spoils the series it lies with; among several it is a row of its own."""
+    by_uid = defaultdict(list)
+    for header in headers:
+        by_uid[header.series_uid].append(header)
+    is_spoiled = bool(unreadable) and len(by_uid) == 1
+    scans = []
+    for uid, members in sorted(by_uid.items()):
+
+        def open_stack(members: Sequence[SliceHeader] = members) -> SliceStack:
+            series = arrange_series(members, road.decode)
+            if is_spoiled:
+                raise ScanError(Status.BAD_UNREADABLE, f"{len(unreadable)} slices: {unreadable[0].detail}")
+            return DicomStack(series)
+
+        facts = _describe_series(members, road.pseudonym_key)
+        scans.append(_decode_scan(f"{source_key}#{hash_series_uid(uid)}", facts, open_stack, road))
+    if unreadable and not is_spoiled:
+        facts = ScanFacts(num_files=len(unreadable))
+        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, unreadable[0].detail, facts))
+    return scans
+
+
+def _decode_scan(scan_id: str, facts: ScanFacts, open_stack: Callable[[], SliceStack], road: Road) -> IngestedScan:
+    """One of the two places where a scan becomes a row: whatever goes wrong with it ends here."""
+    start_s = time.perf_counter()
+    try:
+        stack = open_stack()
+        facts = _measure(facts, stack)
+        volume = make_standard_volume(stack, road.volume)
+        lung = None
+        if volume.intensity is Intensity.HU:
+            lung = segment_lung(volume, road.volume.window_hu)
+            if not has_lung(lung, volume):
+                raise ScanError(Status.SKIP_NO_LUNG, "no lung in the scan")
+        return IngestedScan(scan_id, Status.OK, "", facts, volume, lung, decode_s=time.perf_counter() - start_s)
+    except ScanError as error:
+        return IngestedScan(scan_id, error.status, error.detail, facts, decode_s=time.perf_counter() - start_s)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet input nobody thought of; its text may hold DICOM values
+        detail = f"unexpected {type(error).__name__}"
+        return IngestedScan(scan_id, Status.ERR_DECODER_CRASH, detail, facts, decode_s=time.perf_counter() - start_s)
+
+
+def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:
+    spacing_mm = stack.spacing_mm
+    return replace(
+        facts,
+        intensity=stack.intensity,
+        num_slices=stack.shape[0],
+        slice_spacing_mm=None if spacing_mm is None else spacing_mm[0],
+        pixel_spacing_mm=None if spacing_mm is None else spacing_mm[1],
+    )
+
+
+def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None) -> ScanFacts:
+    first = headers[0]
+    return ScanFacts(
+        num_files=len(headers),
+        num_bytes=sum(header.path.stat().st_size for header in headers),
+        num_slices=len(headers),
+        manufacturer=first.manufacturer,
+        patient_key=pseudonymise(first.patient_id, "patient", pseudonym_key),
+        series_key=pseudonymise(first.series_uid, "series", pseudonym_key),
+    )
+
+
+def pseudonymise(value: str, kind: str, key: bytes | None) -> str | None:
+    """HMAC-SHA256 of an identifier in hex; None without a secret or a value."""
+    if key is None or not value:
+        return None
+    return hmac.new(key, f"{kind}\0{value}".encode("utf-8", "surrogateescape"), sha256).hexdigest()
+
+
+def _count(files: Sequence[StagedFile]) -> ScanFacts:
+    return ScanFacts(num_files=len(files), num_bytes=sum(file.path.stat().st_size for file in files))
+
+
+def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFile]:
+    """Unpack a zip's slices under names of our own, so that no name in it can reach another folder.
+
+    Raises: ScanError: BAD_ZIP for a damaged, encrypted or hostile zip, BAD_LIMIT for one that unpacks too large.
+    """
+    staged = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
+            _check_zip(entries, limits)
+            for index, entry in enumerate(entries):
+                suffix = PurePosixPath(entry.filename).suffix.lower()
+                target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
+                target.write_bytes(archive.read(entry))
+                staged.append(StagedFile(entry.filename, target))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
+        raise ScanError(Status.BAD_ZIP, f"zip does not unpack: {type(error).__name__}") from error
+    return staged
+
+
+def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
+    if any(entry.flag_bits & 1 for entry in entries):
+        raise ScanError(Status.BAD_ZIP, "zip is encrypted")
+    if any(".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/") for entry in entries):
+        raise ScanError(Status.BAD_ZIP, "zip names a file outside itself")
+    if len(entries) > limits.max_slices or sum(entry.file_size for entry in entries) > limits.max_scan_bytes:
+        raise ScanError(Status.BAD_LIMIT, f"zip of {len(entries)} files is too large")

@@ -1,0 +1,174 @@
+"""A scan's slices in, one at a time; the standard volume out. Nothing larger than one slice is held beside it."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from scipy import ndimage
+
+from darnet.config import VolumeConfig
+from darnet.errors import ScanError, Status
+from darnet.scan import BoolArray, CropBox, FloatArray, Intensity, SliceStack, StandardVolume
+
+# Source: authors' code crops 48 of 512 pixels off each side.
+CROP_FRACTION = 48 / 512
+# Source: ours. Air fills at least the lungs of any chest; a scan without a voxel this dark is not in HU.
+AIR_HU = -200.0
+# Source: ours. Skin against air, and the couch's foam falls below it.
+BODY_HU = -400.0
+NUM_BODY_SAMPLES = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """Source slice `source` adds `weight` of itself to output slice `target`."""
+
+    source: int
+    target: int
+    weight: float
+
+
+def make_standard_volume(stack: SliceStack, config: VolumeConfig) -> StandardVolume:
+    """Window, crop and resample a scan to the network's grid, reading only the slices that contribute.
+
+    Shape:  (slices, rows, columns) of the stack -> (D, H, W) uint8 of `config.shape`.
+    Units:  HU through the window, or display values as they are.
+    Raises: ScanError from the slices' decoding; BAD_INTENSITY for values that cannot be HU.
+    """
+    depth, height, width = config.shape
+    box = find_crop(stack, config)
+    grid = np.zeros((depth, height, width), np.float32)
+    darkest, brightest = np.inf, -np.inf
+    by_source = defaultdict(list)
+    for item in list_contributions(stack.shape[0], depth, config.depth_resampling):
+        by_source[item.source].append(item)
+    for source, items in sorted(by_source.items()):
+        pixels = _read_checked(stack, source)
+        darkest, brightest = min(darkest, float(pixels.min())), max(brightest, float(pixels.max()))
+        small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), (height, width))
+        for item in items:
+            grid[item.target] += np.float32(item.weight) * small
+    _check_intensity(stack.intensity, darkest, brightest)
+    voxels = np.rint(grid * 255).clip(0, 255).astype(np.uint8)
+    return StandardVolume(voxels, stack.intensity, _grid_spacing(stack, box, config.shape), box)
+
+
+def list_contributions(num_slices: int, depth: int, resampling: str) -> list[Contribution]:
+    """Which slices make up each output slice, and with what weight; the weights of one output slice sum to 1.
+
+    `linear`: between the two slices nearest to (i + 0.5) * N / D - 0.5, clamped. `area`: the share of each slice in
+    [i, i + 1) * N / D where the depth shrinks, linear where it grows.
+    Source: paper sec. 4.2 ("under-sampling or up-sampling"); `area` ours.
+    """
+    if resampling == "area" and num_slices > depth:
+        return _list_area(num_slices, depth)
+    contributions = []
+    for target in range(depth):
+        place = min(max((target + 0.5) * num_slices / depth - 0.5, 0.0), num_slices - 1.0)
+        lower = int(place)
+        for source, weight in ((lower, 1 - (place - lower)), (lower + 1, place - lower)):
+            if weight > 0:
+                contributions.append(Contribution(source, target, weight))
+    return contributions
+
+
+def find_crop(stack: SliceStack, config: VolumeConfig) -> CropBox:
+    """The part of each slice that the network sees.
+
+    Raises: ScanError(BAD_INTENSITY) if `body` is asked for and no body is found.
+    """
+    num_slices, rows, columns = stack.shape
+    if config.crop == "paper":
+        top, left = round(rows * CROP_FRACTION), round(columns * CROP_FRACTION)
+        return CropBox(num_slices, top, left, rows - 2 * top, columns - 2 * left)
+    body = np.zeros((rows, columns), np.bool_)
+    contributing = sorted({item.source for item in list_contributions(num_slices, config.shape[0], "linear")})
+    chosen = np.linspace(0, len(contributing) - 1, min(NUM_BODY_SAMPLES, len(contributing))).round().astype(int)
+    for index in chosen:
+        body |= _find_body(_read_checked(stack, contributing[index]), stack.intensity)
+    if not body.any():
+        raise ScanError(Status.BAD_INTENSITY, "no body in the scan")
+    inside_rows, inside_columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
+    top, left = int(inside_rows[0]), int(inside_columns[0])
+    return CropBox(num_slices, top, left, int(inside_rows[-1]) + 1 - top, int(inside_columns[-1]) + 1 - left)
+
+
+def _list_area(num_slices: int, depth: int) -> list[Contribution]:
+    contributions = []
+    step = num_slices / depth
+    for target in range(depth):
+        start, end = target * step, (target + 1) * step
+        for source in range(int(start), min(int(np.ceil(end)), num_slices)):
+            share = min(end, source + 1) - max(start, source)
+            if share > 1e-9:
+                contributions.append(Contribution(source, target, share / step))
+    return contributions
+
+
+def _read_checked(stack: SliceStack, index: int) -> FloatArray:
+    pixels = stack.read_slice(index)
+    if pixels.shape != stack.shape[1:]:
+        raise ScanError(Status.BAD_PIXELS, f"slice decodes to {pixels.shape} pixels, its header says {stack.shape[1:]}")
+    return pixels
+
+
+def _crop(pixels: FloatArray, box: CropBox) -> FloatArray:
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _to_unit(pixels: FloatArray, intensity: Intensity, config: VolumeConfig) -> FloatArray:
+    """To [0, 1]: display values as they are, HU through the window."""
+    if intensity is Intensity.DISPLAY:
+        return pixels / np.float32(255)
+    return apply_window(pixels, config.window_hu)
+
+
+def apply_window(voxels_hu: FloatArray, window_hu: tuple[float, float]) -> FloatArray:
+    """Map Hounsfield units to [0, 1]; values outside the window clip.
+
+    Shape:  any, float32 -> same.
+    Source: ours; the paper does not state its window (README, deviations).
+    """
+    low, high = window_hu
+    return ((voxels_hu - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+
+
+def _resize(pixels: FloatArray, shape: tuple[int, int]) -> FloatArray:
+    """In plane: area where the image shrinks, linear where it grows. Source: ours, against aliasing."""
+    height, width = shape
+    is_shrinking = pixels.shape[0] >= height and pixels.shape[1] >= width
+    interpolation = cv2.INTER_AREA if is_shrinking else cv2.INTER_LINEAR
+    return np.asarray(
+        cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=interpolation), np.float32
+    )
+
+
+def _find_body(pixels: FloatArray, intensity: Intensity) -> BoolArray:
+    """The largest connected part of one slice that is not air, couch and clothes cut off by an opening."""
+    threshold = BODY_HU if intensity is Intensity.HU else float(pixels.mean())
+    tissue: BoolArray = ndimage.binary_opening(pixels > threshold, iterations=max(1, pixels.shape[1] // 128))
+    labels, num_parts = ndimage.label(tissue)
+    if num_parts == 0:
+        return tissue
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    largest: BoolArray = labels == sizes.argmax()
+    return largest
+
+
+def _check_intensity(intensity: Intensity, darkest: float, brightest: float) -> None:
+    if darkest == brightest:
+        raise ScanError(Status.BAD_INTENSITY, "every voxel has the same value")
+    if intensity is Intensity.HU and darkest > AIR_HU:
+        raise ScanError(Status.BAD_INTENSITY, f"darkest value is {darkest:.0f}: no air, so this is not HU")
+
+
+def _grid_spacing(stack: SliceStack, box: CropBox, shape: tuple[int, int, int]) -> tuple[float, float, float] | None:
+    if stack.spacing_mm is None:
+        return None
+    extents = (box.num_slices, box.height, box.width)
+    z_mm, y_mm, x_mm = (
+        spacing * extent / size for spacing, extent, size in zip(stack.spacing_mm, extents, shape, strict=True)
+    )
+    return z_mm, y_mm, x_mm
