@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from natsort import os_sorted
+from numpy.typing import NDArray
 
 from darnet.config import DecodeConfig
 from darnet.errors import ScanError, Status
@@ -104,6 +105,13 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
         raise ScanError(Status.BAD_INTENSITY, "volume holds values that are no numbers")
     x_mm, y_mm, z_mm = image.GetSpacing()
     return VolumeStack(voxels_hu, (z_mm, y_mm, x_mm))
+
+
+def write_volume(path: Path, voxels_hu: NDArray[np.int16], spacing_mm: tuple[float, float, float]) -> None:
+    """Write canonical voxels (D, H, W) with (z, y, x) spacing as NIfTI, NRRD or MetaImage, by the path's suffix."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels_hu[::-1]))
+    image.SetSpacing([float(value) for value in reversed(spacing_mm)])
+    sitk.WriteImage(image, str(path), useCompression=True)
 
 
 def open_images(

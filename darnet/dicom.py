@@ -117,8 +117,10 @@ def read_header(path: Path) -> SliceHeader | None:
     return None
 
 
-def arrange_series(headers: Sequence[SliceHeader], limits: DecodeConfig) -> DicomSeries:
-    """Put the slices of one series into canonical order.
+def arrange_series(
+    headers: Sequence[SliceHeader], limits: DecodeConfig, unreadable: Sequence[ScanError] = ()
+) -> DicomSeries:
+    """Put the slices of one series into canonical order; `unreadable` are files of it whose header did not parse.
 
     Raises: ScanError with the first reason, in this order, why the series is not a chest CT volume: kind, limits,
             mixed content, header, damage, number of slices, orientation, tilt, positions.
@@ -128,7 +130,7 @@ def arrange_series(headers: Sequence[SliceHeader], limits: DecodeConfig) -> Dico
     _check_uniform(headers)
     for header in headers:
         _check_header(header)
-    _check_damage(headers)
+    _check_damage(headers, unreadable)
     if len(headers) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(headers)} slices, {limits.min_slices} needed")
     return _order_slices(headers)
@@ -315,10 +317,11 @@ def _check_header(header: SliceHeader) -> None:
         raise ScanError(Status.BAD_GEOMETRY, "ImageOrientationPatient is no pair of perpendicular unit vectors")
 
 
-def _check_damage(headers: Sequence[SliceHeader]) -> None:
-    damaged = [header.damage for header in headers if header.damage is not None]
+def _check_damage(headers: Sequence[SliceHeader], unreadable: Sequence[ScanError]) -> None:
+    damaged = [*unreadable, *(header.damage for header in headers if header.damage is not None)]
     if damaged:
-        raise ScanError(damaged[0].status, f"{len(damaged)} of {len(headers)} slices: {damaged[0].detail}")
+        num_slices = len(headers) + len(unreadable)
+        raise ScanError(damaged[0].status, f"{len(damaged)} of {num_slices} slices: {damaged[0].detail}")
 
 
 def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:

@@ -26,6 +26,7 @@ from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceSta
 from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
+DECODE_TARGET = "darnet.ingest:decode_source"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 
@@ -74,10 +75,10 @@ class Road:
 class Ingester:
     """Fetches sources from a store and decodes them in a child process of its own, one after another."""
 
-    def __init__(self, store: Store, road: Road) -> None:
+    def __init__(self, store: Store, road: Road, sandbox: Sandbox | None = None) -> None:
         self._store = store
         self._road = road
-        self._sandbox = Sandbox("darnet.ingest:decode_source", road.decode.memory_bytes, road.decode.timeout_s)
+        self._sandbox = sandbox or Sandbox(DECODE_TARGET, road.decode.memory_bytes, road.decode.timeout_s)
 
     def ingest(self, source: Source) -> list[IngestedScan]:
         """Every scan of the source, at least one; what cannot be scored has a status that says why."""
@@ -188,19 +189,16 @@ def _decode_series(
     by_uid = defaultdict(list)
     for header in headers:
         by_uid[header.series_uid].append(header)
-    is_spoiled = bool(unreadable) and len(by_uid) == 1
+    is_alone = len(by_uid) == 1
     scans = []
     for uid, members in sorted(by_uid.items()):
 
         def open_stack(members: Sequence[SliceHeader] = members) -> SliceStack:
-            series = arrange_series(members, road.decode)
-            if is_spoiled:
-                raise ScanError(Status.BAD_UNREADABLE, f"{len(unreadable)} slices: {unreadable[0].detail}")
-            return DicomStack(series)
+            return DicomStack(arrange_series(members, road.decode, unreadable if is_alone else ()))
 
         facts = _describe_series(members, road.pseudonym_key)
         scans.append(_decode_scan(f"{source_key}#{hash_series_uid(uid)}", facts, open_stack, road))
-    if unreadable and not is_spoiled:
+    if unreadable and not is_alone:
         facts = ScanFacts(num_files=len(unreadable))
         scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, unreadable[0].detail, facts))
     return scans
@@ -234,8 +232,8 @@ def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:
         facts,
         intensity=stack.intensity,
         num_slices=stack.shape[0],
-        slice_spacing_mm=None if spacing_mm is None else spacing_mm[0],
-        pixel_spacing_mm=None if spacing_mm is None else spacing_mm[1],
+        slice_spacing_mm=None if spacing_mm is None else round(spacing_mm[0], 6),
+        pixel_spacing_mm=None if spacing_mm is None else round(spacing_mm[1], 6),
     )
 
 

@@ -1,0 +1,166 @@
+"""Where the lungs are, by classical means, and whether a scan shows lungs at all.
+
+A standard volume in Hounsfield units enters; a lung mask on its grid and a verdict leave.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from darnet.scan import BoolArray, StandardVolume
+
+LabelArray: TypeAlias = NDArray[np.integer[Any]]
+Box: TypeAlias = tuple[slice, slice, slice]
+
+AIR_BELOW_HU = -400.0  # halfway between aerated lung (-850) and soft tissue (50): partial volume falls evenly
+GAS_BELOW_HU = -950.0  # no tissue in it: outside air, trachea, bowel. The radiologist's emphysema threshold
+GAS_SHARE = 0.25  # of a patch of air; lung patches of real scans had up to 0.06, trachea and bowel 0.3 and more
+GAS_SHARE_LARGE = 0.6  # severe emphysema reaches half; outside air had 0.6 to 0.9
+LARGE_CM2 = 60.0  # no trachea or bowel loop is this wide, so a larger patch inside the body is lung unless all gas
+PIECE_SHARE = 0.1  # of the largest piece: the smaller lung of a diseased chest, not a gas bubble of the stomach
+INSIDE_SHARE = 0.25  # of a patch, between parts of the body: a lung cut open by the crop keeps half, couch foam none
+CLOSING_MM = 10.0  # half the width of a notch that is closed: vessels and pleural lesions, not the mediastinum
+HOLE_CM2 = 12.0  # a disc of 4 cm: vessels, nodules, small consolidations; a liver dome is larger
+
+MIN_LITRES = 0.15  # an infant of a year has 0.3; all air in a head together 0.1, bowel gas in one piece seldom more
+CHEST_LITRES = 1.2  # nothing but a chest holds this much, however few slices it has; lung bases hold up to 1
+SLICE_SHARE = 1 / 3  # of the largest lung area in a slice: what counts as a slice of lung
+MIN_TALLNESS = 0.5  # height over width of the lungs: real chests 1.1 to 1.2, the bases above an abdomen up to 0.5
+MIN_FILLED = 0.9  # a slab from the middle of a chest shows lung from its first slice to its last
+
+IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], bool)
+IN_3D = ndimage.generate_binary_structure(3, 1)
+
+
+def segment_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> BoolArray:
+    """Mark the voxels of both lungs, with their vessels and small lesions, without trachea.
+
+    Shape:  (D, H, W) bool on the volume's grid; all False where there is no lung.
+    Raises: ValueError for a display image or a window that cannot tell gas from lung from tissue.
+    Source: ours. Limit: a consolidation wider than `CLOSING_MM` allows that reaches the pleura stays outside.
+    """
+    spacing_mm = _spacing_mm(volume)
+    voxels = volume.voxels
+    air = voxels < _to_display(AIR_BELOW_HU, window_hu)
+    gas = voxels < _to_display(GAS_BELOW_HU, window_hu)
+    lung = _drop_gas_and_couch(air, gas, spacing_mm[1] * spacing_mm[2] / 100)
+    return _restore(_keep_large_pieces(lung), spacing_mm)
+
+
+def has_lung(mask: BoolArray, volume: StandardVolume) -> bool:
+    """Say whether a lung mask shows a chest, not a head or an abdomen with or without lung bases.
+
+    Judged by proportions, which a child, a wide field of view and a lost lobe leave as they are, and by volume.
+    Raises: ValueError for a display image.
+    Source: ours; the constants are measured on three chest series and what is left of them from the bases down.
+    """
+    spacing_z, spacing_y, spacing_x = _spacing_mm(volume)
+    area_mm2 = mask.sum(axis=(1, 2)) * spacing_y * spacing_x
+    litres = area_mm2.sum() * spacing_z / 1e6
+    if litres < MIN_LITRES:
+        return False
+    is_lung_slice = area_mm2 >= SLICE_SHARE * area_mm2.max()
+    tallness = is_lung_slice.sum() * spacing_z / np.sqrt(area_mm2.max())
+    return bool(litres >= CHEST_LITRES or tallness >= MIN_TALLNESS or is_lung_slice.mean() >= MIN_FILLED)
+
+
+def _spacing_mm(volume: StandardVolume) -> tuple[float, float, float]:
+    """Return the spacing a volume in Hounsfield units has."""
+    if volume.spacing_mm is None:
+        raise ValueError("lungs are judged on Hounsfield units with a spacing; a display image has neither")
+    return volume.spacing_mm
+
+
+def _to_display(value_hu: float, window_hu: tuple[float, float]) -> float:
+    """Say which 8-bit display value a HU value has."""
+    low, high = window_hu
+    if not low < value_hu < high:
+        raise ValueError(f"window {window_hu} HU does not hold {value_hu:g} HU, which a lung mask needs")
+    return 255 * (value_hu - low) / (high - low)
+
+
+def _drop_gas_and_couch(air: BoolArray, gas: BoolArray, pixel_cm2: float) -> BoolArray:
+    """Keep, slice by slice, the connected patches of air that hold lung tissue and lie in the body.
+
+    A patch is judged by what it is made of, not by touching the image border: a tight crop cuts lungs open too.
+    """
+    patches, num_patches = ndimage.label(air, IN_PLANE)
+    num_pixels, num_gas, num_inside = (
+        np.bincount(patches[where], minlength=num_patches + 1) for where in (air, gas, air & _span_body(~air))
+    )
+    max_gas_share = np.where(num_pixels * pixel_cm2 > LARGE_CM2, GAS_SHARE_LARGE, GAS_SHARE)
+    is_lung = (num_gas < max_gas_share * num_pixels) & (num_inside >= INSIDE_SHARE * num_pixels)
+    is_lung[0] = False
+    return np.asarray(is_lung[patches])
+
+
+def _span_body(tissue: BoolArray) -> BoolArray:
+    """Mark what lies between parts of each slice's largest piece of tissue, along y or along x.
+
+    Unlike hole filling it reaches lungs that the crop cut open, and unlike a box it leaves the couch out.
+    """
+    patches, num_patches = ndimage.label(tissue, IN_PLANE)
+    num_pixels = np.bincount(patches.ravel(), minlength=num_patches + 1)
+    num_pixels[0] = 0
+    is_body = np.zeros(num_patches + 1, bool)
+    for patch in patches:
+        is_body[patch.flat[num_pixels[patch].argmax()]] = True
+    is_body[0] = False
+    body = is_body[patches]
+    return _span(body, axis=1) | _span(body, axis=2)
+
+
+def _span(body: BoolArray, axis: int) -> BoolArray:
+    """Mark what has body on both sides of it along one axis."""
+    before = np.logical_or.accumulate(body, axis)
+    after = np.flip(np.logical_or.accumulate(np.flip(body, axis), axis), axis)
+    return before & after
+
+
+def _keep_large_pieces(lung: BoolArray) -> LabelArray:
+    """Number the connected pieces that are at least `PIECE_SHARE` of the largest; 0 elsewhere."""
+    pieces, num_pieces = ndimage.label(lung)
+    num_voxels = np.bincount(pieces.ravel(), minlength=num_pieces + 1)
+    num_voxels[0] = 0
+    is_kept = (num_voxels > 0) & (num_voxels >= PIECE_SHARE * num_voxels.max())
+    return np.asarray(np.where(is_kept, np.cumsum(is_kept), 0)[pieces])
+
+
+def _restore(pieces: LabelArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Give each piece of lung back what the threshold took: vessels, lesions, notches of its outline.
+
+    Piece by piece, so that the mediastinum between two lungs stays out.
+    """
+    lung = np.zeros(pieces.shape, bool)
+    for number, box in enumerate(ndimage.find_objects(pieces), start=1):
+        lung[box] |= _fill_holes(_close_in_plane(pieces[box] == number, spacing_mm), spacing_mm)
+    return lung
+
+
+def _close_in_plane(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Close notches up to twice `CLOSING_MM` wide, each slice on its own, with a rectangle (fast: separable)."""
+    reach_y, reach_x = (round(CLOSING_MM / step) for step in spacing_mm[1:])
+    size = (1, 2 * reach_y + 1, 2 * reach_x + 1)
+    padded = np.pad(piece, ((0, 0), (reach_y, reach_y), (reach_x, reach_x))).view(np.uint8)
+    closed = ndimage.minimum_filter(ndimage.maximum_filter(padded, size, mode="constant"), size, mode="constant")
+    height, width = piece.shape[1:]
+    return np.asarray(closed[:, reach_y : reach_y + height, reach_x : reach_x + width] > 0)
+
+
+def _fill_holes(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Fill what the piece encloses: in a slice up to `HOLE_CM2` (a liver dome is larger), in 3D any size."""
+    max_pixels = 100 * HOLE_CM2 / (spacing_mm[1] * spacing_mm[2])
+    filled = piece | _holes(piece, IN_PLANE, max_pixels)
+    return filled | _holes(filled, IN_3D, piece.size)
+
+
+def _holes(piece: BoolArray, neighbours: BoolArray, max_voxels: float) -> BoolArray:
+    """Mark the background that is cut off from the surroundings and at most `max_voxels` large."""
+    gaps, num_gaps = ndimage.label(np.pad(~piece, 1, constant_values=True), neighbours)
+    num_voxels = np.bincount(gaps.ravel(), minlength=num_gaps + 1)
+    is_hole = num_voxels <= max_voxels
+    is_hole[gaps[:, 0, 0]] = False
+    is_hole[0] = False
+    return np.asarray(is_hole[gaps[1:-1, 1:-1, 1:-1]])

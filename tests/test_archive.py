@@ -1,0 +1,70 @@
+"""Listing to sources: grouping by name alone, as the listing streams."""
+
+import pytest
+
+from darnet.archive import is_stray, list_sources
+from darnet.scan import StoredObject
+
+
+def _objects(*keys: str) -> list[StoredObject]:
+    return [StoredObject(key, 1, "v") for key in sorted(keys, key=lambda key: key.encode())]
+
+
+def _grouped(*keys: str) -> dict[str, list[str]]:
+    return {source.key: [item.key for item in source.objects] for source in list_sources(_objects(*keys))}
+
+
+def test_a_prefix_that_directly_holds_slices_is_one_source() -> None:
+    assert _grouped("a/1.dcm", "a/2.dcm", "b/1.png") == {"a": ["a/1.dcm", "a/2.dcm"], "b": ["b/1.png"]}
+
+
+def test_slices_around_a_subfolder_in_listing_order_stay_one_source() -> None:
+    assert _grouped("a/1", "a/b/1", "a/b/2", "a/c") == {"a": ["a/1", "a/c"], "a/b": ["a/b/1", "a/b/2"]}
+
+
+def test_a_sibling_whose_name_sorts_into_a_folder_does_not_split_it() -> None:
+    assert _grouped("a/1", "a-b/1", "a.b/1", "a/2") == {"a-b": ["a-b/1"], "a.b": ["a.b/1"], "a": ["a/1", "a/2"]}
+
+
+def test_each_volume_file_is_a_source_of_its_own() -> None:
+    names = ["x/1.nii", "x/2.nii.gz", "x/3.nrrd", "x/4.MHA", "x/5.zip"]
+    assert _grouped(*names, "x/6.dcm") == {name: [name] for name in names} | {"x": ["x/6.dcm"]}
+
+
+def test_slices_at_the_root_are_source_dot() -> None:
+    assert _grouped("1.dcm", "2.dcm", "a/3.dcm") == {"a": ["a/3.dcm"], ".": ["1.dcm", "2.dcm"]}
+
+
+def test_strays_make_no_source_and_join_none() -> None:
+    assert _grouped("a/LICENSE", "a/SOURCES.md", "a/DICOMDIR") == {}
+    assert _grouped("a/1.dcm", "a/notes.txt", "a/thumb.jpg", "a/.DS_Store") == {"a": ["a/1.dcm"]}
+
+
+@pytest.mark.parametrize("key", ["a/IM0001", "a/1.2.840.113.259", "a/CT2_J2KR", "a/x.ima", "a/slice.tif"])
+def test_names_that_slices_have_are_not_stray(key: str) -> None:
+    assert not is_stray(key)
+
+
+def test_sources_come_while_the_listing_still_streams() -> None:
+    def stream():  # type: ignore[no-untyped-def]
+        yield from _objects("a/1", "b/1")
+        raise RuntimeError("listed too far")
+
+    sources = list_sources(stream())
+    assert next(sources).key == "a"
+
+
+def test_an_unsorted_listing_is_refused() -> None:
+    with pytest.raises(ValueError, match="not sorted"):
+        list(list_sources([StoredObject("b/1", 1, "v"), StoredObject("a/1", 1, "v")]))
+
+
+def test_input_digest_changes_with_key_version_and_size_only() -> None:
+    def digest(*objects: StoredObject) -> str:
+        (source,) = list_sources(objects)
+        return source.input_sha256
+
+    base = digest(StoredObject("a/1", 1, "v", 5.0))
+    assert base == digest(StoredObject("a/1", 1, "v", 6.0))
+    others = [StoredObject("a/1", 2, "v"), StoredObject("a/1", 1, "w"), StoredObject("a/2", 1, "v")]
+    assert len({base, *(digest(item) for item in others)}) == 4

@@ -1,0 +1,538 @@
+"""Bytes to network input: every status has an input that causes it, and one scan is one volume however it is stored."""
+
+import hmac
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import cv2
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+)
+
+from darnet.archive import list_sources
+from darnet.config import DecodeConfig, VolumeConfig
+from darnet.errors import Status
+from darnet.ingest import DECODE_TARGET, Ingester, Road
+from darnet.sandbox import Sandbox
+from darnet.scan import IngestedScan, Intensity, Source
+from darnet.storage import open_store
+from tests.ct_fixtures import SERIES_UID, SPACING_MM, make_chest, write_chest
+
+CT_DATA = Path(__file__).parents[2] / "shared" / "data" / "ct"
+VOLUME = VolumeConfig(shape=(16, 32, 32))
+ROAD = Road(VOLUME, DecodeConfig(), b"a secret of thirty-two bytes ....")
+Ingest = Callable[..., list[IngestedScan]]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """One child for all tests, as in a worker."""
+    sandbox = Sandbox(DECODE_TARGET, ROAD.decode.memory_bytes, ROAD.decode.timeout_s)
+    yield sandbox
+    sandbox.close()
+
+
+@pytest.fixture
+def ingest(tmp_path: Path, sandbox: Sandbox) -> Ingest:
+    """Ingest every source below tmp_path / "archive"; `between` runs after planning."""
+
+    def run(road: Road = ROAD, between: Callable[[], object] = lambda: None) -> list[IngestedScan]:
+        store = open_store(str(tmp_path / "archive"))
+        sources = list(list_sources(store.list_objects()))
+        between()
+        ingester = Ingester(store, road, sandbox)
+        return [scan for source in sources for scan in ingester.ingest(source)]
+
+    return run
+
+
+def _digest(uid: str) -> str:
+    return sha256(uid.encode()).hexdigest()[:8]
+
+
+# One scan, however it is stored, is one volume
+
+
+@pytest.fixture
+def reference(ingest: Ingest, tmp_path: Path) -> IngestedScan:
+    write_chest(tmp_path / "archive" / "reference")
+    (scan,) = ingest()
+    assert scan.status is Status.OK
+    return scan
+
+
+def test_a_plain_series_has_its_identity_and_facts(reference: IngestedScan) -> None:
+    assert reference.scan_id == f"reference#{_digest(SERIES_UID)}"
+    facts = reference.facts
+    assert (facts.num_files, facts.num_slices, facts.intensity) == (24, 24, Intensity.HU)
+    assert (facts.slice_spacing_mm, facts.pixel_spacing_mm, facts.manufacturer) == (12.0, 6.0, "Siemens")
+    assert facts.patient_key == hmac.new(ROAD.pseudonym_key or b"", b"patient\0patient-1", sha256).hexdigest()
+
+
+def test_standard_volume_agrees_with_simpleitk_reading_the_series(reference: IngestedScan, tmp_path: Path) -> None:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "archive" / "reference")))
+    voxels_hu = sitk.GetArrayFromImage(reader.Execute())[::-1].astype(np.float64)
+    np.testing.assert_array_equal(voxels_hu, make_chest())
+    unit = np.clip((voxels_hu + 1350) / 1500, 0, 1)[:, 6:58, 6:58]
+    planes = np.stack([cv2.resize(plane, (32, 32), interpolation=cv2.INTER_AREA) for plane in unit])
+    places = (np.arange(16) + 0.5) * 24 / 16 - 0.5
+    lower = np.floor(places).astype(int)
+    weight = (places - lower)[:, None, None]
+    expected = 255 * ((1 - weight) * planes[lower] + weight * planes[lower + 1])
+    assert reference.volume is not None
+    assert np.abs(reference.volume.voxels - expected).max() <= 0.51
+
+
+def _turned(
+    turn: Callable[[np.ndarray], np.ndarray], orientation: tuple[float, ...], corner: tuple[float, float]
+) -> Any:
+    """Edit that stores the same physical slice with turned pixels."""
+
+    def edit(_: int, dataset: FileDataset) -> None:
+        pixels = np.frombuffer(dataset.PixelData, "<u2").reshape(64, 64)
+        dataset.PixelData = np.ascontiguousarray(turn(pixels)).tobytes()
+        dataset.ImageOrientationPatient = list(orientation)
+        dataset.ImagePositionPatient = [*corner, dataset.ImagePositionPatient[2]]
+
+    return edit
+
+
+END_MM = -190.0 + 63 * SPACING_MM[1]
+TURNS = {
+    "left-right mirrored": _turned(lambda p: p[:, ::-1], (-1, 0, 0, 0, 1, 0), (END_MM, -190)),
+    "upside down": _turned(lambda p: p[::-1], (1, 0, 0, 0, -1, 0), (-190, END_MM)),
+    "rotated half a turn": _turned(lambda p: p[::-1, ::-1], (-1, 0, 0, 0, -1, 0), (END_MM, END_MM)),
+    "transposed": _turned(lambda p: p.T, (0, 1, 0, 1, 0, 0), (-190, -190)),
+    "rotated a quarter": _turned(lambda p: np.rot90(p), (0, 1, 0, -1, 0, 0), (END_MM, -190)),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_turned_copy_gives_the_same_volume(
+    name: str, reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    voxels = make_chest()
+    assert not np.array_equal(voxels, voxels[:, :, ::-1])  # the chest is lopsided, or this test shows nothing
+    write_chest(tmp_path / "archive" / "turned", edit=TURNS[name])
+    turned = ingest()[-1]
+    assert turned.volume is not None, turned.status_detail
+    assert reference.volume is not None
+    np.testing.assert_array_equal(turned.volume.voxels, reference.volume.voxels)
+
+
+def test_a_feet_first_copy_gives_the_same_volume(reference: IngestedScan, ingest: Ingest, tmp_path: Path) -> None:
+    """File and instance order say nothing: only positions do."""
+    paths = write_chest(tmp_path / "archive" / "turned")
+    for index, path in enumerate(reversed(paths)):
+        path.rename(path.with_name(f"x{index:03d}.dcm"))
+    turned = ingest()[-1]
+    assert turned.volume is not None
+    assert reference.volume is not None
+    np.testing.assert_array_equal(turned.volume.voxels, reference.volume.voxels)
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, RLELossless, DeflatedExplicitVRLittleEndian])
+def test_a_lossless_transfer_syntax_changes_nothing(
+    syntax: Any, reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    def compress(_: int, dataset: FileDataset) -> None:
+        if syntax == DeflatedExplicitVRLittleEndian:
+            dataset.file_meta.TransferSyntaxUID = syntax
+        else:
+            dataset.compress(syntax, generate_instance_uid=False)
+
+    write_chest(tmp_path / "archive" / "turned", edit=compress)
+    compressed = ingest()[-1]
+    assert compressed.volume is not None, compressed.status_detail
+    assert reference.volume is not None
+    np.testing.assert_array_equal(compressed.volume.voxels, reference.volume.voxels)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_other_uncompressed_encodings_change_nothing(
+    syntax: Any, reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    def encode(_: int, dataset: FileDataset) -> None:
+        dataset.file_meta.TransferSyntaxUID = syntax
+        if syntax == ExplicitVRBigEndian:
+            dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
+            dataset["PixelData"].VR = "OW"
+            dataset.set_original_encoding(False, False)
+
+    write_chest(tmp_path / "archive" / "turned", edit=encode)
+    encoded = ingest()[-1]
+    assert encoded.volume is not None, encoded.status_detail
+    assert reference.volume is not None
+    np.testing.assert_array_equal(encoded.volume.voxels, reference.volume.voxels)
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_nifti_in_any_axis_order_gives_the_same_volume(
+    suffix: str, axes: tuple[int, ...], signs: tuple[int, ...], reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    """NIfTI's world is right, anterior, superior to DICOM's left, posterior, superior; nibabel writes, we read."""
+    ras = make_chest().transpose(2, 1, 0)[::-1, ::-1, ::-1]  # x to the left, y to the back, z to the feet, all turned
+    affine = np.diag([SPACING_MM[2], SPACING_MM[1], SPACING_MM[0], 1.0])
+    affine[:3, 3] = (-END_MM, -END_MM, 500.0 - 23 * SPACING_MM[0])
+    image = nibabel.Nifti1Image(np.ascontiguousarray(ras), affine)
+    wanted = nibabel.orientations.axcodes2ornt(
+        [("RL"[s < 0], "AP"[s < 0], "SI"[s < 0])[i] for i, s in zip(range(3), signs, strict=True)]
+    )
+    wanted = wanted[list(axes)]
+    image = image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), wanted))
+    nibabel.save(image, tmp_path / "archive" / f"turned{suffix}")
+    turned = next(scan for scan in ingest() if scan.scan_id.startswith("turned"))
+    assert turned.scan_id == f"turned{suffix}"
+    assert turned.volume is not None, turned.status_detail
+    assert reference.volume is not None
+    np.testing.assert_array_equal(turned.volume.voxels, reference.volume.voxels)
+    np.testing.assert_allclose(turned.volume.spacing_mm or (), reference.volume.spacing_mm or ())
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_nrrd_and_metaimage_give_the_same_volume(
+    suffix: str, reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    image = sitk.GetImageFromArray(make_chest())
+    image.SetSpacing(SPACING_MM[::-1])
+    image.SetDirection([1, 0, 0, 0, 1, 0, 0, 0, -1])
+    sitk.WriteImage(image, str(tmp_path / "archive" / f"turned{suffix}"))
+    turned = next(scan for scan in ingest() if scan.scan_id.startswith("turned"))
+    assert turned.volume is not None, turned.status_detail
+    assert reference.volume is not None
+    np.testing.assert_array_equal(turned.volume.voxels, reference.volume.voxels)
+
+
+def test_a_zip_of_the_slices_gives_the_same_volume(reference: IngestedScan, ingest: Ingest, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    with zipfile.ZipFile(archive / "turned.zip", "w") as file:
+        for path in sorted((archive / "reference").iterdir()):
+            file.write(path, f"deep/inside/{path.name}")
+    scan = ingest()[-1]
+    assert scan.scan_id == f"turned.zip#{_digest(SERIES_UID)}"
+    assert scan.volume is not None
+    assert reference.volume is not None
+    np.testing.assert_array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+def _write_images(folder: Path, suffix: str, voxels: np.ndarray, first: int = 1) -> None:
+    folder.mkdir(parents=True)
+    for index, plane in enumerate(voxels):
+        assert cv2.imwrite(str(folder / f"{index + first}{suffix}"), plane)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_slice_images_are_taken_in_natural_order(suffix: str, ingest: Ingest, tmp_path: Path) -> None:
+    display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)  # 1.png, 10.png, 2.png ...
+    _write_images(tmp_path / "archive" / "NCP" / "12" / "34", suffix, display)
+    (scan,) = ingest()
+    assert (scan.scan_id, scan.status, scan.facts.intensity) == ("NCP/12/34", Status.OK, Intensity.DISPLAY)
+    assert scan.facts.slice_spacing_mm is None
+    assert scan.lung is None
+    assert scan.volume is not None
+    expected = np.interp((np.arange(16) + 0.5) * 1.5 - 0.5, np.arange(24), np.arange(24) * 10.0)
+    assert np.abs(scan.volume.voxels.mean(axis=(1, 2)) - expected).max() <= 1
+
+
+def test_feet_first_images_are_turned_round_by_the_setting(ingest: Ingest, tmp_path: Path) -> None:
+    display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)
+    _write_images(tmp_path / "archive" / "a", ".png", display)
+    _write_images(tmp_path / "archive" / "b", ".png", display[::-1])
+    head_first = ingest()[0]
+    feet_first = ingest(Road(VOLUME.model_copy(update={"slice_order": "feet_first"}), DecodeConfig()))[1]
+    assert head_first.volume is not None
+    assert feet_first.volume is not None
+    np.testing.assert_array_equal(head_first.volume.voxels, feet_first.volume.voxels)
+
+
+def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest: Ingest) -> None:
+    assert reference.volume is not None
+    for update in ({"depth_resampling": "area"}, {"crop": "body"}):
+        (scan,) = ingest(Road(VOLUME.model_copy(update=update), DecodeConfig()))
+        assert scan.volume is not None
+        assert not np.array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+# Several scans in a source, strays, damage
+
+
+def test_two_series_in_a_prefix_are_two_scans(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    write_chest(tmp_path / "elsewhere", SeriesInstanceUID="1.2.3.4.6")
+    for path in (tmp_path / "elsewhere").iterdir():
+        path.rename(tmp_path / "archive" / "a" / f"second-{path.name}")
+    scans = ingest()
+    assert {scan.scan_id for scan in scans} == {f"a#{_digest(uid)}" for uid in (SERIES_UID, "1.2.3.4.6")}
+    assert [scan.status for scan in scans] == [Status.OK, Status.OK]
+
+
+def test_strays_beside_the_slices_spoil_nothing(reference: IngestedScan, ingest: Ingest, tmp_path: Path) -> None:
+    folder = tmp_path / "archive" / "reference"
+    for name in ("LICENSE", "notes", "DICOMDIR", "data.bin"):
+        (folder / name).write_bytes(b"not a slice\n" * 20)
+    cv2.imwrite(str(folder / "picture.png"), np.zeros((8, 8), np.uint8))
+    (scan,) = ingest()
+    assert scan.volume is not None
+    assert reference.volume is not None
+    np.testing.assert_array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+def test_without_a_secret_keys_are_null_and_other_secrets_give_other_keys(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    keys = [
+        ingest(Road(VOLUME, DecodeConfig(), secret))[0].facts.patient_key for secret in (None, b"x" * 32, b"y" * 32)
+    ]
+    assert keys[0] is None
+    assert len(set(keys)) == 3
+    assert "secret" not in repr(ROAD)
+
+
+def _tag(**tags: Any) -> Callable[[Path], object]:
+    return lambda folder: write_chest(folder / "a", **tags)
+
+
+def _edit(edit: Callable[[int, FileDataset], None]) -> Callable[[Path], object]:
+    return lambda folder: write_chest(folder / "a", edit=edit)
+
+
+def _one(index: int, **tags: Any) -> Callable[[Path], object]:
+    """Replace tags of a single slice."""
+
+    def edit(current: int, dataset: FileDataset) -> None:
+        for name, value in tags.items() if current == index else ():
+            setattr(dataset, name, value)
+
+    return _edit(edit)
+
+
+def _spoil(change: Callable[[list[Path]], object]) -> Callable[[Path], object]:
+    return lambda folder: change(write_chest(folder / "a"))
+
+
+def _cut(path: Path, keep: float) -> None:
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+def _shear(index: int, dataset: FileDataset) -> None:
+    dataset.ImagePositionPatient = [-190.0, -190.0 + 2.0 * index, 500.0 - SPACING_MM[0] * index]
+
+
+def _coronal(index: int, dataset: FileDataset) -> None:
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    dataset.ImagePositionPatient = [-190.0, -190.0 + SPACING_MM[0] * index, 500.0]
+
+
+def _uneven(index: int, dataset: FileDataset) -> None:
+    dataset.ImagePositionPatient = [-190.0, -190.0, 500.0 - SPACING_MM[0] * index - 4.5 * (index % 2)]
+
+
+def _garbled(_: int, dataset: FileDataset) -> None:
+    dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+    data = bytearray(dataset.PixelData)
+    data[60:-16] = b"\x55" * (len(data) - 76)
+    dataset.PixelData = bytes(data)
+
+
+def _cut_fragment(paths: list[Path]) -> None:
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+        dataset.save_as(path)
+    _cut(paths[5], 0.9)
+
+
+def _write_zip(folder: Path, name: str = "x.dcm", flag: int = 0) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "a.zip", "w") as file:
+        file.writestr(name, b"x" * 100)
+    data = bytearray((folder / "a.zip").read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= flag
+    data[6] |= flag
+    (folder / "a.zip").write_bytes(data)
+
+
+def _write_volume(
+    folder: Path, voxels: np.ndarray, cut: float = 1.0, spacing_mm: tuple[float, ...] = (6, 6, 12)
+) -> None:
+    folder.mkdir()
+    image = sitk.GetImageFromArray(voxels, isVector=voxels.ndim == 4)
+    image.SetSpacing(spacing_mm)
+    sitk.WriteImage(image, str(folder / "a.mha"))
+    _cut(folder / "a.mha", cut)
+
+
+def _write_text(folder: Path) -> None:
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.dcm").write_text("<html>503</html>")
+
+
+def _nan_chest() -> np.ndarray:
+    voxels = make_chest().astype(np.float32)
+    voxels[3, 4, 5] = np.nan
+    return voxels
+
+
+def _make_abdomen() -> np.ndarray:
+    """A body of soft tissue in air."""
+    body = np.where(np.hypot(*np.mgrid[-1:1:64j, -1:1:64j]) < 0.8, 40, -1000)
+    return body[None].repeat(24, 0).astype(np.int16)
+
+
+DISPLAY = ((make_chest().astype(np.float32) + 1350) / 1500 * 255).clip(0, 255).astype(np.uint8)
+HOSTILE: dict[str, tuple[Callable[[Path], object], Status]] = {
+    "MR": (_tag(Modality="MR"), Status.SKIP_MODALITY),
+    "no modality": (_tag(Modality=None), Status.SKIP_MODALITY),
+    "scout": (_tag(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), Status.SKIP_LOCALIZER),
+    "screenshot": (_tag(SOPClassUID=SecondaryCaptureImageStorage), Status.SKIP_SECONDARY),
+    "multi-frame": (_tag(NumberOfFrames=2, PixelData=b"\0" * 64 * 64 * 4), Status.SKIP_MULTIFRAME),
+    "2^31 frames": (_tag(NumberOfFrames=2**31), Status.BAD_HEADER),
+    "coronal": (_edit(_coronal), Status.SKIP_ORIENTATION),
+    "nine slices": (lambda folder: write_chest(folder / "a", make_chest()[:9]), Status.SKIP_FEW_SLICES),
+    "no lung": (lambda folder: write_chest(folder / "a", _make_abdomen()), Status.SKIP_NO_LUNG),
+    "no air": (lambda folder: write_chest(folder / "a", make_chest().clip(-100)), Status.BAD_INTENSITY),
+    "HTML named .dcm": (_write_text, Status.BAD_UNREADABLE),
+    "header cut": (_spoil(lambda paths: _cut(paths[3], 0.02)), Status.BAD_UNREADABLE),
+    "empty slice": (_spoil(lambda paths: _cut(paths[3], 0)), Status.BAD_UNREADABLE),
+    "pixels cut": (_spoil(lambda paths: _cut(paths[3], 0.8)), Status.BAD_TRUNCATED),
+    "pixels cut where linear reads nothing": (_spoil(lambda paths: _cut(paths[0], 0.9)), Status.BAD_TRUNCATED),
+    "fragment cut": (_spoil(_cut_fragment), Status.BAD_TRUNCATED),
+    "pixel data too short for its rows": (_one(4, PixelData=b"\0" * 64), Status.BAD_TRUNCATED),
+    "Rows 0": (_tag(Rows=0), Status.BAD_HEADER),
+    "no position": (_tag(ImagePositionPatient=None), Status.BAD_HEADER),
+    "no pixel spacing": (_tag(PixelSpacing=None), Status.BAD_HEADER),
+    "slope 0": (_tag(RescaleSlope=0), Status.BAD_HEADER),
+    "Rows 65535": (_tag(Rows=65535, Columns=65535), Status.BAD_LIMIT),
+    "colour": (_tag(SamplesPerPixel=3, PixelData=b"\0" * 64 * 64 * 6), Status.BAD_PIXELS),
+    "garbled codestream": (_edit(_garbled), Status.BAD_PIXELS),
+    "skewed orientation": (_tag(ImageOrientationPatient=[1, 0, 0, 0.5, 0.9, 0]), Status.BAD_GEOMETRY),
+    "uneven slices": (_edit(_uneven), Status.BAD_GEOMETRY),
+    "gap": (_spoil(lambda paths: paths[10].unlink()), Status.BAD_MISSING_SLICE),
+    "same position twice": (
+        _one(5, ImagePositionPatient=[-190.0, -190.0, 500.0 - 4 * SPACING_MM[0]]),
+        Status.BAD_DUPLICATE_SLICE,
+    ),
+    "two patients": (_one(5, PatientID="patient-2"), Status.BAD_MIXED_SERIES),
+    "two pixel sizes": (_one(5, PixelSpacing=[5.0, 5.0]), Status.BAD_MIXED_SERIES),
+    "two orientations": (_one(5, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), Status.BAD_MIXED_SERIES),
+    "sheared by a tilt": (_edit(_shear), Status.BAD_TILT),
+    "tilt stated": (_tag(GantryDetectorTilt=15.0), Status.BAD_TILT),
+    "encrypted zip": (lambda folder: _write_zip(folder, flag=1), Status.BAD_ZIP),
+    "zip with path traversal": (lambda folder: _write_zip(folder, "../x.dcm"), Status.BAD_ZIP),
+    "no zip at all": (lambda folder: (folder.mkdir(), (folder / "a.zip").write_bytes(b"PK\3\4junk")), Status.BAD_ZIP),
+    "volume with NaN": (lambda folder: _write_volume(folder, _nan_chest()), Status.BAD_INTENSITY),
+    "volume cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_UNREADABLE),
+    "volume in colour": (lambda folder: _write_volume(folder, np.stack([make_chest()] * 3, -1)), Status.BAD_PIXELS),
+    "volume of absurd spacing": (
+        lambda folder: _write_volume(folder, make_chest(), spacing_mm=(1e-5, 6, 12)),
+        Status.BAD_GEOMETRY,
+    ),
+    "16-bit images": (lambda folder: _write_images(folder / "a", ".png", DISPLAY.astype(np.uint16)), Status.BAD_PIXELS),
+    "coloured images": (
+        lambda folder: _write_images(folder / "a", ".png", np.stack([DISPLAY, DISPLAY // 2, DISPLAY], -1)),
+        Status.BAD_PIXELS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_scan_that_cannot_be_scored_has_its_status(name: str, ingest: Ingest, tmp_path: Path) -> None:
+    write, expected = HOSTILE[name]
+    write(tmp_path / "archive")
+    (scan,) = ingest()
+    assert scan.status is expected, scan.status_detail
+    assert scan.volume is None
+    assert scan.status_detail
+
+
+def test_a_damaged_image_spoils_its_folder_also_where_linear_reads_nothing(ingest: Ingest, tmp_path: Path) -> None:
+    _write_images(tmp_path / "archive" / "a", ".png", DISPLAY.repeat(4, 0))
+    _cut(tmp_path / "archive" / "a" / "3.png", 0.8)
+    (scan,) = ingest()
+    assert scan.status is Status.BAD_TRUNCATED
+
+
+def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ingest, tmp_path: Path) -> None:
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
+    statuses = {scan.scan_id: scan.status for scan in ingest()}
+    assert statuses.pop("a") is Status.BAD_UNREADABLE
+    assert list(statuses.values()) == [Status.OK, Status.OK]
+
+
+def test_a_file_replaced_or_deleted_after_planning_is_no_scan(ingest: Ingest, tmp_path: Path) -> None:
+    paths = write_chest(tmp_path / "archive" / "a")
+    (scan,) = ingest(between=lambda: paths[0].write_bytes(paths[1].read_bytes() + b"\0"))
+    assert scan.status is Status.ERR_INPUT_CHANGED
+    (scan,) = ingest(between=paths[0].unlink)
+    assert scan.status is Status.ERR_GONE
+
+
+def test_limits_of_time_and_memory_are_errors_to_retry(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    (source,) = list_sources(open_store(str(tmp_path / "archive")).list_objects())
+    hasty = Ingester(open_store(str(tmp_path / "archive")), Road(VOLUME, DecodeConfig(timeout_s=0.01)))
+    (slow,) = hasty.ingest(source)
+    assert slow.status is Status.ERR_TIMEOUT
+    (large,) = ingest(Road(VOLUME, DecodeConfig(max_slices=20)))
+    assert large.status is Status.BAD_LIMIT
+
+
+def test_a_fetched_source_gives_the_volume_of_one_read_in_place(
+    reference: IngestedScan, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """A store without local paths stands for S3: everything is copied first."""
+    local = open_store(str(tmp_path / "archive"))
+
+    class Remote:
+        uri = "remote"
+        fetch = staticmethod(local.fetch)
+
+        def local_path(self, key: str) -> None:  # noqa: ARG002
+            return None
+
+    (source,) = list_sources(local.list_objects())
+    (scan,) = Ingester(Remote(), ROAD, sandbox).ingest(source)  # type: ignore[arg-type]
+    assert scan.volume is not None
+    assert reference.volume is not None
+    np.testing.assert_array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+# Real scans
+
+
+@pytest.mark.skipif(not CT_DATA.is_dir(), reason="real CT scans (../shared/data/ct) are not on this machine")
+def test_real_chests_are_ok_and_odd_files_all_have_a_coded_row(sandbox: Sandbox) -> None:
+    store = open_store(str(CT_DATA))
+    sources: dict[str, Source] = {source.key: source for source in list_sources(store.list_objects())}
+    ingester = Ingester(store, ROAD, sandbox)
+    rows = {key: ingester.ingest(source) for key, source in sources.items()}
+    slices = {key: [scan.facts.num_slices for scan in scans if scan.status is Status.OK] for key, scans in rows.items()}
+    assert slices == {
+        "lidc-idri-0314": [275],
+        "lung-pet-ct-dx/A0002-B40f-8mm": [30],
+        "odd/pydicom-data": [],
+        "odd/wado": [],
+        "weasis-chest-rt": [98],
+    }
+    for key in ("odd/wado", "odd/pydicom-data"):
+        assert sum(scan.facts.num_files for scan in rows[key]) == len(sources[key].objects)
+        assert all(scan.status.startswith("SKIP_") for scan in rows[key])
