@@ -1,0 +1,454 @@
+"""One face for a local folder and an S3 prefix: keys and bytes go in, objects and named errors come out.
+
+The only module that knows boto3. Stores are values without open handles, so they travel to other processes.
+"""
+
+import functools
+import io
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import boto3.session
+from botocore import exceptions as boto_errors
+from botocore.config import Config
+
+from darnet.errors import CredentialsError, RunError, ScanError, Status, StorageError, UsageError
+from darnet.scan import StoredObject
+
+CONNECT_TIMEOUT_S = 10.0  # Source: ours; a reachable store answers within one
+READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a dead connection
+REQUEST_ATTEMPTS = 5  # Source: ours; standard mode waits at most 20 s between two of them
+BODY_ATTEMPTS = 3  # Source: ours; botocore repeats requests, but not a body that breaks off
+POOL_CONNECTIONS = 16  # Source: ours; threads of one process that may talk to the store at once
+COPY_CHUNK_BYTES = 1 << 20
+
+
+class ObjectMissing(StorageError):  # noqa: N818
+    """There is no object of this key."""
+
+
+class FolderMissing(UsageError):  # noqa: N818
+    """The local folder a store is rooted in does not exist."""
+
+
+class PutUncertain(StorageError):  # noqa: N818
+    """A conditional put may or may not have happened; only reading the object back can tell."""
+
+
+class Store(Protocol):
+    """A place with objects in it. Keys are relative to its root and use `/`."""
+
+    @property
+    def uri(self) -> str:
+        """The root as a person writes it."""
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        """Every object whose key starts with `prefix`, in the order of the keys' UTF-8 bytes, one at a time.
+
+        Raises: FolderMissing, StorageError, CredentialsError.
+        """
+
+    def read_bytes(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises: ObjectMissing, StorageError, CredentialsError.
+        """
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        """Copy exactly the object that was listed, same version and length, to a local file.
+
+        Raises: ScanError ERR_GONE, ERR_INPUT_CHANGED or ERR_STORAGE, which concern this object; CredentialsError
+            when the store no longer accepts us at all, because every other scan would fail the same way.
+        """
+
+    def local_path(self, key: str) -> Path | None:
+        """Where the object lies on this machine's disk, if it does."""
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Create or replace an object; readers see the old or the new one, never a part."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Create an object unless one of this key exists; whether this call created it.
+
+        Raises: PutUncertain if the store's answer got lost; StorageError, CredentialsError.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is fine."""
+
+    def child(self, prefix: str) -> "Store":
+        """The store rooted at a folder of this one."""
+
+
+def open_store(uri: str, *, create: bool = False) -> Store:
+    """Name a place: a local folder, or s3://bucket/prefix. With `create`, a missing local folder is made.
+
+    Raises: UsageError for an empty address or another scheme; StorageError if the folder cannot be made.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", uri)
+    if scheme is None and uri:
+        root = Path(uri).absolute()
+        if create:
+            with _os_errors(str(root), "make the folder"):
+                root.mkdir(parents=True, exist_ok=True)
+        return LocalStore(root)
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
+        raise UsageError(f"{uri!r}: not a place we know; give a local folder or s3://bucket/prefix")
+    return S3Store(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
+
+
+# Local disk
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """Objects are the files below a folder. Symbolic links are followed; one that leads back up is not listed."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        if not self.root.exists():
+            raise FolderMissing(f"{self.uri}: no such folder; correct the address or create it")
+        if not self.root.is_dir():
+            raise UsageError(f"{self.uri}: a file, not a folder; give the folder that holds it")
+        yield from _walk(self.root, "", prefix, frozenset())
+
+    def read_bytes(self, key: str) -> bytes:
+        path = self.local_path(key)
+        with _os_errors(str(path), "read the file"):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                raise ObjectMissing(f"{path}: no such file") from error
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        origin = self.local_path(item.key)
+        with path.open("wb") as sink:
+            try:
+                _check_unchanged(origin, item)
+                with origin.open("rb") as body:
+                    shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
+                _check_unchanged(origin, item)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise ScanError(Status.ERR_GONE, f"{item.key}: deleted since it was listed") from error
+            except OSError as error:
+                raise ScanError(Status.ERR_STORAGE, f"{item.key}: {error.strerror}") from error
+
+    def local_path(self, key: str) -> Path:
+        """Raises: UsageError for a key that could lead out of the root or name a file in two ways."""
+        segments = key.split("/")
+        if "\0" in key or not {"", ".", ".."}.isdisjoint(segments):
+            raise UsageError(f"{self.uri}: {key!r} is not a key of a file below this folder")
+        return self.root.joinpath(*segments)
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        path = self.local_path(key)
+        with _os_errors(str(path), "write the file"), _staged(path, data) as staged:
+            staged.replace(path)
+            _sync_folder(path.parent)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        path = self.local_path(key)
+        with _os_errors(str(path), "write the file"), _staged(path, data) as staged:
+            try:
+                path.hardlink_to(staged)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+        return True
+
+    def delete(self, key: str) -> None:
+        path = self.local_path(key)
+        with _os_errors(str(path), "delete the file"):
+            path.unlink(missing_ok=True)
+
+    def child(self, prefix: str) -> "LocalStore":
+        return LocalStore(self.local_path(prefix.rstrip("/")))
+
+
+def _walk(folder: Path, inside: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
+    """List the files below a folder whose key begins with `inside`; `above` are the folders we came through."""
+    with _os_errors(str(folder), "list the folder"):
+        try:
+            found = folder.stat()
+            entries = _read_folder(folder)
+        except FileNotFoundError:  # deleted while we list
+            return
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        return
+    for name, entry in entries:
+        key = inside + name
+        if name.endswith("/"):
+            if key.startswith(prefix) or prefix.startswith(key):
+                yield from _walk(Path(entry.path), key, prefix, above | {here})
+        elif key.startswith(prefix) and (item := _describe(entry, key)) is not None:
+            yield item
+
+
+def _read_folder(folder: Path) -> list[tuple[str, "os.DirEntry[str]"]]:
+    """Names in a folder, folders with a `/` at the end, so that the order is that of the whole keys' bytes."""
+    with os.scandir(folder) as entries:
+        named = [(entry.name + "/" if _is_folder(entry) else entry.name, entry) for entry in entries]
+    return sorted(named, key=lambda pair: os.fsencode(pair[0]))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where we may not look
+        return False
+
+
+def _describe(entry: "os.DirEntry[str]", key: str) -> StoredObject | None:
+    """What a listing says of a file; a dangling link is listed as itself, a file deleted meanwhile is not."""
+    for follow in (True, False):
+        try:
+            found = entry.stat(follow_symlinks=follow)
+        except OSError:
+            continue
+        return StoredObject(key, found.st_size, str(found.st_mtime_ns), found.st_mtime)
+    return None
+
+
+def _check_unchanged(path: Path, item: StoredObject) -> None:
+    """Raises: ScanError if the file is not the one that was listed; OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise ScanError(Status.ERR_STORAGE, f"{item.key}: not a regular file")
+    if (found.st_size, str(found.st_mtime_ns)) != (item.num_bytes, item.version):
+        raise ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: replaced since it was listed")
+
+
+@contextmanager
+def _staged(path: Path, data: bytes) -> Iterator[Path]:
+    """A complete, synced file beside `path` under a hidden name no `*.parquet` matches; gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with staged.open("xb") as sink:  # not tempfile: its mode 0600 would shut other readers out
+            sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+        yield staged
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in this folder survive a power cut, where the file system can."""
+    with suppress(OSError):  # some network mounts cannot; the file's own bytes are safe already
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _os_errors(place: str, doing: str) -> Iterator[None]:
+    """Turn the operating system's errors into a StorageError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{place}: cannot {doing} ({error.strerror}); check rights, space and the mount") from error
+
+
+# S3
+
+
+def connect_s3() -> Any:
+    """A client from boto3's own chain (environment, profile, instance role), with bounded waiting."""
+    settings = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
+        max_pool_connections=POOL_CONNECTIONS,
+    )
+    return boto3.session.Session().client("s3", config=settings)
+
+
+@functools.lru_cache(maxsize=8)
+def _share_client(connect: Callable[[], Any], process_id: int) -> Any:  # noqa: ARG001
+    """One client for all stores of a process; the id is part of the key because a fork must not share sockets."""
+    return connect()
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """Objects of a bucket below a prefix, which is empty or ends in `/`. `connect` yields the boto3 client."""
+
+    bucket: str
+    prefix: str = ""
+    connect: Callable[[], Any] = connect_s3
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        with _s3_errors(self.uri):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                for found in page.get("Contents", []):
+                    key = found["Key"][len(self.prefix) :]
+                    if key:  # consoles leave an empty object named like the prefix itself
+                        modified_s = found["LastModified"].timestamp()
+                        yield StoredObject(key, found["Size"], found["ETag"].strip('"'), modified_s)
+
+    def read_bytes(self, key: str) -> bytes:
+        sink = io.BytesIO()
+        with _s3_errors(f"{self.uri}/{key}"):
+            self._download(key, sink)
+        return sink.getvalue()
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        with path.open("wb") as sink:
+            try:
+                self._download(item.key, sink, IfMatch=f'"{item.version}"')
+            except (boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
+                raise _explain_fetch(error, self.uri, item) from error
+            num_bytes = sink.tell()
+        if num_bytes != item.num_bytes:
+            raise ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: another length than listed")
+
+    def local_path(self, key: str) -> Path | None:  # noqa: ARG002
+        return None
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        with _s3_errors(f"{self.uri}/{key}"):
+            self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        uri = f"{self.uri}/{key}"
+        try:
+            self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
+        except boto_errors.ClientError as error:
+            if _http_status(error) == 412:
+                return False
+            if _is_uncertain(error):
+                raise PutUncertain(f"{uri}: the store did not say whether it wrote ({_code(error)})") from error
+            raise _explain(error, uri) from error
+        except _NO_ANSWER as error:
+            raise PutUncertain(f"{uri}: no answer from the store ({_code(error)})") from error
+        except boto_errors.BotoCoreError as error:
+            raise _explain(error, uri) from error
+        return True
+
+    def delete(self, key: str) -> None:
+        with _s3_errors(f"{self.uri}/{key}"):
+            self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+
+    def child(self, prefix: str) -> "S3Store":
+        return S3Store(self.bucket, f"{self.prefix}{prefix.rstrip('/')}/", self.connect)
+
+    @property
+    def _client(self) -> Any:
+        return _share_client(self.connect, os.getpid())
+
+    def _download(self, key: str, sink: BinaryIO, attempts: int = BODY_ATTEMPTS, **conditions: str) -> None:
+        """Write an object to `sink`, again from the start if the connection breaks half-way."""
+        response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
+        try:
+            with closing(response["Body"]) as body:
+                shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
+        except _BROKEN_BODY:
+            if attempts == 1:
+                raise
+            sink.seek(0)
+            sink.truncate()
+            self._download(key, sink, attempts - 1, **conditions)
+
+
+_BROKEN_BODY = (
+    boto_errors.IncompleteReadError,
+    boto_errors.ResponseStreamingError,
+    boto_errors.ReadTimeoutError,
+    boto_errors.FlexibleChecksumError,
+)
+# Even a refused connection may be the repetition of a request that was carried out.
+_NO_ANSWER = (boto_errors.HTTPClientError, boto_errors.ConnectionError)
+_NO_IDENTITY = (
+    boto_errors.NoCredentialsError,
+    boto_errors.PartialCredentialsError,
+    boto_errors.CredentialRetrievalError,
+    boto_errors.TokenRetrievalError,
+    boto_errors.SSOError,
+    boto_errors.ProfileNotFound,
+)
+# The store's words for "I do not know you", as against "you may not read this object".
+_REFUSED_IDENTITY = frozenset(
+    {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+)
+
+
+def _code(error: Exception) -> str:
+    """The store's name for what went wrong, or the exception's."""
+    if isinstance(error, boto_errors.ClientError):
+        return str(error.response.get("Error", {}).get("Code", "")) or f"HTTP {_http_status(error)}"
+    return type(error).__name__
+
+
+def _http_status(error: boto_errors.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _is_uncertain(error: boto_errors.ClientError) -> bool:
+    """Whether a put may have happened in spite of this answer. 501 and 400 are refusals before anything is done."""
+    status = _http_status(error)
+    return status == 409 or (status >= 500 and status != 501) or _code(error) == "RequestTimeout"
+
+
+def _explain(error: Exception, uri: str) -> RunError:
+    """What a boto3 error means to whoever started the job, and what to do about it."""
+    code = _code(error)
+    status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
+    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status in (401, 403):
+        remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
+        return CredentialsError(f"{uri}: the store does not let us in ({code}); {remedy}")
+    if code == "NoSuchBucket":
+        return StorageError(f"{uri}: no such bucket; create it or correct the address")
+    if status == 404:
+        return ObjectMissing(f"{uri}: no such object")
+    if isinstance(error, boto_errors.ParamValidationError) or code == "InvalidBucketName":
+        return UsageError(f"{uri}: not a valid bucket or key; correct the address")
+    if code == "NotImplemented":
+        return StorageError(f"{uri}: the store lacks a request we need (conditional writes?); use one that has it")
+    if isinstance(error, _NO_ANSWER):
+        return StorageError(f"{uri}: cannot reach the store ({code}); check AWS_ENDPOINT_URL and the network")
+    return StorageError(f"{uri}: the store failed ({code}); try again, then ask who runs it")
+
+
+def _explain_fetch(error: Exception, uri: str, item: StoredObject) -> ScanError | RunError:
+    """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
+    code = _code(error)
+    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY:
+        return _explain(error, uri)
+    status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
+    if status == 412:
+        return ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: replaced since it was listed")
+    if status == 404 and code != "NoSuchBucket":
+        return ScanError(Status.ERR_GONE, f"{item.key}: deleted since it was listed")
+    return ScanError(Status.ERR_STORAGE, f"{item.key}: {code}")
+
+
+@contextmanager
+def _s3_errors(uri: str) -> Iterator[None]:
+    """Turn boto3's errors into ours, naming the place."""
+    try:
+        yield
+    except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
+        raise _explain(error, uri) from error

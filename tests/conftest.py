@@ -1,0 +1,74 @@
+"""What several test files share: an S3 server of our own, started only when a test asks for it."""
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3.session
+import pytest
+
+ATTEMPTS = 300  # times 0.1 s
+SERVER_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_PROXY": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """A function that makes a fresh bucket on a private S3 server and returns its s3:// address."""
+    port = _find_free_port()
+    log = tmp_path_factory.mktemp("moto") / "server.log"
+    with pytest.MonkeyPatch.context() as patch, log.open("wb") as sink:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in SERVER_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=sink, stderr=sink, env=dict(os.environ))
+        try:
+            _wait_until_it_answers(server, port, log)
+            yield _make_bucket_factory()
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    for _ in range(ATTEMPTS):
+        if server.poll() is not None:
+            break
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise RuntimeError(f"the S3 server did not start:\n{log.read_text()}")
+
+
+def _make_bucket_factory() -> Callable[[], str]:
+    client = boto3.session.Session().client("s3")
+    numbers = itertools.count(1)
+
+    def make_bucket() -> str:
+        name = f"bucket-{next(numbers)}"
+        client.create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    return make_bucket

@@ -1,0 +1,436 @@
+"""Local folders and S3 behave alike, and what goes wrong has a name."""
+
+import io
+import os
+import pickle
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3.session
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ReadTimeoutError
+from botocore.response import StreamingBody
+from botocore.stub import ANY, Stubber
+
+from darnet.errors import CredentialsError, ScanError, Status, StorageError, UsageError
+from darnet.scan import StoredObject
+from darnet.storage import FolderMissing, LocalStore, ObjectMissing, PutUncertain, S3Store, Store, open_store
+
+TRICKY_KEYS = ["a-b/c", "a.b", "a/b", "a/c.d", "a/c/d", "a0", "a b/ü+%20&.dcm", "A", "z", "é/x", "日本/1", "\U0001f600"]
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store, once of each kind, rooted below the top."""
+    if request.param == "local":
+        return open_store(str(tmp_path / "root" / "deep"), create=True)
+    return open_store(request.getfixturevalue("s3")() + "/root/deep")
+
+
+def list_keys(store: Store, prefix: str = "") -> list[str]:
+    return [item.key for item in store.list_objects(prefix)]
+
+
+# Both stores
+
+
+def test_written_bytes_come_back(store: Store) -> None:
+    store.write_bytes("a/b", b"first")
+    store.write_bytes("a/b", b"second")
+    assert store.read_bytes("a/b") == b"second"
+    assert list_keys(store) == ["a/b"]
+
+
+def test_listing_is_in_the_order_of_utf8_bytes(store: Store) -> None:
+    for key in random.Random(0).sample(TRICKY_KEYS, len(TRICKY_KEYS)):
+        store.write_bytes(key, key.encode())
+    assert list_keys(store) == sorted(TRICKY_KEYS, key=str.encode)
+    assert [store.read_bytes(key).decode() for key in list_keys(store)] == list_keys(store)
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/c", "a/c/", "a/c/d", "a/c/d/", "é", "nothing"])
+def test_prefix_selects_by_the_start_of_the_key(store: Store, prefix: str) -> None:
+    for key in TRICKY_KEYS:
+        store.write_bytes(key, b"")
+    assert list_keys(store, prefix) == sorted(key for key in TRICKY_KEYS if key.startswith(prefix))
+
+
+def test_a_child_sees_only_what_is_below_it(store: Store) -> None:
+    store.write_bytes("a/b", b"in")
+    store.write_bytes("ab", b"beside")
+    child = store.child("a/")
+    assert list_keys(child) == ["b"]
+    assert child.read_bytes("b") == b"in"
+    assert child.uri == store.uri + "/a"
+
+
+def test_put_if_absent_creates_once(store: Store) -> None:
+    assert store.put_if_absent("slot", b"first")
+    assert not store.put_if_absent("slot", b"second")
+    assert store.read_bytes("slot") == b"first"
+    assert list_keys(store) == ["slot"]
+
+
+def test_one_of_many_racing_puts_wins(store: Store) -> None:
+    barrier = threading.Barrier(8)
+    won: list[int] = []
+
+    def put(number: int) -> None:
+        barrier.wait()
+        if store.put_if_absent("slot", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [int(store.read_bytes("slot"))] == won
+
+
+def test_missing_object_is_named(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match="deep/a/b"):
+        store.read_bytes("a/b")
+
+
+def test_deleting_is_idempotent(store: Store) -> None:
+    store.write_bytes("a", b"")
+    store.delete("a")
+    store.delete("a")
+    assert list_keys(store) == []
+
+
+def test_fetch_copies_the_listed_object(store: Store, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 9000
+    store.write_bytes("a b/ü", data)
+    (item,) = store.list_objects()
+    assert item.num_bytes == len(data)
+    assert item.modified_s > 1.7e9
+    store.fetch(item, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_fetch_tells_a_deleted_object(store: Store, tmp_path: Path) -> None:
+    store.write_bytes("a", b"1")
+    (item,) = store.list_objects()
+    store.delete("a")
+    with pytest.raises(ScanError) as caught:
+        store.fetch(item, tmp_path / "copy")
+    assert caught.value.status is Status.ERR_GONE
+
+
+@pytest.mark.parametrize("replacement", [b"2", b"longer"])
+def test_fetch_tells_a_replaced_object(store: Store, tmp_path: Path, replacement: bytes) -> None:
+    store.write_bytes("a", b"1")
+    (item,) = store.list_objects()
+    store.write_bytes("a", replacement)
+    with pytest.raises(ScanError) as caught:
+        store.fetch(item, tmp_path / "copy")
+    assert caught.value.status is Status.ERR_INPUT_CHANGED
+
+
+def test_a_store_travels_to_another_process(store: Store) -> None:
+    store.write_bytes("a", b"1")
+    copy: Store = pickle.loads(pickle.dumps(store))
+    assert copy == store
+    assert copy.read_bytes("a") == b"1"
+
+
+@pytest.mark.s3
+def test_listing_goes_on_after_a_thousand_keys(s3: Callable[[], str]) -> None:
+    store = open_store(s3())
+    keys = [f"{number:04d}" for number in range(1005)]
+    for key in keys:
+        store.write_bytes(key, b"")
+    assert list_keys(store) == keys
+
+
+@pytest.mark.s3
+def test_keys_that_no_disk_could_hold_are_listed(s3: Callable[[], str]) -> None:
+    store = open_store(s3() + "/top")
+    for key in ("a", "a/", "a/b", "a//b", "a/../b"):
+        store.write_bytes(key, b"")
+    store.write_bytes("", b"")  # the marker a console leaves for the folder itself
+    assert list_keys(store) == ["a", "a/", "a/../b", "a//b", "a/b"]
+
+
+@pytest.mark.s3
+def test_a_missing_bucket_is_named(s3: Callable[[], str]) -> None:
+    store = open_store(s3() + "-missing/top")
+    with pytest.raises(StorageError, match=r"s3://bucket-\d+-missing/top: no such bucket"):
+        list_keys(store)
+    with pytest.raises(StorageError, match="no such bucket"):
+        store.put_if_absent("a", b"")
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("uri", "bucket", "prefix"),
+    [("s3://b", "b", ""), ("s3://b/", "b", ""), ("s3://b/p/q", "b", "p/q/"), ("s3://b/p/", "b", "p/")],
+)
+def test_s3_addresses(uri: str, bucket: str, prefix: str) -> None:
+    store = open_store(uri)
+    assert isinstance(store, S3Store)
+    assert (store.bucket, store.prefix) == (bucket, prefix)
+    assert store.uri == uri.rstrip("/")
+
+
+@pytest.mark.parametrize("uri", ["", "s3://", "s3:///p", "s3:/b/p", "gs://b/p", "https://b/p", "file:///tmp"])
+def test_unknown_addresses_are_wrong_use(uri: str) -> None:
+    with pytest.raises(UsageError, match="folder or s3://"):
+        open_store(uri)
+
+
+def test_a_relative_folder_means_the_same_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("here", create=True)
+    store.write_bytes("a", b"1")
+    monkeypatch.chdir("/")
+    assert store.read_bytes("a") == b"1"
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FolderMissing, match="absent: no such folder"):
+        list_keys(open_store(str(tmp_path / "absent")))
+
+
+def test_a_file_is_not_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "scan.nii").write_bytes(b"")
+    with pytest.raises(UsageError, match="a file, not a folder"):
+        list_keys(open_store(str(tmp_path / "scan.nii")))
+
+
+# Local disk
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "..", ".", "", "a//b", "a/./b", "a\0b"])
+def test_no_key_leaves_the_folder(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x").write_bytes(b"secret")
+    store = open_store(str(tmp_path / "root"), create=True)
+    with pytest.raises(UsageError):
+        store.read_bytes(key)
+    with pytest.raises(UsageError):
+        store.write_bytes(key, b"")
+    with pytest.raises(UsageError):
+        store.fetch(StoredObject(key, 6, ""), tmp_path / "copy")
+
+
+def test_names_that_are_not_utf8_are_listed_and_read(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.dcm", "wb") as sink:  # noqa: PTH123
+        sink.write(b"1")
+    store = open_store(str(tmp_path))
+    assert [os.fsencode(key) for key in list_keys(store)] == [b"caf\xe9.dcm"]
+    assert store.read_bytes(list_keys(store)[0]) == b"1"
+
+
+def test_links_are_followed_but_never_round_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1").write_bytes(b"1")
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "up").symlink_to(root)
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
+    (root / "file").symlink_to(tmp_path / "elsewhere" / "1")
+    store = open_store(str(root))
+    assert list_keys(store) == ["file", "folder/1"]
+    assert store.read_bytes("folder/1") == store.read_bytes("file") == b"1"
+
+
+@pytest.mark.parametrize("target", ["absent", "link"])
+def test_a_dangling_link_is_listed_and_gone_when_fetched(tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(target)
+    store = open_store(str(tmp_path))
+    (item,) = store.list_objects()
+    with pytest.raises(ScanError) as caught:
+        store.fetch(item, tmp_path / "copy")
+    assert caught.value.status in {Status.ERR_GONE, Status.ERR_STORAGE}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    store = open_store(str(tmp_path))
+    (item,) = store.list_objects()
+    with pytest.raises(ScanError, match="not a regular file"):
+        store.fetch(item, tmp_path / "copy")
+
+
+def test_a_file_touched_within_the_same_length_is_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"1")
+    store = open_store(str(tmp_path))
+    (item,) = store.list_objects()
+    os.utime(path, ns=(int(item.version), int(item.version) + 1))
+    with pytest.raises(ScanError) as caught:
+        store.fetch(item, tmp_path / "copy")
+    assert caught.value.status is Status.ERR_INPUT_CHANGED
+
+
+def test_written_files_follow_the_umask_and_leave_nothing_behind(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    before = os.umask(0o022)
+    try:
+        store.write_bytes("a", b"")
+        store.put_if_absent("b", b"")
+        store.put_if_absent("b", b"")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o644, 0o644]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # noqa: PTH208
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot write the file"):
+        LocalStore(tmp_path).write_bytes("file/below", b"")
+
+
+def test_local_path_is_known_for_a_disk_only(tmp_path: Path) -> None:
+    assert LocalStore(tmp_path).local_path("a/b") == tmp_path / "a" / "b"
+    assert S3Store("bucket").local_path("a/b") is None
+
+
+# S3 answers that no test server gives: a real client whose network is botocore's own stub
+
+
+def connect_stub(**settings: Any) -> Any:
+    """A client that cannot reach anything by itself."""
+    return boto3.session.Session().client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url="http://127.0.0.1:9",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        config=Config(retries={"total_max_attempts": 1}, **settings),
+    )
+
+
+def answer_with_error(method: str, code: str, status: int) -> S3Store:
+    client = connect_stub()
+    stub = Stubber(client)
+    stub.add_client_error(method, service_error_code=code, http_status_code=status)
+    stub.activate()
+    return S3Store("bucket", "top/", lambda: client)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("AccessDenied", 403, CredentialsError),
+        ("InvalidAccessKeyId", 403, CredentialsError),
+        ("SignatureDoesNotMatch", 403, CredentialsError),
+        ("ExpiredToken", 400, CredentialsError),
+        ("NoSuchBucket", 404, StorageError),
+        ("SlowDown", 503, StorageError),
+        ("InvalidBucketName", 400, UsageError),
+    ],
+)
+def test_refused_listings_have_the_right_name(code: str, status: int, expected: type[Exception]) -> None:
+    with pytest.raises(expected, match="s3://bucket/top: "):
+        list_keys(answer_with_error("list_objects_v2", code, status))
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("ConditionalRequestConflict", 409),
+        ("InternalError", 500),
+        ("ServiceUnavailable", 503),
+        ("RequestTimeout", 400),
+    ],
+)
+def test_an_ambiguous_answer_to_a_put_is_uncertain(code: str, status: int) -> None:
+    with pytest.raises(PutUncertain, match=code):
+        answer_with_error("put_object", code, status).put_if_absent("slot", b"")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("AccessDenied", 403, CredentialsError),
+        ("NoSuchBucket", 404, StorageError),
+        ("NotImplemented", 501, StorageError),
+    ],
+)
+def test_a_clear_refusal_of_a_put_is_not_uncertain(code: str, status: int, expected: type[Exception]) -> None:
+    with pytest.raises(expected) as caught:
+        answer_with_error("put_object", code, status).put_if_absent("slot", b"")
+    assert not isinstance(caught.value, PutUncertain)
+
+
+def test_an_unreachable_store_is_a_storage_error() -> None:
+    store = S3Store("bucket", "", connect_stub)
+    with pytest.raises(StorageError, match="cannot reach the store"):
+        list_keys(store)
+    with pytest.raises(PutUncertain):
+        store.put_if_absent("slot", b"")
+
+
+def test_no_credentials_is_a_credentials_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "absent"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client = boto3.session.Session().client("s3", region_name="us-east-1")
+    with pytest.raises(CredentialsError, match="s3://bucket: the store does not let us in"):
+        list_keys(S3Store("bucket", "", lambda: client))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("NoSuchKey", 404, Status.ERR_GONE),
+        ("PreconditionFailed", 412, Status.ERR_INPUT_CHANGED),
+        ("AccessDenied", 403, Status.ERR_STORAGE),
+        ("SlowDown", 503, Status.ERR_STORAGE),
+    ],
+)
+def test_trouble_with_one_object_concerns_one_scan(code: str, status: int, expected: Status, tmp_path: Path) -> None:
+    with pytest.raises(ScanError) as caught:
+        answer_with_error("get_object", code, status).fetch(StoredObject("a", 1, "tag"), tmp_path / "copy")
+    assert caught.value.status is expected
+
+
+def test_expired_credentials_stop_the_job_instead_of_failing_every_scan(tmp_path: Path) -> None:
+    with pytest.raises(CredentialsError):
+        answer_with_error("get_object", "ExpiredToken", 400).fetch(StoredObject("a", 1, "tag"), tmp_path / "copy")
+
+
+class BreakingBody(io.BytesIO):
+    """A response whose connection dies after the first bytes."""
+
+    def read(self, size: int | None = None) -> bytes:
+        if self.tell() > 0:
+            raise ReadTimeoutError(endpoint_url="http://127.0.0.1:9")
+        return super().read(min(size or 4, 4))
+
+
+def answer_with_bodies(*bodies: io.BytesIO) -> S3Store:
+    client = connect_stub()
+    stub = Stubber(client)
+    for body in bodies:
+        response = {"Body": StreamingBody(body, len(body.getvalue()))}
+        stub.add_response("get_object", response, {"Bucket": "bucket", "Key": "a", "IfMatch": ANY})
+    stub.activate()
+    return S3Store("bucket", "", lambda: client)
+
+
+def test_a_broken_transfer_starts_again(tmp_path: Path) -> None:
+    store = answer_with_bodies(BreakingBody(b"01234567"), io.BytesIO(b"01234567"))
+    store.fetch(StoredObject("a", 8, "tag"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"01234567"
+
+
+def test_a_transfer_that_keeps_breaking_is_a_storage_row(tmp_path: Path) -> None:
+    store = answer_with_bodies(*[BreakingBody(b"01234567") for _ in range(3)])
+    with pytest.raises(ScanError) as caught:
+        store.fetch(StoredObject("a", 8, "tag"), tmp_path / "copy")
+    assert caught.value.status is Status.ERR_STORAGE
