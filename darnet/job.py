@@ -1,0 +1,34 @@
+"""From a command line to an exit code: settings in, the work's summary out as one JSON line, errors in plain words."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from darnet.config import Settings, read_settings
+from darnet.errors import ExitCode, RunError
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def run_job(
+    name: str, settings_class: type[SettingsT], work: Callable[[SettingsT], Mapping[str, Any]], arguments: list[str]
+) -> int:
+    """Read the settings, do the work, print the summary as the last line of stdout, and return the exit code.
+
+    A `RunError` ends the job with its own code and a sentence on stderr; anything else is a defect and keeps its
+    traceback.
+    """
+    started_s = time.monotonic()
+    summary: dict[str, Any] = {"job": name}
+    try:
+        summary |= work(read_settings(settings_class, arguments, f"python -m jobs.{name}"))
+        code = ExitCode.DONE
+    except RunError as error:
+        code = error.exit_code
+        summary["error"] = str(error)
+        print(f"jobs.{name}: {error}", file=sys.stderr)
+    summary |= {"seconds": round(time.monotonic() - started_s, 1), "exit_code": int(code)}
+    print(json.dumps(summary, default=str), flush=True)
+    return int(code)

@@ -1,0 +1,140 @@
+"""The cluster this job runs on, and the one operator that training and scoring share: sources in, decoded scans out."""
+
+import functools
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import DataContext, Dataset
+from ray.exceptions import RayError
+
+from darnet.config import VolumeConfig
+from darnet.errors import RunError, UsageError
+from darnet.ingest import Ingester, Road
+from darnet.scan import IngestedScan, Source
+from darnet.storage import Store
+
+DECODE_CPUS = 1.0
+# Less than DECODE_CPUS, or Ray fuses an actor of one CPU with decoding and the two never overlap.
+CPU_MARGIN = 0.01
+PSEUDONYM_VARIABLE = "DARNET_PSEUDONYM_KEY"
+SOURCES_PER_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class DecodedScan:
+    """One scan on its way through the cluster, with what its row needs of its source."""
+
+    source_key: str
+    input_sha256: str
+    num_scans: int
+    scan: IngestedScan
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
+
+    Raises: UsageError if RAY_ADDRESS leads nowhere, or the cluster has a single CPU.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool logs a false alarm
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address:
+                ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+            else:
+                os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+                num_cpus = max(os.cpu_count() or 1, 2)
+                ray.init(
+                    "local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
+        except ConnectionError as error:
+            raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
+    if ray.cluster_resources().get("CPU", 0) < 2:
+        raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
+    for name in ("ray.data", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def count_resource(name: str) -> float:
+    """How much of a resource ("CPU", "GPU") the cluster has."""
+    return float(ray.cluster_resources().get(name, 0.0))
+
+
+def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_size: int) -> Dataset:
+    """A lazy data set with one row a scan: `voxels` (D, H, W) uint8, `lung` its mask as packed bits, `record`.
+
+    A scan that is not OK carries zeros, so that every row and block has one shape. `record` is read by `unpack_scan`.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    voxels = int(np.prod(road.volume.shape))
+    context.target_max_block_size = batch_size * (voxels + voxels // 8 + 4096)
+    num_blocks = max(1, min(len(sources), max(2 * int(count_resource("CPU")), len(sources) // SOURCES_PER_BLOCK)))
+    items = [{"source": pickle.dumps(source)} for source in sources]
+    planned = ray.data.from_items(items, override_num_blocks=num_blocks)
+    decode = functools.partial(_decode_row, store=store, road=replace(road, pseudonym_key=None))
+    return planned.flat_map(decode, num_cpus=DECODE_CPUS)
+
+
+def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    """Run a data set and yield its blocks as they come.
+
+    Raises: RunError: what stopped the cluster, as the error it was in its worker where that was one of ours.
+    """
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            assert isinstance(batch, dict)
+            yield batch
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, RunError) else RunError(f"the cluster gave up: {error}") from error
+
+
+def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[Any, Any]) -> DecodedScan:
+    """A row of `decode_sources` as the decoded scan it was made of."""
+    decoded: DecodedScan = pickle.loads(record)
+    scan = decoded.scan
+    if scan.volume is None:
+        return decoded
+    mask = np.unpackbits(lung, count=voxels.size).reshape(voxels.shape).astype(np.bool_)
+    has_mask = scan.lung is not None
+    volume = replace(scan.volume, voxels=voxels)
+    return replace(decoded, scan=replace(scan, volume=volume, lung=mask if has_mask else None))
+
+
+def _decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
+    source: Source = pickle.loads(row["source"])
+    scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+    return [_pack_scan(DecodedScan(source.key, source.input_sha256, len(scans), scan), road.volume) for scan in scans]
+
+
+@functools.lru_cache(maxsize=1)
+def _keep_ingester(store: Store, road: Road) -> Ingester:
+    """A worker keeps its decoding child from row to row. The secret comes from this node's own environment."""
+    secret = os.environ.get(PSEUDONYM_VARIABLE)
+    return Ingester(store, replace(road, pseudonym_key=secret.encode() if secret else None))
+
+
+def _pack_scan(decoded: DecodedScan, volume: VolumeConfig) -> dict[str, Any]:
+    scan = decoded.scan
+    voxels = np.zeros(volume.shape, np.uint8) if scan.volume is None else scan.volume.voxels
+    lung = np.zeros(volume.shape, np.bool_) if scan.lung is None else scan.lung
+    slim = replace(
+        scan,
+        volume=None if scan.volume is None else replace(scan.volume, voxels=np.empty((0, 0, 0), np.uint8)),
+        lung=None if scan.lung is None else np.empty((0, 0, 0), np.bool_),
+    )
+    return {"voxels": voxels, "lung": np.packbits(lung), "record": pickle.dumps(replace(decoded, scan=slim))}

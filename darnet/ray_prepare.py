@@ -1,0 +1,127 @@
+"""An archive and a cohort table in; the volumes folder out, with the scans that could not be used listed beside it."""
+
+import functools
+import pickle
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from darnet.archive import list_sources
+from darnet.cohort import count_cohort, divide_cohort
+from darnet.config import DecodeConfig, TrainConfig, VolumeConfig
+from darnet.dataset import write_array, write_index
+from darnet.errors import Status, UsageError
+from darnet.ingest import Road
+from darnet.progress import show_progress
+from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
+from darnet.scan import Source
+from darnet.storage import Store
+
+EXCLUDED_FILE = "excluded.csv"
+NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"
+AMBIGUOUS = "AMBIGUOUS"
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """What became of one scan of a source: its status, and where its standard volume lies if that is OK."""
+
+    source_key: str
+    scan_id: str
+    status: str
+    detail: str
+    array: str
+    sha256: str
+
+
+def prepare_volumes(
+    archive: Store, cohort: pd.DataFrame, folder: Path, volume: VolumeConfig, decode: DecodeConfig, train: TrainConfig
+) -> dict[str, Any]:
+    """Write the standard volume of every usable scan of the cohort, divide them, and list the others with reasons.
+
+    Raises: UsageError if no scan of the cohort is usable.
+    """
+    sources = match_cohort(cohort, list_sources(archive.list_objects()))
+    folder.mkdir(parents=True, exist_ok=True)
+    connect()
+    prepared = _store_sources(list(dict.fromkeys(sources.values())), archive, Road(volume, decode), folder)
+    chosen = [_choose(scan_id, sources.get(scan_id), prepared) for scan_id in cohort["scan_id"]]
+    columns = {name: [getattr(scan, name) for scan in chosen] for name in ("status", "detail", "array", "sha256")}
+    frame = cohort.assign(**columns)
+    is_usable = frame["status"] == Status.OK
+    excluded = frame[~is_usable]
+    excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(folder / EXCLUDED_FILE, index=False)
+    if not is_usable.any():
+        raise UsageError(f"no scan of the cohort is usable; {folder / EXCLUDED_FILE} says why for each")
+    divided = divide_cohort(frame[is_usable], num_folds=train.num_folds, seed=train.seed)
+    return {
+        "volumes": str(folder),
+        "scans": len(divided),
+        "excluded": dict(Counter(excluded["status"])),
+        "counts": count_cohort(divided),
+        "cohort_sha256": write_index(folder, divided, volume),
+    }
+
+
+def match_cohort(cohort: pd.DataFrame, sources: Iterable[Source]) -> dict[str, Source]:
+    """The source of each scan_id that has one.
+
+    A scan_id is the source's key, or the key with # and the series' digits, or the last part of
+    `diagnosis/patient_id/scan_id`, the layout of CC-CCII.
+    """
+    wanted = defaultdict(list)
+    columns = (cohort[name].astype(str) for name in ("scan_id", "patient_id", "diagnosis"))
+    for scan_id, patient_id, diagnosis in zip(*columns, strict=True):
+        for key in (scan_id, scan_id.rpartition("#")[0], f"{diagnosis}/{patient_id}/{scan_id}"):
+            wanted[key].append(scan_id)
+    matched: dict[str, Source] = {}
+    for source in sources:
+        for scan_id in wanted.get(source.key, ()):
+            matched.setdefault(scan_id, source)
+    return matched
+
+
+def _store_sources(
+    sources: Sequence[Source], archive: Store, road: Road, folder: Path
+) -> dict[str, list[PreparedScan]]:
+    """Decode sources on the cluster, each scan's volume written where it was decoded; scans by source."""
+    store = functools.partial(_store_array, folder=folder)
+    dataset = decode_sources(sources, archive, road, batch_size=1).map(store, num_cpus=DECODE_CPUS)
+    prepared: dict[str, list[PreparedScan]] = defaultdict(list)
+    with show_progress("preparing", len(sources)) as meter:
+        for batch in iterate_blocks(dataset):
+            for scan, num_scans in map(pickle.loads, batch["scan"]):
+                prepared[scan.source_key].append(scan)
+                is_complete = len(prepared[scan.source_key]) == num_scans
+                meter.advance(int(is_complete), {scan.status: 1})
+    return prepared
+
+
+def _store_array(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write one decoded scan where it was decoded; only its name travels on."""
+    decoded = unpack_scan(row["record"], row["voxels"], row["lung"])
+    scan = decoded.scan
+    array, sha256 = ("", "")
+    if scan.volume is not None:
+        array, sha256 = write_array(folder, scan.scan_id, scan.volume.voxels)
+    prepared = PreparedScan(decoded.source_key, scan.scan_id, str(scan.status), scan.status_detail, array, sha256)
+    return {"scan": pickle.dumps((prepared, decoded.num_scans))}
+
+
+def _choose(scan_id: str, source: Source | None, prepared: Mapping[str, Sequence[PreparedScan]]) -> PreparedScan:
+    """The scan a row of the cohort means: the one it names, or the only usable one of its source."""
+    if source is None:
+        return PreparedScan("", scan_id, NOT_IN_ARCHIVE, "no source of this name in the archive", "", "")
+    scans = prepared[source.key]
+    named = [scan for scan in scans if scan.scan_id == scan_id]
+    usable = [scan for scan in scans if scan.status == Status.OK]
+    if len(named) == 1:
+        return named[0]
+    if len(usable) > 1:
+        names = ", ".join(scan.scan_id for scan in usable)
+        return PreparedScan(source.key, scan_id, AMBIGUOUS, f"source holds several scans, name one of {names}", "", "")
+    return (usable or scans)[0]

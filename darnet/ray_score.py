@@ -1,0 +1,168 @@
+"""An archive, a bundle and a results table in; the table's next object out, and a summary of the run.
+
+The driver plans, collects, verifies and publishes; decoding and the networks run wherever the cluster has room.
+"""
+
+import hashlib
+import pickle
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime
+from typing import Any
+
+import numpy as np
+from ray.data import ActorPoolStrategy, Dataset
+
+from darnet import __version__
+from darnet.archive import list_sources
+from darnet.bundle import Bundle, load_networks, read_bundle
+from darnet.config import ScoreConfig
+from darnet.errors import RunError, Status
+from darnet.ingest import Road
+from darnet.progress import show_progress
+from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
+from darnet.results import PlannedSource, RunFolder, check_rows, find_last_commit, name_part, publish, read_scored_keys
+from darnet.scan import Source
+from darnet.score import Ensemble, RunFacts, make_row
+from darnet.storage import Store
+
+
+class ScoringActor:
+    """A cluster actor that holds the ensemble and turns decoded scans into results rows."""
+
+    def __init__(self, model: Store, run: RunFacts, config: ScoreConfig, device: str) -> None:
+        """Raises: RunError if the bundle is another one by now than the run was planned with."""
+        bundle = read_bundle(model)
+        if bundle.manifest != run.model:
+            raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
+        self._run = run
+        self._ensemble = Ensemble(
+            load_networks(bundle), batch_size=config.batch_size, num_threads=config.num_threads, device=device
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
+        """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row) out."""
+        decoded = [
+            unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
+        ]
+        is_ok = np.array([item.scan.status is Status.OK for item in decoded])
+        scores = iter(self._ensemble.score(batch["voxels"][is_ok]) if is_ok.any() else ())
+        rows = []
+        for item in decoded:
+            score = next(scores) if item.scan.status is Status.OK else None
+            row = make_row(self._run, item.source_key, item.input_sha256, item.scan, score, datetime.now(UTC))
+            rows.append(pickle.dumps((item.source_key, item.num_scans, row)))
+        return {"row": rows}
+
+
+def score_archive(
+    archive: Store, model: Store, results: Store, config: ScoreConfig, night: date | None = None
+) -> dict[str, Any]:
+    """Score what is new or changed in the archive and publish it as one object; a summary for people and schedulers.
+
+    A run that was killed is found again by its id on the same night, as long as nothing else was published and the
+    archive did not change: its staged parts are kept.
+    Raises: RunError of every kind; nothing is published then.
+    """
+    bundle = read_bundle(model)
+    plan = plan_run(archive, results, bundle)
+    summary: dict[str, Any] = {"model": bundle.manifest.model_name, "planned_sources": len(plan), "published": None}
+    if not plan:
+        return summary | {"message": "nothing new in the archive: nothing to score, nothing published"}
+    night = night or datetime.now(UTC).date()
+    run_id = name_run(night, archive, bundle, plan, find_last_commit(results))
+    folder = RunFolder(results, run_id)
+    folder.write_plan(plan)
+    planned = [item.source for item in folder.read_plan()]
+    run = RunFacts(run_id, night, bundle.manifest, __version__)
+    staged = folder.list_staged_sources()
+    missing = [source for source in planned if source.key not in staged]
+    if missing:
+        connect()
+        stage_rows(score_sources(archive, model, run, config, missing), folder, len(missing), config.part_scans)
+    rows = folder.read_parts()
+    check_rows((source.key for source in planned), rows)
+    number = publish(results, run_id, rows)
+    statuses = Counter(rows["status"].to_pylist())
+    return summary | {
+        "run_id": run_id,
+        "resumed_sources": len(planned) - len(missing),
+        "scans": rows.num_rows,
+        "statuses": dict(statuses.most_common()),
+        "published": number,
+    }
+
+
+def plan_run(archive: Store, results: Store, bundle: Bundle) -> list[PlannedSource]:
+    """The sources whose scans are not all final under this model, in the archive's order."""
+    manifest = bundle.manifest
+    keys = read_scored_keys(results, manifest.model_sha256, manifest.preprocessing_version)
+    found = ((source, keys.find_reason(source)) for source in list_sources(archive.list_objects()))
+    return [PlannedSource(source, reason) for source, reason in found if reason is not None]
+
+
+def name_run(night: date, archive: Store, bundle: Bundle, plan: Sequence[PlannedSource], last_commit: int) -> str:
+    """A name that the same work gets again after a kill, and other work does not: it digests model and plan.
+
+    The night and the table's last number are part of it, so that trying again what failed is another run.
+    """
+    manifest = bundle.manifest
+    digest = hashlib.sha256(f"{archive.uri}\0{manifest.model_sha256}\0{last_commit}".encode())
+    for item in plan:
+        digest.update(f"\0{item.source.input_sha256}".encode())
+    return f"{night:%Y%m%d}-{digest.hexdigest()[:16]}"
+
+
+def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sources: int) -> None:
+    """Run the road of `score_sources` and stage its rows, `part_sources` sources a part, every source whole."""
+    finished: dict[str, list[dict[str, Any]]] = {}
+    with show_progress("scoring", num_sources) as meter:
+        for source_key, rows in collect_sources(dataset):
+            finished[source_key] = rows
+            meter.advance(1, Counter(row["status"] for row in rows))
+            if len(finished) >= part_sources:
+                _write_part(folder, finished)
+        if finished:
+            _write_part(folder, finished)
+
+
+def score_sources(
+    archive: Store, model: Store, run: RunFacts, config: ScoreConfig, sources: Sequence[Source]
+) -> Dataset:
+    """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
+
+    Raises: RunError if the cluster has too few GPUs for the actors.
+    """
+    num_gpus = count_resource("GPU")
+    if 0 < num_gpus < config.num_actors:
+        raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
+    road = Road(run.model.settings.volume, config.decode)
+    return decode_sources(sources, archive, road, config.batch_size).map_batches(
+        ScoringActor,
+        fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu"),
+        batch_size=config.batch_size,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=config.num_actors),
+        num_gpus=1 if num_gpus else None,
+        num_cpus=config.num_threads - CPU_MARGIN,
+    )
+
+
+def collect_sources(dataset: Dataset) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Run the road and yield each source when all its scans have come.
+
+    Raises: RunError, as `iterate_blocks`.
+    """
+    waiting: dict[str, list[dict[str, Any]]] = {}
+    for batch in iterate_blocks(dataset):
+        for source_key, num_scans, row in map(pickle.loads, batch["row"]):
+            rows = waiting.setdefault(source_key, [])
+            rows.append(row)
+            if len(rows) == num_scans:
+                yield source_key, waiting.pop(source_key)
+    assert not waiting, "a scan was lost on its way"
+
+
+def _write_part(folder: RunFolder, finished: dict[str, list[dict[str, Any]]]) -> None:
+    folder.write_part(name_part(finished), [row for rows in finished.values() for row in rows])
+    finished.clear()

@@ -1,0 +1,28 @@
+"""python -m jobs.prepare: archive + cohort table -> standard volumes, folds."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from darnet.cohort import read_cohort
+from darnet.config import PrepareSettings
+from darnet.job import run_job
+from darnet.ray_prepare import prepare_volumes
+from darnet.storage import open_store
+
+
+def work(settings: PrepareSettings) -> dict[str, Any]:
+    """Prepare the volumes folder."""
+    place, _, name = settings.cohort.rpartition("/")
+    cohort = read_cohort(name, open_store(place or ".").read_bytes(name))
+    archive, folder = open_store(settings.archive), Path(settings.volumes)
+    return prepare_volumes(archive, cohort, folder, settings.volume, settings.score.decode, settings.train)
+
+
+def main() -> int:
+    """Run the job and return its exit code."""
+    return run_job("prepare", PrepareSettings, work, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""python -m jobs.score: archive + bundle -> the next object of the results table."""
+
+import sys
+from datetime import date
+from typing import Any
+
+from darnet.config import ScoreSettings
+from darnet.errors import UsageError
+from darnet.job import run_job
+from darnet.ray_score import score_archive
+from darnet.storage import open_store
+
+
+def work(settings: ScoreSettings) -> dict[str, Any]:
+    """Score the archive."""
+    try:
+        night = None if settings.night is None else date.fromisoformat(settings.night)
+    except ValueError as error:
+        raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
+    stores = open_store(settings.archive), open_store(settings.model), open_store(settings.results, create=True)
+    return score_archive(*stores, settings.score, night)
+
+
+def main() -> int:
+    """Run the job and return its exit code."""
+    return run_job("score", ScoreSettings, work, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
