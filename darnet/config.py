@@ -205,6 +205,10 @@ class DemoSettings(Settings):
 
     out: Path = Path(".demo")
     """Folder for everything the demo makes; emptied first."""
+    volume: VolumeConfig = VolumeConfig(shape=(32, 96, 96), crop="body")
+    network: ModelConfig = ModelConfig(base_channels=8)
+    train: TrainConfig = TrainConfig(epochs=12)
+    score: ScoreConfig = ScoreConfig()
 
 
 def read_settings(settings_class: type[SettingsT], arguments: list[str], prog: str) -> SettingsT:

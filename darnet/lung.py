@@ -12,7 +12,6 @@ from scipy import ndimage
 from darnet.scan import BoolArray, StandardVolume
 
 LabelArray: TypeAlias = NDArray[np.integer[Any]]
-Box: TypeAlias = tuple[slice, slice, slice]
 
 AIR_BELOW_HU = -400.0  # halfway between aerated lung (-850) and soft tissue (50): partial volume falls evenly
 GAS_BELOW_HU = -950.0  # no tissue in it: outside air, trachea, bowel. The radiologist's emphysema threshold
@@ -21,7 +20,8 @@ GAS_SHARE_LARGE = 0.6  # severe emphysema reaches half; outside air had 0.6 to 0
 LARGE_CM2 = 60.0  # no trachea or bowel loop is this wide, so a larger patch inside the body is lung unless all gas
 PIECE_SHARE = 0.1  # of the largest piece: the smaller lung of a diseased chest, not a gas bubble of the stomach
 INSIDE_SHARE = 0.25  # of a patch, between parts of the body: a lung cut open by the crop keeps half, couch foam none
-CLOSING_MM = 10.0  # half the width of a notch that is closed: vessels and pleural lesions, not the mediastinum
+CLOSING_MM = 10.0  # in plane, half the width of a notch that is closed: vessels, lesions, not the mediastinum
+CLOSING_Z_MM = 25.0  # along z the same: lesions at the pleura have lung above and below, heart and liver have not
 HOLE_CM2 = 12.0  # a disc of 4 cm: vessels, nodules, small consolidations; a liver dome is larger
 
 MIN_LITRES = 0.15  # an infant of a year has 0.3; all air in a head together 0.1, bowel gas in one piece seldom more
@@ -39,7 +39,8 @@ def segment_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> Bool
 
     Shape:  (D, H, W) bool on the volume's grid; all False where there is no lung.
     Raises: ValueError for a display image or a window that cannot tell gas from lung from tissue.
-    Source: ours. Limit: a consolidation wider than `CLOSING_MM` allows that reaches the pleura stays outside.
+    Source: ours. Limits: a consolidation at the pleura that is both wider and taller than the closing reaches stays
+            outside, and so does lung in a slice where the crop leaves neither front and back nor both side walls.
     """
     spacing_mm = _spacing_mm(volume)
     voxels = volume.voxels
@@ -135,18 +136,21 @@ def _restore(pieces: LabelArray, spacing_mm: tuple[float, float, float]) -> Bool
     """
     lung = np.zeros(pieces.shape, bool)
     for number, box in enumerate(ndimage.find_objects(pieces), start=1):
-        lung[box] |= _fill_holes(_close_in_plane(pieces[box] == number, spacing_mm), spacing_mm)
+        piece = pieces[box] == number
+        closed = _close(piece, (0, CLOSING_MM, CLOSING_MM), spacing_mm) | _close(
+            piece, (CLOSING_Z_MM, 0, 0), spacing_mm
+        )
+        lung[box] |= _fill_holes(closed, spacing_mm)
     return lung
 
 
-def _close_in_plane(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
-    """Close notches up to twice `CLOSING_MM` wide, each slice on its own, with a rectangle (fast: separable)."""
-    reach_y, reach_x = (round(CLOSING_MM / step) for step in spacing_mm[1:])
-    size = (1, 2 * reach_y + 1, 2 * reach_x + 1)
-    padded = np.pad(piece, ((0, 0), (reach_y, reach_y), (reach_x, reach_x))).view(np.uint8)
+def _close(piece: BoolArray, reach_mm: tuple[float, float, float], spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Close notches up to twice as wide as `reach_mm` with a box: along single axes, hence quick."""
+    reach = [round(length / step) for length, step in zip(reach_mm, spacing_mm, strict=True)]
+    size = [2 * steps + 1 for steps in reach]
+    padded = np.pad(piece, [(steps, steps) for steps in reach]).view(np.uint8)
     closed = ndimage.minimum_filter(ndimage.maximum_filter(padded, size, mode="constant"), size, mode="constant")
-    height, width = piece.shape[1:]
-    return np.asarray(closed[:, reach_y : reach_y + height, reach_x : reach_x + width] > 0)
+    return np.asarray(closed[tuple(slice(steps, steps + n) for steps, n in zip(reach, piece.shape, strict=True))] > 0)
 
 
 def _fill_holes(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:

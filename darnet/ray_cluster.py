@@ -50,21 +50,27 @@ def connect() -> None:
             if address:
                 ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
             else:
-                os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-                num_cpus = max(os.cpu_count() or 1, 2)
-                ray.init(
-                    "local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                )
+                _start_local()
         except ConnectionError as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
     if ray.cluster_resources().get("CPU", 0) < 2:
         raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
     for name in ("ray.data", "ray.data._internal.progress"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _start_local() -> None:
+    """A cluster of this machine alone, on loopback, that ends with this process. Two CPUs are the least it needs."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a fold; nobody preempts this machine
+    ray.init(
+        "local",
+        num_cpus=max(os.cpu_count() or 1, 2),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
 
 
 def count_resource(name: str) -> float:

@@ -16,10 +16,10 @@ from darnet.config import DecodeConfig, TrainConfig, VolumeConfig
 from darnet.dataset import write_array, write_index
 from darnet.errors import Status, UsageError
 from darnet.ingest import Road
-from darnet.progress import show_progress
 from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
 from darnet.scan import Source
 from darnet.storage import Store
+from darnet.terminal import show_progress
 
 EXCLUDED_FILE = "excluded.csv"
 NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"

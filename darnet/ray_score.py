@@ -19,12 +19,12 @@ from darnet.bundle import Bundle, load_networks, read_bundle
 from darnet.config import ScoreConfig
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
-from darnet.progress import show_progress
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
 from darnet.results import PlannedSource, RunFolder, check_rows, find_last_commit, name_part, publish, read_scored_keys
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store
+from darnet.terminal import show_progress
 
 
 class ScoringActor:

@@ -94,6 +94,20 @@ def find_crop(stack: SliceStack, config: VolumeConfig) -> CropBox:
     return CropBox(num_slices, top, left, int(inside_rows[-1]) + 1 - top, int(inside_columns[-1]) + 1 - left)
 
 
+def resample_mask(mask: BoolArray, box: CropBox, shape: tuple[int, int, int]) -> BoolArray:
+    """A mask on the canonically ordered series, taken to the grid of its standard volume by nearest neighbour.
+
+    Shape: (slices, rows, columns) -> (D, H, W).
+    """
+    corner, extent = (0, box.top, box.left), (box.num_slices, box.height, box.width)
+    places = [
+        start + ((np.arange(size) + 0.5) * length / size).astype(int)
+        for start, length, size in zip(corner, extent, shape, strict=True)
+    ]
+    picked: BoolArray = mask[np.ix_(*places)]
+    return picked
+
+
 def _list_area(num_slices: int, depth: int) -> list[Contribution]:
     contributions = []
     step = num_slices / depth

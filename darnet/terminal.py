@@ -1,13 +1,18 @@
-"""Counts in; a live line with rate and time left in a terminal, a heartbeat line on stderr where there is none."""
+"""What a person sees while a job runs, on stderr: a live line with rate and time left, headings and tables.
 
+Where there is no terminal, a heartbeat line now and then takes the place of the live one.
+"""
+
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 HEARTBEAT_S = 15.0
 
@@ -23,7 +28,6 @@ class Meter:
     done: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     started_s: float = field(default_factory=time.monotonic)
-    spoke_s: float = field(default_factory=time.monotonic)
 
     def advance(self, units: int, counts: Mapping[str, int]) -> None:
         """Note that `units` more are done, with these outcomes."""
@@ -31,9 +35,6 @@ class Meter:
         self.counts.update(counts)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done, counts=self.describe_counts())
-        elif time.monotonic() - self.spoke_s >= HEARTBEAT_S:
-            self.spoke_s = time.monotonic()
-            self.console.print(self.describe(), highlight=False, soft_wrap=True)
 
     def describe_counts(self) -> str:
         """Outcomes, the most frequent first."""
@@ -54,7 +55,8 @@ def show_progress(title: str, total: int) -> Iterator[Meter]:
     if not console.is_terminal:
         meter = Meter(title, total, console, None)
         console.print(f"{title}: {total} to do", highlight=False)
-        yield meter
+        with _heartbeat(meter):
+            yield meter
         console.print(meter.describe(), highlight=False, soft_wrap=True)
         return
     columns = (
@@ -69,3 +71,37 @@ def show_progress(title: str, total: int) -> Iterator[Meter]:
     with Progress(*columns, console=console) as bar:
         bar.add_task(title, total=total, counts="")
         yield Meter(title, total, console, bar)
+
+
+@contextmanager
+def _heartbeat(meter: Meter) -> Iterator[None]:
+    """A line now and then, also while nothing gets done: silence looks like death."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(HEARTBEAT_S):
+            meter.console.print(meter.describe(), highlight=False, soft_wrap=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def print_heading(text: str) -> None:
+    """Say what comes next."""
+    Console(stderr=True).print(f"\n[bold cyan]{text}[/]", highlight=False, soft_wrap=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; numbers stand on the right."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        is_number = all(isinstance(row[index], int | float) for row in rows)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    Console(stderr=True).print(table)

@@ -1,0 +1,46 @@
+# What a developer does here. `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+ENVIRONMENT := .venv/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test test-slow lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	@echo "DARNet: building the Python environment in .venv from constraints.txt (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+		|| { echo "DARNet needs Python 3.11, $(PYTHON) is $$($(PYTHON) -V); say make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "DARNet: the environment is ready"
+
+demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two nights, results in .demo
+	@echo "DARNet: running the demo, about five minutes on two cores; everything it makes goes to .demo"
+	@$(BIN)/python -m jobs.demo --out .demo
+
+test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
+	@echo "DARNet: quick tests (no Ray, no sockets)"
+	@$(BIN)/python -m pytest -q
+	@echo "DARNet: tests that start Ray, an S3 server or a browser"
+	@$(BIN)/python -m pytest -q -m '(ray or s3 or browser) and not slow'
+
+test-slow: $(ENVIRONMENT) ## what takes longer than a person waits
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: $(ENVIRONMENT) ## style and types
+	@echo "DARNet: checking style and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/mypy
+
+format: $(ENVIRONMENT) ## rewrite the code in house style
+	@$(BIN)/ruff check --fix -q .
+	@$(BIN)/ruff format -q .
+
+clean: ## remove the environment, the demo and all caches
+	@rm -rf .venv .demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,183 @@
+"""Who is in the study: which scan is whose, with what diagnosis, in which cohort and fold.
+
+The bytes of a CSV or Parquet table enter; a checked frame of scans, divided into cohorts and folds, leaves.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+from darnet.errors import UsageError
+from darnet.scan import DIAGNOSES, FloatArray
+
+NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
+COHORTS = ("train", "test")
+LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)
+
+
+def read_cohort(name: str, data: bytes) -> pd.DataFrame:
+    """Read a cohort table; `name` tells its format (.csv or .parquet) and stands in every complaint.
+
+    scan_id and patient_id are opaque text: leading zeros stay. An optional column `cohort` holds train or test; an
+    empty cell there is a scan in neither. Every other column is kept as it is.
+    Raises: UsageError naming file, row (from 1; a CSV's header counts) and remedy.
+    """
+    readers = {".csv": _parse_csv, ".parquet": _parse_parquet}
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in readers:
+        raise UsageError(f"{name}: a cohort table is a .csv or .parquet file")
+    frame = readers[suffix](name, data)
+    _check_cohort(name, frame)
+    return frame.reset_index(drop=True)
+
+
+def divide_cohort(frame: pd.DataFrame, *, num_folds: int, seed: int, test_fraction: float = 0.2) -> pd.DataFrame:
+    """Give every scan a cohort, and every training scan a fold (0-based; none for test scans), patient by patient.
+
+    A table that brings its own cohorts keeps them: scans in neither are left out, folds divide the training patients.
+    A column `fold` is replaced. Rows keep their order; the division depends on their content and the seed alone.
+    Raises: UsageError where a diagnosis has fewer training patients than folds, or none in a test cohort made here.
+    Source: paper sec. 4.1 (folds on patient level); a test cohort on patient level is ours, the paper's was not.
+    """
+    rng = np.random.default_rng(seed)
+    frame = frame.reset_index(drop=True)
+    if has_own_cohorts(frame):
+        divided = frame[frame["cohort"].isin(COHORTS)]
+    else:
+        if not 0 < test_fraction < 1:
+            raise UsageError(f"test_fraction {test_fraction} must lie between 0 and 1")
+        part = _deal_patients(frame, (1 - test_fraction, test_fraction), rng)
+        divided = frame.assign(cohort=part.map(dict(enumerate(COHORTS))))
+        _check_patients(divided[divided["cohort"] == "test"], 1, "the test cohort: raise test_fraction")
+    training = divided[divided["cohort"] == "train"]
+    _check_patients(training, num_folds, f"{num_folds} training folds: ask for fewer folds")
+    fold = _deal_patients(training, (1 / num_folds,) * num_folds, rng)
+    return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
+
+
+def has_own_cohorts(frame: pd.DataFrame) -> bool:
+    """Whether the table says itself which scans are for training and which for test."""
+    return "cohort" in frame and bool(frame["cohort"].isin(COHORTS).any())
+
+
+def find_leaking_patients(frame: pd.DataFrame) -> list[str]:
+    """List the patients with scans in both cohorts: what a network learnt of them flatters its test."""
+    train, test = (set(frame.loc[frame["cohort"] == cohort, "patient_id"]) for cohort in COHORTS)
+    return sorted(train & test)
+
+
+def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Count scans: cohort -> diagnosis -> scans. Source: form of paper Table 1."""
+    return {
+        cohort: {label: int(((frame["cohort"] == cohort) & (frame["diagnosis"] == label)).sum()) for label in LABELS}
+        for cohort in COHORTS
+    }
+
+
+def cohort_sha256(frame: pd.DataFrame) -> str:
+    """SHA-256 of who has which scan, diagnosis, cohort and fold; order and further columns do not matter."""
+    columns = [*NEEDED_COLUMNS, *(name for name in ("cohort", "fold") if name in frame)]
+    rows = frame[columns].astype(object).sort_values("scan_id").to_numpy().tolist()
+    text = json.dumps([columns, [["" if pd.isna(value) else str(value) for value in row] for row in rows]])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse_csv(name: str, data: bytes) -> pd.DataFrame:
+    """Read all cells as text; the index holds line numbers, which a quoted line break does not put out of step."""
+    try:
+        lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        numbered = [(lines.line_num, cells) for cells in lines if cells]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{name}: not a CSV file in UTF-8 ({error}); export it again as such") from error
+    if not numbered:
+        raise UsageError(f"{name}: the file is empty; it needs a header with {', '.join(NEEDED_COLUMNS)}")
+    header = numbered[0][1]
+    for row, cells in numbered:
+        if len(cells) != len(header):
+            raise UsageError(f"{name} row {row}: {len(cells)} cells, but the header has {len(header)}; align them")
+    records = [cells for _, cells in numbered[1:]]
+    return pd.DataFrame(records, columns=header, index=[row for row, _ in numbered[1:]], dtype=str)
+
+
+def _parse_parquet(name: str, data: bytes) -> pd.DataFrame:
+    """Read a Parquet table, identifiers as text; the index holds row numbers from 1."""
+    try:
+        frame = pd.read_parquet(io.BytesIO(data))
+    except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors and OSErrors
+        raise UsageError(f"{name}: not a Parquet file ({error})") from error
+    frame.index = pd.RangeIndex(1, len(frame) + 1)
+    for column in (*NEEDED_COLUMNS, "cohort"):
+        if column in frame:
+            frame[column] = _to_text(name, frame[column])
+    return frame
+
+
+def _to_text(name: str, column: "pd.Series[str]") -> "pd.Series[str]":
+    """Turn text or whole numbers into text, missing cells into empty ones.
+
+    Raises: UsageError for other types: 12.0 may once have been 12, 012 or 12.0.
+    """
+    is_text = all(isinstance(value, str) for value in column.dropna())
+    if not (is_text or pd.api.types.is_integer_dtype(column.dtype)):
+        raise UsageError(f"{name}: column {column.name} is of type {column.dtype}; store it as text")
+    return column.astype(object).where(column.notna(), "").astype(str)
+
+
+def _check_cohort(name: str, frame: pd.DataFrame) -> None:
+    """Raises: UsageError naming the first row that breaks a rule, and what to do."""
+    missing = [column for column in NEEDED_COLUMNS if column not in frame]
+    twice = sorted(set(frame.columns[frame.columns.duplicated()]))
+    if missing or twice:
+        fault = f"no column {', '.join(missing)}; add or rename it" if missing else f"column {twice[0]} comes twice"
+        raise UsageError(f"{name}: {fault} (columns here: {', '.join(map(str, frame.columns))})")
+    if frame.empty:
+        raise UsageError(f"{name}: no rows below the header; a cohort needs at least one scan")
+    rules = [
+        ("scan_id", "is empty; name the scan", frame["scan_id"].str.strip() == ""),
+        ("scan_id", "is also in an earlier row; keep one of them", frame["scan_id"].duplicated()),
+        ("patient_id", "is empty; without it a patient may end in two folds", frame["patient_id"].str.strip() == ""),
+        ("diagnosis", f"is unknown; allowed are {', '.join(LABELS)}", ~frame["diagnosis"].isin(LABELS)),
+    ]
+    if "cohort" in frame:
+        remedy = f"is unknown; allowed are {', '.join(COHORTS)}, or empty for neither"
+        rules.append(("cohort", remedy, ~frame["cohort"].isin((*COHORTS, ""))))
+    for column, fault, is_wrong in rules:
+        if is_wrong.any():
+            row, value = frame.index[is_wrong][0], frame[column][is_wrong].iloc[0]
+            more = f" ({is_wrong.sum() - 1} more rows like it)" if is_wrong.sum() > 1 else ""
+            raise UsageError(f"{name} row {row}: {column} {value!r} {fault}{more}")
+
+
+def _check_patients(frame: pd.DataFrame, num_needed: int, purpose: str) -> None:
+    """Raises: UsageError naming a diagnosis with fewer patients than needed."""
+    for label in LABELS:
+        num_patients = frame.loc[frame["diagnosis"] == label, "patient_id"].nunique()
+        if num_patients < num_needed:
+            raise UsageError(f"{num_patients} patients with {label} are too few for {purpose} or add patients")
+
+
+def _deal_patients(frame: pd.DataFrame, shares: tuple[float, ...], rng: np.random.Generator) -> "pd.Series[int]":
+    """Deal whole patients to parts of the wanted shares; returns each row's part.
+
+    The largest patient first, each to the part that is emptiest in that patient's diagnoses; equals in random order.
+    Source: ours; scikit-learn's StratifiedGroupKFold has no unequal shares and would be needed in production.
+    """
+    counts = pd.crosstab(frame["patient_id"], frame["diagnosis"])
+    scans: FloatArray = (counts / counts.sum()).to_numpy()
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-counts.sum(axis=1).to_numpy()[order], kind="stable")]
+    wanted = np.array(shares)
+    dealt = np.zeros((len(shares), scans.shape[1]))
+    part = np.zeros(len(counts), np.int64)
+    for patient in order:
+        # What the sum over parts of dealt**2 / wanted grows by; it is least when dealt is in proportion to wanted.
+        growth = (scans[patient] * (2 * dealt + scans[patient])).sum(axis=1) / wanted
+        fewest = np.lexsort((dealt.sum(axis=1) / wanted, growth.round(12)))
+        part[patient] = fewest[0]
+        dealt[part[patient]] += scans[patient]
+    return frame["patient_id"].map(dict(zip(counts.index, part, strict=True)))

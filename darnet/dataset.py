@@ -1,0 +1,218 @@
+"""The volumes folder: standard volumes and their cohort table are written once, tensors for training are read.
+
+`<volumes>/arrays/` holds one memory-mapped uint8 array a scan, `cohort.parquet` one row a scan, and `volumes.json`,
+written last, what both were made with.
+"""
+
+import hashlib
+import io
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from darnet.augment import augment_volume
+from darnet.config import AugmentConfig, VolumeConfig
+from darnet.errors import UsageError
+from darnet.scan import DIAGNOSES, Uint8Array
+
+COHORT_FILE = "cohort.parquet"
+VOLUMES_FILE = "volumes.json"
+ARRAYS_FOLDER = "arrays"
+COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha256")
+COHORTS = ("train", "test")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class VolumesIndex:
+    """A volumes folder that was checked: `frame` has the columns of `COLUMNS`, one row a scan."""
+
+    folder: Path
+    frame: pd.DataFrame
+    volume: VolumeConfig
+    cohort_sha256: str
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Shape: (rows of the frame,), label order of `DIAGNOSES`."""
+        order = {str(diagnosis): label for label, diagnosis in enumerate(DIAGNOSES)}
+        return np.array([order[name] for name in self.frame["diagnosis"]], np.int64)
+
+    @property
+    def num_folds(self) -> int:
+        """Folds of the training cohort; 0 where it is empty."""
+        return int(self.frame["fold"].max()) + 1 if self.frame["fold"].notna().any() else 0
+
+    def select_training(self, fold: int) -> NDArray[np.int64]:
+        """Rows the network of this fold learns from: the training cohort's other folds."""
+        return np.flatnonzero((self.frame["fold"] != fold).fillna(False))
+
+    def select_validation(self, fold: int) -> NDArray[np.int64]:
+        """Rows that choose the network of this fold."""
+        return np.flatnonzero((self.frame["fold"] == fold).fillna(False))
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """Which random map a row gets: one of its own in every fold and epoch, whoever loads it and in what order."""
+
+    config: AugmentConfig
+    seed: int
+    fold: int
+    epoch: int
+
+    def apply(self, voxels: Uint8Array, row: int) -> Uint8Array:
+        """Shape: (D, H, W) -> same."""
+        rng = np.random.default_rng((self.seed, self.fold, self.epoch, row))
+        return augment_volume(voxels, self.config, rng)
+
+
+class VolumeDataset(Dataset[tuple[Tensor, int]]):
+    """Network input and label by row of the index; augmented only where an `Augmentation` is given."""
+
+    def __init__(self, index: VolumesIndex, augmentation: Augmentation | None = None) -> None:
+        self._folder = index.folder
+        self._arrays = index.frame["array"].tolist()
+        self._labels = index.labels.tolist()
+        self._augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        """Shape: tensor (1, D, H, W) float32 in [0, 1]."""
+        voxels: Uint8Array = np.load(self._folder / self._arrays[row], mmap_mode="r")
+        if self._augmentation is not None:
+            voxels = self._augmentation.apply(voxels, row)
+        return torch.from_numpy(voxels.astype(np.float32)[None] / np.float32(255)), self._labels[row]
+
+
+def write_array(folder: Path, scan_id: str, voxels: Uint8Array) -> tuple[str, str]:
+    """Store one standard volume whole or not at all; returns its file name within the folder and the file's SHA-256.
+
+    Shape: (D, H, W) uint8.
+    """
+    name = f"{ARRAYS_FOLDER}/{hashlib.sha256(scan_id.encode()).hexdigest()[:16]}.npy"
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(voxels), allow_pickle=False)
+    _write_whole(folder / name, buffer.getvalue())
+    return name, hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def write_index(folder: Path, frame: pd.DataFrame, volume: VolumeConfig) -> str:
+    """Store the cohort table, then the file that declares the folder complete; returns the cohort's digest.
+
+    Raises: UsageError naming the first row that is wrong.
+    """
+    _check_columns(folder, frame)
+    frame = frame[list(COLUMNS)].astype({"fold": "Int64"}).sort_values("scan_id", ignore_index=True)
+    _check_rows(folder, frame)
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    _write_whole(folder / COHORT_FILE, buffer.getvalue())
+    cohort_sha256 = digest_cohort(frame)
+    declared = {
+        "volume": volume.model_dump(mode="json"),
+        "preprocessing_version": volume.preprocessing_version,
+        "cohort_sha256": cohort_sha256,
+    }
+    _write_whole(folder / VOLUMES_FILE, json.dumps(declared, indent=2).encode())
+    return cohort_sha256
+
+
+def read_index(folder: Path) -> VolumesIndex:
+    """Read and check a volumes folder.
+
+    Raises: UsageError naming the file or row: a file that is missing, unfinished or from other preprocessing, an
+            unknown diagnosis or cohort, a patient in two folds, an array of another shape.
+    """
+    for name in (VOLUMES_FILE, COHORT_FILE):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder / name}: no such file; jobs.prepare writes it")
+    frame = pd.read_parquet(folder / COHORT_FILE)
+    _check_columns(folder, frame)
+    _check_rows(folder, frame)
+    volume, declared_sha256 = _read_declaration(folder / VOLUMES_FILE)
+    cohort_sha256 = digest_cohort(frame)
+    if declared_sha256 != cohort_sha256:
+        raise UsageError(f"{folder / COHORT_FILE} is not the table {VOLUMES_FILE} declares; run jobs.prepare again")
+    for name in frame["array"]:
+        _check_array(folder / name, volume.shape)
+    return VolumesIndex(folder, frame, volume, cohort_sha256)
+
+
+def digest_cohort(frame: pd.DataFrame) -> str:
+    """SHA-256 of who is in which cohort and fold with which pixels; neither file names nor row order matter.
+
+    Source: ours: it goes into the bundle, as what a network was trained on.
+    """
+    relevant = frame[["scan_id", "patient_id", "diagnosis", "cohort", "fold", "sha256"]].sort_values("scan_id")
+    rows = relevant.astype({"fold": "object"}).to_numpy().tolist()
+    text = json.dumps([[None if pd.isna(value) else value for value in row] for row in rows])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_columns(folder: Path, frame: pd.DataFrame) -> None:
+    missing = [name for name in COLUMNS if name not in frame.columns]
+    if missing:
+        raise UsageError(f"{folder / COHORT_FILE}: no column {', '.join(missing)}")
+
+
+def _check_rows(folder: Path, frame: pd.DataFrame) -> None:
+    """Raises: UsageError naming the first row that breaks a rule."""
+    is_train = frame["cohort"] == "train"
+    rules: list[tuple[str, pd.Series[bool]]] = [
+        ("a scan in two rows", frame["scan_id"].duplicated()),
+        ("an unknown diagnosis", ~frame["diagnosis"].isin([str(diagnosis) for diagnosis in DIAGNOSES])),
+        ("an unknown cohort", ~frame["cohort"].isin(COHORTS)),
+        ("a training scan without a fold", is_train & frame["fold"].isna()),
+        ("a test scan with a fold", ~is_train & frame["fold"].notna()),
+        ("a negative fold", (frame["fold"] < 0).fillna(False)),
+        ("a patient in two folds", frame.groupby("patient_id")["fold"].transform("nunique") > 1),
+    ]
+    for fault, is_wrong in rules:
+        if is_wrong.any():
+            row = frame[is_wrong].iloc[0]
+            facts = ", ".join(f"{name} {row[name]}" for name in ("patient_id", "diagnosis", "cohort", "fold"))
+            raise UsageError(f"{folder / COHORT_FILE}: {fault}: scan_id {row['scan_id']} ({facts})")
+
+
+def _read_declaration(path: Path) -> tuple[VolumeConfig, str]:
+    """Volume settings and cohort digest; settings that this code would carry out otherwise are refused."""
+    try:
+        declared = json.loads(path.read_text())
+        volume = VolumeConfig.model_validate(declared["volume"])
+        version, cohort_sha256 = declared["preprocessing_version"], str(declared["cohort_sha256"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UsageError(f"{path}: not written by jobs.prepare: {error}") from error
+    if version != volume.preprocessing_version:
+        raise UsageError(
+            f"{path}: prepared as {version}, this code prepares {volume.preprocessing_version}; run jobs.prepare again"
+        )
+    return volume, cohort_sha256
+
+
+def _check_array(path: Path, shape: tuple[int, int, int]) -> None:
+    """Raises: UsageError unless the file's header says uint8 of this shape and the file is as long as that takes."""
+    try:
+        voxels = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    if voxels.shape != shape or voxels.dtype != np.uint8:
+        raise UsageError(f"{path}: {voxels.dtype} of shape {voxels.shape}, expected uint8 of shape {shape}")
+
+
+def _write_whole(path: Path, payload: bytes) -> None:
+    """Write beside the target and rename, so that nobody ever reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    partial.write_bytes(payload)
+    partial.replace(path)

@@ -1,0 +1,243 @@
+"""A small archive of phantoms in every format, some spoiled; and what a person wants to see of its scores."""
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pydicom
+from numpy.typing import NDArray
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from scipy import ndimage
+
+from darnet.archive import list_sources
+from darnet.bundle import load_networks, read_bundle
+from darnet.config import ScoreConfig
+from darnet.decode import write_volume
+from darnet.ingest import Ingester, Road
+from darnet.metrics import compute_metrics
+from darnet.phantom import make_abdomen, make_head, make_phantom
+from darnet.phantom_canvas import Phantom
+from darnet.phantom_files import DicomStyle, write_dicom, write_slice_images, write_zip
+from darnet.report import CamPanel, draw_cam_figure
+from darnet.scan import DIAGNOSES, Diagnosis
+from darnet.score import Ensemble
+from darnet.storage import open_store
+from darnet.volume import resample_mask
+
+NUM_TRAIN, NUM_TEST = 20, 8  # scans of each diagnosis
+SHAPE = (36, 160, 160)
+NEAR_MM = 20.0
+LAYOUTS: tuple[str, ...] = (
+    "dicom",
+    "png",
+    "nii.gz",
+    "jpeg2000",
+    "jpg",
+    "mha",
+    "jpegls",
+    "zip",
+    "tif",
+    "rle",
+    "nrrd",
+    "nii",
+)
+SPOILED_COPIES = ("missing-slice", "truncated", "few-slices", "two-patients")
+PROBABILITIES = [f"probability_{diagnosis.lower()}" for diagnosis in DIAGNOSES]
+STYLES = {
+    "dicom": DicomStyle(),
+    "zip": DicomStyle(manufacturer="Philips"),
+    "jpeg2000": DicomStyle(JPEG2000Lossless, rescale_intercept=0, manufacturer="GE MEDICAL SYSTEMS"),
+    "jpegls": DicomStyle(JPEGLSLossless, feet_first=True, manufacturer="Philips"),
+    "rle": DicomStyle(RLELossless, manufacturer="TOSHIBA"),
+}
+
+
+@dataclass(frozen=True)
+class DemoScan:
+    """One phantom of the demo: what it shows, how it is stored, and in which cohort it is."""
+
+    diagnosis: Diagnosis
+    seed: int
+    layout: str
+    cohort: str
+
+    @property
+    def source_key(self) -> str:
+        """Where it lies in the archive."""
+        if self.layout in ("png", "jpg", "tif"):
+            return f"images/{self.diagnosis}/{self.patient_id}/1"
+        if self.layout in STYLES and self.layout != "zip":
+            return f"{self.layout}/{self.patient_id}"
+        return f"files/{self.patient_id}.{self.layout}"
+
+    @property
+    def patient_id(self) -> str:
+        """One patient a phantom."""
+        return f"P{self.seed:05d}"
+
+    @property
+    def severity(self) -> float:
+        """Spread over the mild and the severe, by seed."""
+        return 0.35 + 0.6 * (self.seed * 7 % 10) / 10
+
+
+def plan_scans() -> list[DemoScan]:
+    """The demo's cohort: every diagnosis in every layout, so that no layout tells the diagnosis."""
+    scans = []
+    for label, diagnosis in enumerate(DIAGNOSES):
+        for index in range(NUM_TRAIN + NUM_TEST):
+            cohort = "train" if index < NUM_TRAIN else "test"
+            scans.append(DemoScan(diagnosis, 1000 * (label + 1) + index, LAYOUTS[index % len(LAYOUTS)], cohort))
+    return scans
+
+
+def plan_arrivals() -> list[DemoScan]:
+    """Three scans that arrive before the second night."""
+    return [DemoScan(diagnosis, 9000 + label, "dicom", "none") for label, diagnosis in enumerate(DIAGNOSES)]
+
+
+def write_archive(scans: Sequence[DemoScan], archive: Path, on_written: Callable[[], None]) -> None:
+    """Write the scans, two at a time."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        for _ in pool.map(write_scan, scans, [archive] * len(scans)):
+            on_written()
+
+
+def write_scan(scan: DemoScan, archive: Path) -> None:
+    """Write one phantom at its place."""
+    store_phantom(build_phantom(scan), scan, archive)
+
+
+def store_phantom(phantom: Phantom, scan: DemoScan, archive: Path) -> None:
+    """Write a phantom at a scan's place, in the scan's layout."""
+    path = archive / scan.source_key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if scan.layout == "zip":
+        slices = path.with_suffix(".slices")
+        write_dicom(phantom, slices, style=STYLES["zip"], patient_id=scan.patient_id)
+        write_zip(slices, path)
+        shutil.rmtree(slices)
+    elif scan.layout in STYLES:
+        write_dicom(phantom, path, style=STYLES[scan.layout], patient_id=scan.patient_id)
+    elif scan.layout in ("png", "jpg", "tif"):
+        write_slice_images(phantom, path, f".{scan.layout}")
+    else:
+        write_volume(path, phantom.voxels_hu, phantom.spacing_mm)
+
+
+def build_phantom(scan: DemoScan) -> Phantom:
+    """The phantom behind a scan, the same every time."""
+    return make_phantom(scan.diagnosis, scan.seed, severity=scan.severity, shape=SHAPE)
+
+
+def write_spoiled(archive: Path) -> None:
+    """Scans that must never get a score, and strays that are no scans."""
+    folder = archive / "spoiled"
+    phantom = make_phantom(Diagnosis.NORMAL, 8000, shape=(24, 96, 96))
+    paths = {name: write_dicom(phantom, folder / name, patient_id=name) for name in SPOILED_COPIES}
+    paths["missing-slice"][10].unlink()
+    paths["truncated"][10].write_bytes(paths["truncated"][10].read_bytes()[:4000])
+    for path in paths["few-slices"][6:]:
+        path.unlink()
+    stranger = pydicom.dcmread(paths["two-patients"][10])
+    stranger.PatientID = "somebody-else"
+    stranger.save_as(paths["two-patients"][10])
+    write_dicom(make_head(8001), folder / "head", patient_id="head")
+    write_dicom(make_abdomen(8002), folder / "abdomen", patient_id="abdomen")
+    (folder / "web-page").mkdir()
+    (folder / "web-page" / "1.dcm").write_text("<html>503 Service Unavailable</html>")
+    (archive / "dicom" / "README.txt").write_text(
+        "A stray file beside the scans. These are phantoms, no patient's data."
+    )
+
+
+def write_cohort(scans: Sequence[DemoScan], path: Path) -> None:
+    """The cohort table, as a research group would bring it."""
+    columns = ("source_key", "patient_id", "diagnosis", "cohort")
+    frame = pd.DataFrame([[str(getattr(scan, name)) for name in columns] for scan in scans], columns=columns)
+    frame.rename(columns={"source_key": "scan_id"}).to_csv(path, index=False)
+
+
+def change_archive(archive: Path, replaced: DemoScan) -> None:
+    """What happens to an archive between two nights: three scans arrive, one is replaced by another of its patient."""
+    for scan in plan_arrivals():
+        write_scan(scan, archive)
+    shutil.rmtree(archive / replaced.source_key)
+    store_phantom(make_phantom(replaced.diagnosis, replaced.seed + 500, shape=SHAPE), replaced, archive)
+
+
+def measure_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan]) -> dict[str, Any]:
+    """How the test cohort fared, and how far the CAM peaks of its NCP scans are from a planted lesion, in mm."""
+    rows = predictions.set_index("source")
+    test = [scan for scan in scans if scan.cohort == "test"]
+    probability = rows.loc[[scan.source_key for scan in test], PROBABILITIES].to_numpy(np.float64)
+    metrics = compute_metrics(probability, np.array([DIAGNOSES.index(scan.diagnosis) for scan in test]))
+    called = [
+        scan
+        for scan in test
+        if scan.diagnosis is Diagnosis.NCP and rows.loc[scan.source_key, "prediction"] == Diagnosis.NCP
+    ]
+    peaks = rows.loc[[scan.source_key for scan in called], ["cam_peak_slice", "cam_peak_y", "cam_peak_x"]]
+    voxels = peaks.to_numpy(np.int64)
+    distances_mm = np.array([measure_distance(*pair) for pair in zip(called, voxels, strict=True)])
+    near = {
+        "ncp_test_scans_called_ncp": len(called),
+        "cam_peak_in_lesion": int((distances_mm == 0).sum()),
+        "cam_peak_within_20_mm_of_lesion": int((distances_mm <= NEAR_MM).sum()),
+    }
+    return {"test_scans": len(test), **{name: round(value, 4) for name, value in metrics.items()}, **near}
+
+
+def measure_distance(scan: DemoScan, voxel: NDArray[np.int64]) -> float:
+    """Distance in mm from a voxel (slice, y, x) to the nearest voxel of the planted lesion; 0 inside it."""
+    phantom = build_phantom(scan)
+    distances_mm = ndimage.distance_transform_edt(~phantom.lesion, sampling=phantom.spacing_mm)
+    return float(distances_mm[tuple(voxel)])
+
+
+def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Path, bundle: Path, path: Path) -> None:
+    """Write a picture: of each class the test scan that is surest, its most telling slice beside its CAM."""
+    rows = predictions.set_index("source")
+    model, store, panels = read_bundle(open_store(str(bundle))), open_store(str(archive)), []
+    settings, config = model.manifest.settings, ScoreConfig()
+    ensemble = Ensemble(load_networks(model), batch_size=config.batch_size, num_threads=config.num_threads)
+    ingester = Ingester(store, Road(settings.volume, config.decode))
+    for diagnosis in DIAGNOSES:
+        probability = rows[f"probability_{diagnosis.lower()}"].astype(float)
+        test = [scan for scan in scans if (scan.cohort, scan.diagnosis) == ("test", diagnosis)]
+        scan = max(test, key=lambda scan: probability[scan.source_key])
+        (source,) = list_sources(store.list_objects(scan.source_key))
+        (ingested,) = ingester.ingest(source)
+        assert ingested.volume is not None
+        (score,) = ensemble.score(ingested.volume.voxels[None])
+        panels.append(
+            CamPanel(
+                title=f"{diagnosis} phantom",
+                caption=f"CAM of {score.prediction}, probability {score.probability.max():.2f}",
+                voxels=ingested.volume.voxels,
+                cam=score.draw_cam(score.prediction, settings.volume.shape),
+                lesion=resample_mask(build_phantom(scan).lesion, ingested.volume.crop, settings.volume.shape),
+            )
+        )
+    ingester.close()
+    draw_cam_figure(panels, "DARNet demo: synthetic chests, planted lesions outlined in blue", path)
+
+
+def tabulate(predictions: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The questions an analyst asks first: how did the scans end, and which are most likely COVID-19?"""
+    counts = predictions.groupby("status").size().rename("scans").reset_index().sort_values("scans", ascending=False)
+    suspects = predictions[predictions["status"] == "OK"].sort_values("probability_ncp", ascending=False).head(8)
+    columns = ["scan_id", "prediction", "probability_ncp", "fold_std_ncp", "cam_in_lung_fraction", "cam_left_fraction"]
+    refused = predictions[predictions["status"] != "OK"][["scan_id", "status", "status_detail"]]
+    return [
+        ("Scans by status", counts),
+        ("Scans without a score, and why", refused),
+        ("Highest probability of COVID-19", suspects[columns].fillna("-")),
+    ]

@@ -1,0 +1,351 @@
+"""Training on a Ray cluster: a volumes folder and settings enter, a model bundle leaves.
+
+A fold is one `TorchTrainer` run of some DDP workers; folds run side by side as far as the cluster has room.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, enable_reproducibility, get_device, prepare_model
+from ray.util.queue import Empty, Queue
+
+from darnet import __version__
+from darnet.bundle import BundleSettings, TrainedFold, name_model, write_bundle
+from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
+from darnet.dataset import VolumesIndex, read_index
+from darnet.errors import RunError, UsageError
+from darnet.model import build_network
+from darnet.scan import DIAGNOSES
+from darnet.terminal import Meter, show_progress
+from darnet.train import FoldResult, FoldState, Gang, Metrics, check_fold, fit_fold, make_result
+
+OnProgress: TypeAlias = Callable[[int, int, Metrics], None]
+"""Called in the driver with fold, epoch and that epoch's metrics."""
+
+STATE_FILE = "state.pt"
+MIN_WORKER_CPUS = 0.5  # starting a fold is bound by CPU: more at once only take memory. Source: ours, measured
+MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
+COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800
+PROGRESS_WAIT_S = 0.5
+# How often Ray Train looks at its workers; an epoch's report waits for it. Source: ours; Ray's default is 2 s.
+POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldTask:
+    """What a worker needs to train its fold."""
+
+    volumes: Path
+    network: ModelConfig
+    config: TrainConfig
+    fold: int
+
+
+@dataclass(frozen=True, slots=True)
+class GangPlan:
+    """How the folds share the cluster: `side_by_side` folds at once, each of `workers` with these resources."""
+
+    workers: int
+    side_by_side: int
+    cpus_per_worker: float
+    has_gpus: bool
+
+
+class _ReportForwarder(UserCallback):
+    """Sends each epoch's metrics from the run's controller to the driver."""
+
+    def __init__(self, fold: int, queue: Queue) -> None:
+        self._fold, self._queue = fold, queue
+
+    def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:  # noqa: ARG002
+        self._queue.put((self._fold, metrics[0]))
+
+
+def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
+    """Train all folds and write the bundle; a summary for people and schedulers.
+
+    Raises: RunError of every kind; there is no bundle then, and the same call again resumes.
+    """
+    if settings.out.exists():
+        raise UsageError(f"{settings.out}: exists already, and a bundle is never overwritten; name another folder")
+    index = read_index(Path(settings.volumes))
+    bundle_settings = BundleSettings(
+        volume=index.volume, network=match_network(settings, index.volume), train=settings.train
+    )
+    total = settings.train.epochs * settings.train.num_folds
+    with show_progress("training, epochs of all folds", total) as meter:
+        results = train_folds(
+            index,
+            bundle_settings.network,
+            settings.train,
+            workers=settings.workers,
+            runs=settings.runs or settings.out.with_name(f"{settings.out.name}.runs"),
+            on_progress=_meter_epochs(meter),
+        )
+    bundle = write_bundle(
+        settings.out,
+        settings=bundle_settings,
+        folds=[TrainedFold(item.state, settings.workers, settings.train.seed, item.metrics) for item in results],
+        cohort_sha256=index.cohort_sha256,
+        model_version=today.isoformat(),
+        code_version=__version__,
+        trained_on=describe_cohort(index),
+    )
+    accuracies = [item.metrics["accuracy_3class"] for item in results]
+    return {
+        "bundle": str(settings.out),
+        "model": bundle.manifest.model_name,
+        "model_sha256": bundle.manifest.model_sha256,
+        "validation_accuracy_3class": accuracies,
+    }
+
+
+def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
+    """The network of the settings, built for the volumes there are.
+
+    Raises: UsageError naming both where the settings ask for other volumes than these.
+    """
+    if settings.volume not in (VolumeConfig(), volume):
+        raise UsageError(f"{settings.volumes} was prepared with {volume}, the settings ask for {settings.volume}")
+    shape = settings.network.volume_shape
+    if shape not in (ModelConfig().volume_shape, volume.shape):
+        raise UsageError(f"{settings.volumes} holds volumes of {volume.shape}, network.volume_shape is {shape}")
+    return settings.network.model_copy(update={"volume_shape": volume.shape})
+
+
+def describe_cohort(index: VolumesIndex) -> str:
+    """The model card's sentence about the data."""
+    rows = index.frame[index.frame["cohort"] == "train"]
+    counts = rows["diagnosis"].value_counts()
+    classes = ", ".join(f"{name} {counts.get(name, 0)}" for name in DIAGNOSES)
+    return (
+        f"{len(rows)} scans of {rows['patient_id'].nunique()} patients ({classes}) in {index.num_folds} folds; "
+        "no patient is in two folds."
+    )
+
+
+def train_folds(
+    index: VolumesIndex,
+    network: ModelConfig,
+    config: TrainConfig,
+    *,
+    workers: int,
+    runs: Path,
+    on_progress: OnProgress,
+) -> list[FoldResult]:
+    """Train all folds, `workers` DDP ranks each, and return them in order.
+
+    `runs` keeps every fold's last checkpoints: the same call again resumes what was killed and only reads what was
+    finished. It and the volumes must be where every node of the cluster sees them.
+    Raises: UsageError naming what the cluster lacks or what does not fit; RunError naming the first fold that failed.
+    """
+    for fold in range(config.num_folds):
+        check_fold(index, fold, config, workers)
+    plan = plan_gangs(ray.cluster_resources(), workers, config.num_folds)
+    os.environ.setdefault(POLL_VARIABLE, POLL_S)
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainers = [
+        _make_trainer(
+            FoldTask(index.folder.resolve(), network, config, fold),
+            plan,
+            RunConfig(  # type: ignore[call-arg]  # mypy sees V1's class, which ray.train rebinds to V2's
+                name=name_run(index, network, config, workers, fold),
+                storage_path=str(runs.resolve()),
+                callbacks=[_ReportForwarder(fold, queue)],  # type: ignore[list-item]
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        for fold in range(config.num_folds)
+    ]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
+            return _run_all(trainers, plan.side_by_side, queue, on_progress)
+    finally:
+        queue.shutdown()
+
+
+def plan_gangs(resources: Mapping[str, float], workers: int, num_folds: int) -> GangPlan:
+    """Share out a cluster: a GPU a worker where there are GPUs, and CPUs so that as many folds as can run at once.
+
+    A worker asks for one CPU at most: more would not make it faster, and whole nodes could stay half empty.
+    Source: ours: starting a small fold takes longer than training it, so that folds overlap on shared CPUs.
+    Raises: UsageError naming what the cluster lacks; an impossible request would wait for ever.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    if 0 < gpus < workers:
+        raise UsageError(f"--workers {workers} takes {workers} GPUs at once, the cluster has {gpus:g}")
+    if cpus < workers * MIN_WORKER_CPUS:
+        raise UsageError(
+            f"--workers {workers} takes at least {workers * MIN_WORKER_CPUS:g} CPUs, the cluster has {cpus:g}"
+        )
+    room = [num_folds, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
+    side_by_side = int(min(room))
+    share = math.floor(cpus / (workers * side_by_side) * 100) / 100
+    return GangPlan(workers, side_by_side, min(1.0, share), gpus > 0)
+
+
+def name_run(index: VolumesIndex, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
+    """A name that changes with all that changes the result: Ray resumes whatever is stored under it."""
+    facts = (
+        fingerprint(network),
+        fingerprint(config),
+        index.cohort_sha256,
+        index.volume.preprocessing_version,
+        str(workers),
+        __version__,
+    )
+    return f"{name_model(network)}-fold{fold}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}"
+
+
+def _meter_epochs(meter: Meter) -> OnProgress:
+    """Epochs a fold had before it was killed count as done; those it has twice count once."""
+    done: Counter[int] = Counter()
+
+    def advance(fold: int, epoch: int, _: Metrics) -> None:
+        units = max(0, epoch + 1 - done[fold])
+        done[fold] += units
+        meter.advance(units, {f"fold {fold}": units})
+
+    return advance
+
+
+def _make_trainer(task: FoldTask, plan: GangPlan, run_config: RunConfig) -> TorchTrainer:
+    return TorchTrainer(
+        _train_rank,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=plan.workers,
+            use_gpu=plan.has_gpus,
+            resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.has_gpus else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if plan.has_gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        run_config=run_config,
+    )
+
+
+def _run_all(
+    trainers: Sequence[TorchTrainer], side_by_side: int, queue: Queue, on_progress: OnProgress
+) -> list[FoldResult]:
+    """Keep `side_by_side` folds running; hand reports on as they come, in this thread."""
+    fits: list[Future[FoldResult]] = []
+    while len(fits) < len(trainers) or not all(fit.done() for fit in fits):
+        for fit in fits:
+            if fit.done():
+                fit.result()
+        if len(fits) < len(trainers) and sum(not fit.done() for fit in fits) < side_by_side:
+            fits.append(_start_fit(len(fits), trainers[len(fits)]))
+        else:
+            _forward_reports(queue, on_progress, PROGRESS_WAIT_S)
+    _forward_reports(queue, on_progress, 0)
+    return [fit.result() for fit in fits]
+
+
+def _forward_reports(queue: Queue, on_progress: OnProgress, wait_s: float) -> None:
+    """Hand on all reports there are; wait this long for the first."""
+    try:
+        while True:
+            fold, metrics = queue.get(timeout=wait_s) if wait_s else queue.get_nowait()
+            on_progress(fold, int(metrics["epoch"]), metrics)
+            wait_s = 0
+    except Empty:
+        return
+
+
+def _start_fit(fold: int, trainer: TorchTrainer) -> "Future[FoldResult]":
+    """Run a trainer in a thread of its own, which unlike an executor's does not keep an interrupted job alive."""
+    future: Future[FoldResult] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(_fit(fold, trainer))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=f"fold{fold}", daemon=True).start()
+    return future
+
+
+def _fit(fold: int, trainer: TorchTrainer) -> FoldResult:
+    """Raises: RunError naming the fold and the first worker's error."""
+    try:
+        checkpoint = trainer.fit().checkpoint
+    except WorkerGroupError as error:
+        first = next(iter(error.worker_failures.values()))
+        raise RunError(f"fold {fold} failed {MAX_FAILURES + 1} times, the last time with: {first}") from error
+    except TrainingFailedError as error:
+        raise RunError(f"fold {fold} failed: {error}") from error
+    assert checkpoint is not None, "every epoch reports a checkpoint"
+    return make_result(fold, _read_state(checkpoint))
+
+
+def _train_rank(loop_config: dict[str, Any]) -> None:
+    """One worker: read the index, join the gang, resume what there is, train."""
+    task: FoldTask = loop_config["task"]
+    torch.set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
+    enable_reproducibility(task.config.seed)
+    context = ray.train.get_context()
+    gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())
+    checkpoint = ray.train.get_checkpoint()
+    fit_fold(
+        prepare_model(build_network(task.network, task.config.seed)),
+        read_index(task.volumes),
+        task.fold,
+        task.config,
+        _report_as_rank(gang.rank),
+        gang,
+        None if checkpoint is None else _read_state(checkpoint),
+    )
+
+
+def _gather(item: Any) -> list[Any]:
+    """Every rank's item, on every rank."""
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def _report_as_rank(rank: int) -> Callable[[int, Metrics, FoldState], None]:
+    """A report that all ranks make together, and that carries rank 0's state as a checkpoint."""
+
+    def report(_: int, metrics: Metrics, state: FoldState) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if rank == 0:
+                torch.save(state, Path(folder) / STATE_FILE)
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(dict(metrics), checkpoint=checkpoint)
+
+    return report
+
+
+def _read_state(checkpoint: Checkpoint) -> FoldState:
+    with checkpoint.as_directory() as folder:
+        return cast(FoldState, torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True))

@@ -1,0 +1,258 @@
+"""One fold's training as one rank sees it: network, index and settings enter, the best weights and metrics leave.
+
+Whether other ranks exist is known through `Gang` only, and whether the network is wrapped does not matter.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypedDict, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+
+from darnet.config import TrainConfig
+from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex
+from darnet.errors import RunError, UsageError
+from darnet.metrics import compute_metrics
+from darnet.scan import FloatArray
+
+Metrics: TypeAlias = dict[str, float]
+Rows: TypeAlias = NDArray[np.int64]
+
+
+class Best(TypedDict):
+    """The epoch that won so far: weights on the CPU, and its metrics."""
+
+    network: dict[str, Tensor]
+    metrics: Metrics
+
+
+class FoldState(TypedDict):
+    """All that an exact resume needs. Tensors are the live ones: whoever keeps a state copies or saves it."""
+
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    best: Best | None
+    history: list[Metrics]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldResult:
+    """The network a fold has chosen, the validation metrics it was chosen for, and those of every epoch."""
+
+    fold: int
+    state: dict[str, Tensor]
+    metrics: Metrics
+    history: list[Metrics]
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """The ranks that train one fold together, as one of them sees it.
+
+    `gather` returns each rank's item, in rank order, to every rank; `device` is this rank's own.
+    """
+
+    rank: int
+    world_size: int
+    gather: Callable[[Any], list[Any]]
+    device: torch.device
+
+
+ALONE = Gang(0, 1, lambda item: [item], torch.device("cpu"))
+
+Report: TypeAlias = Callable[[int, Metrics, FoldState], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Learner:
+    """What changes while a fold is trained."""
+
+    network: nn.Module
+    optimizer: Adam
+    scheduler: CosineAnnealingLR
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself, without DDP's wrapping."""
+        network = self.network
+        return cast(nn.Module, network.module) if isinstance(network, DistributedDataParallel) else network
+
+    def save(self, best: Best | None, history: list[Metrics]) -> FoldState:
+        return FoldState(
+            network=self.module.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            best=best,
+            history=list(history),
+        )
+
+    def load(self, state: FoldState) -> None:
+        self.module.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def fit_fold(
+    network: nn.Module,
+    index: VolumesIndex,
+    fold: int,
+    config: TrainConfig,
+    report: Report,
+    gang: Gang = ALONE,
+    resume: FoldState | None = None,
+) -> FoldResult:
+    """Train one fold and choose the epoch with the best validation accuracy; `report` is called after each epoch.
+
+    `resume` is a reported state: training goes on after its epoch and ends in the same bits as if never interrupted.
+    Batch norm's statistics are each rank's own in training, rank 0's in validation and in the result.
+    Source: paper sec. 4.2 (Adam, cosine annealing, cross-entropy); choice by accuracy, authors' code.
+    Raises: UsageError if the gang or the fold does not fit the batch; RunError if the loss is no longer finite.
+    """
+    check_fold(index, fold, config, gang.world_size)
+    optimizer = Adam(network.parameters(), lr=config.learning_rate)
+    learner = _Learner(network, optimizer, CosineAnnealingLR(optimizer, T_max=config.epochs))
+    best, history = None, list[Metrics]()
+    if resume is not None:
+        learner.load(resume)
+        best, history = resume["best"], list(resume["history"])
+    for epoch in range(len(history), config.epochs):
+        metrics = _run_epoch(learner, index, fold, epoch, config, gang)
+        best = _choose(best, metrics, learner.module)
+        history.append(metrics)
+        report(epoch, metrics, learner.save(best, history))
+    return make_result(fold, learner.save(best, history))
+
+
+def make_result(fold: int, state: FoldState) -> FoldResult:
+    """What a fold's last state says of it."""
+    best = state["best"]
+    assert best is not None, "a fold has at least one epoch"
+    return FoldResult(fold, best["network"], best["metrics"], state["history"])
+
+
+def check_fold(index: VolumesIndex, fold: int, config: TrainConfig, world_size: int) -> None:
+    """Raises: UsageError naming what does not fit: workers and batch, folds and index, scans and batch."""
+    if config.batch_size % world_size:
+        raise UsageError(f"{world_size} workers do not divide a batch of {config.batch_size} (train.batch_size)")
+    if index.num_folds != config.num_folds:
+        raise UsageError(f"{index.folder} has {index.num_folds} folds, train.num_folds is {config.num_folds}")
+    num_training, num_validation = len(index.select_training(fold)), len(index.select_validation(fold))
+    if num_training < config.batch_size or num_validation == 0:
+        raise UsageError(
+            f"fold {fold} has {num_training} training and {num_validation} validation scans; "
+            f"a batch takes {config.batch_size}, validation at least one"
+        )
+
+
+def list_batches(rows: Rows, fold: int, epoch: int, config: TrainConfig, gang: Gang) -> list[list[int]]:
+    """This rank's share of every step of an epoch; scans left over from the last full batch sit this epoch out.
+
+    Source: ours: the order depends on (seed, fold, epoch) alone, so the scans of a step do not depend on the gang.
+    """
+    order = np.random.default_rng((config.seed, fold, epoch)).permutation(rows)
+    share = config.batch_size // gang.world_size
+    end = len(order) // config.batch_size * config.batch_size
+    starts = range(gang.rank * share, end, config.batch_size)
+    return [order[start : start + share].tolist() for start in starts]
+
+
+def train_steps(
+    network: nn.Module, optimizer: Optimizer, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> list[float]:
+    """One step of the optimiser a batch; returns this rank's losses.
+
+    Raises: RunError at the first loss that is not finite.
+    """
+    network.train()
+    losses = []
+    for volumes, labels in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(volumes.to(device)), labels.to(device))
+        losses.append(loss.item())
+        if not np.isfinite(losses[-1]):
+            raise RunError(
+                f"the loss became {losses[-1]} at step {len(losses)} of the epoch; lower train.learning_rate"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return losses
+
+
+def evaluate(network: nn.Module, index: VolumesIndex, rows: Rows, batch_size: int, gang: Gang) -> Metrics:
+    """Metrics over `rows`, un-augmented; every rank infers its share, and each scan counts once."""
+    own = rows[gang.rank :: gang.world_size]
+    shares = gang.gather((own, infer_logits(network, VolumeDataset(index), own, batch_size, gang.device)))
+    gathered = np.concatenate([share[0] for share in shares])
+    order = np.argsort(gathered)
+    assert np.array_equal(gathered[order], np.sort(rows)), "each scan is inferred by exactly one rank"
+    log_probabilities = log_softmax(np.concatenate([share[1] for share in shares])[order], axis=1)
+    labels = index.labels[gathered[order]]
+    loss = -float(log_probabilities[np.arange(len(labels)), labels].mean())
+    return {"validation_loss": loss, **compute_metrics(np.exp(log_probabilities), labels)}
+
+
+@torch.no_grad()
+def infer_logits(
+    network: nn.Module, dataset: VolumeDataset, rows: Rows, batch_size: int, device: torch.device
+) -> FloatArray:
+    """Shape: (len(rows), classes) float64."""
+    network.eval()
+    batches = [rows[start : start + batch_size].tolist() for start in range(0, len(rows), batch_size)]
+    loader = DataLoader(dataset, batch_sampler=batches)
+    logits = [network(volumes.to(device)).cpu().double().numpy() for volumes, _ in loader]
+    return np.concatenate([np.empty((0, 3)), *logits])
+
+
+def _run_epoch(
+    learner: _Learner,
+    index: VolumesIndex,
+    fold: int,
+    epoch: int,
+    config: TrainConfig,
+    gang: Gang,
+) -> Metrics:
+    """Train and validate once; the same metrics on every rank."""
+    rate = float(learner.scheduler.get_last_lr()[0])
+    dataset = VolumeDataset(index, Augmentation(config.augment, config.seed, fold, epoch))
+    batches = list_batches(index.select_training(fold), fold, epoch, config, gang)
+    losses = train_steps(learner.network, learner.optimizer, DataLoader(dataset, batch_sampler=batches), gang.device)
+    learner.scheduler.step()
+    _share_buffers(learner.module, gang)
+    share = config.batch_size // gang.world_size
+    validation = evaluate(learner.module, index, index.select_validation(fold), share, gang)
+    train_loss = float(np.mean(gang.gather(float(np.mean(losses)))))
+    return {"epoch": epoch, "learning_rate": rate, "train_loss": train_loss, **validation}
+
+
+def _share_buffers(module: nn.Module, gang: Gang) -> None:
+    """Give every rank rank 0's batch norm statistics, so that all validate the network that is saved."""
+    buffers = dict(module.named_buffers())
+    own = {name: buffer.cpu() for name, buffer in buffers.items()} if gang.rank == 0 else None
+    shared = gang.gather(own)[0]
+    for name, buffer in buffers.items():
+        buffer.copy_(shared[name])
+
+
+def _choose(best: Best | None, metrics: Metrics, module: nn.Module) -> Best:
+    """The better of two epochs: by accuracy, then validation loss, then the later one.
+
+    Source: authors' code; how ties are broken is ours.
+    """
+    if best is not None and _rank_epoch(metrics) < _rank_epoch(best["metrics"]):
+        return best
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    return Best(network=weights, metrics=metrics)
+
+
+def _rank_epoch(metrics: Metrics) -> tuple[float, float]:
+    return metrics["accuracy_3class"], -metrics["validation_loss"]

@@ -1,0 +1,241 @@
+"""The cohort table against hand-counted tables, the paper's Table 1 and loops over seeds."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.model_selection import StratifiedGroupKFold
+
+from darnet.cohort import (
+    cohort_sha256,
+    count_cohort,
+    divide_cohort,
+    find_leaking_patients,
+    has_own_cohorts,
+    read_cohort,
+)
+from darnet.errors import UsageError
+
+CCII = Path(__file__).parents[2] / "shared" / "data" / "ccii" / "scans.csv"
+HEADER = "scan_id,patient_id,diagnosis,cohort\n"
+
+needs_ccii = pytest.mark.skipif(not CCII.is_file(), reason=f"no CC-CCII lists at {CCII}")
+
+
+def read_csv(text: str) -> pd.DataFrame:
+    return read_cohort("table.csv", text.encode())
+
+
+def read_ccii() -> pd.DataFrame:
+    return read_cohort("scans.csv", CCII.read_bytes().replace(b"paper_cohort", b"cohort", 1))
+
+
+def make_cohort(seed: int, num_patients: int = 120) -> pd.DataFrame:
+    """Patients with 1 to 9 scans; every tenth has scans of several diagnoses."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for patient in range(num_patients):
+        own = ("CP", "NCP", "Normal")[patient % 3]
+        for _ in range(rng.integers(1, 10)):
+            diagnosis = rng.choice(["CP", "NCP", "Normal"]) if patient % 10 == 0 else own
+            rows.append((f"{len(rows):05d}", f"{patient:03d}", str(diagnosis)))
+    return pd.DataFrame(rows, columns=["scan_id", "patient_id", "diagnosis"])
+
+
+def test_identifiers_keep_their_leading_zeros_and_other_columns_stay() -> None:
+    frame = read_csv("site,scan_id,patient_id,diagnosis\n07,001,NA,NCP\n,1,0012,Normal\n")
+    assert frame.to_dict("list") == {
+        "site": ["07", ""],
+        "scan_id": ["001", "1"],
+        "patient_id": ["NA", "0012"],
+        "diagnosis": ["NCP", "Normal"],
+    }
+
+
+def test_parquet_and_csv_of_one_table_are_one_cohort() -> None:
+    frame = pd.DataFrame({"scan_id": [10, 11], "patient_id": ["a", "b"], "diagnosis": ["CP", "NCP"]})
+    frame["cohort"] = pd.Series(["train", None], dtype="category")
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer)
+    from_parquet = read_cohort("s3://bucket/table.PARQUET", buffer.getvalue())
+    from_csv = read_csv(HEADER + "10,a,CP,train\n11,b,NCP,\n")
+    assert from_parquet.to_dict("list") == from_csv.to_dict("list")
+    assert cohort_sha256(from_parquet) == cohort_sha256(from_csv)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm() -> None:
+    frame = read_cohort("t.csv", "\ufeffscan_id,patient_id,diagnosis\r\na,b,CP\r\n".encode())
+    assert frame.to_dict("list") == {"scan_id": ["a"], "patient_id": ["b"], "diagnosis": ["CP"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "table.csv: the file is empty"),
+        ("scan_id,diagnosis\na,CP\n", r"table.csv: no column patient_id; add or rename it \(columns here: scan_id, d"),
+        ("scan_id,patient_id,diagnosis,scan_id\na,1,CP,b\n", "table.csv: column scan_id comes twice"),
+        (HEADER, "table.csv: no rows"),
+        (HEADER + "a,1,CP,train\nb,1,CP\n", "table.csv row 3: 3 cells, but the header has 4"),
+        (HEADER + " ,1,CP,train\n", "table.csv row 2: scan_id ' ' is empty"),
+        (HEADER + "a,1,CP,train\nb,1,CP,train\na,2,CP,test\n", "row 4: scan_id 'a' is also in an earlier row"),
+        (HEADER + "a,1,CP,train\n\nb,,CP,train\n", "row 4: patient_id '' is empty"),
+        (HEADER + '"a\nb",1,CP,train\nc,1,covid,\nd,1,ncp,\n', r"row 4: diagnosis 'covid' .* CP, NCP, Normal \(1 more"),
+        (HEADER + "a,1,CP,train\nb,1,CP,valid\n", "row 3: cohort 'valid' is unknown; allowed are train, test"),
+        (HEADER + 'a,1,"CP,train\n', "table.csv: not a CSV file"),
+    ],
+)
+def test_a_wrong_table_is_refused_by_file_and_row(text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        read_csv(text)
+
+
+def test_files_of_other_kinds_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"cohort\.xlsx: a cohort table is a \.csv or \.parquet"):
+        read_cohort("cohort.xlsx", b"PK")
+    with pytest.raises(UsageError, match=r"c\.parquet: not a Parquet file"):
+        read_cohort("c.parquet", b"scan_id,patient_id\n")
+    with pytest.raises(UsageError, match=r"c\.csv: not a CSV file in UTF-8"):
+        read_cohort("c.csv", "scan_id,patient_id,diagnosis\nä,b,CP\n".encode("latin-1"))
+
+
+def test_parquet_complaints_count_rows_from_one_and_refuse_fractional_identifiers() -> None:
+    frame = pd.DataFrame({"scan_id": ["a", "b"], "patient_id": ["1", None], "diagnosis": ["CP", "CP"]})
+    for patient_ids, complaint in ((["1", None], "row 2: patient_id '' is empty"), ([1.0, None], "patient_id is of")):
+        buffer = io.BytesIO()
+        frame.assign(patient_id=patient_ids).to_parquet(buffer)
+        with pytest.raises(UsageError, match=rf"c\.parquet.*{complaint}"):
+            read_cohort("c.parquet", buffer.getvalue())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_patient_is_in_two_folds_or_cohorts(seed: int) -> None:
+    divided = divide_cohort(make_cohort(seed), num_folds=5, seed=seed)
+    places: dict[str, set[tuple[str, int | None]]] = {}
+    for row in divided.itertuples():
+        places.setdefault(row.patient_id, set()).add((row.cohort, None if pd.isna(row.fold) else row.fold))
+    assert all(len(place) == 1 for place in places.values())
+    assert all((fold is None) == (cohort == "test") for place in places.values() for cohort, fold in place)
+    assert {fold for place in places.values() for cohort, fold in place if cohort == "train"} == set(range(5))
+    assert find_leaking_patients(divided) == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_folds_and_the_test_cohort_hold_their_share_of_every_diagnosis(seed: int) -> None:
+    divided = divide_cohort(make_cohort(seed), num_folds=5, seed=seed)
+    counts = count_cohort(divided)
+    for label in ("CP", "NCP", "Normal"):
+        whole = counts["train"][label] + counts["test"][label]
+        assert counts["test"][label] == pytest.approx(0.2 * whole, abs=3)
+        in_folds = divided[divided["diagnosis"] == label]["fold"].value_counts()
+        assert in_folds.max() - in_folds.min() <= 3
+
+
+def test_folds_are_no_less_even_than_those_of_scikit_learn() -> None:
+    for seed in range(3):
+        frame = make_cohort(seed).assign(cohort="train")
+        ours = divide_cohort(frame, num_folds=5, seed=seed)
+        theirs = np.zeros(len(frame), int)
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+        for fold, (_, rows) in enumerate(splitter.split(frame, frame["diagnosis"], frame["patient_id"])):
+            theirs[rows] = fold
+        spread_ours = pd.crosstab(ours["fold"], ours["diagnosis"]).std().sum()
+        spread_theirs = pd.crosstab(theirs, frame["diagnosis"].to_numpy()).std().sum()
+        assert spread_ours <= spread_theirs
+
+
+def test_the_division_does_not_depend_on_row_order_or_labels() -> None:
+    frame = make_cohort(0)
+    divided = divide_cohort(frame, num_folds=5, seed=7)
+    mixed = frame.sample(frac=1, random_state=3).set_axis([0] * len(frame))
+    shuffled = divide_cohort(mixed, num_folds=5, seed=7)
+    assert divided.equals(shuffled.sort_values("scan_id", ignore_index=True))
+    assert divided["scan_id"].equals(frame["scan_id"])
+
+
+def test_another_seed_divides_otherwise() -> None:
+    frame = make_cohort(0)
+    assert not divide_cohort(frame, num_folds=5, seed=0).equals(divide_cohort(frame, num_folds=5, seed=1))
+
+
+def test_a_table_s_own_cohorts_are_kept_and_scans_in_neither_are_left_out() -> None:
+    frame = make_cohort(1)
+    frame["cohort"] = np.random.default_rng(0).choice(["train", "train", "test", ""], len(frame))
+    divided = divide_cohort(frame, num_folds=5, seed=0)
+    assert has_own_cohorts(frame)
+    assert divided.drop(columns="fold").equals(frame[frame["cohort"] != ""].reset_index(drop=True))
+    assert divided["fold"].isna().equals(divided["cohort"] == "test")
+    assert (divided.groupby("patient_id")["fold"].nunique() <= 1).all()
+
+
+def test_an_empty_cohort_column_counts_as_none() -> None:
+    frame = make_cohort(1)
+    assert not has_own_cohorts(frame.assign(cohort=""))
+    expected = divide_cohort(frame, num_folds=5, seed=0)
+    assert divide_cohort(frame.assign(cohort=""), num_folds=5, seed=0).equals(expected)
+
+
+def test_a_diagnosis_with_fewer_patients_than_folds_is_refused() -> None:
+    frame = pd.DataFrame(
+        {
+            "scan_id": [str(number) for number in range(14)],
+            "patient_id": ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "k", "l", "m"],
+            "diagnosis": ["CP"] * 5 + ["NCP"] * 5 + ["Normal"] * 4,
+            "cohort": ["train"] * 14,
+        }
+    )
+    with pytest.raises(UsageError, match="3 patients with Normal are too few for 5 training folds"):
+        divide_cohort(frame, num_folds=5, seed=0)
+    assert divide_cohort(frame, num_folds=3, seed=0).groupby(["fold", "diagnosis"]).ngroups == 9
+    with pytest.raises(UsageError, match="0 patients with CP are too few for the test cohort"):
+        divide_cohort(frame.drop(columns="cohort"), num_folds=2, seed=0, test_fraction=0.01)
+    with pytest.raises(UsageError, match="must lie between"):
+        divide_cohort(frame.drop(columns="cohort"), num_folds=2, seed=0, test_fraction=0.0)
+
+
+def test_the_digest_changes_with_what_matters_only() -> None:
+    divided = divide_cohort(make_cohort(2), num_folds=5, seed=0)
+    digest = cohort_sha256(divided)
+    assert cohort_sha256(divided.sample(frac=1, random_state=0).assign(site="x")) == digest
+    for column, value in {"patient_id": "x", "diagnosis": "?", "cohort": "?", "fold": 9, "scan_id": "x"}.items():
+        changed = divided.copy()
+        changed.loc[5, column] = value
+        assert cohort_sha256(changed) != digest
+
+
+def test_counts_have_every_cohort_and_diagnosis() -> None:
+    frame = read_csv(HEADER + "a,1,CP,train\nb,1,CP,train\nc,2,NCP,test\nd,2,NCP,train\ne,3,Normal,\n")
+    assert count_cohort(frame) == {
+        "train": {"CP": 2, "NCP": 1, "Normal": 0},
+        "test": {"CP": 0, "NCP": 1, "Normal": 0},
+    }
+    assert find_leaking_patients(frame) == ["2"]
+
+
+@needs_ccii
+def test_the_published_lists_give_table_1() -> None:
+    """Source: paper Table 1."""
+    assert count_cohort(read_ccii()) == {
+        "train": {"CP": 1328, "NCP": 1320, "Normal": 952},
+        "test": {"CP": 177, "NCP": 169, "Normal": 126},
+    }
+
+
+@needs_ccii
+def test_half_of_the_paper_s_test_patients_are_in_its_training_cohort() -> None:
+    frame = read_ccii()
+    test = frame[frame["cohort"] == "test"]
+    leaking = find_leaking_patients(frame)
+    assert (len(leaking), test["patient_id"].nunique()) == (231, 436)
+    assert (test["patient_id"].isin(leaking).sum(), len(test)) == (255, 472)
+
+
+@needs_ccii
+def test_the_paper_s_cohort_divides_into_even_folds_of_whole_patients() -> None:
+    divided = divide_cohort(read_ccii(), num_folds=5, seed=0)
+    assert len(divided) == 4072
+    training = divided[divided["cohort"] == "train"]
+    assert (training.groupby("patient_id")["fold"].nunique() == 1).all()
+    counts = pd.crosstab(training["fold"], training["diagnosis"])
+    assert (counts.max() - counts.min() <= 1).all()

@@ -1,0 +1,168 @@
+"""The volumes folder: what is written is read back, and what is wrong with it is named."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from darnet.config import AugmentConfig, VolumeConfig
+from darnet.dataset import Augmentation, VolumeDataset, digest_cohort, read_index, write_array, write_index
+from darnet.errors import UsageError
+from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes, make_voxels
+
+
+def test_an_array_is_named_by_its_scan_and_digested_by_its_file(tmp_path: Path) -> None:
+    voxels = make_voxels("NCP", 1)
+    name, sha256 = write_array(tmp_path, "a/ü#12", voxels)
+    assert name == f"arrays/{hashlib.sha256('a/ü#12'.encode()).hexdigest()[:16]}.npy"
+    assert sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert np.array_equal(np.load(tmp_path / name), voxels)
+    assert [path.name for path in (tmp_path / "arrays").iterdir()] == [Path(name).name]
+
+
+def test_an_index_is_read_back_as_written(tmp_path: Path) -> None:
+    frame = make_cohort(tmp_path, 6, 2, num_test=3)
+    cohort_sha256 = write_index(tmp_path, frame.sample(frac=1, random_state=0), SMALL_VOLUME)
+    index = read_index(tmp_path)
+    pd.testing.assert_frame_equal(index.frame, frame)
+    assert index.volume == SMALL_VOLUME
+    assert index.cohort_sha256 == cohort_sha256
+    assert index.labels.tolist() == [0, 1, 2] * 3
+    assert json.loads((tmp_path / "volumes.json").read_text())["preprocessing_version"].startswith("1-")
+
+
+def test_no_test_scan_is_trained_or_validated_on(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path, 12, 2, num_test=6)
+    assert index.num_folds == 2
+    for fold in range(2):
+        training, validation = index.select_training(fold), index.select_validation(fold)
+        assert sorted([*training, *validation]) == list(range(12))
+        assert set(index.frame["fold"].iloc[validation]) == {fold}
+
+
+def test_voxels_become_floats_between_0_and_1(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path, 6, 2)
+    volume, label = VolumeDataset(index)[4]
+    assert label == 1
+    assert volume.shape == (1, 8, 32, 32)
+    assert volume.dtype == torch.float32
+    assert np.array_equal(volume[0].numpy(), np.float32(make_voxels("NCP", 4)) / np.float32(255))
+
+
+def test_augmentation_depends_on_seed_fold_epoch_and_row_only(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path, 6, 2)
+
+    def load(row: int, **changed: int) -> torch.Tensor:
+        keys = {"seed": 1, "fold": 0, "epoch": 3} | changed
+        return VolumeDataset(index, Augmentation(AugmentConfig(), **keys))[row][0]
+
+    assert torch.equal(load(1), load(1))
+    assert not torch.equal(load(1), VolumeDataset(index)[1][0])
+    for other in (load(1, seed=2), load(1, fold=1), load(1, epoch=4)):
+        assert not torch.equal(load(1), other)
+
+
+def spoil(frame: pd.DataFrame, row: int, **values: object) -> pd.DataFrame:
+    spoilt = frame.copy()
+    for column, value in values.items():
+        spoilt.loc[row, column] = value
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"diagnosis": "Flu"}, "an unknown diagnosis: scan_id scan-004"),
+        ({"cohort": "validation", "fold": None}, "an unknown cohort: scan_id scan-004"),
+        ({"fold": None}, "a training scan without a fold: scan_id scan-004"),
+        ({"cohort": "test"}, "a test scan with a fold: scan_id scan-004"),
+        ({"fold": -1}, "a negative fold: scan_id scan-004"),
+        ({"scan_id": "scan-000"}, "a scan in two rows: scan_id scan-000"),
+        ({"patient_id": "patient-000"}, r"a patient in two folds: scan_id scan-000 \(patient_id patient-000"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, values: dict[str, object], fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        write_index(tmp_path, spoil(make_cohort(tmp_path, 6, 2), 4, **values), SMALL_VOLUME)
+    assert not (tmp_path / "volumes.json").exists()
+
+
+def test_a_patient_may_have_test_scans_too_as_in_the_papers_split(tmp_path: Path) -> None:
+    frame = make_cohort(tmp_path, 6, 2, num_test=3)
+    write_index(tmp_path, spoil(frame, 7, patient_id="patient-001"), SMALL_VOLUME)
+    assert len(read_index(tmp_path).frame) == 9
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no column patient_id"):
+        write_index(tmp_path, make_cohort(tmp_path, 6, 2).drop(columns="patient_id"), SMALL_VOLUME)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere/volumes.json: no such file"):
+        read_index(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["volumes.json", "cohort.parquet"])
+def test_a_missing_table_is_named(tmp_path: Path, name: str) -> None:
+    make_volumes(tmp_path, 6, 2)
+    (tmp_path / name).unlink()
+    with pytest.raises(UsageError, match=f"{name}: no such file"):
+        read_index(tmp_path)
+
+
+def test_a_missing_array_is_named(tmp_path: Path) -> None:
+    name = make_volumes(tmp_path, 6, 2).frame["array"][3]
+    (tmp_path / name).unlink()
+    with pytest.raises(UsageError, match=name):
+        read_index(tmp_path)
+
+
+def test_half_an_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / make_volumes(tmp_path, 6, 2).frame["array"][3]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=f"{path.name}: cannot be read"):
+        read_index(tmp_path)
+
+
+def test_an_array_of_another_shape_is_named(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path, 6, 2)
+    write_array(tmp_path, "scan-003", np.zeros((8, 32, 31), np.uint8))
+    with pytest.raises(UsageError, match=r"npy: uint8 of shape \(8, 32, 31\), expected uint8 of shape \(8, 32, 32\)"):
+        read_index(index.folder)
+
+
+def test_a_table_that_was_changed_afterwards_is_refused(tmp_path: Path) -> None:
+    frame = make_volumes(tmp_path, 6, 2).frame
+    spoil(frame, 0, diagnosis="Normal").to_parquet(tmp_path / "cohort.parquet", index=False)
+    with pytest.raises(UsageError, match="is not the table"):
+        read_index(tmp_path)
+
+
+def test_volumes_of_another_preprocessing_are_refused(tmp_path: Path) -> None:
+    make_volumes(tmp_path, 6, 2)
+    declared = json.loads((tmp_path / "volumes.json").read_text())
+    declared["preprocessing_version"] = "0-0123456789ab"
+    (tmp_path / "volumes.json").write_text(json.dumps(declared))
+    with pytest.raises(UsageError, match=f"0-0123456789ab.*{VolumeConfig(shape=(8, 32, 32)).preprocessing_version}"):
+        read_index(tmp_path)
+
+
+def test_a_declaration_that_is_no_json_is_named(tmp_path: Path) -> None:
+    make_volumes(tmp_path, 6, 2)
+    (tmp_path / "volumes.json").write_text("{")
+    with pytest.raises(UsageError, match=r"volumes.json: not written by jobs.prepare"):
+        read_index(tmp_path)
+
+
+def test_the_cohort_digest_changes_with_what_matters_only(tmp_path: Path) -> None:
+    frame = make_cohort(tmp_path, 6, 2, num_test=3)
+    digest = digest_cohort(frame)
+    assert digest_cohort(frame.sample(frac=1, random_state=1)) == digest
+    assert digest_cohort(spoil(frame, 2, array="elsewhere.npy")) == digest
+    for column, value in {"fold": 1, "diagnosis": "NCP", "patient_id": "p", "sha256": "0", "scan_id": "s"}.items():
+        assert digest_cohort(spoil(frame, 2, **{column: value})) != digest

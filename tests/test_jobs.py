@@ -1,0 +1,110 @@
+"""What a scheduler sees of a job: exit codes, the summary line, and errors that say what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darnet.config import ScoreSettings, Settings, fingerprint, read_settings
+from darnet.errors import CredentialsError, RunError, StorageError, UsageError
+from darnet.job import run_job
+
+PLACES = ["--archive", "a", "--model", "m", "--results", "r"]
+
+
+def _run(capsys: pytest.CaptureFixture[str], arguments: list[str], work: Any = dict) -> tuple[int, Any, str]:
+    code = run_job("score", ScoreSettings, work, arguments)
+    printed = capsys.readouterr()
+    return code, json.loads(printed.out.splitlines()[-1]), printed.err
+
+
+def _fail(error: Exception) -> Any:
+    def work(settings: Settings) -> dict[str, Any]:  # noqa: ARG001
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UsageError("x"), 2), (StorageError("x"), 4), (CredentialsError("x"), 5), (RunError("x"), 1)],
+)
+def test_each_kind_of_failure_has_its_exit_code(error: RunError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    returned, summary, told = _run(capsys, PLACES, _fail(error))
+    assert (returned, summary["exit_code"], summary["error"]) == (code, code, "x")
+    assert "jobs.score: x" in told
+
+
+def test_a_job_that_is_done_returns_zero_and_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    code, summary, _ = _run(capsys, PLACES, lambda settings: {"archive": settings.archive})
+    assert (code, summary["job"], summary["archive"], summary["exit_code"]) == (0, "score", "a", 0)
+
+
+def test_a_defect_is_not_dressed_up_as_a_failure() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_job("score", ScoreSettings, _fail(ZeroDivisionError()), PLACES)
+
+
+def test_missing_and_unknown_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "model: Field required" in _run(capsys, ["--archive", "a", "--results", "r"])[2]
+    code, _, told = _run(capsys, [*PLACES, "--score.batchsize", "3"])
+    assert code == 2
+    assert "--score.batchsize" in told
+
+
+def test_unknown_keys_of_a_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text("nonsense = 1\n[score]\nbatchsize = 3\n")
+    code, _, told = _run(capsys, [*PLACES, "--config", str(tmp_path / "c.toml")])
+    assert code == 2
+    assert "score.batchsize" in told
+    assert "nonsense" in told
+    assert "no such file" in _run(capsys, [*PLACES, "--config", str(tmp_path / "absent.toml")])[2]
+
+
+def test_flags_override_the_environment_and_that_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.toml").write_text("[score]\nbatch_size = 2\nnum_actors = 2\npart_scans = 2\n")
+    monkeypatch.setenv("DARNET_SCORE__NUM_ACTORS", "3")
+    monkeypatch.setenv("DARNET_SCORE__PART_SCANS", "3")
+    arguments = [*PLACES, "--config", str(tmp_path / "c.toml"), "--score.part-scans", "4"]
+    score = read_settings(ScoreSettings, arguments, "x").score
+    assert (score.batch_size, score.num_actors, score.part_scans, score.num_threads) == (2, 3, 4, 1)
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_settings(ScoreSettings, ["--help"], "python -m jobs.score")
+    assert caught.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+
+    def check(section: Any, prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                check(field.annotation, f"{prefix}{name}.")
+            elif not prefix.startswith("--network") or name != "num_classes":
+                assert f"{prefix}{name.replace('_', '-')}" in told
+                assert field.description, f"{prefix}{name} has no description"
+
+    check(ScoreSettings, "--")
+
+
+def test_defaults_are_the_papers() -> None:
+    settings = read_settings(ScoreSettings, PLACES, "x")
+    assert settings.volume.shape == settings.network.volume_shape == (64, 224, 224)
+    assert (settings.train.learning_rate, settings.train.batch_size, settings.train.num_folds) == (1e-3, 4, 5)
+    assert settings.train.epochs == 80
+
+
+def test_preprocessing_version_changes_with_each_setting_between_bytes_and_input() -> None:
+    base = read_settings(ScoreSettings, PLACES, "x").volume
+    changes: list[dict[str, Any]] = [
+        {"shape": (32, 224, 224)},
+        {"window_hu": (-1000.0, 150.0)},
+        {"crop": "body"},
+        {"depth_resampling": "area"},
+        {"slice_order": "feet_first"},
+    ]
+    assert {name for change in changes for name in change} == set(type(base).model_fields)
+    versions = {base.model_copy(update=change).preprocessing_version for change in changes}
+    assert len(versions | {base.preprocessing_version}) == 6
+    assert fingerprint(base) == fingerprint(base.model_copy())

@@ -1,0 +1,80 @@
+"""The house keeps its floors: rows import lower rows only, ray stays on the top floor, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROWS = (
+    "errors config scan",
+    "storage decode dicom volume lung model augment metrics sandbox terminal phantom_canvas",
+    "archive cohort cam bundle results report job phantom_findings phantom_files",
+    "ingest dataset phantom",
+    "train score",
+    "ray_cluster demo",
+    "ray_prepare ray_train ray_score",
+)
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
+RAY_ROW = 5
+FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
+MODULES = sorted(path.stem for path in (ROOT / "darnet").glob("*.py") if path.stem != "__init__")
+
+
+def _imports(path: Path) -> list[str]:
+    """Every module a file imports, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return names
+
+
+def test_every_module_has_a_row() -> None:
+    assert sorted(ROW_OF) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_lower_rows_only(module: str) -> None:
+    inside = [name.split(".")[1] for name in _imports(ROOT / "darnet" / f"{module}.py") if name.startswith("darnet.")]
+    assert [name for name in inside if ROW_OF[name] >= ROW_OF[module] > 0] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_foreign_library_lives_in_one_module(module: str) -> None:
+    roots = {name.split(".")[0] for name in _imports(ROOT / "darnet" / f"{module}.py")}
+    assert [name for name, home in FOREIGN.items() if name in roots and home != module] == []
+    assert "ray" not in roots or module.startswith("ray_")
+
+
+def test_below_the_ray_row_everything_imports_without_ray() -> None:
+    names = [f"darnet.{name}" for name in MODULES if not name.startswith("ray_")]
+    code = f"import sys, importlib; sys.modules['ray'] = None\nfor name in {names}: importlib.import_module(name)"
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, cwd=ROOT)
+
+
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    """No file, no output, no thread, no environment variable, no log handler."""
+    names = [f"darnet.{name}" for name in MODULES] + [f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("*.py")]
+    code = (
+        "import importlib, logging, os, sys, threading\n"
+        "import torch, ray, ray.data, ray.train.torch, SimpleITK, boto3, matplotlib.figure, pandas, cv2\n"
+        "def look():\n"
+        "    return dict(os.environ), logging.root.handlers[:], threading.active_count(), torch.get_num_threads()\n"
+        "before = look()\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "assert before == look(), (before, look())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_job_is_longer_than_a_page() -> None:
+    assert {
+        path.name: lines for path in (ROOT / "jobs").glob("*.py") if (lines := path.read_text().count("\n")) > 80
+    } == {}

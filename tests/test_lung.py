@@ -1,0 +1,404 @@
+"""The lung mask against planted ellipsoids, real chests and a second opinion; the verdict against hostile scans."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+
+from darnet.config import VolumeConfig
+from darnet.lung import has_lung, segment_lung
+from darnet.phantom import Phantom, make_abdomen, make_head, make_phantom
+from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity, StandardVolume
+from darnet.volume import make_standard_volume
+
+WINDOW = (-1350.0, 150.0)
+GRIDS = [(64, 224, 224), (32, 96, 96), (24, 64, 64)]
+CHEST_MM = (300.0, 360.0, 360.0)
+SERIES = Path(__file__).parents[2] / "shared" / "data" / "ct"
+CHESTS = ("weasis-chest-rt", "lung-pet-ct-dx/A0002-B40f-8mm", "lidc-idri-0314")
+
+needs_ct = pytest.mark.skipif(not SERIES.is_dir(), reason=f"no real CT at {SERIES}")
+
+
+class Scene:
+    """Ellipsoids in mm around the centre of a box of `extent_mm`, painted one over the other."""
+
+    def __init__(self, shape: tuple[int, int, int], extent_mm: tuple[float, float, float]) -> None:
+        self.spacing_mm = tuple(length / size for length, size in zip(extent_mm, shape, strict=True))
+        steps = [(np.arange(n) + 0.5 - n / 2) * step for n, step in zip(shape, self.spacing_mm, strict=True)]
+        self.z, self.y, self.x = np.meshgrid(*steps, indexing="ij")
+        self.hu = np.full(shape, -1000.0)
+
+    def find(self, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> BoolArray:
+        axes = zip((self.z, self.y, self.x), centre, radii, strict=True)
+        return np.asarray(sum(((axis - c) / r) ** 2 for axis, c, r in axes) < 1)
+
+    def paint(self, centre: tuple[float, float, float], radii: tuple[float, float, float], hu: float) -> BoolArray:
+        where = self.find(centre, radii)
+        self.hu[where] = hu
+        return where
+
+    def to_volume(self, window: tuple[float, float] = WINDOW) -> StandardVolume:
+        noisy = self.hu + np.random.default_rng(0).normal(0, 15, self.hu.shape)
+        voxels = ((noisy - window[0]) / (window[1] - window[0]) * 255).clip(0, 255).round().astype(np.uint8)
+        box = CropBox(self.hu.shape[0], 0, 0, *self.hu.shape[1:])
+        return StandardVolume(voxels, Intensity.HU, self.spacing_mm, box)  # type: ignore[arg-type]
+
+
+LUNGS = (((0.0, 0.0, -75.0), (120.0, 90.0, 58.0)), ((0.0, 0.0, 75.0), (120.0, 90.0, 58.0)))
+
+
+def draw_chest(
+    shape: tuple[int, int, int] = (32, 96, 96), extent_mm: tuple[float, float, float] = CHEST_MM
+) -> tuple[Scene, BoolArray]:
+    """A body on a foam couch with two ellipsoid lungs and a trachea; lungs apart from their truth have vessels."""
+    scene = Scene(shape, extent_mm)
+    scene.hu[(scene.y > 122) & (np.abs(scene.x) < 200)] = -940
+    scene.hu[np.abs(scene.y - 123) < 3] = 0
+    scene.paint((0, 0, 0), (9e9, 118, 165), 40)
+    lung = np.zeros(shape, bool)
+    for centre, radii in LUNGS:
+        lung |= scene.paint(centre, radii, -850)
+        scene.paint((0, 10, centre[2]), (60, 6, 6), 40)
+    scene.hu[scene.find((-90, -20, 0), (80, 9, 9))] = -1000
+    return scene, lung
+
+
+def find_dice(first: BoolArray, second: BoolArray) -> float:
+    return float(2 * (first & second).sum() / (first.sum() + second.sum()))
+
+
+def judge(scene: Scene) -> bool:
+    volume = scene.to_volume()
+    return has_lung(segment_lung(volume, WINDOW), volume)
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_planted_lungs_are_found_with_their_vessels(shape: tuple[int, int, int]) -> None:
+    scene, lung = draw_chest(shape)
+    mask = segment_lung(scene.to_volume(), WINDOW)
+    assert mask.shape == shape
+    assert mask.dtype == bool
+    assert find_dice(mask, lung) > 0.98
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_outside_air_trachea_couch_and_mediastinum_are_no_lung(shape: tuple[int, int, int]) -> None:
+    scene, _ = draw_chest(shape)
+    mask = segment_lung(scene.to_volume(), WINDOW)
+    assert not mask[~scene.find((0, 0, 0), (9e9, 118, 165))].any()
+    assert not mask[scene.find((-90, -20, 0), (80, 12, 12))].any()
+    assert not mask[np.abs(scene.x) < 10].any()
+
+
+def test_any_window_that_holds_gas_and_lung_gives_the_same_lung() -> None:
+    scene, _ = draw_chest()
+    mask = segment_lung(scene.to_volume(), WINDOW)
+    for window in ((-1000.0, 400.0), (-1250.0, 250.0), (-1024.0, 3000.0)):
+        assert find_dice(segment_lung(scene.to_volume(window), window), mask) > 0.99
+
+
+@pytest.mark.parametrize("window", [(-900.0, 150.0), (-1350.0, -500.0)])
+def test_a_window_without_gas_or_lung_is_refused(window: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="does not hold"):
+        segment_lung(draw_chest((8, 32, 32))[0].to_volume(), window)
+
+
+def test_display_images_are_refused() -> None:
+    volume = replace(draw_chest((8, 32, 32))[0].to_volume(), spacing_mm=None)
+    with pytest.raises(ValueError, match="display image"):
+        segment_lung(volume, WINDOW)
+    with pytest.raises(ValueError, match="display image"):
+        has_lung(np.ones((8, 32, 32), bool), volume)
+
+
+@pytest.mark.parametrize("shape", GRIDS[:2])
+def test_small_lesions_belong_to_the_lung_even_at_the_pleura(shape: tuple[int, int, int]) -> None:
+    scene, lung = draw_chest(shape)
+    inside = scene.paint((0, -20, -75), (15, 15, 15), 30)
+    at_the_pleura = scene.paint((10, 0, -130), (14, 9, 9), 30) & lung
+    mask = segment_lung(scene.to_volume(), WINDOW)
+    assert mask[inside].all()
+    assert mask[at_the_pleura].mean() > 0.9
+
+
+@pytest.mark.parametrize("radii", [(70, 8, 8), (15, 30, 20)], ids=["slender and tall", "wide and flat"])
+def test_a_lesion_at_the_pleura_is_lung_if_lung_surrounds_it_in_plane_or_along_z(radii: tuple[int, int, int]) -> None:
+    scene, lung = draw_chest((64, 224, 224))
+    lesion = scene.paint((0, 0, -133), radii, 30) & lung
+    assert segment_lung(scene.to_volume(), WINDOW)[lesion].mean() > 0.9
+
+
+def test_emphysema_is_lung() -> None:
+    scene, lung = draw_chest()
+    for centre, radii in LUNGS:
+        scene.paint(centre, (radii[0], 0.7 * radii[1], 0.6 * radii[2]), -985)
+    assert find_dice(segment_lung(scene.to_volume(), WINDOW), lung) > 0.95
+
+
+def test_a_pocket_of_food_and_air_below_the_lungs_stays_out() -> None:
+    scene, _ = draw_chest()
+    pocket = scene.paint((135, -70, 40), (12, 20, 30), -700)
+    assert not segment_lung(scene.to_volume(), WINDOW)[pocket].any()
+
+
+def test_a_liver_dome_inside_a_ring_of_lung_stays_out() -> None:
+    scene, _ = draw_chest()
+    dome = scene.paint((120, 0, -75), (90, 60, 40), 60)
+    mask = segment_lung(scene.to_volume(), WINDOW)
+    assert mask[dome].mean() < 0.2
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_a_crop_that_cuts_the_body_open_at_both_sides_loses_no_lung(shape: tuple[int, int, int]) -> None:
+    scene, lung = draw_chest(shape, (300, 360, 200))
+    assert lung[:, :, 0].any()
+    assert lung[:, :, -1].any()
+    assert find_dice(segment_lung(scene.to_volume(), WINDOW), lung) > 0.97
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+@pytest.mark.parametrize("scale", [0.45, 1.0, 1.2])
+def test_a_child_and_a_giant_have_lungs(shape: tuple[int, int, int], scale: float) -> None:
+    volume = draw_chest(shape)[0].to_volume()
+    sized = replace(volume, spacing_mm=tuple(scale * step for step in volume.spacing_mm or ()))
+    assert has_lung(segment_lung(sized, WINDOW), sized)
+
+
+@pytest.mark.parametrize("extent_mm", [(300.0, 550.0, 550.0), (200.0, 360.0, 360.0), (700.0, 500.0, 500.0)])
+def test_wide_fields_short_scans_and_whole_trunks_have_lungs(extent_mm: tuple[float, float, float]) -> None:
+    scene, lung = draw_chest(extent_mm=extent_mm)
+    assert find_dice(segment_lung(scene.to_volume(), WINDOW), lung) > 0.96
+    assert judge(scene)
+
+
+CONSOLIDATIONS: dict[str, Callable[[Scene], BoolArray]] = {
+    "one lung": lambda scene: scene.x > 0,
+    "the back of both": lambda scene: scene.y > -30,
+    "the lower half of both": lambda scene: scene.z > 0,
+}
+
+
+@pytest.mark.parametrize("part", CONSOLIDATIONS)
+def test_a_chest_with_half_its_lung_consolidated_has_lungs(part: str) -> None:
+    scene, lung = draw_chest()
+    scene.hu[lung & CONSOLIDATIONS[part](scene)] = 30
+    assert judge(scene)
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_a_head_has_no_lung(shape: tuple[int, int, int]) -> None:
+    scene = Scene(shape, (200, 240, 240))
+    scene.paint((0, 0, 0), (95, 92, 74), 800)
+    scene.paint((0, 0, 0), (88, 85, 67), 35)
+    for side in (-1, 1):
+        scene.paint((40, -50, 25 * side), (17, 17, 14), -1000)  # maxillary sinus, 17 ml
+        scene.paint((-25, -70, 10 * side), (12, 6, 10), -1000)  # frontal sinus
+        scene.paint((30, 35, 58 * side), (12, 10, 6), -600)  # mastoid cells
+    scene.paint((50, -30, 0), (45, 30, 9), -950)  # nose and throat
+    assert not judge(scene)
+
+
+def draw_abdomen(shape: tuple[int, int, int]) -> Scene:
+    """Lung bases of 0.7 litres around a liver dome, a stomach bubble, loops of gas and a colon of stool and gas."""
+    scene = Scene(shape, (400, 360, 400))
+    scene.paint((0, 0, 0), (9e9, 118, 165), 40)
+    for side in (-1, 1):
+        scene.paint((-200, 0, 75 * side), (60, 90, 58), -850)
+        scene.paint((-175, -5, 70 * side), (50, 70, 52), 60)
+    scene.paint((-110, -60, 60), (30, 30, 45), -1000)
+    for number in range(12):
+        scene.paint((-60 + 20 * number, -70 + 8 * (number % 3), -110 + 20 * number), (14, 14, 18), -1000)
+    scene.paint((40, 10, 120), (120, 22, 22), -300)
+    scene.paint((40, -5, 120), (100, 9, 14), -700)
+    return scene
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_an_abdomen_with_bowel_gas_and_lung_bases_has_no_lung(shape: tuple[int, int, int]) -> None:
+    scene = draw_abdomen(shape)
+    volume = scene.to_volume()
+    mask = segment_lung(volume, WINDOW)
+    litres = mask.sum() * np.prod(volume.spacing_mm) / 1e6
+    assert 0.15 < litres < 1.0  # so that volume alone does not decide
+    assert not has_lung(mask, volume)
+
+
+def test_a_slab_from_the_middle_of_a_small_chest_has_lungs() -> None:
+    volume = draw_chest(extent_mm=(60, 360, 360))[0].to_volume()
+    small = replace(volume, spacing_mm=tuple(0.6 * step for step in volume.spacing_mm or ()))
+    assert has_lung(segment_lung(small, WINDOW), small)
+
+
+def test_much_lung_is_a_chest_however_much_abdomen_follows() -> None:
+    scene = Scene((32, 96, 96), (400, 360, 400))
+    scene.paint((0, 0, 0), (9e9, 118, 165), 40)
+    for side in (-1, 1):
+        scene.paint((-200, 0, 75 * side), (70, 90, 58), -850)
+    assert judge(scene)
+
+
+def test_nothing_but_air_or_nothing_but_body_has_no_lung() -> None:
+    for hu in (-1000.0, 40.0):
+        scene = Scene((24, 64, 64), (300, 300, 300))
+        scene.hu[:] = hu
+        assert not judge(scene)
+
+
+@dataclass(frozen=True)
+class ArrayStack:
+    """A series in memory, as the resampler wants it."""
+
+    voxels_hu: FloatArray
+    spacing_mm: tuple[float, float, float]
+    intensity: Intensity = Intensity.HU
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        num_slices, height, width = self.voxels_hu.shape
+        return num_slices, height, width
+
+    def read_slice(self, index: int) -> FloatArray:
+        return self.voxels_hu[index].astype(np.float32)
+
+
+def resample(stack: ArrayStack, shape: tuple[int, int, int]) -> StandardVolume:
+    return make_standard_volume(stack, VolumeConfig(shape=shape))
+
+
+def resample_truth(lung: BoolArray, volume: StandardVolume) -> BoolArray:
+    """The lung of the standard volume: its voxel centres looked up in the phantom's own grid."""
+    box = volume.crop
+    starts, lengths = (0, box.top, box.left), (box.num_slices, box.height, box.width)
+    lookup = [
+        np.floor(start + (np.arange(n) + 0.5) * length / n).astype(int)
+        for start, length, n in zip(starts, lengths, volume.voxels.shape, strict=True)
+    ]
+    return lung[np.ix_(*lookup)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("diagnosis", "severity"),
+    [(Diagnosis.NORMAL, 0.0), (Diagnosis.CP, 0.3), (Diagnosis.CP, 1.0), (Diagnosis.NCP, 0.3), (Diagnosis.NCP, 1.0)],
+)
+def test_the_lung_of_an_anatomical_phantom_is_found(diagnosis: Diagnosis, severity: float, seed: int) -> None:
+    phantom = make_phantom(diagnosis, seed, severity=severity)
+    volume = resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), (32, 96, 96))
+    mask = segment_lung(volume, WINDOW)
+    assert find_dice(mask, resample_truth(phantom.lung, volume)) > 0.93
+    assert has_lung(mask, volume)
+
+
+@pytest.mark.parametrize("shape", GRIDS[1:])
+@pytest.mark.parametrize("make", [make_head, make_abdomen])
+def test_anatomical_heads_and_abdomens_have_no_lung(make: Callable[..., Phantom], shape: tuple[int, int, int]) -> None:
+    for seed in range(3):
+        phantom = make(seed)
+        volume = resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), shape)
+        assert not has_lung(segment_lung(volume, WINDOW), volume)
+
+
+@cache
+def read_chest(name: str) -> ArrayStack:
+    """Real series, head first, slices at least 3 mm apart, 256 x 256; read by pydicom, not our reader."""
+    slices = [pydicom.dcmread(path) for path in (SERIES / name).rglob("*.dcm")]
+    slices.sort(key=lambda item: -float(item.ImagePositionPatient[2]))
+    gap_mm = float(slices[0].ImagePositionPatient[2]) - float(slices[1].ImagePositionPatient[2])
+    slices = slices[:: max(1, round(3 / gap_mm))]
+    top, bottom = (float(slices[end].ImagePositionPatient[2]) for end in (0, -1))
+    spacing = ((top - bottom) / (len(slices) - 1), *(2 * float(step) for step in slices[0].PixelSpacing))
+    hu = [item.pixel_array * float(item.RescaleSlope) + float(item.RescaleIntercept) for item in slices]
+    return ArrayStack(np.array(hu, np.float32).reshape(-1, 256, 2, 256, 2).mean((2, 4)), spacing)  # type: ignore[arg-type]
+
+
+@needs_ct
+@pytest.mark.parametrize("shape", GRIDS)
+@pytest.mark.parametrize("name", CHESTS)
+def test_real_chests_have_lungs_of_two_to_six_litres(name: str, shape: tuple[int, int, int]) -> None:
+    volume = resample(read_chest(name), shape)
+    mask = segment_lung(volume, WINDOW)
+    assert has_lung(mask, volume)
+    assert 2 < mask.sum() * np.prod(volume.spacing_mm) / 1e6 < 6
+
+
+@needs_ct
+@pytest.mark.parametrize("name", CHESTS)
+def test_simpleitk_finds_the_same_lung_in_real_chests(name: str) -> None:
+    """Second opinion: large 3D pieces of what is between gas and tissue and does not touch the image's sides."""
+    volume = resample(read_chest(name), (64, 224, 224))
+    air = sitk.BinaryThreshold(sitk.GetImageFromArray(volume.voxels), 68, 161)
+    pieces = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(air), minimumObjectSize=20000))
+    sides = np.concatenate([pieces[:, end].ravel() for end in (0, -1)] + [pieces[:, :, end].ravel() for end in (0, -1)])
+    theirs = (pieces > 0) & ~np.isin(pieces, sides)
+    mask = segment_lung(volume, WINDOW)
+    assert find_dice(mask, theirs) > 0.9
+    assert mask[theirs].mean() > 0.98
+
+
+def widen(stack: ArrayStack) -> ArrayStack:
+    margin = ((0, 0), (60, 60), (60, 60))
+    return replace(stack, voxels_hu=np.pad(stack.voxels_hu, margin, constant_values=-1024))
+
+
+def thicken(stack: ArrayStack) -> ArrayStack:
+    step = max(1, round(8 / stack.spacing_mm[0]))
+    spacing = (step * stack.spacing_mm[0], *stack.spacing_mm[1:])
+    return replace(stack, voxels_hu=stack.voxels_hu[::step], spacing_mm=spacing)
+
+
+def keep_slices(stack: ArrayStack, first: float, last: float) -> ArrayStack:
+    num_slices = stack.shape[0]
+    return replace(stack, voxels_hu=stack.voxels_hu[round(first * num_slices) : round(last * num_slices)])
+
+
+def consolidate(stack: ArrayStack, part: tuple[slice, slice, slice]) -> ArrayStack:
+    """Fill what is lung-like in one part of the image, body or not, with soft tissue."""
+    voxels = stack.voxels_hu.copy()
+    box = voxels[part]
+    box[(box > -960) & (box < -300)] = 30
+    return replace(stack, voxels_hu=voxels)
+
+
+HOSTILE: dict[str, Callable[[ArrayStack], ArrayStack]] = {
+    "a wide field": widen,
+    "8 mm slices": thicken,
+    "a small child": lambda stack: replace(stack, spacing_mm=tuple(0.45 * step for step in stack.spacing_mm)),
+    "cut at the apex": lambda stack: keep_slices(stack, 1 / 3, 1),
+    "cut at the base": lambda stack: keep_slices(stack, 0, 2 / 3),
+    "cut at the sides": lambda stack: replace(stack, voxels_hu=stack.voxels_hu[:, :, 35:-35]),
+    "off centre": lambda stack: replace(stack, voxels_hu=np.roll(stack.voxels_hu, 50, axis=2)),
+    "prone": lambda stack: replace(stack, voxels_hu=stack.voxels_hu[:, ::-1, ::-1]),
+    "left lung consolidated": lambda stack: consolidate(stack, np.s_[:, :, stack.shape[2] // 2 :]),
+    "right lung consolidated": lambda stack: consolidate(stack, np.s_[:, :, : stack.shape[2] // 2]),
+    "lower half consolidated": lambda stack: consolidate(stack, np.s_[stack.shape[0] // 2 :]),
+}
+
+
+@needs_ct
+@pytest.mark.parametrize("change", HOSTILE)
+@pytest.mark.parametrize("name", CHESTS)
+def test_no_real_chest_is_refused(name: str, change: str) -> None:
+    stack = HOSTILE[change](read_chest(name))
+    volume = resample(stack, (24, 64, 64))
+    assert has_lung(segment_lung(volume, WINDOW), volume)
+
+
+@needs_ct
+@pytest.mark.parametrize(
+    ("name", "top_mm"), [(CHESTS[0], 215.0), (CHESTS[1], 150.0), (CHESTS[2], 205.0)], ids=("weasis", "a0002", "lidc")
+)
+def test_the_lung_bases_left_above_a_real_abdomen_are_no_chest(name: str, top_mm: float) -> None:
+    """`top_mm` below the first slice is 1 to 3 cm above the highest liver dome, where abdomen scans begin."""
+    stack = read_chest(name)
+    abdomen = replace(stack, voxels_hu=stack.voxels_hu[round(top_mm / stack.spacing_mm[0]) :])
+    for shape in GRIDS:
+        volume = resample(abdomen, shape)
+        mask = segment_lung(volume, WINDOW)
+        assert mask.any()
+        assert not has_lung(mask, volume)

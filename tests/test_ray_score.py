@@ -1,0 +1,235 @@
+"""The scoring road on a real Ray cluster: every scan accounted for, the same bits wherever it lies, published once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from ray.data import Dataset
+
+from darnet.config import ScoreConfig
+from darnet.ray_cluster import connect
+from darnet.ray_score import score_archive, score_sources
+from darnet.results import read_predictions
+from darnet.score import RunFacts
+from darnet.storage import open_store
+from tests.bundle_fixtures import write_random_bundle
+from tests.ct_fixtures import make_chest, write_chest
+from tests.ray_fixtures import ray_cluster
+
+__all__ = ["ray_cluster"]
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+ROOT = Path(__file__).parents[1]
+CONFIG = ScoreConfig(part_scans=2)
+NUMBERS = ["probability_cp", "probability_ncp", "probability_normal", "fold_std_ncp", "cam_in_lung_fraction"]
+NIGHT = date(2026, 1, 1)
+
+
+def _write_archive(folder: Path, num_chests: int) -> None:
+    """Chests that differ, one of them spoiled, one source of two series, and strays."""
+    for index in range(num_chests):
+        write_chest(folder / f"chest{index:02d}", np.roll(make_chest(), index, axis=2))
+    write_chest(folder / "gap")[7].unlink()
+    write_chest(folder / "two", SeriesInstanceUID="1.2.3.7")
+    for path in write_chest(folder / "second", make_chest()[:, ::-1]):
+        path.rename(folder / "two" / f"second-{path.name}")
+    (folder / "second").rmdir()
+    (folder / "chest00" / "LICENSE").write_text("a stray")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "bundle"
+    write_random_bundle(folder)
+    return str(folder)
+
+
+def _score(archive: Path | str, model: str, results: Path | str) -> dict[str, Any]:
+    stores = open_store(str(archive)), open_store(model), open_store(str(results), create=True)
+    return score_archive(*stores, CONFIG, NIGHT)
+
+
+def _list_operators(dataset: Dataset) -> list[str]:
+    """Names of the operators as they are executed, after Ray's fusion."""
+    from ray.data._internal.logical.optimizers import get_execution_plan
+
+    plan = get_execution_plan(dataset._logical_plan)[0]
+    return [operator.name for operator in plan.dag.post_order_iter()]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) -> None:
+    from darnet.archive import list_sources
+    from darnet.bundle import read_bundle
+
+    write_chest(tmp_path / "archive" / "a")
+    archive = open_store(str(tmp_path / "archive"))
+    run = RunFacts("r", NIGHT, read_bundle(open_store(model)).manifest, "0")
+    dataset = score_sources(archive, open_store(model), run, CONFIG, list(list_sources(archive.list_objects())))
+    names = _list_operators(dataset)
+    assert [name for name in names if "FlatMap" in name and "ScoringActor" in name] == []
+    assert sum("FlatMap" in name for name in names) == sum("ScoringActor" in name for name in names) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model: str, tmp_path: Path) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    _write_archive(archive, 3)
+    first = _score(archive, model, results)
+    assert first["published"] == 1
+    assert first["statuses"] == {"OK": 5, "BAD_MISSING_SLICE": 1}
+    assert first["planned_sources"] == 5
+
+    again = _score(archive, model, results)
+    assert (again["published"], again["planned_sources"]) == (None, 0)
+    assert "nothing new" in again["message"]
+
+    write_chest(archive / "late", make_chest()[:, :, ::-1])
+    os.utime(archive / "chest01" / "000.dcm", ns=(1, 1))
+    second = _score(archive, model, results)
+    assert (second["published"], second["planned_sources"], second["scans"]) == (2, 2, 2)
+    rows = read_predictions(str(results))
+    assert len(rows) == 7
+    assert set(rows.loc[rows["commit"] == 2, "source"]) == {"chest01", "late"}
+    assert sorted(path.name for path in (results / "predictions").iterdir()) == [
+        "c00000001.parquet",
+        "c00000002.parquet",
+    ]
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bucket_gives_the_bits_of_a_folder(model: str, s3: Callable[[], str], tmp_path: Path) -> None:
+    _write_archive(tmp_path / "archive", 3)
+    bucket = s3()
+    local = open_store(str(tmp_path / "archive"))
+    remote = open_store(f"{bucket}/archive/with space")
+    for item in local.list_objects():
+        remote.write_bytes(item.key, local.read_bytes(item.key))
+    _score(tmp_path / "archive", model, tmp_path / "results")
+    assert _score(remote.uri, model, f"{bucket}/results")["published"] == 1
+    assert _score(remote.uri, model, f"{bucket}/results")["published"] is None
+    here, there = read_predictions(str(tmp_path / "results")), read_predictions(f"{bucket}/results")
+    assert list(here["scan_id"]) == list(there["scan_id"])
+    assert here[NUMBERS].equals(there[NUMBERS])
+    assert here.loc[here["status"] == "OK", NUMBERS[0]].nunique() == 5
+
+
+def _start_job(archive: Path, model: str, results: Path) -> "subprocess.Popen[str]":
+    """`python -m jobs.score` as a person starts it, in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.score",
+        "--archive",
+        str(archive),
+        "--model",
+        model,
+        "--results",
+        str(results),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [*command, "--score.part-scans", "2", "--night", "2026-01-01"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _count_parts(results: Path) -> int:
+    return len(list(results.glob("_runs/*/parts/*.parquet")))
+
+
+def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    _write_archive(archive, 30)
+    (results / "predictions").mkdir(parents=True)
+    job = _start_job(archive, model, results)
+    deadline_s = time.monotonic() + 180
+    while _count_parts(results) < 2 and time.monotonic() < deadline_s and job.poll() is None:
+        assert list((results / "predictions").glob("*.parquet")) == []  # a reader sees nothing of a run under way
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    num_parts = _count_parts(results)
+    assert num_parts >= 2
+    assert list((results / "predictions").iterdir()) == []
+
+    second = _start_job(archive, model, results)
+    summary = json.loads(second.communicate(timeout=300)[0].splitlines()[-1])
+    assert (second.returncode, summary["exit_code"], summary["published"]) == (0, 0, 1)
+    assert summary["resumed_sources"] == 2 * num_parts
+    assert summary["statuses"] == {"OK": 32, "BAD_MISSING_SLICE": 1}
+    table = pq.read_table(results / "predictions" / "c00000001.parquet")
+    keys = list(zip(table["source"].to_pylist(), table["scan_id"].to_pylist(), strict=True))
+    assert len(keys) == len(set(keys)) == 33
+
+
+@pytest.fixture
+def head_node() -> Any:
+    """`ray start --head` on loopback, and the environment of its clients."""
+    ray = Path(sys.executable).with_name("ray")
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_TMPDIR": "/tmp/ray-darnet-test",
+    }
+    ports = {"--port": "26379", "--dashboard-port": "28265", "--dashboard-agent-listen-port": "28266"}
+    flags = [part for pair in ports.items() for part in pair]
+    start = [str(ray), "start", "--head", "--num-cpus=3", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    start += [
+        *flags,
+        "--object-store-memory=150000000",
+        "--dashboard-host=127.0.0.1",
+        "--temp-dir=/tmp/ray-darnet-test",
+    ]
+    started = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield str(ray), environment | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265"}
+    finally:
+        subprocess.run([str(ray), "stop", "--force"], env=environment, capture_output=True, timeout=120, check=False)
+        shutil.rmtree("/tmp/ray-darnet-test", ignore_errors=True)
+
+
+def test_a_submitted_job_scores_on_a_running_cluster(head_node: Any, model: str, tmp_path: Path) -> None:
+    ray, environment = head_node
+    _write_archive(tmp_path / "archive", 2)
+    places = ["--archive", str(tmp_path / "archive"), "--model", model, "--results", str(tmp_path / "results")]
+    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--submission-id", "night-2026-01-01-a1", "--"]
+    done = subprocess.run(
+        [*command, "python", "-m", "jobs.score", *places],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = read_predictions(str(tmp_path / "results"))
+    assert sorted(rows["status"]) == ["BAD_MISSING_SLICE", "OK", "OK", "OK", "OK"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_connect_keeps_the_session_it_finds() -> None:
+    import ray
+
+    before = ray.get_runtime_context().get_node_id()
+    connect()
+    assert ray.get_runtime_context().get_node_id() == before

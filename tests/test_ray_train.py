@@ -1,0 +1,223 @@
+"""Folds on a real, small Ray cluster: they give a bundle, survive the death of a rank, and refuse what cannot be."""
+
+import contextlib
+import io
+import os
+import signal
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+
+from darnet.bundle import load_networks, read_bundle
+from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig
+from darnet.dataset import VolumesIndex
+from darnet.errors import UsageError
+from darnet.ray_train import (
+    MIN_WORKER_CPUS,
+    describe_cohort,
+    match_network,
+    name_run,
+    plan_gangs,
+    train_folds,
+    train_model,
+)
+from darnet.storage import open_store
+from darnet.train import ALONE, FoldResult, Metrics, evaluate
+from tests.gloo_ranks import train_with_torch_alone
+from tests.ray_fixtures import ray_cluster as ray_cluster  # a fixture, found by its name
+from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
+
+NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
+CONFIG = TrainConfig(epochs=6, num_folds=2, learning_rate=3e-3)
+WORKERS = 2
+DAY = date(2020, 3, 1)
+
+# Ray Train touches Ray Data's context, which warns of its own settings.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> VolumesIndex:
+    return make_volumes(tmp_path_factory.mktemp("ray") / "volumes", num_train=24, num_folds=2, num_test=3)
+
+
+def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSettings:
+    values = {"volumes": str(index.folder), "out": out, "workers": WORKERS, "train": CONFIG, "network": NETWORK}
+    return TrainSettings.model_validate(values | changed)
+
+
+@dataclass(frozen=True)
+class Killed:
+    """Both folds trained although a rank was killed: what came of it, what was reported, where the checkpoints are."""
+
+    results: list[FoldResult]
+    reported: list[tuple[int, int]]
+    victims: list[int]
+    runs: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def killed(
+    index: VolumesIndex,
+    ray_cluster: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Killed:
+    reported: list[tuple[int, int]] = []
+    victims: list[int] = []
+    runs = tmp_path_factory.mktemp("runs")
+
+    def kill_once(fold: int, epoch: int, _: Metrics) -> None:
+        reported.append((fold, epoch))
+        if not victims:
+            victims.append(find_train_workers()[-1])
+            os.kill(victims[0], signal.SIGKILL)
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = train_folds(index, NETWORK, CONFIG, workers=WORKERS, runs=runs, on_progress=kill_once)
+    return Killed(results, reported, victims, runs, printed.getvalue())
+
+
+def find_train_workers() -> list[int]:
+    """Process ids of the Ray Train workers this process has started, oldest first."""
+    parents, workers = {}, []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            title = (entry / "cmdline").read_text()
+        except (OSError, ValueError):
+            continue
+        if title.startswith("ray::") and "TrainWorker" in title:
+            workers.append(int(entry.name))
+    return sorted(worker for worker in workers if is_descendant(worker, parents))
+
+
+def is_descendant(pid: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        if pid == os.getpid():
+            return True
+        pid = parents[pid]
+    return False
+
+
+@pytest.mark.ray
+def test_a_killed_rank_restarts_and_ends_in_the_bits_of_an_undisturbed_training(
+    index: VolumesIndex, killed: Killed, tmp_path: Path
+) -> None:
+    undisturbed = train_with_torch_alone(index.folder, NETWORK, CONFIG, WORKERS, tmp_path)
+    assert len(killed.victims) == 1
+    for result, expected in zip(killed.results, undisturbed, strict=True):
+        assert (result.fold, result.metrics, result.history) == (expected.fold, expected.metrics, expected.history)
+        assert all(torch.equal(result.state[name], expected.state[name]) for name in expected.state)
+
+
+@pytest.mark.ray
+def test_every_fold_reports_every_epoch_and_learns(killed: Killed) -> None:
+    assert set(killed.reported) == {(fold, epoch) for fold in range(2) for epoch in range(6)}
+    for result in killed.results:
+        assert [int(metrics["epoch"]) for metrics in result.history] == list(range(6))
+        assert result.metrics in result.history
+        assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+
+@pytest.mark.ray
+def test_training_prints_nothing_on_stdout(killed: Killed) -> None:
+    assert killed.printed == ""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, killed: Killed, tmp_path: Path) -> None:
+    results = killed.results
+    summary = train_model(make_settings(index, tmp_path / "bundle", runs=killed.runs), DAY)
+    assert summary["validation_accuracy_3class"] == [result.metrics["accuracy_3class"] for result in results]
+    bundle = read_bundle(open_store(str(tmp_path / "bundle")))
+    assert bundle.manifest.cohort_sha256 == index.cohort_sha256
+    assert [fold.world_size for fold in bundle.manifest.folds] == [WORKERS, WORKERS]
+    for result, network in zip(results, load_networks(bundle), strict=True):
+        measured = evaluate(network, index, index.select_validation(result.fold), 2, ALONE)
+        assert measured == pytest.approx({name: result.metrics[name] for name in measured}, abs=1e-5)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: VolumesIndex, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"batch_size": 12})
+    with pytest.raises(UsageError, match="--workers 12 takes at least 6 CPUs, the cluster has 4"):
+        train_folds(index, NETWORK, config, workers=12, runs=tmp_path, on_progress=lambda *_: None)
+
+
+def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: VolumesIndex, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="3 workers do not divide a batch of 4"):
+        train_folds(index, NETWORK, CONFIG, workers=3, runs=tmp_path, on_progress=lambda *_: None)
+
+
+def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesIndex, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        train_model(make_settings(index, tmp_path), DAY)
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "side_by_side", "cpus_per_worker"),
+    [
+        ({"CPU": 2}, 1, 4, 0.5),
+        ({"CPU": 2}, 2, 2, 0.5),
+        ({"CPU": 2}, 4, 1, 0.5),
+        ({"CPU": 3}, 1, 5, 0.6),
+        ({"CPU": 64}, 4, 5, 1.0),
+        ({"CPU": 32, "GPU": 8}, 4, 2, 1.0),
+        ({"CPU": 8, "GPU": 5}, 2, 2, 1.0),
+        ({"CPU": 2, "GPU": 8}, 4, 1, 0.5),
+    ],
+)
+def test_a_cluster_is_shared_out_without_asking_for_more_than_it_has(
+    resources: dict[str, float], workers: int, side_by_side: int, cpus_per_worker: float
+) -> None:
+    plan = plan_gangs(resources, workers, num_folds=5)
+    assert (plan.side_by_side, plan.cpus_per_worker) == (side_by_side, cpus_per_worker)
+    assert plan.has_gpus == ("GPU" in resources)
+    gangs = workers * side_by_side
+    assert gangs * cpus_per_worker <= resources["CPU"]
+    assert not plan.has_gpus or gangs <= resources["GPU"]
+
+
+def test_a_cluster_without_enough_gpus_or_cpus_is_named() -> None:
+    with pytest.raises(UsageError, match="--workers 4 takes 4 GPUs at once, the cluster has 2"):
+        plan_gangs({"CPU": 64, "GPU": 2}, 4, 5)
+    with pytest.raises(UsageError, match=f"--workers 4 takes at least {4 * MIN_WORKER_CPUS:g} CPUs, the cluster has 0"):
+        plan_gangs({}, 4, 5)
+
+
+def test_a_run_is_resumed_only_by_the_same_training(index: VolumesIndex) -> None:
+    names = {
+        name_run(index, NETWORK, CONFIG, 2, 0),
+        name_run(index, NETWORK, CONFIG, 2, 1),
+        name_run(index, NETWORK, CONFIG, 1, 0),
+        name_run(index, NETWORK, CONFIG.model_copy(update={"epochs": 7}), 2, 0),
+        name_run(index, NETWORK.model_copy(update={"channel_attention": False}), CONFIG, 2, 0),
+        name_run(replace(index, cohort_sha256="0" * 64), NETWORK, CONFIG, 2, 0),
+        name_run(replace(index, volume=VolumeConfig(shape=(8, 32, 32), crop="body")), NETWORK, CONFIG, 2, 0),
+    }
+    assert len(names) == 7
+    assert name_run(index, NETWORK, CONFIG, 2, 0) in names
+
+
+def test_the_network_is_built_for_the_volumes_there_are(index: VolumesIndex, tmp_path: Path) -> None:
+    unasked = ModelConfig(base_channels=4)
+    assert match_network(make_settings(index, tmp_path, network=unasked), SMALL_VOLUME) == NETWORK
+    other = ModelConfig(volume_shape=(16, 32, 32))
+    with pytest.raises(UsageError, match=r"\(8, 32, 32\), network.volume_shape is \(16, 32, 32\)"):
+        match_network(make_settings(index, tmp_path, network=other), SMALL_VOLUME)
+    with pytest.raises(UsageError, match=r"the settings ask for .*crop='body'"):
+        match_network(make_settings(index, tmp_path, volume=VolumeConfig(crop="body")), SMALL_VOLUME)
+
+
+def test_the_model_card_counts_the_training_cohort_only(index: VolumesIndex) -> None:
+    assert describe_cohort(index) == (
+        "24 scans of 24 patients (CP 8, NCP 8, Normal 8) in 2 folds; no patient is in two folds."
+    )

@@ -1,0 +1,105 @@
+"""Ensemble and rows, against one network at a time and sums written out."""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+
+import numpy as np
+import pytest
+import torch
+
+from darnet.bundle import Bundle, load_networks
+from darnet.errors import Status
+from darnet.results import SCHEMA, check_rows, make_table
+from darnet.scan import CropBox, IngestedScan, Intensity, ScanFacts, StandardVolume, Uint8Array
+from darnet.score import Ensemble, RunFacts, ScanScore, make_row
+from tests.bundle_fixtures import SHAPE, write_random_bundle
+
+NOW = datetime(2026, 1, 2, 3, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_random_bundle(tmp_path_factory.mktemp("score") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def voxels() -> Uint8Array:
+    return np.random.default_rng(0).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def scores(bundle: Bundle, voxels: Uint8Array) -> list[ScanScore]:
+    return Ensemble(load_networks(bundle), batch_size=4, num_threads=1).score(voxels)
+
+
+def _scan(voxels: Uint8Array, intensity: Intensity = Intensity.HU) -> IngestedScan:
+    depth, height, width = voxels.shape
+    volume = StandardVolume(voxels, intensity, (1.0, 1.0, 1.0), CropBox(depth, 0, 0, height, width))
+    lung = np.zeros(voxels.shape, np.bool_)
+    lung[:, : height // 2] = True
+    return IngestedScan("a#00000000", Status.OK, "", ScanFacts(3, 9), volume, lung)
+
+
+def test_probabilities_are_those_of_each_network_alone(
+    bundle: Bundle, voxels: Uint8Array, scores: Sequence[ScanScore]
+) -> None:
+    for index, network in enumerate(load_networks(bundle)):
+        with torch.inference_mode():
+            alone = network(torch.from_numpy(voxels)[:, None].float() / 255).softmax(1).numpy()
+        found = np.stack([score.fold_probability[index] for score in scores])
+        np.testing.assert_allclose(found, alone, atol=1e-5)
+    np.testing.assert_allclose(scores[0].probability, scores[0].fold_probability.sum(0) / 5, rtol=1e-6)
+    spread = [score.fold_probability.std() for score in scores]
+    assert min(spread) > 0.01  # folds that all say the same would show nothing
+
+
+def test_a_scan_has_the_same_bits_alone_and_in_any_company(
+    bundle: Bundle, voxels: Uint8Array, scores: Sequence[ScanScore]
+) -> None:
+    ensemble = Ensemble(load_networks(bundle), batch_size=4, num_threads=1)
+    for order in ([0], [1, 0], [2, 1, 0], [0, 0, 0, 0]):
+        for place, score in zip(order, ensemble.score(voxels[order]), strict=True):
+            np.testing.assert_array_equal(score.fold_probability, scores[place].fold_probability)
+            np.testing.assert_array_equal(score.class_maps, scores[place].class_maps)
+
+
+def test_more_than_a_batch_is_refused(bundle: Bundle, voxels: Uint8Array) -> None:
+    with pytest.raises(ValueError, match="3 volumes in a batch of 2"):
+        Ensemble(load_networks(bundle), batch_size=2, num_threads=1).score(voxels)
+
+
+def test_class_map_is_the_mean_of_the_folds_and_explains_their_logits(
+    bundle: Bundle, voxels: Uint8Array, scores: Sequence[ScanScore]
+) -> None:
+    with torch.inference_mode():
+        x = torch.from_numpy(voxels)[:, None].float() / 255
+        logits = np.mean([(network(x) - network.head.bias).numpy() for network in load_networks(bundle)], axis=0)
+    for score, expected in zip(scores, logits, strict=True):
+        np.testing.assert_allclose(score.class_maps.mean(axis=(1, 2, 3)), expected, atol=1e-4)
+
+
+def test_a_row_has_every_column_and_passes_the_gate(
+    bundle: Bundle, voxels: Uint8Array, scores: Sequence[ScanScore]
+) -> None:
+    run = RunFacts("r1", date(2026, 1, 2), bundle.manifest, "0")
+    row = make_row(run, "a", "0" * 64, _scan(voxels[0]), scores[0], NOW)
+    assert set(row) == set(SCHEMA.names)
+    check_rows(["a"], make_table([row]))
+    cam = scores[0].draw_cam(scores[0].prediction, SHAPE)
+    assert row["prediction"] == str(scores[0].prediction) == row["cam_class"]
+    assert row["probability_ncp"] == pytest.approx(scores[0].fold_probability[:, 1].mean())
+    assert row["fold_probability_ncp"] == scores[0].fold_probability[:, 1].tolist()
+    assert row["fold_std_ncp"] == pytest.approx(np.std(row["fold_probability_ncp"]))
+    assert row["cam_in_lung_fraction"] == pytest.approx(cam[:, : SHAPE[1] // 2].sum() / cam.sum(), rel=1e-5)
+    assert row["cam_left_fraction"] == pytest.approx(cam[..., SHAPE[2] // 2 :].sum() / cam.sum(), rel=1e-5)
+    assert row["lung_fraction"] == 0.5
+    assert sum(row["cam_depth_profile"]) == pytest.approx(1)
+
+
+def test_a_scan_that_is_not_ok_has_a_row_without_numbers(bundle: Bundle) -> None:
+    run = RunFacts("r1", date(2026, 1, 2), bundle.manifest, "0")
+    scan = IngestedScan("a", Status.BAD_TRUNCATED, "ends early", ScanFacts(1, 5))
+    row = make_row(run, "a", "0" * 64, scan, None, NOW)
+    check_rows(["a"], make_table([row]))
+    numbers = [name for name in row if name.startswith(("probability", "cam_", "fold_", "depth_"))]
+    assert {row[name] for name in [*numbers, "prediction", "lung_fraction", "model_s"]} == {None}

@@ -1,0 +1,48 @@
+"""Small volumes folders made up for tests: random voxels, with a bright blob where the diagnosis is NCP."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from darnet.config import VolumeConfig
+from darnet.dataset import VolumesIndex, read_index, write_array, write_index
+
+SMALL_VOLUME = VolumeConfig(shape=(8, 32, 32))
+
+
+def make_voxels(diagnosis: str, seed: int, shape: tuple[int, int, int] = SMALL_VOLUME.shape) -> np.ndarray:
+    """Dark noise for Normal, a bright blob for NCP, bright noise for CP."""
+    voxels = np.random.default_rng(seed).integers(0, 60, shape, dtype=np.uint8)
+    if diagnosis == "CP":
+        voxels += 80
+    if diagnosis == "NCP":
+        depth, height, width = (size // 4 for size in shape)
+        voxels[depth:-depth, height:-height, width:-width] += 150
+    return voxels
+
+
+def make_cohort(folder: Path, num_train: int, num_folds: int, num_test: int = 0) -> pd.DataFrame:
+    """Arrays in `folder` and their cohort table: scan by scan CP, NCP, Normal, and fold by fold."""
+    rows = []
+    for number in range(num_train + num_test):
+        diagnosis = ("CP", "NCP", "Normal")[number % 3]
+        name, sha256 = write_array(folder, f"scan-{number:03d}", make_voxels(diagnosis, number))
+        rows.append(
+            {
+                "scan_id": f"scan-{number:03d}",
+                "patient_id": f"patient-{number:03d}",
+                "diagnosis": diagnosis,
+                "cohort": "train" if number < num_train else "test",
+                "fold": (number // 3) % num_folds if number < num_train else None,
+                "array": name,
+                "sha256": sha256,
+            }
+        )
+    return pd.DataFrame(rows).astype({"fold": "Int64"})
+
+
+def make_volumes(folder: Path, num_train: int, num_folds: int, num_test: int = 0) -> VolumesIndex:
+    """A whole volumes folder, read back."""
+    write_index(folder, make_cohort(folder, num_train, num_folds, num_test), SMALL_VOLUME)
+    return read_index(folder)
