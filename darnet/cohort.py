@@ -4,9 +4,7 @@ The bytes of a CSV or Parquet table enter; a checked frame of scans, divided int
 """
 
 import csv
-import hashlib
 import io
-import json
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -77,14 +75,6 @@ def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
         cohort: {label: int(((frame["cohort"] == cohort) & (frame["diagnosis"] == label)).sum()) for label in LABELS}
         for cohort in COHORTS
     }
-
-
-def cohort_sha256(frame: pd.DataFrame) -> str:
-    """SHA-256 of who has which scan, diagnosis, cohort and fold; order and further columns do not matter."""
-    columns = [*NEEDED_COLUMNS, *(name for name in ("cohort", "fold") if name in frame)]
-    rows = frame[columns].astype(object).sort_values("scan_id").to_numpy().tolist()
-    text = json.dumps([columns, [["" if pd.isna(value) else str(value) for value in row] for row in rows]])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parse_csv(name: str, data: bytes) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from darnet.errors import UsageError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
+AIR_AND_LUNG_HU = (-950.0, -400.0)  # what tells gas from lung and lung from tissue. Source: ours (see lung)
 PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
 
 
@@ -53,6 +54,8 @@ class VolumeConfig(Section):
             raise ValueError(f"shape {self.shape}: every axis needs at least 8 voxels")
         if self.window_hu[0] >= self.window_hu[1]:
             raise ValueError(f"window_hu {self.window_hu}: the lower bound must be below the upper")
+        if not self.window_hu[0] < AIR_AND_LUNG_HU[0] or not AIR_AND_LUNG_HU[1] < self.window_hu[1]:
+            raise ValueError(f"window_hu {self.window_hu}: it must hold {AIR_AND_LUNG_HU}, or no lung can be found")
         return self
 
     @property
@@ -205,9 +208,9 @@ class DemoSettings(Settings):
 
     out: Path = Path(".demo")
     """Folder for everything the demo makes; emptied first."""
-    volume: VolumeConfig = VolumeConfig(shape=(32, 96, 96), crop="body")
+    volume: VolumeConfig = VolumeConfig(shape=(16, 64, 64), crop="body")
     network: ModelConfig = ModelConfig(base_channels=8)
-    train: TrainConfig = TrainConfig(epochs=12)
+    train: TrainConfig = TrainConfig(epochs=16, learning_rate=4e-3)
     score: ScoreConfig = ScoreConfig()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from darnet.augment import augment_volume
+from darnet.cohort import COHORTS
 from darnet.config import AugmentConfig, VolumeConfig
 from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES, Uint8Array
@@ -28,7 +29,6 @@ COHORT_FILE = "cohort.parquet"
 VOLUMES_FILE = "volumes.json"
 ARRAYS_FOLDER = "arrays"
 COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha256")
-COHORTS = ("train", "test")
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from darnet.config import AIR_AND_LUNG_HU
 from darnet.scan import BoolArray, StandardVolume
 
 LabelArray: TypeAlias = NDArray[np.integer[Any]]
 
-AIR_BELOW_HU = -400.0  # halfway between aerated lung (-850) and soft tissue (50): partial volume falls evenly
-GAS_BELOW_HU = -950.0  # no tissue in it: outside air, trachea, bowel. The radiologist's emphysema threshold
+# Gas, no tissue in it (outside air, trachea, bowel), lies below the radiologist's emphysema threshold. Air lies below
+# the middle between aerated lung (-850) and soft tissue (50), so that partial volume falls evenly.
+GAS_BELOW_HU, AIR_BELOW_HU = AIR_AND_LUNG_HU
 GAS_SHARE = 0.25  # of a patch of air; lung patches of real scans had up to 0.06, trachea and bowel 0.3 and more
 GAS_SHARE_LARGE = 0.6  # severe emphysema reaches half; outside air had 0.6 to 0.9
 LARGE_CM2 = 60.0  # no trachea or bowel loop is this wide, so a larger patch inside the body is lung unless all gas

@@ -60,7 +60,7 @@ def connect() -> None:
 
 
 def _start_local() -> None:
-    """A cluster of this machine alone, on loopback, that ends with this process. Two CPUs are the least it needs."""
+    """A cluster of this machine alone that ends with this process. Two CPUs are the least it needs."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a fold; nobody preempts this machine
     ray.init(
@@ -69,7 +69,6 @@ def _start_local() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
     )
 
 
