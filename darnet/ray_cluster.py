@@ -15,7 +15,7 @@ from ray.data import DataContext, Dataset
 from ray.exceptions import RayError
 
 from darnet.config import VolumeConfig
-from darnet.errors import RunError, UsageError
+from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Ingester, Road
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
@@ -29,12 +29,16 @@ SOURCES_PER_BLOCK = 8
 
 @dataclass(frozen=True)
 class DecodedScan:
-    """One scan on its way through the cluster, with what its row needs of its source."""
+    """One scan on its way through the cluster, with what its row needs of its source.
+
+    `failure` stops the job when it reaches the driver: raised in a worker, Ray would strip it of its type.
+    """
 
     source_key: str
     input_sha256: str
     num_scans: int
     scan: IngestedScan
+    failure: RunError | None = None
 
 
 def connect() -> None:
@@ -97,15 +101,14 @@ def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_si
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
     """Run a data set and yield its blocks as they come.
 
-    Raises: RunError: what stopped the cluster, as the error it was in its worker where that was one of ours.
+    Raises: RunError if the cluster gives up.
     """
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             assert isinstance(batch, dict)
             yield batch
     except RayError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, RunError) else RunError(f"the cluster gave up: {error}") from error
+        raise RunError(f"the cluster gave up: {error}") from error
 
 
 def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[Any, Any]) -> DecodedScan:
@@ -122,7 +125,11 @@ def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[An
 
 def _decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
     source: Source = pickle.loads(row["source"])
-    scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+    try:
+        scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+    except RunError as error:
+        scan = IngestedScan(source.key, Status.ERR_STORAGE, str(error))
+        return [_pack_scan(DecodedScan(source.key, source.input_sha256, 1, scan, error), road.volume)]
     return [_pack_scan(DecodedScan(source.key, source.input_sha256, len(scans), scan), road.volume) for scan in scans]
 
 

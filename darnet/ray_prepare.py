@@ -94,7 +94,9 @@ def _store_sources(
     prepared: dict[str, list[PreparedScan]] = defaultdict(list)
     with show_progress("preparing", len(sources)) as meter:
         for batch in iterate_blocks(dataset):
-            for scan, num_scans in map(pickle.loads, batch["scan"]):
+            for scan, num_scans, failure in map(pickle.loads, batch["scan"]):
+                if failure is not None:
+                    raise failure
                 prepared[scan.source_key].append(scan)
                 is_complete = len(prepared[scan.source_key]) == num_scans
                 meter.advance(int(is_complete), {scan.status: 1})
@@ -109,7 +111,7 @@ def _store_array(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if scan.volume is not None:
         array, sha256 = write_array(folder, scan.scan_id, scan.volume.voxels)
     prepared = PreparedScan(decoded.source_key, scan.scan_id, str(scan.status), scan.status_detail, array, sha256)
-    return {"scan": pickle.dumps((prepared, decoded.num_scans))}
+    return {"scan": pickle.dumps((prepared, decoded.num_scans, decoded.failure))}
 
 
 def _choose(scan_id: str, source: Source | None, prepared: Mapping[str, Sequence[PreparedScan]]) -> PreparedScan:

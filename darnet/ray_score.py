@@ -41,7 +41,7 @@ class ScoringActor:
         )
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row) out."""
+        """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row or failure) out."""
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
@@ -51,7 +51,7 @@ class ScoringActor:
         for item in decoded:
             score = next(scores) if item.scan.status is Status.OK else None
             row = make_row(self._run, item.source_key, item.input_sha256, item.scan, score, datetime.now(UTC))
-            rows.append(pickle.dumps((item.source_key, item.num_scans, row)))
+            rows.append(pickle.dumps((item.source_key, item.num_scans, item.failure or row)))
         return {"row": rows}
 
 
@@ -151,11 +151,13 @@ def score_sources(
 def collect_sources(dataset: Dataset) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Run the road and yield each source when all its scans have come.
 
-    Raises: RunError, as `iterate_blocks`.
+    Raises: RunError, of a worker or as `iterate_blocks`.
     """
     waiting: dict[str, list[dict[str, Any]]] = {}
     for batch in iterate_blocks(dataset):
         for source_key, num_scans, row in map(pickle.loads, batch["row"]):
+            if isinstance(row, RunError):
+                raise row
             rows = waiting.setdefault(source_key, [])
             rows.append(row)
             if len(rows) == num_scans:

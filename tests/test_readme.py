@@ -32,7 +32,7 @@ def test_the_sql_gives_what_read_predictions_gives(tmp_path: Path) -> None:
     _publish(tmp_path / "r", bundle, 2, {"a#1": Status.SKIP_NO_LUNG, "b#2": Status.BAD_HEADER})
     _publish(tmp_path / "r", bundle, 3, {"b#1": Status.BAD_ZIP}, digest="1")
     (sql,) = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
-    found = duckdb.sql(sql.replace("RESULTS", str(tmp_path / "r"))).df()
+    found = duckdb.sql(sql.replace("RESULTS", str(tmp_path / "r"))).to_arrow_table().to_pandas()
     expected = read_predictions(str(tmp_path / "r"), latest=True)
     columns = ["source", "scan_id", "status", "commit", "input_sha256"]
     pd.testing.assert_frame_equal(found[columns], expected[columns].reset_index(drop=True), check_dtype=False)
