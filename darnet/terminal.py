@@ -51,7 +51,7 @@ class Meter:
 @contextmanager
 def show_progress(title: str, total: int) -> Iterator[Meter]:
     """Show a meter on stderr while the work lasts."""
-    console = Console(stderr=True)
+    console = _open_console()
     if not console.is_terminal:
         meter = Meter(title, total, console, None)
         console.print(f"{title}: {total} to do", highlight=False)
@@ -91,9 +91,15 @@ def _heartbeat(meter: Meter) -> Iterator[None]:
         thread.join()
 
 
+def _open_console() -> Console:
+    """People's text goes to stderr. A log has no width of its own: 120 columns hold our tables."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=120)
+
+
 def print_heading(text: str) -> None:
     """Say what comes next."""
-    Console(stderr=True).print(f"\n[bold cyan]{text}[/]", highlight=False, soft_wrap=True)
+    _open_console().print(f"\n[bold cyan]{text}[/]", highlight=False, soft_wrap=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -104,4 +110,4 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
-    Console(stderr=True).print(table)
+    _open_console().print(table)
