@@ -3,6 +3,10 @@
 DICOM slices come as Hounsfield units (the rescale is applied here, once), slice images as 8-bit display values.
 """
 
+import gzip
+import math
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,11 @@ from darnet.errors import ScanError, Status
 from darnet.scan import FloatArray, Intensity
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+MAX_VOXEL_BYTES = 8  # of the widest NIfTI number; limits count two bytes a voxel
+
+# Size of a NIfTI header, and where and as what it holds dim, bitpix and vox_offset. Source: NIfTI-1 and NIfTI-2.
+NIFTI_LAYOUTS = ((348, (40, "8h"), (72, "h"), (108, "f")), (540, (16, "8q"), (14, "h"), (168, "q")))
 
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
@@ -89,6 +98,8 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
 
     Raises: ScanError: BAD_LIMIT, BAD_PIXELS, BAD_GEOMETRY, BAD_INTENSITY, BAD_UNREADABLE.
     """
+    if path.name.endswith((".nii", ".nii.gz")):
+        _check_nifti(path, limits)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -101,6 +112,10 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
     except RuntimeError as error:
         raise _explain(error, Status.BAD_UNREADABLE, "volume file does not decode") from error
     voxels_hu = sitk.GetArrayViewFromImage(image)[::-1].astype(np.float32)
+    if len(voxels_hu) > limits.max_slices:
+        raise ScanError(Status.BAD_LIMIT, f"{len(voxels_hu)} slices, at most {limits.max_slices}")
+    if len(voxels_hu) < limits.min_slices:
+        raise ScanError(Status.SKIP_FEW_SLICES, f"{len(voxels_hu)} slices, {limits.min_slices} needed")
     if not np.isfinite(voxels_hu).all():
         raise ScanError(Status.BAD_INTENSITY, "volume holds values that are no numbers")
     x_mm, y_mm, z_mm = image.GetSpacing()
@@ -122,6 +137,10 @@ def open_images(
     Raises: ScanError: BAD_LIMIT, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE, SKIP_FEW_SLICES.
     """
     path_of = dict(zip(names, paths, strict=True))
+    if len({name.rpartition(".")[0] for name in names}) < len(names):
+        raise ScanError(Status.BAD_MIXED_SERIES, "slices of one name in two image formats")
+    if len({name.rpartition("/")[0] for name in names}) > 1:
+        raise ScanError(Status.BAD_MIXED_SERIES, "several folders of images in one zip")
     ordered = [path_of[name] for name in os_sorted(names)]
     if not is_head_first:
         ordered.reverse()
@@ -159,12 +178,51 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
     """Judge a volume file by its header, before its voxels are read."""
     if components != 1 or len(size) not in (3, 4) or (len(size) == 4 and size[3] != 1):
         raise ScanError(Status.BAD_PIXELS, f"{len(size)} dimensions of {components} values; a scan has 3 of 1")
-    if size[2] > limits.max_slices or max(size[:2]) > limits.max_scan_bytes // 4:
-        raise ScanError(Status.BAD_LIMIT, f"volume of {size} voxels")
     if 2 * size[0] * size[1] * size[2] > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
     if not all(0.01 < value < 100 for value in spacing_mm[:3]):
         raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
+
+
+def _check_nifti(path: Path, limits: DecodeConfig) -> None:
+    """Demand every byte the header declares: ITK fills what is missing with zeros and says nothing.
+
+    A gzip stream is read to its end, so that its checksum is compared too.
+    Raises: ScanError: BAD_TRUNCATED, BAD_UNREADABLE, BAD_LIMIT.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(540)
+            needed = _count_nifti_bytes(header)
+            if needed > MAX_VOXEL_BYTES // 2 * limits.max_scan_bytes:
+                raise ScanError(Status.BAD_LIMIT, f"volume declares {needed} bytes")
+            found = len(header)
+            while chunk := file.read(1 << 20):
+                found += len(chunk)
+                if found > needed + limits.max_scan_bytes:
+                    raise ScanError(Status.BAD_LIMIT, "volume inflates to far more than it declares")
+    except EOFError as error:
+        raise ScanError(Status.BAD_TRUNCATED, "compressed volume ends early") from error
+    except (gzip.BadGzipFile, zlib.error, struct.error) as error:
+        raise ScanError(Status.BAD_UNREADABLE, "volume file is damaged") from error
+    if found < needed:
+        raise ScanError(Status.BAD_TRUNCATED, f"volume ends {needed - found} bytes early")
+
+
+def _count_nifti_bytes(header: bytes) -> int:
+    """Bytes from the file's start to its last voxel."""
+    for size, dim, bitpix, offset in (
+        (348, (40, "8h"), (72, "h"), (108, "f")),
+        (540, (16, "8q"), (14, "h"), (168, "q")),
+    ):
+        for order in "<>":
+            if struct.unpack_from(order + "i", header)[0] == size:
+                extents = struct.unpack_from(order + dim[1], header, dim[0])
+                (bits,) = struct.unpack_from(order + bitpix[1], header, bitpix[0])
+                (start,) = struct.unpack_from(order + offset[1], header, offset[0])
+                num_voxels = math.prod(max(int(extent), 1) for extent in extents[1 : extents[0] + 1])
+                return int(start) + num_voxels * int(bits) // 8
+    raise ScanError(Status.BAD_UNREADABLE, "volume has no NIfTI header")
 
 
 def _read_image_size(path: Path) -> tuple[int, int]:
@@ -177,6 +235,8 @@ def _read_image_size(path: Path) -> tuple[int, int]:
         raise ScanError(Status.BAD_UNREADABLE, "a slice image has no readable header") from error
     if reader.GetPixelID() not in (sitk.sitkUInt8, sitk.sitkVectorUInt8):
         raise ScanError(Status.BAD_PIXELS, "a slice image is not 8-bit")
+    if path.suffix.lower() in (".tif", ".tiff"):
+        _read_pixels(path, "")  # nothing marks a TIFF's end
     ending = _ENDINGS.get(path.suffix.lower())
     if ending is not None and ending not in _read_tail(path):
         raise ScanError(Status.BAD_TRUNCATED, "a slice image ends early")

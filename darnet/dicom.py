@@ -27,6 +27,7 @@ DUPLICATE_MM = 0.01
 MISSING_RATIO = 1.5
 IRREGULAR_RATIO = 0.25
 TILT_DEGREES = 1.0
+MAX_OBLIQUE_COSINE = math.cos(math.radians(20))
 MAX_SIDE = 8192
 
 _NEEDED_TAGS = [
@@ -63,6 +64,7 @@ class SliceHeader:
     bits_allocated: int
     pixel_spacing_mm: tuple[float, ...] | None
     slope: float
+    has_rescale: bool
     position_mm: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     tilt_degrees: float
@@ -109,6 +111,8 @@ def read_header(path: Path) -> SliceHeader | None:
             dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
             if "SOPClassUID" in dataset:
                 return _describe(dataset, path, file)
+        except (OSError, MemoryError):
+            raise  # trouble of this machine, not of the file
         except Exception as error:  # pydicom raises nearly every built-in exception on hostile input
             if is_claimed:
                 raise ScanError(Status.BAD_UNREADABLE, f"header does not parse: {type(error).__name__}") from error
@@ -159,7 +163,8 @@ def _describe(dataset: FileDataset, path: Path, file: BinaryIO) -> SliceHeader:
         columns=int(_number(dataset, "Columns", 0.0)),
         bits_allocated=int(_number(dataset, "BitsAllocated", 0.0)),
         pixel_spacing_mm=_numbers(dataset, "PixelSpacing", 2),
-        slope=_number(dataset, "RescaleSlope", 1.0),
+        slope=_number(dataset, "RescaleSlope", 1.0) + 0 * _number(dataset, "RescaleIntercept", 0.0),
+        has_rescale="RescaleSlope" in dataset and "RescaleIntercept" in dataset,
         position_mm=_numbers(dataset, "ImagePositionPatient", 3),
         orientation=orientation,
         tilt_degrees=tilt if math.isfinite(tilt) else 0.0,
@@ -204,8 +209,8 @@ def _find_damage(dataset: FileDataset, path: Path, file: BinaryIO) -> ScanError 
     """
     syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
     if syntax == DeflatedExplicitVRLittleEndian:
-        pixels = pydicom.dcmread(path).get("PixelData")
-        return None if pixels else ScanError(Status.BAD_TRUNCATED, "no pixel data")
+        length = len(pydicom.dcmread(path).get("PixelData") or b"")
+        return _compare_length(dataset, length, length)
     end_bytes = path.stat().st_size
     order = "<" if dataset.original_encoding[1] else ">"
     tag = file.read(4)
@@ -286,6 +291,7 @@ def _check_uniform(headers: Sequence[SliceHeader]) -> None:
         ("image sizes", {(header.rows, header.columns) for header in headers}),
         ("orientations", {_rounded(header.orientation, 3) for header in headers}),
         ("pixel sizes", {_rounded(header.pixel_spacing_mm, 4) for header in headers}),
+        ("ways to store Hounsfield units", {header.has_rescale for header in headers}),
     ):
         if len(values) > 1:
             raise ScanError(Status.BAD_MIXED_SERIES, f"{len(values)} {name} in one series")
@@ -310,7 +316,7 @@ def _check_header(header: SliceHeader) -> None:
     if header.pixel_spacing_mm is None or not all(0.01 < value < 10 for value in header.pixel_spacing_mm):
         raise ScanError(Status.BAD_HEADER, "PixelSpacing is missing or absurd")
     if not math.isfinite(header.slope) or header.slope == 0:
-        raise ScanError(Status.BAD_HEADER, f"RescaleSlope is {header.slope}")
+        raise ScanError(Status.BAD_HEADER, "RescaleSlope is 0, or it or RescaleIntercept is no number")
     row, column = np.array(header.orientation[:3]), np.array(header.orientation[3:])
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(float(length) - 1) for length in lengths) > 0.01 or abs(float(row @ column)) > 0.01:
@@ -331,8 +337,8 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     assert first.pixel_spacing_mm is not None
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     normal = np.cross(row, column)
-    if int(np.argmax(np.abs(normal))) != 2:
-        raise ScanError(Status.SKIP_ORIENTATION, "coronal or sagittal slices")
+    if abs(normal[2]) < MAX_OBLIQUE_COSINE or max(abs(row[0]), abs(row[1])) < MAX_OBLIQUE_COSINE:
+        raise ScanError(Status.SKIP_ORIENTATION, "coronal, sagittal or oblique slices")
     normal *= np.sign(normal[2])
     positions_mm = np.array([header.position_mm for header in headers])
     along_mm = positions_mm @ normal

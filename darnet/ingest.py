@@ -4,9 +4,11 @@ This is the one road from bytes to network input: training and scoring both take
 """
 
 import hmac
+import lzma
 import tempfile
 import time
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from darnet.archive import VOLUME_SUFFIXES, is_stray
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.decode import IMAGE_SUFFIXES, open_images, open_volume, read_dicom_slice, set_decoder_threads
 from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
-from darnet.errors import ScanError, Status
+from darnet.errors import RunError, ScanError, Status
 from darnet.lung import has_lung, segment_lung
 from darnet.sandbox import Sandbox
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source
@@ -90,13 +92,24 @@ class Ingester:
                 scans: list[IngestedScan] = self._sandbox.call(source.key, staged, Path(folder), self._road)
                 check_unchanged(self._store, source)
             except ScanError as error:
-                facts = ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
-                return [IngestedScan(source.key, error.status, error.detail, facts)]
+                return [_refuse(source, error)]
+            except OSError as error:
+                return [_refuse(source, ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine"))]
+            except RunError:
+                raise
+            except Exception as error:  # the other place where a scan becomes a row; the text may hold DICOM values
+                return [_refuse(source, ScanError(Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}"))]
         return [replace(scan, fetch_s=fetch_s) for scan in scans]
 
     def close(self) -> None:
         """End the child process."""
         self._sandbox.close()
+
+
+def _refuse(source: Source, error: ScanError) -> IngestedScan:
+    """The one row of a source whose scans are not known."""
+    facts = ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
+    return IngestedScan(source.key, error.status, error.detail, facts)
 
 
 def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
@@ -177,8 +190,8 @@ def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[
             continue
         if header is not None:
             headers.append(header)
-        elif file.name.lower().endswith(DICOM_SUFFIXES):
-            unreadable.append(ScanError(Status.BAD_UNREADABLE, "a file named as DICOM is none"))
+        elif file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0:
+            unreadable.append(ScanError(Status.BAD_UNREADABLE, "a file that should be DICOM is not"))
     return headers, unreadable
 
 
@@ -273,9 +286,10 @@ def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFi
             for index, entry in enumerate(entries):
                 suffix = PurePosixPath(entry.filename).suffix.lower()
                 target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
-                target.write_bytes(archive.read(entry))
+                data = archive.read(entry)
+                target.write_bytes(data)
                 staged.append(StagedFile(entry.filename, target))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ScanError(Status.BAD_ZIP, f"zip does not unpack: {type(error).__name__}") from error
     return staged
 
@@ -285,5 +299,7 @@ def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None
         raise ScanError(Status.BAD_ZIP, "zip is encrypted")
     if any(".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/") for entry in entries):
         raise ScanError(Status.BAD_ZIP, "zip names a file outside itself")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ScanError(Status.BAD_ZIP, "zip names a file twice")
     if len(entries) > limits.max_slices or sum(entry.file_size for entry in entries) > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"zip of {len(entries)} files is too large")

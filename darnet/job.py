@@ -29,6 +29,13 @@ def run_job(
         code = error.exit_code
         summary["error"] = str(error)
         print(f"jobs.{name}: {error}", file=sys.stderr)
+    except Exception as error:  # a defect: the scheduler still gets its line, the developer the traceback
+        _print_summary(summary | {"error": f"unexpected {type(error).__name__}"}, started_s, ExitCode.FAILED)
+        raise
+    _print_summary(summary, started_s, code)
+    return int(code)
+
+
+def _print_summary(summary: dict[str, Any], started_s: float, code: ExitCode) -> None:
     summary |= {"seconds": round(time.monotonic() - started_s, 1), "exit_code": int(code)}
     print(json.dumps(summary, default=str), flush=True)
-    return int(code)

@@ -123,6 +123,8 @@ def _choose(scan_id: str, source: Source | None, prepared: Mapping[str, Sequence
     usable = [scan for scan in scans if scan.status == Status.OK]
     if len(named) == 1:
         return named[0]
+    if scan_id != source.key and scan_id.rpartition("#")[0] == source.key:
+        return PreparedScan(source.key, scan_id, NOT_IN_ARCHIVE, "its source holds no such series", "", "")
     if len(usable) > 1:
         names = ", ".join(scan.scan_id for scan in usable)
         return PreparedScan(source.key, scan_id, AMBIGUOUS, f"source holds several scans, name one of {names}", "", "")

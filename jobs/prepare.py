@@ -6,6 +6,7 @@ from typing import Any
 
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
+from darnet.errors import UsageError
 from darnet.job import run_job
 from darnet.ray_prepare import prepare_volumes
 from darnet.storage import open_store
@@ -15,7 +16,9 @@ def work(settings: PrepareSettings) -> dict[str, Any]:
     """Prepare the volumes folder."""
     place, _, name = settings.cohort.rpartition("/")
     cohort = read_cohort(name, open_store(place or ".").read_bytes(name))
-    archive, folder = open_store(settings.archive), Path(settings.volumes)
+    if "://" in settings.volumes:
+        raise UsageError(f"--volumes {settings.volumes}: give a folder that every node of the cluster sees")
+    archive, folder = open_store(settings.archive), Path(settings.volumes).absolute()
     return prepare_volumes(archive, cohort, folder, settings.volume, settings.score.decode, settings.train)
 
 

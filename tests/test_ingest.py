@@ -2,6 +2,7 @@
 
 import hmac
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -371,13 +372,72 @@ def _write_zip(folder: Path, name: str = "x.dcm", flag: int = 0) -> None:
 
 
 def _write_volume(
-    folder: Path, voxels: np.ndarray, cut: float = 1.0, spacing_mm: tuple[float, ...] = (6, 6, 12)
-) -> None:
+    folder: Path,
+    voxels: np.ndarray,
+    suffix: str = ".mha",
+    cut: float = 1.0,
+    spacing_mm: tuple[float, ...] = (6, 6, 12),
+) -> Path:
     folder.mkdir()
     image = sitk.GetImageFromArray(voxels, isVector=voxels.ndim == 4)
     image.SetSpacing(spacing_mm)
-    sitk.WriteImage(image, str(folder / "a.mha"))
-    _cut(folder / "a.mha", cut)
+    path = folder / f"a{suffix}"
+    sitk.WriteImage(image, str(path))
+    _cut(path, cut)
+    return path
+
+
+def _garble(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20] = b"\x55" * 20
+    path.write_bytes(data)
+
+
+def _write_big_zip(folder: Path) -> Path:
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x.dcm", np.random.default_rng(0).integers(0, 9, 20_000).astype(np.uint8).tobytes())
+    return folder / "a.zip"
+
+
+def _zip_images(folder: Path) -> None:
+    for name in ("p1", "p2"):
+        _write_images(folder / "loose" / name, ".png", DISPLAY)
+    with zipfile.ZipFile(folder / "a.zip", "w") as file:
+        for path in sorted((folder / "loose").rglob("*.png")):
+            file.write(path, str(path.relative_to(folder / "loose")))
+    shutil.rmtree(folder / "loose")
+
+
+def _write_twice(folder: Path) -> None:
+    _write_images(folder / "a", ".png", DISPLAY)
+    _write_images(folder / "b", ".jpg", DISPLAY)
+    for path in (folder / "b").iterdir():
+        path.rename(folder / "a" / path.name)
+    (folder / "b").rmdir()
+
+
+def _drop_rescale(index: int, dataset: FileDataset) -> None:
+    if index == 10:
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+
+
+def _oblique(index: int, dataset: FileDataset) -> None:
+    """Turned by 35 degrees about x and stacked along its own normal."""
+    cos, sin = np.cos(np.radians(35)), np.sin(np.radians(35))
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, cos, -sin]
+    dataset.ImagePositionPatient = [-190.0, -190.0 - 12.0 * index * sin, 500.0 - 12.0 * index * cos]
+
+
+def _deflate_short(index: int, dataset: FileDataset) -> None:
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    if index == 4:
+        dataset.PixelData = dataset.PixelData[:4096]
+
+
+def _empty_last(paths: list[Path]) -> None:
+    paths[-1].unlink()
+    paths[-1].with_suffix("").touch()
 
 
 def _write_text(folder: Path) -> None:
@@ -439,7 +499,18 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Status]] = {
     "zip with path traversal": (lambda folder: _write_zip(folder, "../x.dcm"), Status.BAD_ZIP),
     "no zip at all": (lambda folder: (folder.mkdir(), (folder / "a.zip").write_bytes(b"PK\3\4junk")), Status.BAD_ZIP),
     "volume with NaN": (lambda folder: _write_volume(folder, _nan_chest()), Status.BAD_INTENSITY),
-    "volume cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_UNREADABLE),
+    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_UNREADABLE),
+    "nii cut": (lambda folder: _write_volume(folder, make_chest(), ".nii", cut=0.95), Status.BAD_TRUNCATED),
+    "nii.gz cut": (lambda folder: _write_volume(folder, make_chest(), ".nii.gz", cut=0.95), Status.BAD_TRUNCATED),
+    "nii.gz garbled": (lambda folder: _garble(_write_volume(folder, make_chest(), ".nii.gz")), Status.BAD_UNREADABLE),
+    "volume of six slices": (lambda folder: _write_volume(folder, make_chest()[:6]), Status.SKIP_FEW_SLICES),
+    "zip garbled": (lambda folder: _garble(_write_big_zip(folder)), Status.BAD_ZIP),
+    "zip of two image folders": (lambda folder: _zip_images(folder), Status.BAD_MIXED_SERIES),
+    "images in two formats": (lambda folder: _write_twice(folder), Status.BAD_MIXED_SERIES),
+    "rescale missing in one slice": (_edit(_drop_rescale), Status.BAD_MIXED_SERIES),
+    "oblique": (_edit(_oblique), Status.SKIP_ORIENTATION),
+    "deflated pixels cut": (_edit(_deflate_short), Status.BAD_TRUNCATED),
+    "empty slice without suffix": (_spoil(_empty_last), Status.BAD_UNREADABLE),
     "volume in colour": (lambda folder: _write_volume(folder, np.stack([make_chest()] * 3, -1)), Status.BAD_PIXELS),
     "volume of absurd spacing": (
         lambda folder: _write_volume(folder, make_chest(), spacing_mm=(1e-5, 6, 12)),

@@ -41,9 +41,11 @@ def test_a_job_that_is_done_returns_zero_and_its_summary(capsys: pytest.CaptureF
     assert (code, summary["job"], summary["archive"], summary["exit_code"]) == (0, "score", "a", 0)
 
 
-def test_a_defect_is_not_dressed_up_as_a_failure() -> None:
+def test_a_defect_is_not_dressed_up_as_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         run_job("score", ScoreSettings, _fail(ZeroDivisionError()), PLACES)
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["exit_code"], summary["error"]) == (1, "unexpected ZeroDivisionError")
 
 
 def test_missing_and_unknown_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
