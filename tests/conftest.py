@@ -1,11 +1,13 @@
-"""What several test files share: an S3 server of our own, started only when a test asks for it."""
+"""What several test files share: an S3 server and a Ray cluster of our own, started only when a test asks for them."""
 
+import gc
 import itertools
 import os
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,16 @@ SERVER_ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_PROXY": "127.0.0.1",
+}
+
+
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less a fold; nobody preempts this machine
+    # Workers start in a folder of Ray's own and must find the code all the same.
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
 }
 
 
@@ -72,3 +84,20 @@ def _make_bucket_factory() -> Callable[[], str]:
         return f"s3://{name}"
 
     return make_bucket
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A cluster in this process's care, never one that happens to be running."""
+    import ray  # takes seconds, and most tests need none
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init("local", num_cpus=4, object_store_memory=150_000_000, include_dashboard=False, log_to_driver=False)
+        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # Ray forgets its own processes before they have ended
+            ray.shutdown()
+            gc.collect()

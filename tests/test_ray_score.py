@@ -28,9 +28,7 @@ from darnet.score import RunFacts
 from darnet.storage import LocalStore, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
-from tests.ray_fixtures import ray_cluster
 
-__all__ = ["ray_cluster"]
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).parents[1]
 CONFIG = ScoreConfig(part_scans=2)

@@ -27,7 +27,6 @@ from darnet.ray_train import (
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
 from tests.gloo_ranks import train_with_torch_alone
-from tests.ray_fixtures import ray_cluster as ray_cluster  # a fixture, found by its name
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
