@@ -1,4 +1,4 @@
-"""Writers of phantoms: DICOM series, slice images, NIfTI volumes and zips, as scanners and data sets leave them.
+"""Writers of phantoms: DICOM series, slice images and zips, as scanners and data sets leave them.
 
 In goes a `Phantom`, out come files that all describe the same physical scan.
 """
@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import cv2
-import nibabel
 import numpy as np
 from natsort import natsorted
 from numpy.typing import NDArray
@@ -177,28 +175,6 @@ def write_slice_images(phantom: Phantom, folder: Path, suffix: str = ".png") -> 
         if not cv2.imwrite(str(paths[-1]), image):
             raise OSError(f"{paths[-1]}: could not be written")
     return paths
-
-
-def write_volume(phantom: Phantom, path: Path) -> Path:
-    """Write NIfTI (.nii or .nii.gz) in the same patient coordinates as `write_dicom`.
-
-    Raises: ValueError for another suffix.
-    """
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path.name}: a NIfTI name ends in .nii or .nii.gz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = phantom.voxels_hu.shape[1:]
-    dz, dy, dx = phantom.spacing_mm
-    # NIfTI counts to the right, the front and the head (RAS), canonical x and y grow to the left and backwards.
-    affine = np.diag([-dx, -dy, -dz, 1.0])
-    affine[:2, 3] = (width - 1) * dx / 2, (height - 1) * dy / 2
-    make_image: Any = nibabel.Nifti1Image  # has no types
-    image = make_image(np.ascontiguousarray(phantom.voxels_hu.T), affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    image.to_filename(path)
-    return path
 
 
 def write_zip(folder: Path, path: Path) -> Path:
