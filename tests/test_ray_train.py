@@ -147,7 +147,8 @@ def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, kil
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: VolumesIndex, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"batch_size": 12})
-    with pytest.raises(UsageError, match=f"--workers 12 takes at least {12 * MIN_WORKER_CPUS:g} CPUs, the cluster has 4"):
+    least = f"{12 * MIN_WORKER_CPUS:g}"
+    with pytest.raises(UsageError, match=f"--workers 12 takes at least {least} CPUs, the cluster has 4"):
         train_folds(index, NETWORK, config, workers=12, runs=tmp_path, on_progress=lambda *_: None)
 
 
