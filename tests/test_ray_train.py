@@ -165,7 +165,7 @@ def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesInde
 @pytest.mark.parametrize(
     ("resources", "workers", "side_by_side", "cpus_per_worker"),
     [
-        ({"CPU": 2}, 1, 4, 0.5),
+        ({"CPU": 2}, 1, 5, 0.4),
         ({"CPU": 2}, 2, 2, 0.5),
         ({"CPU": 2}, 4, 1, 0.5),
         ({"CPU": 3}, 1, 5, 0.6),
