@@ -165,14 +165,13 @@ def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesInde
 @pytest.mark.parametrize(
     ("resources", "workers", "side_by_side", "cpus_per_worker"),
     [
-        ({"CPU": 2}, 1, 5, 0.4),
-        ({"CPU": 2}, 2, 2, 0.5),
-        ({"CPU": 2}, 4, 1, 0.5),
-        ({"CPU": 3}, 1, 5, 0.6),
+        ({"CPU": 2}, 1, 2, 1.0),
+        ({"CPU": 2}, 2, 1, 1.0),
+        ({"CPU": 3}, 1, 3, 1.0),
         ({"CPU": 64}, 4, 5, 1.0),
         ({"CPU": 32, "GPU": 8}, 4, 2, 1.0),
         ({"CPU": 8, "GPU": 5}, 2, 2, 1.0),
-        ({"CPU": 2, "GPU": 8}, 4, 1, 0.5),
+        ({"CPU": 5, "GPU": 8}, 4, 1, 1.0),
     ],
 )
 def test_a_cluster_is_shared_out_without_asking_for_more_than_it_has(
