@@ -20,7 +20,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	@echo "DARNet: the environment is ready"
 
 demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two nights, results in .demo
-	@echo "DARNet: running the demo, about six minutes on two cores; everything it makes goes to .demo"
+	@echo "DARNet: running the demo, six to eight minutes on two cores; everything it makes goes to .demo"
 	@$(BIN)/python -m jobs.demo --out .demo
 
 test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
