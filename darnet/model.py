@@ -25,6 +25,7 @@ __all__ = [
 STAGE_WIDTHS = (1, 2, 4, 8)  # times base_channels. Source: ResNet18, paper ref. 8
 BLOCKS_PER_STAGE = 2  # Source: ResNet18, paper ref. 8
 CHANNEL_REDUCTION = 16  # Source: paper ref. 11
+LINEAR_STD = 0.01  # of first weights. Source: authors' code
 
 
 class FeatureTrace(NamedTuple):
@@ -193,12 +194,17 @@ class DARNet(nn.Module):
         return self.classify(self.features(x))
 
 
-def build_network(config: ModelConfig, seed: int) -> DARNet:
-    """Network with initial weights that depend on `seed` alone; the global random state is left as it was."""
+def build_network(config: ModelConfig, seed: int, head_std: float = LINEAR_STD) -> DARNet:
+    """Network with initial weights that depend on the arguments alone; the global random state is left as it was.
+
+    `head_std` is the standard deviation of the head's weights.
+    """
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the GPUs too, which fork_rng does not put back here.
         torch.default_generator.manual_seed(seed)
-        return DARNet(config)
+        network = DARNet(config)
+        nn.init.normal_(network.head.weight, std=head_std)
+    return network
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -218,7 +224,7 @@ def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
+        nn.init.normal_(module.weight, std=LINEAR_STD)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm3d):
         nn.init.ones_(module.weight)
