@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
     "storage decode dicom volume lung model augment metrics sandbox terminal phantom_canvas",
-    "archive cohort cam bundle results report job phantom_findings phantom_files",
-    "ingest dataset phantom",
+    "archive cohort cam bundle results report job phantom_body phantom_findings phantom_files",
+    "ingest dataset phantom phantom_decoys",
     "train score",
     "ray_cluster demo",
     "ray_prepare ray_train ray_score",

@@ -12,7 +12,9 @@ import SimpleITK as sitk
 
 from darnet.config import VolumeConfig
 from darnet.lung import has_lung, segment_lung
-from darnet.phantom import Phantom, make_abdomen, make_head, make_phantom
+from darnet.phantom import make_phantom
+from darnet.phantom_canvas import Phantom
+from darnet.phantom_decoys import make_abdomen, make_head
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity, StandardVolume
 from darnet.volume import make_standard_volume
 
