@@ -87,6 +87,18 @@ class StorageError(RunError):
     exit_code = ExitCode.STORAGE
 
 
+class ObjectMissing(StorageError):  # noqa: N818
+    """There is no object of this key."""
+
+
+class FolderMissing(UsageError):  # noqa: N818
+    """The local folder a store is rooted in does not exist."""
+
+
+class PutUncertain(StorageError):  # noqa: N818
+    """A conditional put may or may not have happened; only reading the object back can tell."""
+
+
 class CredentialsError(RunError):
     """The store does not accept who we are."""
 

@@ -20,9 +20,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from darnet.errors import RunError, Status, StorageError, UsageError
+from darnet.errors import FolderMissing, ObjectMissing, PutUncertain, RunError, Status, StorageError, UsageError
 from darnet.scan import DIAGNOSES, BoolArray, Source, StoredObject
-from darnet.storage import FolderMissing, ObjectMissing, PutUncertain, Store, open_store
+from darnet.storage import Store, open_store
 
 SCHEMA_VERSION = "1"
 NOTICE = "research use only"

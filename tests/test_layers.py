@@ -10,15 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage decode dicom volume lung model augment metrics sandbox terminal phantom_canvas",
-    "archive cohort cam bundle results report job phantom_body phantom_findings phantom_files",
-    "ingest dataset phantom phantom_decoys",
+    "storage_local decode dicom volume lung model augment metrics sandbox terminal phantom_canvas",
+    "storage archive cohort cam report job phantom_body phantom_findings phantom_files",
+    "bundle results ingest dataset phantom phantom_decoys",
     "train score",
     "ray_cluster demo",
     "ray_prepare ray_train ray_score",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-RAY_ROW = 5
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
 MODULES = sorted(path.stem for path in (ROOT / "darnet").glob("*.py") if path.stem != "__init__")
 

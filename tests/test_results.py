@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from darnet.errors import RunError, Status, StorageError, UsageError
+from darnet.errors import PutUncertain, RunError, Status, StorageError, UsageError
 from darnet.results import (
     SCHEMA,
     PlannedSource,
@@ -35,7 +35,8 @@ from darnet.results import (
     unspell_key,
 )
 from darnet.scan import Source, StoredObject
-from darnet.storage import LocalStore, PutUncertain, Store, open_store
+from darnet.storage import Store, open_store
+from darnet.storage_local import LocalStore
 
 MODEL = "m" * 64
 ODD_KEYS = [
