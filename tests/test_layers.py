@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage_local decode dicom volume lung model augment metrics sandbox terminal phantom_canvas",
+    "storage_local decode dicom volume lung model augment metrics sandbox terminal phantom_canvas results_rows",
     "storage archive cohort cam report job phantom_body phantom_findings phantom_files",
-    "bundle results ingest dataset phantom phantom_decoys",
-    "train score",
+    "bundle results_objects ingest dataset phantom phantom_decoys",
+    "train score results results_runs results_publish",
     "ray_cluster demo",
     "ray_prepare ray_train ray_score",
 )

@@ -9,7 +9,9 @@ import pandas as pd
 
 from darnet.bundle import Bundle
 from darnet.errors import Status
-from darnet.results import make_table, publish, read_predictions
+from darnet.results import read_predictions
+from darnet.results_publish import publish
+from darnet.results_rows import make_table
 from darnet.scan import IngestedScan, ScanFacts
 from darnet.score import RunFacts, make_row
 from darnet.storage import open_store
