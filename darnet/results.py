@@ -12,23 +12,27 @@ from darnet.results_objects import list_commits, read_objects
 from darnet.results_rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
 from darnet.storage import open_store
 
+# What `read_predictions` does, for analysts at a DuckDB prompt, who put their place for RESULTS; the README shows it.
+LATEST_SQL = """\
+WITH rows AS (FROM read_parquet('RESULTS/predictions/*.parquet')),
+newest AS (
+    SELECT source, max(commit) AS newest_commit, arg_max(input_sha256, commit) AS input_sha256,
+           arg_max(model_sha256, commit) AS model_sha256,
+           arg_max(preprocessing_version, commit) AS preprocessing_version
+    FROM rows GROUP BY source)
+SELECT rows.* FROM rows JOIN newest USING (source, input_sha256, model_sha256, preprocessing_version)
+WHERE NOT starts_with(status, 'ERR_') OR commit = newest_commit
+QUALIFY row_number() OVER (PARTITION BY source, scan_id ORDER BY commit DESC) = 1
+ORDER BY source, scan_id
+"""
+
 
 def read_predictions(uri: str, latest: bool = True) -> pd.DataFrame:
     """The results table as a frame: one row for each (source, scan_id) as last scored, or every row ever published.
 
     Latest means, for each source, the bytes, model and preprocessing of its newest commit: of these the final rows,
-    and the ERR rows of that commit only, since the source was tried again as a whole. In DuckDB:
-
-        WITH rows AS (FROM read_parquet('RESULTS/predictions/*.parquet')),
-        newest AS (
-            SELECT source, max(commit) AS newest_commit, arg_max(input_sha256, commit) AS input_sha256,
-                   arg_max(model_sha256, commit) AS model_sha256,
-                   arg_max(preprocessing_version, commit) AS preprocessing_version
-            FROM rows GROUP BY source)
-        SELECT rows.* FROM rows JOIN newest USING (source, input_sha256, model_sha256, preprocessing_version)
-        WHERE NOT starts_with(status, 'ERR_') OR commit = newest_commit
-        QUALIFY row_number() OVER (PARTITION BY source, scan_id ORDER BY commit DESC) = 1
-        ORDER BY source, scan_id
+    and the ERR rows of that commit only, since the source was tried again as a whole. For DuckDB the same is
+    `LATEST_SQL`.
 
     Raises: StorageError, CredentialsError; a table without any object is an empty frame.
     """

@@ -7,7 +7,7 @@ import duckdb
 import pandas as pd
 import pytest
 
-from darnet.results import read_predictions
+from darnet.results import LATEST_SQL, read_predictions
 from darnet.results_rows import SCHEMA
 from darnet.storage import Store
 from tests.results_fixtures import make_row, publish_history, publish_rows, read_statuses
@@ -34,21 +34,6 @@ def test_latest_keeps_finals_of_earlier_commits_of_the_same_bytes(local: Store) 
     assert sorted(read_predictions(local.uri)["commit"]) == [1, 2]
 
 
-# The README offers this query to analysts; it must mean what read_predictions means.
-LATEST_SQL = """
-WITH rows AS (FROM read_parquet('{results}/predictions/*.parquet')),
-newest AS (
-    SELECT source, max(commit) AS newest_commit, arg_max(input_sha256, commit) AS input_sha256,
-           arg_max(model_sha256, commit) AS model_sha256,
-           arg_max(preprocessing_version, commit) AS preprocessing_version
-    FROM rows GROUP BY source)
-SELECT rows.* FROM rows JOIN newest USING (source, input_sha256, model_sha256, preprocessing_version)
-WHERE NOT starts_with(status, 'ERR_') OR commit = newest_commit
-QUALIFY row_number() OVER (PARTITION BY source, scan_id ORDER BY commit DESC) = 1
-ORDER BY source, scan_id
-"""
-
-
 def find_latest_by_hand(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     latest = []
     for source in {row["source"] for row in rows}:
@@ -71,7 +56,7 @@ def test_frame_duckdb_and_a_loop_agree_on_the_latest_rows(local: Store, seed: in
     frame = read_predictions(local.uri)
     assert list(zip(frame["scan_id"], frame["commit"], strict=True)) == find_latest_by_hand(rows)
     with duckdb.connect() as connection:
-        queried = connection.sql(LATEST_SQL.format(results=local.uri)).arrow().read_all()
+        queried = connection.sql(LATEST_SQL.replace("RESULTS", local.uri)).arrow().read_all()
     assert queried.column_names == SCHEMA.names
     columns = [name for name in SCHEMA.names if name != "scored_at"]  # DuckDB names UTC otherwise
     pd.testing.assert_frame_equal(queried.select(columns).to_pandas(), frame[columns], check_dtype=False)
