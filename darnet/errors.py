@@ -3,6 +3,8 @@
 A `ScanError` turns one scan into a row of the results table; a `RunError` stops the job with its exit code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 
 
@@ -67,6 +69,15 @@ class ScanError(Exception):
 
     def __str__(self) -> str:
         return f"{self.status}: {self.detail}"
+
+
+@contextmanager
+def name_file(name: str) -> Iterator[None]:
+    """Put a file's name before what is wrong with it; stands where a loop over files is, not where they are judged."""
+    try:
+        yield
+    except ScanError as error:
+        raise ScanError(error.status, f"{name}: {error.detail}") from error
 
 
 class RunError(Exception):

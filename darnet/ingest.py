@@ -10,7 +10,8 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -19,25 +20,24 @@ import numpy as np
 
 from darnet.archive import VOLUME_SUFFIXES, is_stray
 from darnet.config import DecodeConfig, VolumeConfig
-from darnet.decode import IMAGE_SUFFIXES, open_images, open_volume, read_dicom_slice, set_decoder_threads
+from darnet.decode import (
+    IMAGE_SUFFIXES,
+    check_size,
+    open_images,
+    open_volume,
+    read_dicom_slice,
+    set_decoder_threads,
+)
 from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
-from darnet.errors import RunError, ScanError, Status
+from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, segment_lung
 from darnet.sandbox import Sandbox
-from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source
+from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
 from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-
-
-@dataclass(frozen=True)
-class StagedFile:
-    """A file of a source on this machine's disk; `name` is its key in the archive or zip."""
-
-    name: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,14 @@ class DicomStack:
         return self.series.spacing_mm
 
     def read_slice(self, index: int) -> FloatArray:
-        """One slice, head first, (rows, columns) float32 HU."""
-        return np.ascontiguousarray(self.series.turn(read_dicom_slice(self.series.paths[index])))
+        """One slice, head first, (rows, columns) float32 HU.
+
+        Raises: ScanError(BAD_PIXELS) naming the file.
+        """
+        file = self.series.files[index]
+        with name_file(file.name):
+            pixels = self.series.turn(read_dicom_slice(file.path))
+            return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,14 @@ def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]
     for index, item in enumerate(source.objects):
         suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
         path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
+        file = StagedFile(PurePosixPath(item.key).name, path)
         here = store.local_path(item.key)
-        if here is None:
-            store.fetch(item, path)
-        else:
+        if here is not None:
             path.symlink_to(here)
-        staged.append(StagedFile(item.key, path))
+        else:
+            with name_file(file.name):
+                store.fetch(item, path)
+        staged.append(file)
     check_unchanged(store, source)
     return staged
 
@@ -140,12 +148,13 @@ def check_unchanged(store: Store, source: Source) -> None:
         path = store.local_path(item.key)
         if path is None:
             return
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise ScanError(Status.ERR_GONE, "a file was deleted after planning") from error
-        if (str(status.st_mtime_ns), status.st_size) != (item.version, item.num_bytes):
-            raise ScanError(Status.ERR_INPUT_CHANGED, "a file was replaced after planning")
+        with name_file(PurePosixPath(item.key).name):
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise ScanError(Status.ERR_GONE, "deleted after planning") from error
+            if (str(status.st_mtime_ns), status.st_size) != (item.version, item.num_bytes):
+                raise ScanError(Status.ERR_INPUT_CHANGED, "replaced after planning")
 
 
 def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
@@ -173,8 +182,7 @@ def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) ->
     is_head_first = road.volume.slice_order == "head_first"
 
     def open_stack() -> SliceStack:
-        names, paths = [file.name for file in images], [file.path for file in images]
-        return open_images(paths, names, road.decode, is_head_first=is_head_first)
+        return open_images(images, road.decode, is_head_first=is_head_first)
 
     return [_decode_scan(source_key, _count(images), open_stack, road)]
 
@@ -184,14 +192,15 @@ def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[
     headers, unreadable = [], []
     for file in files:
         try:
-            header = read_header(file.path)
+            with name_file(file.name):
+                header = read_header(file)
+                if header is None and (file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0):
+                    raise ScanError(Status.BAD_UNREADABLE, "should be DICOM and is not")
         except ScanError as error:
             unreadable.append(error)
             continue
         if header is not None:
             headers.append(header)
-        elif file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0:
-            unreadable.append(ScanError(Status.BAD_UNREADABLE, "a file that should be DICOM is not"))
     return headers, unreadable
 
 
@@ -254,7 +263,7 @@ def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None
     first = headers[0]
     return ScanFacts(
         num_files=len(headers),
-        num_bytes=sum(header.path.stat().st_size for header in headers),
+        num_bytes=sum(header.file.path.stat().st_size for header in headers),
         num_slices=len(headers),
         manufacturer=first.manufacturer,
         patient_key=pseudonymise(first.patient_id, "patient", pseudonym_key),
@@ -279,27 +288,37 @@ def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFi
     Raises: ScanError: BAD_ZIP for a damaged, encrypted or hostile zip, BAD_LIMIT for one that unpacks too large.
     """
     staged = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
-            _check_zip(entries, limits)
-            for index, entry in enumerate(entries):
-                suffix = PurePosixPath(entry.filename).suffix.lower()
-                target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
-                data = archive.read(entry)
-                target.write_bytes(data)
-                staged.append(StagedFile(entry.filename, target))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ScanError(Status.BAD_ZIP, f"zip does not unpack: {type(error).__name__}") from error
+    with _zip_errors(), zipfile.ZipFile(path) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
+        _check_zip(entries, limits)
+        for index, entry in enumerate(entries):
+            suffix = PurePosixPath(entry.filename).suffix.lower()
+            target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
+            with name_file(entry.filename), _zip_errors():
+                target.write_bytes(archive.read(entry))
+            staged.append(StagedFile(entry.filename, target))
     return staged
 
 
+@contextmanager
+def _zip_errors() -> Iterator[None]:
+    """Whatever a damaged zip makes its reader raise is BAD_ZIP."""
+    try:
+        yield
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise ScanError(Status.BAD_ZIP, f"does not unpack: {type(error).__name__}") from error
+
+
 def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
-    if any(entry.flag_bits & 1 for entry in entries):
-        raise ScanError(Status.BAD_ZIP, "zip is encrypted")
-    if any(".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/") for entry in entries):
-        raise ScanError(Status.BAD_ZIP, "zip names a file outside itself")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ScanError(Status.BAD_ZIP, "zip names a file twice")
+    seen: set[str] = set()
+    for entry in entries:
+        with name_file(entry.filename):
+            if entry.flag_bits & 1:
+                raise ScanError(Status.BAD_ZIP, "encrypted in the zip")
+            if ".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/"):
+                raise ScanError(Status.BAD_ZIP, "the zip places it outside itself")
+            if entry.filename in seen:
+                raise ScanError(Status.BAD_ZIP, "twice in the zip")
+            seen.add(entry.filename)
     if len(entries) > limits.max_slices or sum(entry.file_size for entry in entries) > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"zip of {len(entries)} files is too large")

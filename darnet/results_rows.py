@@ -106,7 +106,7 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> Any:
 def _make_column(field: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
     values = [row.get("commit", 0) if field.name == "commit" else row[field.name] for row in rows]
     try:
-        if field.name in ("source", "scan_id"):
+        if field.name in ("source", "scan_id", "status_detail"):  # all three may hold a file's name
             values = [spell_key(value) for value in values]
         column = pa.array(values, field.type)
     except (pa.ArrowException, TypeError, ValueError) as error:

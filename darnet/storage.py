@@ -152,10 +152,10 @@ class S3Store:
             try:
                 self._download(item.key, sink, IfMatch=f'"{item.version}"')
             except (boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
-                raise _explain_fetch(error, self.uri, item) from error
+                raise _explain_fetch(error, self.uri) from error
             num_bytes = sink.tell()
         if num_bytes != item.num_bytes:
-            raise ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: another length than listed")
+            raise ScanError(Status.ERR_INPUT_CHANGED, "another length than listed")
 
     def local_path(self, key: str) -> Path | None:  # noqa: ARG002
         return None
@@ -264,17 +264,17 @@ def _explain(error: Exception, uri: str) -> RunError:
     return StorageError(f"{uri}: the store failed ({code}); try again, then ask who runs it")
 
 
-def _explain_fetch(error: Exception, uri: str, item: StoredObject) -> ScanError | RunError:
+def _explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
     code = _code(error)
     if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY:
         return _explain(error, uri)
     status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
     if status == 412:
-        return ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: replaced since it was listed")
+        return ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
     if status == 404 and code != "NoSuchBucket":
-        return ScanError(Status.ERR_GONE, f"{item.key}: deleted since it was listed")
-    return ScanError(Status.ERR_STORAGE, f"{item.key}: {code}")
+        return ScanError(Status.ERR_GONE, "deleted since it was listed")
+    return ScanError(Status.ERR_STORAGE, code)
 
 
 @contextmanager

@@ -52,9 +52,9 @@ class LocalStore:
                     shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
                 _check_unchanged(origin, item)
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise ScanError(Status.ERR_GONE, f"{item.key}: deleted since it was listed") from error
+                raise ScanError(Status.ERR_GONE, "deleted since it was listed") from error
             except OSError as error:
-                raise ScanError(Status.ERR_STORAGE, f"{item.key}: {error.strerror}") from error
+                raise ScanError(Status.ERR_STORAGE, str(error.strerror)) from error
 
     def local_path(self, key: str) -> Path:
         """Raises: UsageError for a key that could lead out of the root or name a file in two ways."""
@@ -137,9 +137,9 @@ def _check_unchanged(path: Path, item: StoredObject) -> None:
     """Raises: ScanError if the file is not the one that was listed; OSError."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-        raise ScanError(Status.ERR_STORAGE, f"{item.key}: not a regular file")
+        raise ScanError(Status.ERR_STORAGE, "not a regular file")
     if (found.st_size, str(found.st_mtime_ns)) != (item.num_bytes, item.version):
-        raise ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: replaced since it was listed")
+        raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
 
 
 @contextmanager

@@ -75,6 +75,11 @@ def test_spelling_is_utf8_and_reversible(key: str) -> None:
     assert unspell_key(spell_key(key).encode().decode()) == key
 
 
+def test_a_detail_may_name_a_file_that_is_not_utf8() -> None:
+    row = make_row("a", "BAD_TRUNCATED", status_detail="caf\udce9.dcm: ends early")
+    assert make_table([row])["status_detail"].to_pylist() == ["caf\\xe9.dcm: ends early"]
+
+
 def test_no_two_keys_are_spelled_alike() -> None:
     pieces = ["\\", "x", "5", "c", "f", "\udcff", "\udc80", "é"]
     rng = random.Random(0)
