@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -171,25 +172,42 @@ def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, r
 
 
 def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> list[IngestedScan]:
-    """DICOM where there is any, since images beside it are thumbnails; else slice images; else one row that says so."""
+    """Every DICOM series is a scan, and so are slice images unless they are thumbnails beside DICOM.
+
+    The row named like the source itself is that of the images, or of unreadable files that no series can be blamed for.
+    """
     images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
     headers, unreadable = _read_headers([file for file in staged if file not in images])
-    if headers:
-        return _decode_series(source_key, headers, unreadable, road)
-    if unreadable or not images:
-        detail = unreadable[0].detail if unreadable else "no file is a slice"
-        return [IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count(staged))]
-    is_head_first = road.volume.slice_order == "head_first"
+    by_uid = defaultdict(list)
+    for header in headers:
+        by_uid[header.series_uid].append(header)
+    if by_uid and _are_thumbnails(images, headers, road.decode):
+        images = []
+    spoiling, unreadable = (unreadable, {}) if len(by_uid) == 1 else ({}, unreadable)
+    scans = [
+        _decode_series(f"{source_key}#{hash_series_uid(uid)}", members, tuple(spoiling.values()), road)
+        for uid, members in sorted(by_uid.items())
+    ]
+    if unreadable:
+        detail = next(iter(unreadable.values())).detail
+        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count([*unreadable, *images])))
+    elif images:
+        is_head_first = road.volume.slice_order == "head_first"
+        open_stack = partial(open_images, images, road.decode, is_head_first=is_head_first)
+        scans.append(_decode_scan(source_key, _count(images), open_stack, road))
+    return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
 
-    def open_stack() -> SliceStack:
-        return open_images(images, road.decode, is_head_first=is_head_first)
 
-    return [_decode_scan(source_key, _count(images), open_stack, road)]
+def _are_thumbnails(images: Sequence[StagedFile], headers: Sequence[SliceHeader], limits: DecodeConfig) -> bool:
+    """Whether images beside DICOM are too few for a scan, or each shows a DICOM file of the same name."""
+    names = {header.file.name for header in headers}
+    names |= {name.rpartition(".")[0] for name in names}
+    return len(images) < limits.min_slices or all(image.name.rpartition(".")[0] in names for image in images)
 
 
-def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[ScanError]]:
+def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], dict[StagedFile, ScanError]]:
     """Headers of the DICOM files, and an error for each file that claims to be one and is not."""
-    headers, unreadable = [], []
+    headers, unreadable = [], {}
     for file in files:
         try:
             with name_file(file.name):
@@ -197,7 +215,7 @@ def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[
                 if header is None and (file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0):
                     raise ScanError(Status.BAD_UNREADABLE, "should be DICOM and is not")
         except ScanError as error:
-            unreadable.append(error)
+            unreadable[file] = error
             continue
         if header is not None:
             headers.append(header)
@@ -205,25 +223,14 @@ def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[
 
 
 def _decode_series(
-    source_key: str, headers: Sequence[SliceHeader], unreadable: Sequence[ScanError], road: Road
-) -> list[IngestedScan]:
-    """One scan a series. An unreadable file spoils the series it lies with; among several it is a row of its own."""
-    by_uid = defaultdict(list)
-    for header in headers:
-        by_uid[header.series_uid].append(header)
-    is_alone = len(by_uid) == 1
-    scans = []
-    for uid, members in sorted(by_uid.items()):
+    scan_id: str, headers: Sequence[SliceHeader], unreadable: Sequence[ScanError], road: Road
+) -> IngestedScan:
+    """One DICOM series; an unreadable file spoils the series it lies with."""
 
-        def open_stack(members: Sequence[SliceHeader] = members) -> SliceStack:
-            return DicomStack(arrange_series(members, road.decode, unreadable if is_alone else ()))
+    def open_stack() -> SliceStack:
+        return DicomStack(arrange_series(headers, road.decode, unreadable))
 
-        facts = _describe_series(members, road.pseudonym_key)
-        scans.append(_decode_scan(f"{source_key}#{hash_series_uid(uid)}", facts, open_stack, road))
-    if unreadable and not is_alone:
-        facts = ScanFacts(num_files=len(unreadable))
-        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, unreadable[0].detail, facts))
-    return scans
+    return _decode_scan(scan_id, _describe_series(headers, road.pseudonym_key), open_stack, road)
 
 
 def _decode_scan(scan_id: str, facts: ScanFacts, open_stack: Callable[[], SliceStack], road: Road) -> IngestedScan:

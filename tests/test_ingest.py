@@ -4,7 +4,7 @@ import hmac
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -623,6 +623,75 @@ def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ing
     statuses = {scan.scan_id: scan.status for scan in ingest()}
     assert statuses.pop("a") is Status.BAD_UNREADABLE
     assert list(statuses.values()) == [Status.OK, Status.OK]
+
+
+def _add_images(folder: Path, names: Sequence[str]) -> None:
+    for name, plane in zip(names, DISPLAY, strict=False):
+        assert cv2.imwrite(str(folder / name), plane)
+
+
+IMAGES = [f"{index}.png" for index in range(24)]
+
+
+def _write_scout_and_images(folder: Path) -> None:
+    write_chest(folder, make_chest()[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    _add_images(folder, IMAGES)
+
+
+def test_slice_images_beside_a_scout_are_a_scan_of_their_own(ingest: Ingest, tmp_path: Path) -> None:
+    _write_scout_and_images(tmp_path / "archive" / "a")
+    rows = {scan.scan_id: (scan.status, scan.facts.num_files) for scan in ingest()}
+    assert rows == {f"a#{_digest(SERIES_UID)}": (Status.SKIP_LOCALIZER, 1), "a": (Status.OK, 24)}
+
+
+def test_so_they_are_in_a_zip(ingest: Ingest, tmp_path: Path) -> None:
+    _write_scout_and_images(tmp_path / "loose")
+    (tmp_path / "archive").mkdir()
+    shutil.make_archive(str(tmp_path / "archive" / "a"), "zip", tmp_path / "loose")
+    rows = {scan.scan_id: scan.status for scan in ingest()}
+    assert rows == {f"a.zip#{_digest(SERIES_UID)}": Status.SKIP_LOCALIZER, "a.zip": Status.OK}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"picture{index}.png" for index in range(9)],
+        [f"{index:03d}.jpg" for index in range(24)],
+        [f"{index:03d}.dcm.jpg" for index in range(24)],
+    ],
+    ids=["too few for a scan", "one beside each slice", "named after the slice's whole name"],
+)
+def test_thumbnails_beside_a_series_are_no_scan(names: list[str], ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    _add_images(tmp_path / "archive" / "a", names)
+    (scan,) = ingest()
+    assert (scan.status, scan.facts.num_files) == (Status.OK, 24)
+
+
+def test_images_that_share_only_some_names_with_slices_are_a_whole_scan(ingest: Ingest, tmp_path: Path) -> None:
+    """Dropping those that do would score a scan with holes."""
+    write_chest(tmp_path / "archive" / "a", make_chest()[:12])
+    _add_images(tmp_path / "archive" / "a", [f"{index:03d}.png" for index in range(24)])
+    assert {scan.scan_id: scan.facts.num_files for scan in ingest()} == {f"a#{_digest(SERIES_UID)}": 12, "a": 24}
+
+
+def test_an_unreadable_file_spoils_the_only_series_and_not_the_images(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    _add_images(tmp_path / "archive" / "a", [f"{index}.png" for index in range(24)])
+    (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
+    rows = {scan.scan_id: scan.status for scan in ingest()}
+    assert rows == {f"a#{_digest(SERIES_UID)}": Status.BAD_UNREADABLE, "a": Status.OK}
+
+
+def test_no_two_rows_of_a_source_have_one_name(ingest: Ingest, tmp_path: Path) -> None:
+    """Two series, images, and a file of which nobody knows to what it belongs."""
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    _add_images(tmp_path / "archive" / "a", IMAGES)
+    (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
+    scans = ingest()
+    assert len({scan.scan_id for scan in scans}) == len(scans) == 3
+    rows = {scan.scan_id: (scan.status, scan.facts.num_files) for scan in scans}
+    assert rows["a"] == (Status.BAD_UNREADABLE, 25)
 
 
 def test_a_file_replaced_or_deleted_after_planning_is_no_scan(ingest: Ingest, tmp_path: Path) -> None:
