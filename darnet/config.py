@@ -24,7 +24,7 @@ from darnet.errors import UsageError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
-AIR_AND_LUNG_HU = (-950.0, -400.0)  # what tells gas from lung and lung from tissue. Source: ours (see lung)
+AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
 PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
 
 
@@ -54,7 +54,7 @@ class VolumeConfig(Section):
             raise ValueError(f"shape {self.shape}: every axis needs at least 8 voxels")
         if self.window_hu[0] >= self.window_hu[1]:
             raise ValueError(f"window_hu {self.window_hu}: the lower bound must be below the upper")
-        if not self.window_hu[0] < AIR_AND_LUNG_HU[0] or not AIR_AND_LUNG_HU[1] < self.window_hu[1]:
+        if not self.window_hu[0] < AIR_AND_LUNG_HU[0] or not AIR_AND_LUNG_HU[-1] < self.window_hu[1]:
             raise ValueError(f"window_hu {self.window_hu}: it must hold {AIR_AND_LUNG_HU}, or no lung can be found")
         return self
 
