@@ -25,8 +25,7 @@ def test_differences_and_decoded_slices_are_those_computed_by_hand(tmp_path: Pat
     assert row["mean_difference"] == pytest.approx(expected.mean(), abs=0.05)
     assert row["max_difference"] == pytest.approx(expected.max(), abs=1)
     assert (row["linear_slices_decoded"], row["area_slices_decoded"]) == (8, 24)
-    assert row["linear_s"] > 0
-    assert row["area_growth_mib"] > 0
+    assert min(row[f"{way}_{what}"] for way in ("linear", "area") for what in ("s", "processor_s", "growth_mib")) > 0
 
 
 def test_each_series_has_a_row_a_command_and_its_change_of_probability(
