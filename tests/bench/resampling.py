@@ -179,7 +179,7 @@ def print_rows(rows: Sequence[Row], config: VolumeConfig) -> None:
         table.append([row["scan"], row["slices"], *difference, *pairs, *(f"{row[name]:+.4f}" for name in changes)])
     size = " x ".join(map(str, config.shape))
     print_table(
-        f"depth_resampling linear / area at {size}: voxels of 0..255, medians of time and memory ({NOTICE})",
+        f"linear / area at {size}, voxels 0..255, medians of time and memory ({NOTICE})",
         ["scan", "slices", "mean |d|", "max |d|", "decoded", "s", "CPU s", "MiB", *changes],
         table,
     )
@@ -222,4 +222,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        sys.exit(f"resampling: {error}")
