@@ -18,6 +18,7 @@ from darnet.metrics import (
     count_confusion,
     ece_3class,
     f1_ncp,
+    measure_reliability,
     measure_scans,
     sensitivity_ncp,
     specificity_ncp,
@@ -185,3 +186,8 @@ def test_a_macro_mean_is_undefined_where_one_class_is_absent() -> None:
     assert math.isnan(found["auc_macro"])
     assert math.isnan(found["sensitivity_macro"])
     assert not math.isnan(found["specificity_macro"])
+
+
+def test_a_bin_is_closed_above() -> None:
+    thirds = np.full((1, 3), 1 / 3)  # the upper edge of the fifth of fifteen bins
+    assert measure_reliability(thirds, np.array([0])).num_scans.tolist() == [0] * 4 + [1] + [0] * 10
