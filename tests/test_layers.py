@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
     "storage decode dicom volume lung model augment metrics page sandbox tables terminal phantom_canvas",
-    "archive cohort cam bundle calibration intervals results report job phantom_findings phantom_files",
+    "archive cohort cam bundle calibration intervals predictions results report job phantom_findings phantom_files",
     "ingest dataset phantom",
     "train score",
     "ray_cluster demo",
