@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage decode dicom volume lung model augment metrics page sandbox tables terminal phantom_canvas",
-    "archive cohort cam bundle calibration intervals predictions results report job phantom_findings phantom_files",
-    "ingest dataset phantom",
-    "train score",
-    "ray_cluster demo",
+    "storage decode dicom volume lung model augment metrics page paper sandbox tables terminal phantom_canvas",
+    "archive cohort cam bundle calibration charts intervals predictions results report job "
+    "phantom_findings phantom_files",
+    "ingest dataset phantom evaluation",
+    "train score evaluation_report",
+    "ray_cluster demo evaluate",
     "ray_prepare ray_train ray_score",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
