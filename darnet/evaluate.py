@@ -25,10 +25,17 @@ from darnet.evaluation import (
     compare_predictions,
     describe_evaluation,
     evaluate_predictions,
-    list_warnings,
+    find_warnings,
     resample_predictions,
 )
-from darnet.evaluation_report import list_headlines, render_csv, render_report, render_tex, show_interval, show_metric
+from darnet.evaluation_report import (
+    format_interval,
+    format_metric,
+    render_csv,
+    render_report,
+    render_tex,
+    round_headlines,
+)
 from darnet.model import DARNet
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.scan import FloatArray
@@ -67,7 +74,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     return {
         "out": out.uri,
         "num_scans": len(predictions.scan_ids),
-        **list_headlines(evaluation.metrics),
+        **round_headlines(evaluation.metrics),
         "warnings": described["warnings"],
         "notice": described["notice"],
     }
@@ -181,11 +188,11 @@ def _read_table(uri: str) -> Predictions:
 def _show(evaluation: Evaluation, origin: Origin) -> None:
     """Print the metrics, and what a reader has to know of them."""
     rows = [
-        [name, show_metric(value), show_interval(evaluation.intervals[name])]
+        [name, format_metric(value), format_interval(evaluation.intervals[name])]
         for name, value in evaluation.metrics.items()
     ]
     title = f"{origin.subject}: {len(evaluation.predictions.scan_ids)} scans (research use only)"
     print_table(title, ["metric", "value", f"95% interval by {evaluation.clustered_by}"], rows)
-    warnings = list_warnings(evaluation, origin)
+    warnings = find_warnings(evaluation, origin)
     if warnings:
         print_table("Before you believe these figures", ["mind"], [[warning] for warning in warnings])

@@ -135,7 +135,7 @@ def compare_predictions(first: Predictions, second: Predictions, resampling: Res
     )
 
 
-def list_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
+def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
     """What a reader of the numbers has to know before believing them."""
     warnings = [origin.warning] if origin.warning else []
     if evaluation.clustered_by == "scan":
@@ -184,7 +184,7 @@ def describe_evaluation(evaluation: Evaluation, origin: Origin, comparison: Comp
         "input_sha256": predictions.sha256,
         "training": origin.training,
         **origin.facts,
-        "warnings": list_warnings(evaluation, origin),
+        "warnings": find_warnings(evaluation, origin),
         "comparison": None if comparison is None else _describe_comparison(comparison),
     }
     cleaned: dict[str, Any] = _null_nan(described)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from darnet.charts import draw_confusion, draw_distributions, draw_reliability, draw_roc
-from darnet.evaluation import Comparison, Evaluation, Origin, list_warnings
+from darnet.evaluation import Comparison, Evaluation, Origin, find_warnings
 from darnet.intervals import Interval
 from darnet.metrics import ECE_BINS, NCP_LABEL, TABLE_2, measure_reliability, trace_roc
 from darnet.page import NOTICE, UNDEFINED, Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
@@ -91,16 +91,21 @@ def render_tex(evaluation: Evaluation) -> str:
     return f"% {NOTICE}\n% \\usepackage{{booktabs}}\n" + "\n".join(tables).rstrip() + "\n"
 
 
-def show_metric(mean: float, std: float = math.nan) -> str:
+def format_metric(mean: float, std: float = math.nan) -> str:
     """Mean ± deviation as the paper prints them; without deviation where there is none."""
     if math.isnan(mean):
         return UNDEFINED
     return f"{mean:.4f}" if math.isnan(std) else f"{mean:.4f} ± {std:.4f}"
 
 
-def show_interval(interval: Interval) -> str:
+def format_interval(interval: Interval) -> str:
     """Both ends."""
     return UNDEFINED if math.isnan(interval.low) else f"{interval.low:.4f} to {interval.high:.4f}"
+
+
+def round_headlines(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Table 2's metrics with four decimals, for a job's summary."""
+    return {name: None if math.isnan(metrics[name]) else round(metrics[name], 4) for name in TABLE_2}
 
 
 def _summarise(evaluation: Evaluation) -> str:
@@ -110,8 +115,8 @@ def _summarise(evaluation: Evaluation) -> str:
     accuracy, auc = metrics["accuracy_3class"], metrics["auc_ncp"]
     return (
         f"{folds} on {len(predictions.scan_ids)} scans{patients}: three-class accuracy "
-        f"{show_metric(accuracy)} (95% interval {show_interval(evaluation.intervals['accuracy_3class'])}), AUC for "
-        f"COVID-19 pneumonia (NCP) {show_metric(auc)} ({show_interval(evaluation.intervals['auc_ncp'])})."
+        f"{format_metric(accuracy)} (95% interval {format_interval(evaluation.intervals['accuracy_3class'])}), AUC for "
+        f"COVID-19 pneumonia (NCP) {format_metric(auc)} ({format_interval(evaluation.intervals['auc_ncp'])})."
     )
 
 
@@ -128,12 +133,12 @@ def _describe_input(evaluation: Evaluation, origin: Origin) -> Section:
         ["intervals", f"{evaluation.num_replicates} bootstrap replicates, drawn by {evaluation.clustered_by}"],
     ]
     lines = [] if origin.warning else [origin.training]
-    lines += [f"Mind: {warning}" for warning in list_warnings(evaluation, origin)]
+    lines += [f"Mind: {warning}" for warning in find_warnings(evaluation, origin)]
     return Section("What was evaluated", "\n\n".join(lines), [HtmlTable(["", ""], rows, "Input of this report")])
 
 
 def _describe_metrics(evaluation: Evaluation) -> Section:
-    delong = show_interval(evaluation.auc.interval)
+    delong = format_interval(evaluation.auc.interval)
     text = f"The interval of auc_ncp by DeLong's method, which takes all scans as independent, is {delong}."
     return Section("Metrics", text, [_metrics_table(evaluation)])
 
@@ -144,8 +149,8 @@ def _metrics_table(evaluation: Evaluation) -> HtmlTable:
         [
             name,
             value,
-            show_interval(evaluation.intervals[name]),
-            show_metric(evaluation.fold_means[name], evaluation.fold_stds[name]) if has_folds else None,
+            format_interval(evaluation.intervals[name]),
+            format_metric(evaluation.fold_means[name], evaluation.fold_stds[name]) if has_folds else None,
             MEANINGS[name],
         ]
         for name, value in evaluation.metrics.items()
@@ -154,7 +159,7 @@ def _metrics_table(evaluation: Evaluation) -> HtmlTable:
         f"Of {'the folds’ mean probability' if has_folds else 'one model'}, with percentile bootstrap intervals by "
         f"{evaluation.clustered_by}; folds: mean ± sample standard deviation over the fold models."
     )
-    return HtmlTable(["metric", "value", "95% interval", "folds", "what it is"], _show_floats(rows), caption)
+    return HtmlTable(["metric", "value", "95% interval", "folds", "what it is"], _format_floats(rows), caption)
 
 
 def _describe_paper(evaluation: Evaluation) -> Section:
@@ -172,8 +177,8 @@ def _paper_table(evaluation: Evaluation) -> HtmlTable:
     rows: list[Sequence[Cell]] = [
         [
             name,
-            show_metric(means[name], stds[name]),
-            *(show_metric(TABLE_3[name][network].mean, TABLE_3[name][network].std) for network in NETWORKS),
+            format_metric(means[name], stds[name]),
+            *(format_metric(TABLE_3[name][network].mean, TABLE_3[name][network].std) for network in NETWORKS),
         ]
         for name in TABLE_2
     ]
@@ -188,8 +193,8 @@ def _describe_pictures(evaluation: Evaluation) -> Section:
         curve = trace_roc(probabilities[:, NCP_LABEL], labels == NCP_LABEL, np.ones(len(labels)))
         caption = (
             f"ROC curve for NCP against the rest. AUC {evaluation.metrics['auc_ncp']:.4f}, 95% interval "
-            f"{show_interval(evaluation.intervals['auc_ncp'])}; at each point the band holds 95% of resampled "
-            "curves; dotted is chance. An inset enlarges the upper left corner."
+            f"{format_interval(evaluation.intervals['auc_ncp'])}; at each point the band holds 95% of resampled "
+            "curves; dotted is chance. The inset of a good curve is its upper left corner."
         )
         figures.append(HtmlFigure(figure_to_svg(draw_roc(curve, evaluation.roc_band)), caption))
     caption = (
@@ -220,11 +225,11 @@ def _describe_folds(evaluation: Evaluation) -> list[Section]:
     if len(folds) < 2:
         return []
     rows: list[Sequence[Cell]] = [
-        [name, *(metrics[name] for metrics in evaluation.fold_metrics), show_metric(*_spread(evaluation, name))]
+        [name, *(metrics[name] for metrics in evaluation.fold_metrics), format_metric(*_spread(evaluation, name))]
         for name in evaluation.metrics
     ]
     header = ["metric", *(f"fold {fold}" for fold in folds), "mean ± std"]
-    return [Section("Folds", "", [HtmlTable(header, _show_floats(rows), "Each fold's model on the whole cohort.")])]
+    return [Section("Folds", "", [HtmlTable(header, _format_floats(rows), "Each fold's model on the whole cohort.")])]
 
 
 def _spread(evaluation: Evaluation, name: str) -> tuple[float, float]:
@@ -236,10 +241,10 @@ def _describe_comparison(evaluation: Evaluation, comparison: Comparison) -> Sect
     text = (
         f"This evaluation against {comparison.second.name} (SHA-256 {comparison.second.sha256}), scan by scan; "
         f"differences are this minus the other.\n\n"
-        f"AUC by DeLong's paired test: difference {aucs.difference:+.4f}, 95% interval {show_interval(aucs.interval)}, "
-        f"p {_show_p(aucs.p_value)}.\n\n"
+        f"AUC by DeLong's paired test: difference {aucs.difference:+.4f}, 95% interval "
+        f"{format_interval(aucs.interval)}, p {_format_p(aucs.p_value)}.\n\n"
         f"Decisions by McNemar's exact test: {decisions.num_only_first_right} scans are called rightly here only, "
-        f"{decisions.num_only_second_right} by the other only, p {_show_p(decisions.p_value)}.\n\n"
+        f"{decisions.num_only_second_right} by the other only, p {_format_p(decisions.p_value)}.\n\n"
         "Both tests take every scan as independent of the others. A difference whose interval holds 0 is not shown; "
         "that is not to say that there is none."
     )
@@ -248,45 +253,40 @@ def _describe_comparison(evaluation: Evaluation, comparison: Comparison) -> Sect
 
 def _comparison_table(evaluation: Evaluation, comparison: Comparison) -> HtmlTable:
     rows: list[Sequence[Cell]] = [
-        [name, value, comparison.second_metrics[name], *_show_difference(comparison.differences[name], item)]
+        [name, value, comparison.second_metrics[name], *_format_difference(comparison.differences[name], item)]
         for (name, value), item in zip(evaluation.metrics.items(), comparison.intervals.values(), strict=True)
     ]
     header = ["metric", "this", "other", "difference", "95% interval", "verdict"]
     caption = f"Both ensembles; paired percentile bootstrap by {evaluation.clustered_by}."
-    return HtmlTable(header, _show_floats(rows), caption)
+    return HtmlTable(header, _format_floats(rows), caption)
 
 
 def _fold_tables(comparison: Comparison) -> list[HtmlTable]:
     if not comparison.folds:
         return []
     rows: list[Sequence[Cell]] = [
-        [name, *_show_difference(item.mean, item.interval)] for name, item in comparison.folds.items()
+        [name, *_format_difference(item.mean, item.interval)] for name, item in comparison.folds.items()
     ]
     caption = "Fold by fold: t-interval, raised for the training scans that folds share. A single seed shows little."
     return [HtmlTable(["metric", "mean difference", "95% interval", "verdict"], rows, caption)]
 
 
-def _show_difference(difference: float, interval: Interval) -> list[Cell]:
+def _format_difference(difference: float, interval: Interval) -> list[Cell]:
     verdict = "shown" if interval.low > 0 or interval.high < 0 else "not shown"
-    return [UNDEFINED if math.isnan(difference) else f"{difference:+.4f}", show_interval(interval), verdict]
+    return [UNDEFINED if math.isnan(difference) else f"{difference:+.4f}", format_interval(interval), verdict]
 
 
-def _show_p(value: float) -> str:
+def _format_p(value: float) -> str:
     if math.isnan(value):
         return UNDEFINED
     return "< 0.0001" if value < 0.0001 else f"= {value:.4f}"
 
 
-def _show_floats(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
+def _format_floats(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
     """Four decimals, also where LaTeX and not the page shows the cells."""
-    return [[show_metric(cell) if isinstance(cell, float) else cell for cell in row] for row in rows]
+    return [[format_metric(cell) if isinstance(cell, float) else cell for cell in row] for row in rows]
 
 
 def _escape_percent(text: str) -> str:
     """Captions are LaTeX already; ours hold no other character that means something there."""
     return text.replace("%", r"\%")
-
-
-def list_headlines(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Table 2's metrics with four decimals, for a job's summary."""
-    return {name: None if math.isnan(metrics[name]) else round(metrics[name], 4) for name in TABLE_2}

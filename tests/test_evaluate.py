@@ -139,6 +139,19 @@ def test_a_bundle_is_measured_on_the_test_cohort_fold_by_fold(
     assert row[["prob_cp", "prob_ncp", "prob_normal"]].to_numpy(float) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_bundle_does_not_differ_from_its_own_predictions(
+    tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    run(capsys, "--model", model, "--volumes", volumes, "--out", first)
+    places = ("--model", model, "--volumes", volumes, "--out", again)
+    run(capsys, *places, "--compare", first / "predictions.parquet")
+    comparison = json.loads((again / "metrics.json").read_text())["comparison"]
+    assert set(comparison["differences"].values()) == {0}
+    assert comparison["decisions_mcnemar"]["p_value"] == 1
+    assert {fold["verdict"] for fold in comparison["folds"].values()} == {"not shown"}
+
+
 def test_patients_that_the_network_knows_are_warned_of(
     tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

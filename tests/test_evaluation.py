@@ -19,7 +19,7 @@ from darnet.evaluation import (
     compare_predictions,
     describe_evaluation,
     evaluate_predictions,
-    list_warnings,
+    find_warnings,
     resample_predictions,
 )
 from darnet.evaluation_report import render_csv, render_report, render_tex
@@ -81,7 +81,7 @@ def test_patients_are_what_is_resampled_where_the_table_names_them() -> None:
     alone = evaluate(draw_table(1))
     described = describe_evaluation(alone, ORIGIN, None)
     assert (described["ci95_clustered_by"], described["num_patients"], described["num_scans"]) == ("scan", None, 90)
-    assert "patient_id" in list_warnings(alone, ORIGIN)[0]
+    assert "patient_id" in find_warnings(alone, ORIGIN)[0]
 
 
 def test_metrics_json_has_the_scoped_names_with_intervals_that_hold_them() -> None:
@@ -117,7 +117,7 @@ def test_a_faultless_ranking_is_warned_of() -> None:
         f"s{row},{'NCP' if row < 3 else 'CP'},{1 - 0.9 * (row < 3)},{0.9 * (row < 3)},0" for row in range(9)
     )
     table = read_predictions_table("t.csv", f"{HEADER}\n{rows}\n".encode())
-    assert any("DeLong" in text for text in list_warnings(evaluate(table), ORIGIN))
+    assert any("DeLong" in text for text in find_warnings(evaluate(table), ORIGIN))
 
 
 def test_a_comparison_meets_scan_by_scan_in_any_order() -> None:
