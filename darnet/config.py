@@ -206,6 +206,33 @@ class ScoreSettings(Settings):
     """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
 
 
+class EvaluateSettings(Settings):
+    """A predictions table, or a bundle and a test cohort -> metrics with intervals, tables and a report."""
+
+    out: str
+    """Folder for metrics.json, tables.csv, tables.tex and report.html: local or s3://bucket/prefix."""
+    predictions: str | None = None
+    """CSV or Parquet table with scan_id, label, prob_cp, prob_ncp, prob_normal and, if known, fold and patient_id."""
+    model: str | None = None
+    """In place of predictions: model bundle, a local folder or s3://bucket/prefix. Needs volumes."""
+    volumes: str | None = None
+    """Folder written by jobs.prepare, whose test cohort the bundle is measured on."""
+    compare: str | None = None
+    """A second predictions table of the same scans to compare with."""
+    replicates: int = Field(2000, ge=2000)
+    """Bootstrap replicates of the 95% intervals. Source: ours; fewer give ragged percentiles."""
+    seed: int = 0
+    """Seeds the bootstrap."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.model is None) != (self.volumes is None):
+            raise ValueError("model and volumes belong together; give both, or predictions")
+        if (self.predictions is None) == (self.model is None):
+            raise ValueError("give either predictions, or model and volumes")
+        return self
+
+
 class DemoSettings(Settings):
     """The whole road on phantoms, on one machine without any service."""
 

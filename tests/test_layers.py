@@ -10,11 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage_local decode dicom volume lung model augment metrics sandbox terminal phantom_canvas results_rows",
-    "storage archive cohort cam report job phantom_body phantom_findings phantom_files",
-    "bundle results_objects ingest dataset phantom phantom_decoys",
-    "train score results results_runs results_publish",
-    "ray_cluster demo",
+    "storage_local decode dicom volume lung model augment metrics page paper sandbox tables terminal phantom_canvas "
+    "results_rows",
+    "storage archive cohort cam calibration charts intervals predictions report job phantom_body phantom_findings "
+    "phantom_files",
+    "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
+    "train score evaluation_report results results_runs results_publish",
+    "ray_cluster demo evaluate",
     "ray_prepare ray_train ray_score",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
