@@ -18,7 +18,7 @@ from darnet.bundle import BundleManifest, load_networks, read_bundle
 from darnet.cohort import find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
-from darnet.errors import UsageError
+from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation import (
     Evaluation,
     Origin,
@@ -40,7 +40,7 @@ from darnet.model import DARNet
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.scan import FloatArray
 from darnet.score import Ensemble
-from darnet.storage import ObjectMissing, Store, open_store
+from darnet.storage import Store, open_store
 from darnet.terminal import print_table, show_progress
 
 PREDICTIONS_FILE = "predictions.parquet"
