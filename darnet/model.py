@@ -203,7 +203,8 @@ def build_network(config: ModelConfig, seed: int, head_std: float = LINEAR_STD) 
         # torch.manual_seed would reseed the GPUs too, which fork_rng does not put back here.
         torch.default_generator.manual_seed(seed)
         network = DARNet(config)
-        nn.init.normal_(network.head.weight, std=head_std)
+    with torch.no_grad():
+        network.head.weight *= head_std / LINEAR_STD
     return network
 
 

@@ -201,3 +201,11 @@ def test_every_parameter_receives_a_gradient() -> None:
     network = build_network(TINY, seed=0)
     network(_random(2, 1, 16, 32, 32)).logsumexp(1).sum().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+def test_a_wider_head_start_changes_the_head_alone() -> None:
+    usual, wide = build_network(TINY, seed=5), build_network(TINY, seed=5, head_std=0.1)
+    assert abs(wide.head.weight.std().item() / 0.1 - 1) < 0.2
+    torch.testing.assert_close(wide.head.weight, 10 * usual.head.weight)
+    others = [name for name in usual.state_dict() if name != "head.weight"]
+    assert all(torch.equal(usual.state_dict()[name], wide.state_dict()[name]) for name in others)
