@@ -11,9 +11,9 @@ from darnet.model import build_network
 SHAPE = (16, 32, 32)
 
 
-def write_random_bundle(out: Path, version: str = "untrained") -> Bundle:
+def write_random_bundle(out: Path, version: str = "untrained", shape: tuple[int, int, int] = SHAPE) -> Bundle:
     """Heads are drawn wide, so that probabilities lie apart."""
-    network = ModelConfig(volume_shape=SHAPE, base_channels=4)
+    network = ModelConfig(volume_shape=shape, base_channels=4)
     states = []
     for fold in range(5):
         state = build_network(network, fold).state_dict()
@@ -21,7 +21,7 @@ def write_random_bundle(out: Path, version: str = "untrained") -> Bundle:
         states.append(state)
     return write_bundle(
         out,
-        settings=BundleSettings(volume=VolumeConfig(shape=SHAPE), network=network, train=TrainConfig()),
+        settings=BundleSettings(volume=VolumeConfig(shape=shape), network=network, train=TrainConfig()),
         folds=[TrainedFold(state, 1, fold, {}) for fold, state in enumerate(states)],
         cohort_sha256="0" * 64,
         model_version=version,

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ScoreConfig(part_scans=2)
 NUMBERS = ["probability_cp", "probability_ncp", "probability_normal", "fold_std_ncp", "cam_in_lung_fraction"]
 NIGHT = date(2026, 1, 1)
+REAL_CT = ROOT.parent / "shared" / "data" / "ct"
 
 
 class LockedStore(LocalStore):
@@ -182,14 +184,33 @@ def _count_parts(results: Path) -> int:
     return len(list(results.glob("_runs/*/parts/*.parquet")))
 
 
+class PollingReader(threading.Thread):
+    """An analyst who counts the published rows every 20 ms."""
+
+    def __init__(self, results: Path) -> None:
+        super().__init__(daemon=True)
+        self.counts: list[int] = []
+        self._results, self._is_over = results, threading.Event()
+
+    def run(self) -> None:
+        while not self._is_over.wait(0.02):
+            files = sorted(self._results.glob("predictions/*.parquet"))
+            self.counts.append(sum(pq.read_table(path).num_rows for path in files))
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self.join(timeout=10)
+
+
 def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
     _write_archive(archive, 30)
     (results / "predictions").mkdir(parents=True)
+    reader = PollingReader(results)
+    reader.start()
     job = _start_job(archive, model, results)
     deadline_s = time.monotonic() + 180
     while _count_parts(results) < 2 and time.monotonic() < deadline_s and job.poll() is None:
-        assert list((results / "predictions").glob("*.parquet")) == []  # a reader sees nothing of a run under way
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
@@ -198,12 +219,38 @@ def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) 
     assert list((results / "predictions").iterdir()) == []
 
     summary = _finish_job(_start_job(archive, model, results))
+    time.sleep(0.2)
+    reader.stop()
     assert (summary["exit_code"], summary["published"]) == (0, 1)
     assert summary["resumed_sources"] == 2 * num_parts
     assert summary["statuses"] == {"OK": 32, "BAD_MISSING_SLICE": 1}
     table = pq.read_table(results / "predictions" / "c00000001.parquet")
     keys = list(zip(table["source"].to_pylist(), table["scan_id"].to_pylist(), strict=True))
     assert len(keys) == len(set(keys)) == 33
+    assert len(reader.counts) > 100
+    assert set(reader.counts) == {0, 33}  # nothing, then the whole run
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_CT.is_dir(), reason="real CT scans (../shared/data/ct) are not on this machine")
+def test_real_chests_have_the_same_bits_from_a_bucket(s3: Callable[[], str], tmp_path: Path) -> None:
+    model = tmp_path / "bundle"
+    write_random_bundle(model, shape=(32, 96, 96))
+    bucket = s3()
+    local, remote = open_store(str(REAL_CT)), open_store(f"{bucket}/ct")
+    for item in local.list_objects():
+        remote.write_bytes(item.key, local.read_bytes(item.key))
+    for archive, results in ((str(REAL_CT), str(tmp_path / "results")), (remote.uri, f"{bucket}/results")):
+        summary = _finish_job(_start_job(archive, str(model), results))
+        assert (summary["exit_code"], summary["published"]) == (0, 1)
+    here, there = read_predictions(str(tmp_path / "results")), read_predictions(f"{bucket}/results")
+    assert list(here["scan_id"]) == list(there["scan_id"])
+    assert here["status"].equals(there["status"])
+    assert here[NUMBERS].equals(there[NUMBERS])
+    assert sorted(here.loc[here["status"] == "OK", "num_slices"]) == [30, 98, 275]
+    sources = {str(path.parent.relative_to(REAL_CT)) for path in (REAL_CT / "odd").rglob("*") if path.is_file()}
+    assert sources <= set(here["source"])  # every odd file lies in a source that has its row
 
 
 @pytest.fixture
