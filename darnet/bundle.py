@@ -30,12 +30,16 @@ SHA256_PATTERN = "^[0-9a-f]{64}$"
 
 @dataclass(frozen=True, slots=True)
 class TrainedFold:
-    """What training one fold leaves: weights, how they came about, and the metrics of its validation scans."""
+    """What training one fold leaves: weights, how they came about, and the metrics of its validation scans.
+
+    `temperature` is what its logits are divided by; 1 leaves them as they are.
+    """
 
     state: Mapping[str, Tensor]
     world_size: int
     seed: int
     validation: Mapping[str, float]
+    temperature: float = 1.0
 
 
 class BundleSettings(Section):
@@ -72,6 +76,8 @@ class FoldRecord(Section):
     """Seed of its weights, order and augmentation."""
     validation: dict[str, float | None]
     """Metrics on the fold's validation scans; null where one is undefined."""
+    temperature: float = Field(1.0, gt=0)
+    """What the fold's logits are divided by, fitted on its validation scans; 1 where none was asked for."""
 
 
 class BundleManifest(Section):
@@ -107,6 +113,7 @@ class _PredictionFacts(Section):
     network: ModelConfig
     classes: tuple[Diagnosis, ...]
     weights_sha256: tuple[str, ...]
+    temperatures: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +215,11 @@ def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
 def _render_folds(folds: Sequence[FoldRecord]) -> str:
     """Markdown table of the folds, one column a metric."""
     names = list(dict.fromkeys(name for fold in folds for name in fold.validation))
-    rows = [["file", "seed", "workers", *names], ["---"] * (3 + len(names))]
+    rows = [["file", "seed", "workers", "temperature", *names], ["---"] * (4 + len(names))]
     for fold in folds:
         values = (fold.validation.get(name) for name in names)
         metrics = ["undefined" if value is None else f"{value:.4f}" for value in values]
-        rows.append([fold.file, str(fold.seed), str(fold.world_size), *metrics])
+        rows.append([fold.file, str(fold.seed), str(fold.world_size), f"{fold.temperature:.4g}", *metrics])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -224,6 +231,7 @@ def _digest_model(settings: BundleSettings, classes: tuple[Diagnosis, ...], fold
         network=settings.network,
         classes=classes,
         weights_sha256=tuple(fold.sha256 for fold in folds),
+        temperatures=tuple(fold.temperature for fold in folds),
     )
     return fingerprint(facts)
 
@@ -236,6 +244,7 @@ def _describe_fold(index: int, trained: TrainedFold, data: bytes) -> FoldRecord:
         seed=trained.seed,
         # JSON has no NaN, which is what a metric without any scan of a class is.
         validation={name: value if math.isfinite(value) else None for name, value in trained.validation.items()},
+        temperature=trained.temperature,
     )
 
 
@@ -359,8 +368,8 @@ NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
 {folds}
 
 Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
-read it as an upper estimate. The figures printed in the paper were not measured on these weights and say nothing
-about them.
+read it as an upper estimate. A temperature other than 1 was fitted on the same scans. The figures printed in the
+paper were not measured on these weights and say nothing about them.
 
 ## Intended use
 
@@ -369,7 +378,8 @@ Research on batches of chest CT: ranking scans, comparing models, studying where
 ## Limits
 
 - It knows three classes. A scan of anything else still gets three probabilities that add up to one.
-- Probabilities are not calibrated, and shift with scanner, reconstruction, population and prevalence.
+- Probabilities are calibrated by one temperature a fold at most, and shift with scanner, reconstruction, population
+  and prevalence.
 - A class activation map shows what the network used, not where disease is.
 - It has not been validated on any site or population other than the data named above.
 """

@@ -108,6 +108,9 @@ class TrainConfig(Section):
     Source: authors' code."""
     seed: int = 0
     """Seeds folds, weights, order and augmentation."""
+    temperature_scaling: bool = False
+    """Divide each fold's logits by the temperature that fits its validation scans best, in all later use of it.
+    Source: Guo et al. 2017; the paper has none."""
     augment: AugmentConfig = AugmentConfig()
 
 

@@ -6,7 +6,7 @@ cohort is hundreds of scans that are already resampled.
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.bundle import BundleManifest, load_networks, read_bundle
+from darnet.bundle import Bundle, BundleManifest, read_bundle
 from darnet.cohort import find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
@@ -36,10 +36,8 @@ from darnet.evaluation_report import (
     render_tex,
     round_headlines,
 )
-from darnet.model import DARNet
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
-from darnet.scan import FloatArray
-from darnet.score import Ensemble
+from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store
 from darnet.terminal import print_table, show_progress
 
@@ -80,36 +78,29 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     }
 
 
-def predict_cohort(
-    networks: list[DARNet], index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
-) -> FloatArray:
-    """Each fold's probabilities of the index's test scans, in the order of its rows; `advance` hears of each batch.
-
-    Shape: (folds, N, 3).
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ensemble = Ensemble(networks, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
+def score_cohort(
+    bundle: Bundle, index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
+) -> list[ScanScore]:
+    """Score the index's test scans, in the order of its rows; `advance` hears of each batch."""
+    ensemble = Ensemble.from_bundle(bundle, config, "cuda" if torch.cuda.is_available() else "cpu")
     arrays = index.frame.loc[index.frame["cohort"] == "test", "array"].tolist()
-    probabilities = []
+    scores = []
     for start in range(0, len(arrays), config.batch_size):
         batch = np.stack([np.load(index.folder / name) for name in arrays[start : start + config.batch_size]])
-        probabilities += [score.fold_probability for score in ensemble.score(batch)]
+        scores += ensemble.score(batch)
         advance(len(batch))
-    return np.stack(probabilities, axis=1)
+    return scores
 
 
-def tabulate_predictions(index: VolumesIndex, fold_probabilities: FloatArray) -> pd.DataFrame:
-    """The predictions table of a test cohort, one row a fold and scan.
-
-    Shape: (folds, N, 3).
-    """
+def tabulate_predictions(index: VolumesIndex, scores: Sequence[ScanScore]) -> pd.DataFrame:
+    """The predictions table of a scored test cohort, one row a fold and scan."""
     test = index.frame[index.frame["cohort"] == "test"]
     facts = pd.DataFrame(
         {"scan_id": test["scan_id"], "patient_id": test["patient_id"], "label": test["diagnosis"]}
     ).reset_index(drop=True)
     folds = [
         pd.concat([facts.assign(fold=fold), pd.DataFrame(values, columns=list(PROBABILITIES))], axis=1)
-        for fold, values in enumerate(fold_probabilities)
+        for fold, values in enumerate(np.stack([score.fold_probability for score in scores], axis=1))
     ]
     return pd.concat(folds, ignore_index=True)
 
@@ -143,10 +134,9 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
     _check_fit(settings, bundle.manifest, index)
     num_test = int((index.frame["cohort"] == "test").sum())
     with show_progress("scoring the test cohort", num_test) as meter:
-        networks = load_networks(bundle)
-        values = predict_cohort(networks, index, settings.score, lambda done: meter.advance(done, {}))
+        scores = score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
     buffer = io.BytesIO()
-    tabulate_predictions(index, values).to_parquet(buffer, index=False)
+    tabulate_predictions(index, scores).to_parquet(buffer, index=False)
     out.write_bytes(PREDICTIONS_FILE, buffer.getvalue())
     return read_predictions_table(PREDICTIONS_FILE, buffer.getvalue()), _describe_origin(bundle.manifest, index)
 

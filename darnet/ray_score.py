@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from darnet import __version__
 from darnet.archive import list_sources
-from darnet.bundle import Bundle, load_networks, read_bundle
+from darnet.bundle import Bundle, read_bundle
 from darnet.config import ScoreConfig
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
@@ -38,9 +38,7 @@ class ScoringActor:
         if bundle.manifest != run.model:
             raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
         self._run = run
-        self._ensemble = Ensemble(
-            load_networks(bundle), batch_size=config.batch_size, num_threads=config.num_threads, device=device
-        )
+        self._ensemble = Ensemble.from_bundle(bundle, config, device)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row or failure) out."""

@@ -111,7 +111,10 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     bundle = write_bundle(
         settings.out,
         settings=bundle_settings,
-        folds=[TrainedFold(item.state, settings.workers, settings.train.seed, item.metrics) for item in results],
+        folds=[
+            TrainedFold(item.state, settings.workers, settings.train.seed, item.metrics, item.temperature)
+            for item in results
+        ],
         cohort_sha256=index.cohort_sha256,
         model_version=today.isoformat(),
         code_version=__version__,
