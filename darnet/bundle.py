@@ -26,6 +26,10 @@ from darnet.storage import Store, open_store
 MANIFEST_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"
 SHA256_PATTERN = "^[0-9a-f]{64}$"
+NETWORKS: tuple[dict[str, bool], ...] = tuple(
+    {"depth_attention": depth, "channel_attention": channel} for depth in (False, True) for channel in (False, True)
+)
+"""The attentions of the networks that are compared, in the order of the paper's Table 3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,23 @@ def read_bundle(store: Store) -> Bundle:
     return Bundle(manifest, tuple(weights))
 
 
+def find_bundles(store: Store) -> list[Store]:
+    """The bundle that a folder is, or those of the compared networks that it holds, in the order of Table 3.
+
+    Raises: UsageError if the folder is neither.
+    """
+    if _has_manifest(store):
+        return [store]
+    names = [name_model(ModelConfig(**attentions)) for attentions in NETWORKS]
+    found = [child for child in map(store.child, names) if _has_manifest(child)]
+    if not found:
+        raise UsageError(
+            f"{store.uri}: no {MANIFEST_FILE} here, nor in {', '.join(names)}; name a bundle that jobs.train wrote, or "
+            "a folder of such under these names"
+        )
+    return found
+
+
 def load_networks(bundle: Bundle) -> list[DARNet]:
     """The ensemble on the CPU, in evaluation mode, in the order of the folds."""
     return [_load_network(bundle.manifest.settings.network, data) for data in bundle.weights]
@@ -205,7 +226,7 @@ def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
         num_folds=len(manifest.folds),
         depth_attention=switch[settings.network.depth_attention],
         channel_attention=switch[settings.network.channel_attention],
-        num_parameters=count_parameters(_build_blueprint(settings.network)),
+        num_parameters=count_network_parameters(settings.network),
         classes="\n".join(f"{index}. {name}" for index, name in enumerate(manifest.classes)),
         folds=_render_folds(manifest.folds),
         trained_on=trained_on.strip(),
@@ -262,6 +283,11 @@ def _check_state(blueprint: DARNet, state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"these weights are not of the network {blueprint.config}: {', '.join(wrong)}")
 
 
+def count_network_parameters(network: ModelConfig) -> int:
+    """Trained values of one fold's network, counted without making them."""
+    return count_parameters(_build_blueprint(network))
+
+
 def _build_blueprint(network: ModelConfig) -> DARNet:
     """The network without memory for its weights."""
     with torch.device("meta"):
@@ -301,6 +327,14 @@ def _read_file(store: Store, name: str) -> bytes:
     except ObjectMissing as error:
         remedy = "name a folder that jobs.train wrote, or copy the bundle again, whole"
         raise UsageError(f"{store.uri}/{name}: missing from the model bundle; {remedy}") from error
+
+
+def _has_manifest(store: Store) -> bool:
+    try:
+        store.read_bytes(MANIFEST_FILE)
+    except ObjectMissing:
+        return False
+    return True
 
 
 def _parse_manifest(text: bytes, place: str) -> BundleManifest:

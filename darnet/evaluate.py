@@ -6,7 +6,7 @@ cohort is hundreds of scans that are already resampled.
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.bundle import Bundle, BundleManifest, read_bundle
-from darnet.cohort import find_leaking_patients
+from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, read_bundle
+from darnet.cohort import count_cohort, find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
 from darnet.errors import ObjectMissing, UsageError
@@ -36,12 +36,16 @@ from darnet.evaluation_report import (
     render_tex,
     round_headlines,
 )
+from darnet.paper import MODEL_NAMES
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store
+from darnet.study import NetworkRun, describe_study, make_study
+from darnet.study_report import render_study, render_study_csv, render_study_tex
 from darnet.terminal import print_table, show_progress
 
 PREDICTIONS_FILE = "predictions.parquet"
+HISTORY_FILE = "metrics.jsonl"
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -51,9 +55,14 @@ UNKNOWN_TRAINING = (
 def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, and write metrics.json, tables.csv, tables.tex and report.html; returns the job's summary.
 
+    A folder of several bundles is evaluated as the paper's comparison, each network on the same test cohort.
     Raises: UsageError naming file and row; StorageError.
     """
     out = open_store(settings.out, create=True)
+    if settings.model is not None:
+        bundles = find_bundles(open_store(settings.model))
+        if len(bundles) > 1:
+            return _run_study(settings, bundles, out)
     second = None if settings.compare is None else _read_table(settings.compare)
     predictions, origin = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
@@ -61,17 +70,70 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     evaluation = evaluate_predictions(predictions, resampling)
     described = describe_evaluation(evaluation, origin, comparison)
     files = {
-        "metrics.json": json.dumps(described, indent=2, allow_nan=False) + "\n",
         "tables.csv": render_csv(evaluation),
         "tables.tex": render_tex(evaluation),
         "report.html": render_report(evaluation, origin, comparison),
     }
-    for name, text in files.items():
-        out.write_bytes(name, text.encode())
     _show(evaluation, origin)
+    return _publish(out, described, files, evaluation)
+
+
+def _run_study(settings: EvaluateSettings, bundles: Sequence[Store], out: Store) -> dict[str, Any]:
+    if settings.compare is not None:
+        raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
+    index = _open_volumes(settings)
+    runs = [_run_network(settings, store, index, out) for store in bundles]
+    study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
+    files = {
+        "tables.csv": render_study_csv(study),
+        "tables.tex": render_study_tex(study),
+        "report.html": render_study(study),
+    }
+    for name, run in study.runs.items():
+        _show(study.evaluations[name], run.origin)
+    return _publish(out, describe_study(study), files, study.evaluations[study.full])
+
+
+def _run_network(settings: EvaluateSettings, place: Store, index: VolumesIndex, out: Store) -> NetworkRun:
+    """Score the test cohort with one network, and keep what it said as a table."""
+    bundle = read_bundle(place)
+    manifest = bundle.manifest
+    _check_fit(settings, manifest, index)
+    scores = _score_test(settings, bundle, index)
+    return NetworkRun(
+        name=MODEL_NAMES[manifest.model_name],
+        origin=_describe_origin(manifest, index),
+        predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores),
+        num_parameters=count_network_parameters(manifest.settings.network),
+        history=read_history(place),
+    )
+
+
+def read_history(bundle: Store) -> pd.DataFrame:
+    """The metrics of every epoch and fold that a bundle keeps of its training; empty where it keeps none.
+
+    Raises: UsageError if the file is damaged.
+    """
+    try:
+        lines = bundle.read_bytes(HISTORY_FILE).decode().splitlines()
+        return pd.DataFrame([json.loads(line) for line in lines])
+    except ObjectMissing:
+        return pd.DataFrame()
+    except ValueError as error:
+        place = f"{bundle.uri}/{HISTORY_FILE}"
+        raise UsageError(f"{place}: not a line of JSON an epoch ({error}); copy the bundle again") from error
+
+
+def _publish(
+    out: Store, described: Mapping[str, Any], files: Mapping[str, str], evaluation: Evaluation
+) -> dict[str, Any]:
+    """Write metrics.json, then the files, report.html the last; returns the job's summary."""
+    written = {"metrics.json": json.dumps(described, indent=2, allow_nan=False) + "\n", **files}
+    for name, text in written.items():
+        out.write_bytes(name, text.encode())
     return {
         "out": out.uri,
-        "num_scans": len(predictions.scan_ids),
+        "num_scans": len(evaluation.predictions.scan_ids),
         **round_headlines(evaluation.metrics),
         "warnings": described["warnings"],
         "notice": described["notice"],
@@ -127,18 +189,32 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
         predictions = _read_table(settings.predictions)
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, {})
     assert settings.model is not None, "the settings have checked it"
+    (place,) = find_bundles(open_store(settings.model))
+    bundle, index = read_bundle(place), _open_volumes(settings)
+    _check_fit(settings, bundle.manifest, index)
+    scores = _score_test(settings, bundle, index)
+    return _keep_predictions(out, PREDICTIONS_FILE, index, scores), _describe_origin(bundle.manifest, index)
+
+
+def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
     assert settings.volumes is not None, "the settings have checked it"
     if "://" in settings.volumes:
         raise UsageError(f"--volumes {settings.volumes}: give a folder on this machine; volumes are read as files")
-    bundle, index = read_bundle(open_store(settings.model)), read_index(Path(settings.volumes).absolute())
-    _check_fit(settings, bundle.manifest, index)
+    return read_index(Path(settings.volumes).absolute())
+
+
+def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex) -> list[ScanScore]:
     num_test = int((index.frame["cohort"] == "test").sum())
-    with show_progress("scoring the test cohort", num_test) as meter:
-        scores = score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
+    with show_progress(f"scoring the test cohort, {bundle.manifest.model_name}", num_test) as meter:
+        return score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
+
+
+def _keep_predictions(out: Store, name: str, index: VolumesIndex, scores: Sequence[ScanScore]) -> Predictions:
+    """Write the predictions table and read it as anybody's."""
     buffer = io.BytesIO()
     tabulate_predictions(index, scores).to_parquet(buffer, index=False)
-    out.write_bytes(PREDICTIONS_FILE, buffer.getvalue())
-    return read_predictions_table(PREDICTIONS_FILE, buffer.getvalue()), _describe_origin(bundle.manifest, index)
+    out.write_bytes(name, buffer.getvalue())
+    return read_predictions_table(name, buffer.getvalue())
 
 
 def _check_fit(settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex) -> None:
