@@ -220,6 +220,8 @@ class EvaluateSettings(Settings):
     """In place of predictions: model bundle, a local folder or s3://bucket/prefix. Needs volumes."""
     volumes: str | None = None
     """Folder written by jobs.prepare, whose test cohort the bundle is measured on."""
+    truth: str | None = None
+    """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, to measure activation maps by."""
     compare: str | None = None
     """A second predictions table of the same scans to compare with."""
     replicates: int = Field(2000, ge=2000)
@@ -234,6 +236,37 @@ class EvaluateSettings(Settings):
         if (self.predictions is None) == (self.model is None):
             raise ValueError("give either predictions, or model and volumes")
         return self
+
+
+class PhantomsSettings(Settings):
+    """An archive of phantoms with cohort table and truth, to try the paper's evaluation on."""
+
+    out: Path
+    """Folder for archive, cohort.csv and truth; must not hold them yet."""
+    train_scans: int = Field(20, ge=1)
+    """Scans of each diagnosis in the training cohort."""
+    test_scans: int = Field(12, ge=1)
+    """Scans of each diagnosis in the test cohort."""
+
+
+class PaperSettings(Settings):
+    """The paper's whole evaluation: archive and cohort table -> four networks of five folds each -> one report.
+
+    What is complete in `out` is not made again: the same command resumes.
+    """
+
+    archive: str
+    """Where the scans are: a folder or s3://bucket/prefix."""
+    cohort: str
+    """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has one, cohort (train or test)."""
+    out: Path
+    """Folder for volumes, audit, bundles and report; every node of the cluster must see it."""
+    truth: str | None = None
+    """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, if any are known."""
+    workers: int = Field(1, ge=1)
+    """DDP workers a fold; must divide train.batch_size."""
+    replicates: int = Field(2000, ge=2000)
+    """Bootstrap replicates of the 95% intervals."""
 
 
 class DemoSettings(Settings):

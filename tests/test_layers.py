@@ -12,12 +12,13 @@ ROWS = (
     "errors config scan",
     "storage_local decode dicom volume lung model augment metrics page paper sandbox tables terminal phantom_canvas "
     "results_rows",
-    "storage archive cohort cam calibration charts intervals predictions report job phantom_body phantom_findings "
-    "phantom_files",
-    "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
+    "storage archive cohort cam calibration charts intervals predictions report job steps phantom_body "
+    "phantom_findings phantom_files",
+    "bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
     "train score evaluation_report results results_runs results_publish",
-    "ray_cluster demo evaluate",
-    "ray_prepare ray_train ray_score",
+    "ray_cluster demo study",
+    "ray_prepare ray_train ray_score phantom_study study_report",
+    "evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
