@@ -233,6 +233,8 @@ class EvaluateSettings(Settings):
     def _check(self) -> Self:
         if (self.model is None) != (self.volumes is None):
             raise ValueError("model and volumes belong together; give both, or predictions")
+        if self.truth is not None and self.model is None:
+            raise ValueError("truth needs model: a predictions table has no activation maps")
         if (self.predictions is None) == (self.model is None):
             raise ValueError("give either predictions, or model and volumes")
         return self

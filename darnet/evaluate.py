@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, read_bundle
+from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, load_networks, read_bundle
 from darnet.cohort import count_cohort, find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
@@ -36,13 +36,17 @@ from darnet.evaluation_report import (
     render_tex,
     round_headlines,
 )
+from darnet.model import DARNet
+from darnet.page import figure_to_png
 from darnet.paper import MODEL_NAMES
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store
 from darnet.study import NetworkRun, describe_study, make_study
-from darnet.study_report import render_study, render_study_csv, render_study_tex
+from darnet.study_maps import CohortScores, add_maps
+from darnet.study_report import draw_cases, render_study, render_study_csv, render_study_tex
 from darnet.terminal import print_table, show_progress
+from darnet.truth import Truth, read_truths
 
 PREDICTIONS_FILE = "predictions.parquet"
 HISTORY_FILE = "metrics.jsonl"
@@ -70,43 +74,67 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     evaluation = evaluate_predictions(predictions, resampling)
     described = describe_evaluation(evaluation, origin, comparison)
     files = {
-        "tables.csv": render_csv(evaluation),
-        "tables.tex": render_tex(evaluation),
-        "report.html": render_report(evaluation, origin, comparison),
+        "tables.csv": render_csv(evaluation).encode(),
+        "tables.tex": render_tex(evaluation).encode(),
+        "report.html": render_report(evaluation, origin, comparison).encode(),
     }
     _show(evaluation, origin)
     return _publish(out, described, files, evaluation)
 
 
-def _run_study(settings: EvaluateSettings, bundles: Sequence[Store], out: Store) -> dict[str, Any]:
+def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) -> dict[str, Any]:
     if settings.compare is not None:
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     index = _open_volumes(settings)
-    runs = [_run_network(settings, store, index, out) for store in bundles]
+    truths = _read_truths(settings, index)
+    runs, scores, bundles = [], {}, {}
+    for place in places:
+        bundle = read_bundle(place)
+        _check_fit(settings, bundle.manifest, index)
+        name = MODEL_NAMES[bundle.manifest.model_name]
+        bundles[name], scores[name] = bundle, _score_test(settings, bundle, index)
+        runs.append(_describe_run(name, bundle, read_history(place), scores[name], index, out))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
+    cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
+    study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
     files = {
-        "tables.csv": render_study_csv(study),
-        "tables.tex": render_study_tex(study),
-        "report.html": render_study(study),
+        "tables.csv": render_study_csv(study).encode(),
+        "tables.tex": render_study_tex(study).encode(),
+        **({"fig2.png": figure_to_png(draw_cases(study))} if study.cases else {}),
+        "report.html": render_study(study).encode(),
     }
     for name, run in study.runs.items():
         _show(study.evaluations[name], run.origin)
     return _publish(out, describe_study(study), files, study.evaluations[study.full])
 
 
-def _run_network(settings: EvaluateSettings, place: Store, index: VolumesIndex, out: Store) -> NetworkRun:
-    """Score the test cohort with one network, and keep what it said as a table."""
-    bundle = read_bundle(place)
+def _describe_run(
+    name: str, bundle: Bundle, history: pd.DataFrame, scores: Sequence[ScanScore], index: VolumesIndex, out: Store
+) -> NetworkRun:
+    """What one network says of the test cohort, kept as a table, and what is known of it."""
     manifest = bundle.manifest
-    _check_fit(settings, manifest, index)
-    scores = _score_test(settings, bundle, index)
     return NetworkRun(
-        name=MODEL_NAMES[manifest.model_name],
+        name=name,
         origin=_describe_origin(manifest, index),
         predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores),
         num_parameters=count_network_parameters(manifest.settings.network),
-        history=read_history(place),
+        history=history,
     )
+
+
+def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, Truth]:
+    if settings.truth is None:
+        return {}
+    scan_ids = index.frame.loc[index.frame["cohort"] == "test", "scan_id"].tolist()
+    return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
+
+
+def _load_on_device(bundle: Bundle) -> list[DARNet]:
+    return [network.to(_name_device()) for network in load_networks(bundle)]
+
+
+def _name_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_history(bundle: Store) -> pd.DataFrame:
@@ -125,12 +153,12 @@ def read_history(bundle: Store) -> pd.DataFrame:
 
 
 def _publish(
-    out: Store, described: Mapping[str, Any], files: Mapping[str, str], evaluation: Evaluation
+    out: Store, described: Mapping[str, Any], files: Mapping[str, bytes], evaluation: Evaluation
 ) -> dict[str, Any]:
     """Write metrics.json, then the files, report.html the last; returns the job's summary."""
-    written = {"metrics.json": json.dumps(described, indent=2, allow_nan=False) + "\n", **files}
-    for name, text in written.items():
-        out.write_bytes(name, text.encode())
+    metrics = json.dumps(described, indent=2, allow_nan=False) + "\n"
+    for name, data in {"metrics.json": metrics.encode(), **files}.items():
+        out.write_bytes(name, data)
     return {
         "out": out.uri,
         "num_scans": len(evaluation.predictions.scan_ids),
@@ -144,7 +172,7 @@ def score_cohort(
     bundle: Bundle, index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
 ) -> list[ScanScore]:
     """Score the index's test scans, in the order of its rows; `advance` hears of each batch."""
-    ensemble = Ensemble.from_bundle(bundle, config, "cuda" if torch.cuda.is_available() else "cpu")
+    ensemble = Ensemble.from_bundle(bundle, config, _name_device())
     arrays = index.frame.loc[index.frame["cohort"] == "test", "array"].tolist()
     scores = []
     for start in range(0, len(arrays), config.batch_size):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from darnet.cam_truth import MapStudy, describe_maps
 from darnet.errors import UsageError
 from darnet.evaluation import (
     Comparison,
@@ -23,6 +24,7 @@ from darnet.evaluation import (
 )
 from darnet.paper import NETWORKS
 from darnet.predictions import Predictions
+from darnet.report import CamPanel
 
 Counts = Mapping[str, Mapping[str, int]]
 
@@ -53,12 +55,18 @@ class Pair:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Study:
-    """Networks in the order of Table 3, each with its evaluation; `counts` is cohort -> diagnosis -> scans."""
+    """Networks in the order of Table 3, each with its evaluation; `counts` is cohort -> diagnosis -> scans.
+
+    `maps` are the activation maps measured, one study a diagnosis with known lesions; `cases` those that are shown, in
+    the order of their severity, each with a panel a network.
+    """
 
     runs: Mapping[str, NetworkRun]
     evaluations: Mapping[str, Evaluation]
     pairs: Sequence[Pair]
     counts: Counts
+    maps: Sequence[MapStudy] = ()
+    cases: Sequence[Sequence[CamPanel]] = ()
 
     @property
     def full(self) -> str:
@@ -114,4 +122,5 @@ def describe_study(study: Study) -> dict[str, Any]:
             {"first": pair.first, "second": pair.second, "reason": pair.reason} | describe_comparison(pair.comparison)
             for pair in study.pairs
         ],
+        "activation_maps": [describe_maps(maps) for maps in study.maps],
     }

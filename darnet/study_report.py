@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
+from darnet.cam_truth import CHANGED_BELOW, MEASURES, MapStudy
 from darnet.charts import draw_histories, draw_rocs
 from darnet.evaluation import Evaluation, find_warnings
 from darnet.evaluation_report import (
@@ -27,6 +29,7 @@ from darnet.evaluation_report import (
 from darnet.metrics import NCP_LABEL, TABLE_2, trace_roc
 from darnet.page import NOTICE, Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
+from darnet.report import draw_case_figure
 from darnet.study import Pair, Study
 
 HISTORY_PICTURES = (
@@ -41,6 +44,24 @@ PRINTED = (
 )
 
 
+UNMEASURED = (
+    "No truth about lesions was given (--truth), so the maps are not measured: a figure of chosen cases shows what "
+    "maps can look like, not how often they find disease."
+)
+MEASURED = (
+    "Where lesions are known, maps of the true class are held against them. By chance: a map spread evenly over the "
+    "scan, a peak at any voxel of the lungs, and for Dice the whole of both lungs. The intervals cover chance in the "
+    "choice of scans, not another training of the same networks; one seed was trained. Phantoms’ lesions are simple: "
+    "what holds on them need not hold in patients."
+)
+CASES_HEADING = "NCP test cases of least, middle and most severity"
+CASES_CAPTION = (
+    "Left the slice as the network sees it, then under the class map of NCP of each network (mean of its folds), "
+    "coloured from none to the map’s own maximum; known lesions are outlined in blue. Three cases are an illustration."
+)
+DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))
+
+
 def render_study(study: Study) -> str:
     """The whole of report.html."""
     full = study.evaluations[study.full]
@@ -53,6 +74,8 @@ def render_study(study: Study) -> str:
         _describe_decisions(study),
         *_describe_training(study),
         *_describe_pairs(study),
+        *_describe_cases(study),
+        *_describe_maps(study),
         Section(f"All metrics of {study.full}", "", [tabulate_ensemble(full)]),
         Section("What these numbers are and are not", LIMITS.format(cluster=full.clustered_by)),
     ]
@@ -104,35 +127,33 @@ def tabulate_full(study: Study) -> HtmlTable:
 
 def tabulate_networks(study: Study) -> HtmlTable:
     """Table 3: every network, measured and printed, with its parameters."""
-    rows: list[Sequence[Cell]] = []
-    for name, run in study.runs.items():
-        rows.append([f"this run: {name}", f"{run.num_parameters:,}", *(_spread(study, name, item) for item in TABLE_2)])
-        rows.append([f"paper: {name}", PARAMETERS[name], *(_print(name, item) for item in TABLE_2)])
+    rows: list[Sequence[Cell]] = [
+        ["parameters, this run", *(f"{run.num_parameters:,}" for run in study.runs.values())],
+        ["parameters, paper", *(PARAMETERS[name] for name in study.runs)],
+    ]
+    for metric in TABLE_2:
+        rows.append([f"{metric}, this run", *(_spread(study, name, metric) for name in study.runs)])
+        rows.append([f"{metric}, paper", *(_print(name, metric) for name in study.runs)])
     caption = (
         "Mean ± sample standard deviation of the fold models. Parameters are counted; the paper prints those of DA and "
         "DA+CA the wrong way round."
     )
-    return HtmlTable(["network", "parameters", *TABLE_2], rows, caption)
+    return HtmlTable(["", *study.runs], rows, caption)
 
 
 def tabulate_ensembles(study: Study) -> HtmlTable:
     """What the folds' mean probability says, with intervals: the paper has nothing like it."""
-    rows: list[Sequence[Cell]] = [
-        [
-            metric,
-            *(
-                f"{format_metric(item.metrics[metric])} ({format_interval(item.intervals[metric])})"
-                for item in study.evaluations.values()
-            ),
-        ]
-        for metric in (*TABLE_2, "ece_3class", "brier_3class")
-    ]
+    rows: list[Sequence[Cell]] = []
+    for metric in (*TABLE_2, "ece_3class", "brier_3class"):
+        evaluations = study.evaluations.values()
+        rows.append([metric, *(format_metric(item.metrics[metric]) for item in evaluations)])
+        rows.append(["95% interval", *(format_interval(item.intervals[metric]) for item in evaluations)])
     full = study.evaluations[study.full]
     caption = (
         f"Ensembles: mean probability of the fold models, 95% percentile intervals of {full.num_replicates} bootstrap "
         f"replicates by {full.clustered_by}, the same for every network."
     )
-    return HtmlTable(["metric", *study.runs], rows, caption)
+    return HtmlTable(["", *study.runs], rows, caption)
 
 
 def tabulate_pairs(pairs: Sequence[Pair]) -> HtmlTable:
@@ -255,6 +276,97 @@ def _describe_pairs(study: Study) -> list[Section]:
     )
     by_fold = [tabulate_fold_pairs(pair) for pair in study.pairs if pair.comparison.folds]
     return [Section("Networks compared", text, [tabulate_pairs(study.pairs), *by_fold])]
+
+
+def _describe_cases(study: Study) -> list[Section]:
+    if not study.cases:
+        return []
+    figure = HtmlFigure(figure_to_svg(draw_cases(study)), f"{CASES_HEADING}. {CASES_CAPTION}", is_wide=True)
+    return [Section("Figure 2: activation maps", "", (), [figure])]
+
+
+def draw_cases(study: Study) -> Figure:
+    """Figure 2 of the paper."""
+    return draw_case_figure(study.cases, CASES_HEADING)
+
+
+def _describe_maps(study: Study) -> list[Section]:
+    if not study.maps:
+        return [Section("Activation maps measured", UNMEASURED)]
+    text = [MEASURED, *(_judge_depth_attention(maps) for maps in study.maps), _judge_redrawn(study.maps)]
+    tables = [table for maps in study.maps for table in (tabulate_maps(maps), tabulate_map_differences(maps))]
+    return [Section("Activation maps measured", "\n\n".join(filter(None, text)), tables)]
+
+
+def tabulate_maps(maps: MapStudy) -> HtmlTable:
+    """Each measure of each network, beside what ignorance reaches."""
+    rows: list[Sequence[Cell]] = []
+    for measure in MEASURES:
+        estimates = [measured[measure] for measured in maps.measured.values()]
+        rows.append([measure, format_metric(maps.chance[measure]), *(format_metric(item.mean) for item in estimates)])
+        rows.append(["95% interval", None, *(format_interval(item.interval) for item in estimates)])
+    if maps.redrawn:
+        rows.append(["redrawn: rank correlation", None, *(format_metric(item.mean) for item in maps.redrawn.values())])
+        rows.append(["95% interval", None, *(format_interval(item.interval) for item in maps.redrawn.values())])
+    caption = (
+        f"Maps of {maps.diagnosis} on the {maps.num_scans} {maps.diagnosis} test scans with known lesions: "
+        + "; ".join(f"{name} is the {meaning}" for name, meaning in MEASURES.items())
+        + ". Means over scans, percentile intervals by scan."
+    )
+    return HtmlTable(["", "by chance", *maps.measured], rows, caption)
+
+
+def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
+    """What one network's maps have over another's."""
+    rows: list[Sequence[Cell]] = [
+        [
+            f"{item.first} − {item.second}",
+            item.measure,
+            *format_difference(item.estimate.mean, item.estimate.interval),
+        ]
+        for item in maps.differences
+    ]
+    caption = (
+        f"Differences on the same {maps.diagnosis} scans, paired bootstrap by scan, not corrected for their number."
+    )
+    return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
+
+
+def _judge_depth_attention(maps: MapStudy) -> str:
+    """Whether DA helps maps find lesions, in plain words."""
+    depth = [item for item in maps.differences if (item.first, item.second) in DEPTH_PAIRS]
+    if not depth:
+        return f"{maps.diagnosis}: whether depth attention helps cannot be said without networks with and without it."
+    parts = [
+        f"{item.measure} {'better' if item.estimate.mean > 0 else 'worse'} ({item.first} − {item.second})"
+        for item in depth
+        if item.verdict == "shown"
+    ]
+    if not parts:
+        return (
+            f"{maps.diagnosis}: that depth attention helps maps find lesions is not shown; no measure differs by more "
+            "than chance, with channel attention or without."
+        )
+    rest = len(depth) - len(parts)
+    return (
+        f"{maps.diagnosis}: with depth attention, {'; '.join(parts)}. In the other {rest} of {len(depth)} comparisons "
+        "a difference is not shown."
+    )
+
+
+def _judge_redrawn(studies: Sequence[MapStudy]) -> str:
+    """Whether the maps depend on what was learnt."""
+    redrawn = {name: item for maps in studies for name, item in maps.redrawn.items()}
+    if not redrawn:
+        return ""
+    alike = [name for name, item in redrawn.items() if not abs(item.mean) < CHANGED_BELOW]
+    told = "their mean rank correlation with the maps before stands in the table"
+    if alike:
+        return (
+            f"Sanity check: of {', '.join(alike)}, maps stay alike (rank correlation {CHANGED_BELOW} or more, or none) "
+            f"after last stage and head were drawn anew: they show little of what was learnt there; {told}."
+        )
+    return f"Sanity check: the maps of every network change when last stage and head are drawn anew; {told}."
 
 
 def _spread(study: Study, name: str, metric: str) -> str:

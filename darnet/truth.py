@@ -5,6 +5,7 @@ One compressed NumPy file a scan, without pickle, named by the digest of its sca
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def _parse(place: str, data: bytes, scan_id: str, shape: tuple[int, int, int]) -
                 stored["lung"].astype(np.bool_),
                 tuple(stored["spacing_mm"].tolist()),
             )
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{place}: not a truth file ({error}); write the truth again") from error
     if truth.scan_id != scan_id:
         raise UsageError(f"{place}: the truth of {truth.scan_id!r}, not of {scan_id!r}; write the truth again")

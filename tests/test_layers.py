@@ -15,9 +15,9 @@ ROWS = (
     "storage archive cohort cam calibration charts intervals predictions report job steps phantom_body "
     "phantom_findings phantom_files",
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
-    "train score evaluation_report results results_runs results_publish",
+    "train score evaluation_report cam_truth results results_runs results_publish",
     "ray_cluster demo study",
-    "ray_prepare ray_train ray_score phantom_study study_report",
+    "ray_prepare ray_train ray_score phantom_study study_report study_maps",
     "evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

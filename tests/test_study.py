@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from darnet.bundle import NETWORKS, name_model
+from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
+from darnet.cam import upsample_cam
 from darnet.config import EvaluateSettings, ModelConfig, VolumeConfig
 from darnet.dataset import write_index
 from darnet.evaluate import run_evaluation
@@ -18,6 +21,9 @@ from darnet.model import DARNet, count_parameters
 from darnet.page import NOTICE
 from darnet.paper import MODEL_NAMES, TABLE_1, TABLE_3
 from darnet.paper import NETWORKS as PAPER_NETWORKS
+from darnet.storage import open_store
+from darnet.study_maps import choose_cases
+from darnet.truth import Truth, write_truth
 from tests.browser_fixtures import list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_four_bundles, write_random_bundle
 from tests.volumes_fixtures import make_cohort
@@ -42,8 +48,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for epoch in range(3)
     ]
     (bundles / "darnet-da" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run("--model", bundles, "--volumes", home / "volumes", "--out", home / "out") == 0
-    return {"volumes": home / "volumes", "bundles": bundles, "out": home / "out"}
+    store = open_store(str(home / "truth"), create=True)
+    for number in range(NUM_TRAIN, NUM_TRAIN + NUM_TEST):
+        lung, lesion = np.zeros(SHAPE, np.bool_), np.zeros(SHAPE, np.bool_)
+        lung[2:14, 4:28, 4:28] = True
+        if number % 3 != 2:  # the third is Normal
+            lesion[4 : 6 + number % 5, 8:16, 8:16] = True
+        write_truth(store, Truth(f"scan-{number:03d}", lesion, lung, (5.0, 4.0, 4.0)))
+    places = ("--model", bundles, "--volumes", home / "volumes", "--out", home / "out")
+    assert run(*places, "--truth", home / "truth") == 0
+    return {name: home / name for name in ("volumes", "bundles", "out", "truth")}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +141,69 @@ def test_cohorts_are_counted(metrics: dict[str, Any]) -> None:
     }
 
 
+def test_maps_are_measured_on_scans_with_lesions_against_their_truth(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    ncp, cp = metrics["activation_maps"]
+    assert [(item["diagnosis"], item["num_scans"]) for item in (ncp, cp)] == [("NCP", 4), ("CP", 4)]
+    assert set(ncp["networks"]) == set(PAPER_NETWORKS)
+    assert {(item["first"], item["second"]) for item in ncp["differences"]} == {
+        ("DA", "ResNet18"),
+        ("DA+CA", "CA"),
+        ("DA+CA", "ResNet18"),
+    }
+    networks = load_networks(read_bundle(open_store(str(places["bundles"] / "darnet-da"))))
+    frame = pd.read_parquet(places["volumes"] / "cohort.parquet")
+    frame = frame[(frame["cohort"] == "test") & (frame["diagnosis"] == "NCP")]
+    shares = []
+    for name in frame["array"]:
+        voxels = torch.from_numpy(np.load(places["volumes"] / name))[None, None].float() / 255
+        with torch.inference_mode():
+            maps = [torch.einsum("cdhw,c->dhw", item.features(voxels)[0], item.head.weight[1]) for item in networks]
+        cam = upsample_cam(torch.stack(maps).mean(0), SHAPE)
+        shares.append(cam[2:14, 4:28, 4:28].sum() / cam.sum() if cam.max() > 0 else np.nan)
+    found = ncp["networks"]["DA"]["cam_in_lung"]["mean"]
+    assert (found is None) == bool(np.isnan(shares).all())
+    assert found is None or found == pytest.approx(np.nanmean(shares), abs=1e-4)
+    assert set(ncp["redrawn_rank_correlation"]) == set(PAPER_NETWORKS)
+
+
+def test_the_report_says_of_depth_attention_what_the_differences_say(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    report = (places["out"] / "report.html").read_text()
+    pairs = {("DA", "ResNet18"), ("DA+CA", "CA")}
+    for maps in metrics["activation_maps"]:
+        verdicts = {item["verdict"] for item in maps["differences"] if (item["first"], item["second"]) in pairs}
+        told = f"<p>{maps['diagnosis']}: that depth attention helps maps find lesions is not shown"
+        assert (told in report) == (verdicts == {"not shown"})
+
+
+def test_cases_are_the_least_middle_and_most_severe() -> None:
+    assert choose_cases([0.5, 0.1, 0.9, 0.3, 0.7]) == [1, 0, 2]
+    assert choose_cases([0.5, 0.1]) == [1, 0]
+    assert choose_cases([]) == []
+
+
+def test_figure_two_is_a_picture_of_its_own_too(places: dict[str, Path]) -> None:
+    image = cv2.imread(str(places["out"] / "fig2.png")).astype(int)
+    assert image.shape[1] > image.shape[0] > 500
+    assert ((image[..., 0] - image[..., 2]) > 60).sum() > 100  # the outline of a known lesion
+
+
+def test_without_truth_maps_are_shown_and_not_measured(places: dict[str, Path], tmp_path: Path) -> None:
+    run("--model", places["bundles"], "--volumes", places["volumes"], "--out", tmp_path)
+    report = (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text())["activation_maps"] == []
+    assert "No truth about lesions was given (--truth)" in report
+    assert "NCP test cases of least, middle and most severity" in report
+
+
+def test_truth_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--predictions", "t.csv", "--truth", tmp_path, "--out", tmp_path / "out") == 2
+    assert "truth needs model" in capsys.readouterr().err
+
+
 def test_a_folder_without_bundles_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bundles").mkdir()
     assert run("--model", tmp_path / "bundles", "--volumes", tmp_path, "--out", tmp_path / "out") == 2
@@ -164,6 +241,6 @@ def test_a_damaged_history_is_refused_by_name(
 def test_a_browser_shows_the_study_and_asks_the_network_for_nothing(places: dict[str, Path]) -> None:
     page = places["out"] / "report.html"
     dom = read_dom(page)
-    assert '<th scope="row" class="text">this run: DA+CA</th>' in dom
-    assert dom.count("<img") == 1 + 8 + 3  # ROC; confusion and calibration of four networks; three curves
+    assert '<th scope="row" class="text">auc_ncp, this run</th>' in dom
+    assert dom.count("<img") == 1 + 8 + 3 + 1  # ROC; confusion and calibration of four networks; curves; figure 2
     assert list_requests(page) == []
