@@ -28,8 +28,8 @@ class PrintedMetric:
 NETWORKS = ("ResNet18", "CA", "DA", "DA+CA")
 MODEL_NAMES = dict(zip(("darnet-plain", "darnet-ca", "darnet-da", "darnet-da-ca"), NETWORKS, strict=True))
 """What the paper calls each of our models."""
-PARAMETERS = dict(zip(NETWORKS, ("33.15M", "33.24M", "35.24M", "35.15M"), strict=True))
-"""As printed, DA and DA+CA the wrong way round."""
+PARAMETERS = dict(zip(NETWORKS, (33.15, 33.24, 35.24, 35.15), strict=True))
+"""Millions, as printed: DA and DA+CA the wrong way round."""
 _PRINTED = {
     "auc_ncp": ((0.9890, 0.0045), (0.9930, 0.0014), (0.9892, 0.0027), (0.9900, 0.0016)),
     "accuracy_3class": ((0.9250, 0.0219), (0.9385, 0.0113), (0.9407, 0.0095), (0.9470, 0.0054)),

@@ -1,13 +1,12 @@
 """Work in steps that a killed job need not repeat: steps with the file each leaves last enter, what was done leaves."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from darnet.config import fingerprint
+from darnet.config import Settings
 from darnet.errors import UsageError
 from darnet.terminal import print_heading
 
@@ -36,14 +35,20 @@ def run_steps(steps: Sequence[Step]) -> list[str]:
     return done
 
 
-def claim_folder(out: Path, settings: BaseModel) -> None:
+def claim_folder(out: Path, settings: Settings) -> None:
     """Note the settings that `out` is made with, so that a resumed job cannot mix two studies.
 
-    Raises: UsageError if it was begun with others.
+    Raises: UsageError naming what differs if it was begun with others.
     """
     out.mkdir(parents=True, exist_ok=True)
-    noted = out / SETTINGS_FILE
+    noted, told = out / SETTINGS_FILE, settings.model_dump(mode="json", exclude={"config"})
     if not noted.exists():
-        noted.write_text(settings.model_dump_json(indent=2) + "\n")
-    elif fingerprint(type(settings).model_validate_json(noted.read_text())) != fingerprint(settings):
-        raise UsageError(f"{noted}: this folder was begun with other settings; name another folder, or use those")
+        noted.write_text(json.dumps(told, indent=2) + "\n")
+        return
+    begun = json.loads(noted.read_text())
+    differs = sorted(name for name in begun | told if begun.get(name) != told.get(name))
+    if differs:
+        raise UsageError(
+            f"{noted}: this folder was begun with other settings ({', '.join(differs)}); name another folder, or use "
+            "those"
+        )

@@ -26,6 +26,7 @@ from darnet.evaluation_report import (
     tabulate_ensemble,
     tabulate_metrics,
 )
+from darnet.intervals import CONFIDENCE
 from darnet.metrics import NCP_LABEL, TABLE_2, trace_roc
 from darnet.page import NOTICE, Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
@@ -128,15 +129,16 @@ def tabulate_full(study: Study) -> HtmlTable:
 def tabulate_networks(study: Study) -> HtmlTable:
     """Table 3: every network, measured and printed, with its parameters."""
     rows: list[Sequence[Cell]] = [
-        ["parameters, this run", *(f"{run.num_parameters:,}" for run in study.runs.values())],
-        ["parameters, paper", *(PARAMETERS[name] for name in study.runs)],
+        ["parameters (millions), this run", *(f"{run.num_parameters / 1e6:.2f}" for run in study.runs.values())],
+        ["parameters (millions), paper", *(f"{PARAMETERS[name]:.2f}" for name in study.runs)],
     ]
     for metric in TABLE_2:
         rows.append([f"{metric}, this run", *(_spread(study, name, metric) for name in study.runs)])
         rows.append([f"{metric}, paper", *(_print(name, metric) for name in study.runs)])
+    counted = ", ".join(f"{name} {run.num_parameters:,}" for name, run in study.runs.items())
     caption = (
-        "Mean ± sample standard deviation of the fold models. Parameters are counted; the paper prints those of DA and "
-        "DA+CA the wrong way round."
+        f"Mean ± sample standard deviation of the fold models. Parameters counted: {counted}; the paper prints those "
+        "of DA and DA+CA the wrong way round."
     )
     return HtmlTable(["", *study.runs], rows, caption)
 
@@ -156,29 +158,28 @@ def tabulate_ensembles(study: Study) -> HtmlTable:
     return HtmlTable(["", *study.runs], rows, caption)
 
 
-def tabulate_pairs(pairs: Sequence[Pair]) -> HtmlTable:
-    """The ensembles' AUC and decisions, two networks at a time."""
+def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
+    """The ensembles' AUC, two networks at a time."""
     rows: list[Sequence[Cell]] = []
     for pair in pairs:
-        aucs, decisions = pair.comparison.aucs, pair.comparison.decisions
+        aucs = pair.comparison.aucs
         difference, interval, verdict = format_difference(aucs.difference, aucs.interval)
-        rows.append(
-            [
-                f"{pair.first} − {pair.second}",
-                difference,
-                interval,
-                format_p(aucs.p_value),
-                verdict,
-                f"{decisions.num_only_first_right} : {decisions.num_only_second_right}",
-                format_p(decisions.p_value),
-                "shown" if decisions.p_value < 0.05 else "not shown",
-            ]
-        )
-    header = ["pair", "AUC (DeLong)", "95% interval", "p", "verdict", "right alone", "p (McNemar)", "verdict"]
-    caption = (
-        "Ensembles, scan by scan. “Right alone” counts the scans that only the first, and only the second, calls "
-        "rightly. p is not corrected for the number of pairs."
-    )
+        rows.append([_name_pair(pair), difference, interval, _format_bare_p(aucs.p_value), verdict, pair.reason])
+    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "why these"]
+    caption = "Ensembles, scan by scan: DeLong’s paired test of auc_ncp. p is not corrected for the number of pairs."
+    return HtmlTable(header, rows, caption)
+
+
+def tabulate_decision_pairs(pairs: Sequence[Pair]) -> HtmlTable:
+    """The ensembles' three-class decisions, two networks at a time."""
+    rows: list[Sequence[Cell]] = []
+    for pair in pairs:
+        decisions = pair.comparison.decisions
+        verdict = "shown" if decisions.p_value < 1 - CONFIDENCE else "not shown"
+        counts = decisions.num_only_first_right, decisions.num_only_second_right
+        rows.append([_name_pair(pair), *counts, _format_bare_p(decisions.p_value), verdict])
+    header = ["pair", "only the first right", "only the second right", "p", "verdict"]
+    caption = "Ensembles, scan by scan: McNemar’s exact test of the called class."
     return HtmlTable(header, rows, caption)
 
 
@@ -188,14 +189,14 @@ def tabulate_fold_pairs(pair: Pair) -> HtmlTable:
         [name, *format_difference(pair.comparison.folds[name].mean, pair.comparison.folds[name].interval)]
         for name in TABLE_2
     ]
-    caption = f"{pair.first} − {pair.second} ({pair.reason}), paired by fold."
+    caption = f"{_name_pair(pair)} ({pair.reason}), paired by fold."
     return HtmlTable(["metric", "mean difference", "95% interval", "verdict"], format_floats(rows), caption)
 
 
 def _summarise(study: Study) -> str:
     full, predictions = study.evaluations[study.full], study.runs[study.full].predictions
     shown = [
-        f"{pair.first} − {pair.second}"
+        _name_pair(pair)
         for pair in study.pairs
         if any(item.verdict == "shown" for name, item in pair.comparison.folds.items() if name in TABLE_2)
     ]
@@ -275,7 +276,11 @@ def _describe_pairs(study: Study) -> list[Section]:
         "of its differences."
     )
     by_fold = [tabulate_fold_pairs(pair) for pair in study.pairs if pair.comparison.folds]
-    return [Section("Networks compared", text, [tabulate_pairs(study.pairs), *by_fold])]
+    return [
+        Section(
+            "Networks compared", text, [tabulate_auc_pairs(study.pairs), tabulate_decision_pairs(study.pairs), *by_fold]
+        )
+    ]
 
 
 def _describe_cases(study: Study) -> list[Section]:
@@ -372,6 +377,15 @@ def _judge_redrawn(studies: Sequence[MapStudy]) -> str:
 def _spread(study: Study, name: str, metric: str) -> str:
     evaluation = study.evaluations[name]
     return format_metric(evaluation.fold_means[metric], evaluation.fold_stds[metric])
+
+
+def _name_pair(pair: Pair) -> str:
+    return f"{pair.first} − {pair.second}"
+
+
+def _format_bare_p(value: float) -> str:
+    """As a cell: without a sign where the value is printed."""
+    return format_p(value).removeprefix("= ")
 
 
 def _print(name: str, metric: str) -> str:

@@ -125,7 +125,7 @@ def test_the_report_has_the_papers_tables_beside_this_run(places: dict[str, Path
         assert f"<h2>{part}" in report, part
     assert "paper: DA+CA" in report
     assert "0.9470 ± 0.0054" in report
-    assert "35.15M" in report
+    assert '<td class="number">35.15</td>' in report
     assert '<td class="number">1320</td>' in report
     assert NOTICE in report
     assert "not shown" in report
