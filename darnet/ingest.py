@@ -64,11 +64,15 @@ class DicomStack:
 
 @dataclass(frozen=True)
 class Road:
-    """What decides a network input: settings, limits, and the secret for patient and series keys."""
+    """What decides a network input: settings, limits, and the secret for patient and series keys.
+
+    `reversed_sources` are keys of slice-image folders that are stored the other way round than `slice_order` says.
+    """
 
     volume: VolumeConfig
     decode: DecodeConfig
     pseudonym_key: bytes | None = None
+    reversed_sources: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"Road(volume={self.volume!r}, decode={self.decode!r})"
@@ -170,7 +174,7 @@ def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) ->
     if unreadable or not images:
         detail = unreadable[0].detail if unreadable else "no file is a slice"
         return [IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count(staged))]
-    is_head_first = road.volume.slice_order == "head_first"
+    is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
 
     def open_stack() -> SliceStack:
         names, paths = [file.name for file in images], [file.path for file in images]
@@ -245,6 +249,8 @@ def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:
         facts,
         intensity=stack.intensity,
         num_slices=stack.shape[0],
+        num_rows=stack.shape[1],
+        num_columns=stack.shape[2],
         slice_spacing_mm=None if spacing_mm is None else round(spacing_mm[0], 6),
         pixel_spacing_mm=None if spacing_mm is None else round(spacing_mm[1], 6),
     )

@@ -25,7 +25,9 @@ def work(settings: DemoSettings) -> dict[str, Any]:
         demo.write_archive(scans, archive, lambda: meter.advance(1, {}))
     demo.write_spoiled(archive)
     demo.write_cohort(scans, out / "cohort.csv")
-    tree: dict[str, Any] = {name: getattr(settings, name) for name in ("volume", "network", "train", "score")}
+    tree: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score")
+    }
 
     print_heading("2  jobs.prepare: archive + cohort -> standard volumes and folds")
     cohort = str(out / "cohort.csv")

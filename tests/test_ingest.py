@@ -265,6 +265,21 @@ def test_feet_first_images_are_turned_round_by_the_setting(ingest: Ingest, tmp_p
     np.testing.assert_array_equal(head_first.volume.voxels, feet_first.volume.voxels)
 
 
+@pytest.mark.parametrize("slice_order", ["head_first", "feet_first"])
+def test_a_source_known_to_be_reversed_is_turned_and_no_other(slice_order: str, ingest: Ingest, tmp_path: Path) -> None:
+    display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)
+    _write_images(tmp_path / "archive" / "a", ".png", display)
+    _write_images(tmp_path / "archive" / "b", ".png", display[::-1])
+    write_chest(tmp_path / "archive" / "c")
+    volume = VOLUME.model_copy(update={"slice_order": slice_order})
+    plain = ingest(Road(volume, DecodeConfig()))
+    turned = ingest(Road(volume, DecodeConfig(), reversed_sources=frozenset({"b", "c"})))
+    voxels = [[scan.volume.voxels for scan in scans if scan.volume is not None] for scans in (plain, turned)]
+    np.testing.assert_array_equal(voxels[1][0], voxels[0][0])
+    np.testing.assert_array_equal(voxels[1][1], voxels[0][0])
+    np.testing.assert_array_equal(voxels[1][2], voxels[0][2])  # DICOM knows its own order
+
+
 def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest: Ingest) -> None:
     assert reference.volume is not None
     for update in ({"depth_resampling": "area"}, {"crop": "body"}):
