@@ -22,7 +22,7 @@ from darnet.config import DecodeConfig, VolumeConfig
 from darnet.decode import IMAGE_SUFFIXES, open_images, open_volume, read_dicom_slice, set_decoder_threads
 from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
 from darnet.errors import RunError, ScanError, Status
-from darnet.lung import has_lung, segment_lung
+from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.sandbox import Sandbox
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source
 from darnet.storage import Store
@@ -233,6 +233,10 @@ def _decode_scan(scan_id: str, facts: ScanFacts, open_stack: Callable[[], SliceS
             lung = segment_lung(volume, road.volume.window_hu)
             if not has_lung(lung, volume):
                 raise ScanError(Status.SKIP_NO_LUNG, "no lung in the scan")
+        if road.volume.mask_outside_lung:
+            volume = replace(volume, voxels=mask_outside_lung(volume, road.volume.window_hu))
+            if not volume.voxels.any():
+                raise ScanError(Status.SKIP_NO_LUNG, "no lung in the images, so nothing could be masked")
         return IngestedScan(scan_id, Status.OK, "", facts, volume, lung, decode_s=time.perf_counter() - start_s)
     except ScanError as error:
         return IngestedScan(scan_id, error.status, error.detail, facts, decode_s=time.perf_counter() - start_s)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from darnet.config import PrepareSettings, ScoreSettings, Settings, fingerprint, read_settings
+from darnet.config import PrepareSettings, ScoreSettings, Settings, VolumeConfig, fingerprint, read_settings
 from darnet.errors import CredentialsError, RunError, StorageError, UsageError
 from darnet.job import run_job
 
@@ -71,6 +71,13 @@ def test_flags_override_the_environment_and_that_the_file(tmp_path: Path, monkey
     arguments = [*PLACES, "--config", str(tmp_path / "c.toml"), "--score.part-scans", "4"]
     score = read_settings(ScoreSettings, arguments, "x").score
     assert (score.batch_size, score.num_actors, score.part_scans, score.num_threads) == (2, 3, 4, 1)
+
+
+def test_masking_off_leaves_the_version_of_what_was_prepared_before_it_existed() -> None:
+    off, on = VolumeConfig(), VolumeConfig(mask_outside_lung=True)
+    assert set(VolumeConfig.model_fields) - set(off.model_dump()) == {"mask_outside_lung"}
+    assert VolumeConfig.model_validate(on.model_dump(mode="json")) == on
+    assert VolumeConfig.model_validate(off.model_dump(mode="json")) == off
 
 
 def test_only_an_audit_does_without_archive_and_volumes() -> None:

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage decode dicom volume lung model augment metrics sandbox terminal phantom_canvas",
-    "archive cohort cam bundle results report job phantom_findings phantom_files",
+    "storage decode dicom volume lung model augment metrics shortcuts sandbox terminal phantom_canvas",
+    "archive cohort cam bundle results report job slice_order phantom_findings phantom_files",
     "ingest dataset phantom",
     "train score",
     "ray_cluster demo",
