@@ -1,0 +1,202 @@
+"""One self-contained HTML page, for a screen, a phone or paper: sections of text, tables and figures in, HTML out.
+
+Nothing on it is fetched from anywhere (its own security policy forbids that), all text is escaped, and the notice
+"research use only" stands on every page.
+"""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+NOTICE = "Research use only. Not a medical device: no decision about a patient may rest on it."
+UNDEFINED = "undefined"
+
+# Okabe and Ito's palette, told apart by colour-blind readers and on grey paper in this order. Source: ours.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+_NUMBER = re.compile(rf"[-−+]?\d[\d., ]*%?|–|{UNDEFINED}|")
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HtmlTable:
+    """A table: floats are shown with four decimals, NaN as undefined, None as a dash; columns of numbers stand right.
+
+    The first cell of a row names the row.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class HtmlFigure:
+    """A picture: `svg` from `figure_to_svg`; the caption is also read aloud, so it says what is seen."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a page: paragraphs (a blank line between them), then tables, then figures side by side."""
+
+    title: str
+    text: str = ""
+    tables: Sequence[HtmlTable] = ()
+    figures: Sequence[HtmlFigure] = ()
+
+
+def render_page(title: str, summary: str, sections: Sequence[Section]) -> str:
+    """The whole page; the same arguments give the same bytes.
+
+    Raises: ValueError for a table whose rows are not as long as its header.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"paragraphs": _split_paragraphs, "data_uri": _to_data_uri}
+    environment.globals |= {"lay_out": _lay_out_table, "notice": NOTICE}
+    return environment.from_string(TEMPLATE).render(title=title, summary=summary, sections=sections)
+
+
+def figure_to_svg(figure: Figure) -> str:
+    """Draw a figure as SVG: letters become outlines, so that it looks the same where a font is missing.
+
+    The same figure gives the same bytes.
+    """
+    sink = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "darnet", "svg.fonttype": "path"}):
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    return sink.getvalue()
+
+
+def format_cell(value: Cell) -> str:
+    """A cell as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}" if math.isfinite(value) else UNDEFINED
+    return str(value)
+
+
+def _lay_out_table(table: HtmlTable) -> tuple[list[list[str]], list[str]]:
+    """A table's cells as text, and each column's CSS class."""
+    rows = [[format_cell(value) for value in row] for row in table.rows]
+    if any(len(row) != len(table.header) for row in rows):
+        raise ValueError(f"table {table.caption!r}: a row is not as long as the header")
+    is_number = [all(_NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(table.header))]
+    return rows, ["number" if number else "text" for number in is_number]
+
+
+def _split_paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _to_data_uri(svg: str) -> str:
+    """An image of its own, not markup of the page: identifiers inside two figures cannot meet."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+TEMPLATE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light">
+<title>{{ title }}</title>
+<style>
+:root { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --wash: #f6f8fa; --warn: #8a3b00; --warn-wash: #fff4e5; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 62rem; background: #fff; color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.2rem 0 .6rem; padding-top: .8rem;
+  border-top: 1px solid var(--line); }
+p { margin: .5rem 0; max-width: 48rem; overflow-wrap: anywhere; }
+.notice { margin: 1rem 0; padding: .6rem .9rem; max-width: none; border-left: .3rem solid var(--warn);
+  background: var(--warn-wash); color: var(--warn); font-weight: 600; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+th, td { padding: .3rem .8rem .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+thead th { border-bottom: 2px solid var(--ink); background: var(--wash); }
+tbody th { font-weight: 500; }
+.text { text-align: left; }
+.number { text-align: right; white-space: nowrap; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+figure { margin: .8rem 0; flex: 1 1 22rem; max-width: 40rem; }
+img { display: block; width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
+footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); color: var(--soft); }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  figure, table, .notice { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .table { overflow: visible; }
+}
+</style>
+</head>
+<body>
+<header>
+<h1>{{ title }}</h1>
+{% for paragraph in summary | paragraphs %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+<p class="notice" role="note">{{ notice }}</p>
+</header>
+<main>
+{% for section in sections %}
+<section>
+<h2>{{ section.title }}</h2>
+{% for paragraph in section.text | paragraphs %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+{% for table in section.tables %}
+{% set rows, kinds = lay_out(table) %}
+<div class="table"><table>
+<caption>{{ table.caption }}</caption>
+<thead><tr>
+{% for name in table.header %}
+<th scope="col" class="{{ kinds[loop.index0] }}">{{ name }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>
+{% for cell in row %}
+{% if loop.first %}
+<th scope="row" class="{{ kinds[0] }}">{{ cell }}</th>
+{% else %}
+<td class="{{ kinds[loop.index0] }}">{{ cell }}</td>
+{% endif %}
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endfor %}
+{% if section.figures %}
+<div class="figures">
+{% for figure in section.figures %}
+<figure><img src="{{ figure.svg | data_uri }}" alt="{{ figure.caption }}">
+<figcaption>{{ figure.caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% endif %}
+</section>
+{% endfor %}
+</main>
+<footer>{{ notice }}</footer>
+</body>
+</html>
+"""
