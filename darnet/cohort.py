@@ -3,10 +3,7 @@
 The bytes of a CSV or Parquet table enter; a checked frame of scans, divided into cohorts and folds, leaves.
 """
 
-import csv
-import io
 from enum import StrEnum
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import pandas as pd
 from darnet.config import CohortConfig
 from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES, FloatArray
+from darnet.tables import read_table, refuse_rows, to_text
 
 NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
 COHORTS = ("train", "test")
@@ -52,11 +50,10 @@ def read_cohort(name: str, data: bytes) -> pd.DataFrame:
     empty) and the yes-or-no columns of `FLAG_COLUMNS` (1, 0 or empty). Every other column is kept as it is.
     Raises: UsageError naming file, row (from 1; a CSV's header counts) and remedy.
     """
-    readers = {".csv": _parse_csv, ".parquet": _parse_parquet}
-    suffix = PurePosixPath(name).suffix.lower()
-    if suffix not in readers:
-        raise UsageError(f"{name}: a cohort table is a .csv or .parquet file")
-    frame = readers[suffix](name, data)
+    frame = read_table(name, data, "cohort table", NEEDED_COLUMNS)
+    for column in (*NEEDED_COLUMNS, *COHORT_COLUMNS, "order_defect", *FLAG_COLUMNS):
+        if column in frame:
+            frame[column] = to_text(name, _to_whole(frame[column]) if column in FLAG_COLUMNS else frame[column])
     _check_cohort(name, frame)
     return frame.reset_index(drop=True)
 
@@ -148,63 +145,14 @@ def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
     }
 
 
-def _parse_csv(name: str, data: bytes) -> pd.DataFrame:
-    """Read all cells as text; the index holds line numbers, which a quoted line break does not put out of step."""
-    try:
-        lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        numbered = [(lines.line_num, cells) for cells in lines if cells]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{name}: not a CSV file in UTF-8 ({error}); export it again as such") from error
-    if not numbered:
-        raise UsageError(f"{name}: the file is empty; it needs a header with {', '.join(NEEDED_COLUMNS)}")
-    header = numbered[0][1]
-    for row, cells in numbered:
-        if len(cells) != len(header):
-            raise UsageError(f"{name} row {row}: {len(cells)} cells, but the header has {len(header)}; align them")
-    records = [cells for _, cells in numbered[1:]]
-    return pd.DataFrame(records, columns=header, index=[row for row, _ in numbered[1:]], dtype=str)
-
-
-def _parse_parquet(name: str, data: bytes) -> pd.DataFrame:
-    """Read a Parquet table, identifiers as text; the index holds row numbers from 1."""
-    try:
-        frame = pd.read_parquet(io.BytesIO(data))
-    except (ValueError, OSError) as error:  # Arrow's errors are ValueErrors and OSErrors
-        raise UsageError(f"{name}: not a Parquet file ({error})") from error
-    frame.index = pd.RangeIndex(1, len(frame) + 1)
-    for column in FLAG_COLUMNS:
-        if column in frame:
-            frame[column] = _to_whole(frame[column])
-    for column in (*NEEDED_COLUMNS, *COHORT_COLUMNS, "order_defect", *FLAG_COLUMNS):
-        if column in frame:
-            frame[column] = _to_text(name, frame[column])
-    return frame
-
-
 def _to_whole(column: "pd.Series[Any]") -> "pd.Series[Any]":
     """Turn bools, and the floats that pandas makes of whole numbers with gaps, into whole numbers."""
     is_float = pd.api.types.is_float_dtype(column.dtype) and bool((column.dropna() % 1 == 0).all())
     return column.astype("Int64") if is_float or pd.api.types.is_bool_dtype(column.dtype) else column
 
 
-def _to_text(name: str, column: "pd.Series[str]") -> "pd.Series[str]":
-    """Turn text or whole numbers into text, missing cells into empty ones.
-
-    Raises: UsageError for other types: 12.0 may once have been 12, 012 or 12.0.
-    """
-    is_text = all(isinstance(value, str) for value in column.dropna())
-    if not (is_text or pd.api.types.is_integer_dtype(column.dtype)):
-        raise UsageError(f"{name}: column {column.name} is of type {column.dtype}; store it as text")
-    return column.astype(object).where(column.notna(), "").astype(str)
-
-
 def _check_cohort(name: str, frame: pd.DataFrame) -> None:
     """Raises: UsageError naming the first row that breaks a rule, and what to do."""
-    missing = [column for column in NEEDED_COLUMNS if column not in frame]
-    twice = sorted(set(frame.columns[frame.columns.duplicated()]))
-    if missing or twice:
-        fault = f"no column {', '.join(missing)}; add or rename it" if missing else f"column {twice[0]} comes twice"
-        raise UsageError(f"{name}: {fault} (columns here: {', '.join(map(str, frame.columns))})")
     if frame.empty:
         raise UsageError(f"{name}: no rows below the header; a cohort needs at least one scan")
     rules = [
@@ -221,11 +169,7 @@ def _check_cohort(name: str, frame: pd.DataFrame) -> None:
     for columns, allowed, meaning in optional:
         remedy = f"is unknown; allowed are {', '.join(allowed)}, or empty {meaning}"
         rules += [(column, remedy, ~frame[column].isin((*allowed, ""))) for column in columns if column in frame]
-    for column, fault, is_wrong in rules:
-        if is_wrong.any():
-            row, value = frame.index[is_wrong][0], frame[column][is_wrong].iloc[0]
-            more = f" ({is_wrong.sum() - 1} more rows like it)" if is_wrong.sum() > 1 else ""
-            raise UsageError(f"{name} row {row}: {column} {value!r} {fault}{more}")
+    refuse_rows(name, frame, rules)
 
 
 def _check_patients(frame: pd.DataFrame, num_needed: int, purpose: str) -> None:

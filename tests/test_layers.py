@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage decode dicom volume lung model augment metrics shortcuts page sandbox terminal phantom_canvas",
+    "storage decode dicom volume lung model augment metrics shortcuts page sandbox tables terminal phantom_canvas",
     "archive cohort cam bundle results report job slice_order phantom_findings phantom_files",
     "ingest dataset phantom",
     "train score",
