@@ -3,6 +3,8 @@
 The bytes of a CSV or Parquet table enter; a checked frame of scans, divided into cohorts and folds, leaves.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -11,7 +13,7 @@ import pandas as pd
 
 from darnet.config import CohortConfig
 from darnet.errors import UsageError
-from darnet.scan import DIAGNOSES, FloatArray
+from darnet.scan import DIAGNOSES, FloatArray, Source
 from darnet.tables import read_table, refuse_rows, to_text
 
 NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
@@ -143,6 +145,24 @@ def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
         cohort: {label: int(((frame["cohort"] == cohort) & (frame["diagnosis"] == label)).sum()) for label in LABELS}
         for cohort in COHORTS
     }
+
+
+def match_cohort(cohort: pd.DataFrame, sources: Iterable[Source]) -> dict[str, Source]:
+    """The source of each scan_id that has one.
+
+    A scan_id is the source's key, or the key with # and the series' digits, or the last part of
+    `diagnosis/patient_id/scan_id`, the layout of CC-CCII.
+    """
+    wanted = defaultdict(list)
+    columns = (cohort[name].astype(str) for name in ("scan_id", "patient_id", "diagnosis"))
+    for scan_id, patient_id, diagnosis in zip(*columns, strict=True):
+        for key in (scan_id, scan_id.rpartition("#")[0], f"{diagnosis}/{patient_id}/{scan_id}"):
+            wanted[key].append(scan_id)
+    matched: dict[str, Source] = {}
+    for source in sources:
+        for scan_id in wanted.get(source.key, ()):
+            matched.setdefault(scan_id, source)
+    return matched
 
 
 def _to_whole(column: "pd.Series[Any]") -> "pd.Series[Any]":

@@ -212,7 +212,7 @@ class PrepareSettings(Settings):
     """Folder the standard volumes are written to; an audit reads what is there, or does without."""
     audit: bool = False
     """Write audit.json, audit.html and division.csv to `out` instead of preparing volumes."""
-    out: Path | None = None
+    out: str = ""
     """Folder for the audit."""
 
     @model_validator(mode="after")

@@ -11,7 +11,15 @@ from typing import Any
 import pandas as pd
 
 from darnet.archive import list_sources, name_format
-from darnet.cohort import LeftOut, count_cohort, divide_cohort, find_leaking_patients, find_left_out, find_reversed
+from darnet.cohort import (
+    LeftOut,
+    count_cohort,
+    divide_cohort,
+    find_leaking_patients,
+    find_left_out,
+    find_reversed,
+    match_cohort,
+)
 from darnet.config import PrepareSettings
 from darnet.dataset import write_array, write_facts, write_index
 from darnet.errors import Status, UsageError
@@ -80,24 +88,6 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, folder: Path, settings
         "patients_in_both_cohorts": len(find_leaking_patients(divided)),
         "cohort_sha256": write_index(folder, divided, settings.volume),
     }
-
-
-def match_cohort(cohort: pd.DataFrame, sources: Iterable[Source]) -> dict[str, Source]:
-    """The source of each scan_id that has one.
-
-    A scan_id is the source's key, or the key with # and the series' digits, or the last part of
-    `diagnosis/patient_id/scan_id`, the layout of CC-CCII.
-    """
-    wanted = defaultdict(list)
-    columns = (cohort[name].astype(str) for name in ("scan_id", "patient_id", "diagnosis"))
-    for scan_id, patient_id, diagnosis in zip(*columns, strict=True):
-        for key in (scan_id, scan_id.rpartition("#")[0], f"{diagnosis}/{patient_id}/{scan_id}"):
-            wanted[key].append(scan_id)
-    matched: dict[str, Source] = {}
-    for source in sources:
-        for scan_id in wanted.get(source.key, ()):
-            matched.setdefault(scan_id, source)
-    return matched
 
 
 def _store_sources(

@@ -131,7 +131,7 @@ def compare_groups(values: FloatArray, is_class: BoolArray, groups: NDArray[np.i
     ties = np.unique(values, return_counts=True)[1].astype(np.float64)
     untied = 1 - (ties**3 - ties).sum() / max(float(len(values)) ** 3 - len(values), 1)
     floor = untied * (in_groups[0] + in_groups[1] + 1) / (12 * in_groups[0] * in_groups[1])
-    return Comparison(auc, max(float(clustered), floor))
+    return Comparison(auc, float(max(clustered, floor)))
 
 
 def encode_levels(levels: Sequence[str]) -> FloatArray | None:

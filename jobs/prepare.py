@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from darnet.audit import audit_cohort
+from darnet.audit_report import write_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
 from darnet.errors import UsageError
@@ -18,6 +20,8 @@ def work(settings: PrepareSettings) -> dict[str, Any]:
     cohort = read_cohort(name, open_store(place or ".").read_bytes(name))
     if "://" in settings.volumes:
         raise UsageError(f"--volumes {settings.volumes}: give a folder that every node of the cluster sees")
+    if settings.audit:
+        return write_audit(audit_cohort(cohort, settings), settings.out)
     return prepare_volumes(open_store(settings.archive), cohort, Path(settings.volumes).absolute(), settings)
 
 

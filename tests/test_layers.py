@@ -13,9 +13,9 @@ ROWS = (
     "storage decode dicom volume lung model augment metrics shortcuts page sandbox tables terminal phantom_canvas",
     "archive cohort cam bundle results report job slice_order phantom_findings phantom_files",
     "ingest dataset phantom",
-    "train score",
-    "ray_cluster demo",
-    "ray_prepare ray_train ray_score",
+    "train score audit_features",
+    "ray_cluster demo audit",
+    "ray_prepare ray_train ray_score audit_report",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 RAY_ROW = 5
