@@ -140,7 +140,8 @@ def _describe_leak(audit: Audit) -> Section:
         )
     several = audit.patients_of_several_diagnoses
     if several:
-        told += f"\n\n{several} patients have scans of more than one diagnosis: a course, or a mistaken label."
+        patients = "1 patient" if several == 1 else f"{several} patients"
+        told += f"\n\nScans of more than one diagnosis: {patients}. That is a course, or a mistaken label."
     return Section("Patients in both cohorts", told)
 
 
