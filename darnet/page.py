@@ -21,7 +21,7 @@ UNDEFINED = "undefined"
 # Okabe and Ito's palette, told apart by colour-blind readers and on grey paper in this order. Source: ours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-_NUMBER = re.compile(rf"[-−+]?\d[\d., ]*%?|–|{UNDEFINED}|")
+_NUMBER = re.compile(rf"[-−+]?\d(?:[-−+±\d., ()%]|to)*|–|{UNDEFINED}|")
 
 Cell = str | int | float | None
 
@@ -30,7 +30,7 @@ Cell = str | int | float | None
 class HtmlTable:
     """A table: floats are shown with four decimals, NaN as undefined, None as a dash; columns of numbers stand right.
 
-    The first cell of a row names the row.
+    The first cell of a row names the row. A header of empty cells is not shown.
     """
 
     header: Sequence[str]
@@ -128,16 +128,23 @@ p { margin: .5rem 0; max-width: 48rem; overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+caption span { display: block; max-width: min(48rem, calc(100vw - 2.5rem)); }
 th, td { padding: .3rem .8rem .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); background: var(--wash); }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; white-space: nowrap; }
 .text { text-align: left; }
 .number { text-align: right; white-space: nowrap; }
+td.text { min-width: 8rem; overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
-figure { margin: .8rem 0; flex: 1 1 22rem; max-width: 40rem; }
+figure { margin: .8rem 0; flex: 1 1 20rem; max-width: 29.5rem; }
 img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
 footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); color: var(--soft); }
+@media (max-width: 40rem) {
+  body { padding: 1rem .8rem 2rem; }
+  table { font-size: .85rem; }
+  th, td { padding: .3rem .5rem .3rem .3rem; }
+}
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   figure, table, .notice { break-inside: avoid; }
@@ -164,12 +171,14 @@ footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 {% for table in section.tables %}
 {% set rows, kinds = lay_out(table) %}
 <div class="table"><table>
-<caption>{{ table.caption }}</caption>
+<caption><span>{{ table.caption }}</span></caption>
+{% if table.header | join %}
 <thead><tr>
 {% for name in table.header %}
 <th scope="col" class="{{ kinds[loop.index0] }}">{{ name }}</th>
 {% endfor %}
 </tr></thead>
+{% endif %}
 <tbody>
 {% for row in rows %}
 <tr>

@@ -54,7 +54,7 @@ def test_title_paragraphs_table_and_notice_are_on_the_page() -> None:
     reader = Reader(render_page("Title", "one\n\ntwo", [Section("Part", "three", [table])]))
     assert reader.find("h1", "title") == ["Title", "Title"]
     assert reader.find("p") == ["one", "two", NOTICE, "three"]
-    assert reader.find("caption") == ["two scans"]
+    assert reader.find("span") == ["two scans"]
     assert reader.find("th", "td") == ["scan", "AUC", "n", "a", "0.9877", "3", "b", "undefined", "–"]
     assert reader.find("footer") == [NOTICE]
 
