@@ -18,10 +18,10 @@ from darnet.storage import open_store
 STRONG_FROM = 0.6  # lower bound of an AUC from which a sentence, not a table row alone, tells of a shortcut
 MAX_BARS, MAX_ROWS = 15, 60
 WORDS = {
-    "border_zero_share": "black border (share of border voxels that are 0)",
-    "border_mean": "brightness of the border",
-    "border_histogram": "brightness histogram of the border",
-    "zero_share": "black voxels (share of all)",
+    "border_zero_share": "black border",
+    "border_mean": "border brightness",
+    "border_histogram": "border histogram",
+    "zero_share": "black voxels",
     "bytes_per_file": "bytes per file",
     "file_format": "file format",
     "image_size": "image size",
@@ -30,10 +30,16 @@ WORDS = {
     "pixel_spacing_mm": "pixel spacing",
     "slice_spacing_mm": "slice spacing",
 }
+DIRECTION_WORDS = {"higher": "higher in", "lower": "lower in", "fitted": "fitted for"}
+IMAGE_WORDS = (
+    "The border is the outermost 1/32 of each slice of the standard volume, where no lung is: black border and black"
+    " voxels are the shares of border and of all voxels that are exactly 0, as where the surroundings of the lungs were"
+    " blackened; border brightness is a mean, border histogram all values in 16 bins."
+)
 COHORT_WORDS = {
     "patient": "dealt on patient level by these settings",
-    "cohort": "the table's column cohort",
-    "paper_cohort": "the table's column paper_cohort, as the paper printed it",
+    "cohort": "by the table's column cohort",
+    "paper_cohort": "by the table's column paper_cohort, as the paper has them",
 }
 
 
@@ -95,9 +101,9 @@ def _summarise(audit: Audit) -> str:
     elif audit.shortcuts:
         sentences.append("No property of the scans that was looked at is a strong shortcut to the diagnosis.")
     if audit.duplicates:
-        sentences.append(f"{len(audit.duplicates)} scans are there more than once.")
+        sentences.append(f"{_count(len(audit.duplicates), 'scan')} stored more than once.")
     if audit.order_findings:
-        sentences.append(f"The images of {len(audit.order_findings)} scans say that their slices are out of order.")
+        sentences.append(f"{_count(len(audit.order_findings), 'scan')} with slices out of order, by the images.")
     return "\n\n".join(sentences)
 
 
@@ -108,6 +114,10 @@ def _tell_leak(cohorts: CohortCounts) -> str:
         f"{cohorts.patients_in_both_cohorts} of the {cohorts.test_patients} test patients "
         f"({cohorts.test_scans_of_those} of {cohorts.test_scans} test scans) also have scans in the training cohort."
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _name(item: Shortcut) -> str:
@@ -128,7 +138,7 @@ def _tabulate_counts(cohorts: CohortCounts, caption: str) -> HtmlTable:
 
 def _describe_cohorts(audit: Audit) -> Section:
     table = _tabulate_counts(audit.cohorts, "Scans by cohort and diagnosis (the form of the paper's Table 1)")
-    return Section("The cohorts", f"Cohorts by {COHORT_WORDS[audit.cohorts.by]}.", [table])
+    return Section("The cohorts", f"Cohorts {COHORT_WORDS[audit.cohorts.by]}.", [table])
 
 
 def _describe_leak(audit: Audit) -> Section:
@@ -140,8 +150,7 @@ def _describe_leak(audit: Audit) -> Section:
         )
     several = audit.patients_of_several_diagnoses
     if several:
-        patients = "1 patient" if several == 1 else f"{several} patients"
-        told += f"\n\nScans of more than one diagnosis: {patients}. That is a course, or a mistaken label."
+        told += f"\n\n{_count(several, 'patient')} with scans of more than one diagnosis: a course, or a wrong label."
     return Section("Patients in both cohorts", told)
 
 
@@ -195,10 +204,12 @@ def _describe_shortcuts(audit: Audit) -> Section:
         " something."
     )
     rows: list[list[Cell]] = [
-        [_name(item), item.origin, item.diagnosis, item.direction, *_tell_numbers(item)]
+        [_name(item), item.origin, f"{DIRECTION_WORDS[item.direction]} {item.diagnosis}", *_tell_numbers(item)]
         for item in audit.shortcuts[:MAX_ROWS]
     ]
-    header = ["property", "from", "diagnosis", "direction", "AUC", "low", "high", "beyond chance", "scans", "patients"]
+    if any(item.origin == "images" for item in audit.shortcuts):
+        text += f"\n\n{IMAGE_WORDS}"
+    header = ["property", "from", "tells", "AUC", "95% interval", "beyond chance", "scans", "patients"]
     caption = "Properties by strength, those beyond chance first"
     if len(audit.shortcuts) > MAX_ROWS:
         caption += f"; the first {MAX_ROWS} of {len(audit.shortcuts)}, all in audit.json"
@@ -213,12 +224,12 @@ def _describe_shortcuts(audit: Audit) -> Section:
 
 def _tell_numbers(item: Shortcut) -> list[Cell]:
     beyond = "yes" if item.is_beyond_chance else "no"
-    return [item.auc, item.low, item.high, beyond, item.num_scans, item.num_patients]
+    return [item.auc, f"{item.low:.2f} to {item.high:.2f}", beyond, item.num_scans, item.num_patients]
 
 
 def _draw_shortcuts(shortcuts: Sequence[Shortcut]) -> Figure:
     """Bars from 0.5, the strongest at the top, coloured by diagnosis."""
-    figure = Figure(figsize=(7.5, 0.9 + 0.34 * len(shortcuts)), layout="constrained")
+    figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(shortcuts)), layout="constrained")
     axis = figure.subplots()
     colours = dict(zip(LABELS, COLOURS, strict=False))
     for place, item in enumerate(reversed(shortcuts)):
@@ -244,9 +255,9 @@ def _describe_duplicates(audit: Audit) -> list[Section]:
     names = ("diagnoses", "cohorts", "patients")
     across = {name: sum(len(item[name]) > 1 for item in audit.duplicates) for name in names}
     text = (
-        f"{len(audit.duplicates)} groups of scans are one and the same: {across['patients']} of them under several"
-        f" patients, {across['diagnoses']} under several diagnoses, {across['cohorts']} in both cohorts of the division"
-        " above. Keep one of each."
+        f"{_count(len(audit.duplicates), 'group')} of scans that are one and the same: {across['patients']} under"
+        f" several patients, {across['diagnoses']} under several diagnoses, {across['cohorts']} in both cohorts of the"
+        " division above. Keep one scan of each."
     )
     rows = [
         [", ".join(item["scan_ids"]), item["by"], *(", ".join(item[name]) for name in ("patients", *names[:2]))]
@@ -264,12 +275,12 @@ def _describe_order(audit: Audit) -> list[Section]:
     text = (
         "Told from the standard volumes alone: lungs begin as small discs and end as wide crescents, and a slice is"
         " most like its neighbours. Prepared volumes should be head first, those turned on purpose included."
-        f" {sum(audit.order_counts[SliceOrder.NOT_JUDGED].values())} scans could not be judged."
+        f" Not judged: {_count(sum(audit.order_counts[SliceOrder.NOT_JUDGED].values()), 'scan')}."
     )
     counts: list[list[Cell]] = [[order, *row.values()] for order, row in audit.order_counts.items()]
     tables = [HtmlTable(["order", *LABELS], counts, "Scans by the order of their slices")]
     if audit.order_findings:
-        rows = [[*asdict(item).values()] for item in audit.order_findings[:MAX_ROWS]]
+        rows = [[cell or None for cell in asdict(item).values()] for item in audit.order_findings[:MAX_ROWS]]
         caption = "Scans whose slices are not head first"
         caption += f"; the first {MAX_ROWS}" if len(audit.order_findings) > MAX_ROWS else ""
         tables.append(HtmlTable(["scan", "diagnosis", "by its images", "by the table"], rows, caption))

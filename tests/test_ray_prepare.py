@@ -1,4 +1,4 @@
-"""Preparing a cohort on a real, small Ray cluster: what the table knows to be faulty is mended or left out, and told."""
+"""Preparing a cohort on a small Ray cluster: what the table knows to be faulty is mended or left out, and told."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ FAULTS = {"p03": ("reversed", "0"), "p04": ("shuffled", "0"), "p05": ("", "1")}
 
 
 def write_archive(folder: Path) -> pd.DataFrame:
-    """15 patients with a scan each in the layout of CC-CCII; all scans are one and the same chest, that of p03 reversed.
+    """15 patients with a scan each in the layout of CC-CCII; all are one and the same chest, that of p03 reversed.
 
     p14 is in neither of the paper's cohorts, p13 is not in the archive, p00 and p12 are test patients.
     """
