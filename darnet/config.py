@@ -56,7 +56,8 @@ class VolumeConfig(Section):
     slice_order: Literal["head_first", "feet_first"] = "head_first"
     """Order of slice images, which carry no orientation of their own. Source: ours."""
     mask_outside_lung: bool = False
-    """Voxels outside the lungs and a rim become 0, in every scan. Source: ours, against masks that tell the class."""
+    """Voxels outside lungs, their hulls and a rim become 0, in every scan; one without lungs is refused. Source: ours,
+    against scans that come masked: takes the border from them as a shortcut, not the rim (README)."""
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

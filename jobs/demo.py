@@ -31,7 +31,9 @@ def work(settings: DemoSettings) -> dict[str, Any]:
 
     print_heading("2  jobs.prepare: archive + cohort -> standard volumes and folds")
     cohort = str(out / "cohort.csv")
-    jobs.prepare.work(PrepareSettings(archive=str(archive), cohort=cohort, volumes=str(volumes), **tree))
+    prepare = PrepareSettings(archive=str(archive), cohort=cohort, volumes=str(volumes), **tree)
+    jobs.prepare.work(prepare)
+    jobs.prepare.work(prepare.model_copy(update={"audit": True, "out": str(out / "audit")}))
     print_heading("3  jobs.train: volumes -> a bundle of five folds")
     jobs.train.work(TrainSettings(volumes=str(volumes), out=bundle, **tree))
 

@@ -10,11 +10,13 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 
 from darnet.config import VolumeConfig
 from darnet.lung import has_lung, is_masked, mask_outside_lung, segment_display_lung, segment_lung
 from darnet.phantom import Phantom, make_abdomen, make_head, make_phantom
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity, StandardVolume
+from darnet.shortcuts import measure_border
 from darnet.volume import make_standard_volume
 
 WINDOW = (-1350.0, 150.0)
@@ -477,3 +479,24 @@ def test_the_mask_leaves_the_kept_voxels_as_they_are() -> None:
 def test_display_lungs_of_real_chests_are_those_found_by_hounsfield_units(name: str) -> None:
     volume = resample(read_chest(name), (48, 112, 112))
     assert find_dice(segment_display_lung(volume.voxels), segment_lung(volume, WINDOW)) > 0.95
+
+
+def test_masking_every_scan_takes_the_black_border_from_the_masked_ones_but_not_their_black_rim() -> None:
+    """Scans of one diagnosis come masked, as in CC-CCII. Their border no longer tells; walls that are not there do."""
+    seen: dict[str, list[list[float]]] = {"before": [], "after": []}
+    is_masked_before = [seed % 3 == 0 for seed in range(18)]
+    for seed, came_masked in enumerate(is_masked_before):
+        phantom = make_phantom(Diagnosis.NORMAL, 950 + seed, shape=(36, 96, 96))
+        volume = to_display(resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), (32, 64, 64)))
+        if came_masked:
+            lung = resample_truth(phantom.lung, volume)
+            volume = replace(volume, voxels=np.where(lung, volume.voxels, 0).astype(np.uint8))
+        for when, voxels in (("before", volume.voxels), ("after", mask_outside_lung(volume, WINDOW))):
+            border = measure_border(voxels)
+            seen[when].append([float(border["border_zero_share"]), float(border["zero_share"])])
+    auc = {
+        when: [roc_auc_score(is_masked_before, values) for values in np.array(rows).T] for when, rows in seen.items()
+    }
+    assert auc["before"] == [1, 1]
+    assert auc["after"][0] < 0.7
+    assert auc["after"][1] > 0.9
