@@ -243,7 +243,9 @@ def _list_features(cohort: pd.DataFrame, images: Images) -> tuple[list[Feature],
     if images.sources:
         features += list_file_features(scan_ids, images.sources)
     if images.index is not None:
-        features += list_fact_features(scan_ids, read_facts(images.index.folder))
+        listed = {feature.name for feature in features}  # what the archive's own listing says is of more scans
+        facts = list_fact_features(scan_ids, read_facts(images.index.folder))
+        features += [feature for feature in facts if feature.name not in listed]
         features += list_image_features(scan_ids, images.looks)
     return features, unread
 

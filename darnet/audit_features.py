@@ -99,7 +99,7 @@ def list_image_features(scan_ids: Sequence[str], looks: Mapping[str, Look]) -> l
 
 
 def look_at_volumes(index: VolumesIndex, scan_ids: Iterable[str]) -> dict[str, Look]:
-    """Look at the pixels of every standard volume of these scans: about a third of a second each in full size."""
+    """Look at the pixels of every standard volume of these scans: about half a second each in full size."""
     wanted = set(scan_ids)
     rows = [row for row, scan_id in enumerate(index.frame["scan_id"]) if scan_id in wanted]
     looks = {}
@@ -117,8 +117,9 @@ def find_same_volumes(frame: pd.DataFrame) -> list[Duplicate]:
 
 
 def find_same_sources(sources: Mapping[str, Source]) -> list[Duplicate]:
-    """Rows of the table that mean the very same files."""
-    return _group("source", ((scan_id, source.input_sha256) for scan_id, source in sources.items()))
+    """Rows of the table that mean the very same files; two series of one source are two scans."""
+    series = {scan_id: scan_id.partition("#")[2] for scan_id in sources}
+    return _group("source", ((name, (source.input_sha256, series[name])) for name, source in sources.items()))
 
 
 def find_same_files(sources: Mapping[str, Source], store: Store) -> list[Duplicate]:

@@ -238,15 +238,20 @@ def test_a_folder_or_archive_without_the_table_s_scans_is_refused(volumes: Path,
 def test_files_that_are_the_same_and_rows_that_mean_the_same_source_are_found(tmp_path: Path) -> None:
     """Copies byte for byte under other names; the same lengths alone are no copy."""
     archive = tmp_path / "archive"
-    for folder, content in (("a", b"1234"), ("b", b"1234"), ("d", b"1294"), ("e", b"9234"), ("CP/1/c", b"55")):
+    contents = {"a": "12 34 56", "b": "12 34 56", "d": "12 34 59", "e": "92 34 56", "CP/1/c": "5 5 5"}
+    for folder, files in contents.items():
         (archive / folder).mkdir(parents=True)
-        for number in range(3):
-            (archive / folder / f"{number}.png").write_bytes(content[number:])
+        for number, content in enumerate(files.split()):
+            (archive / folder / f"{number}.png").write_text(content)
     table = LEAKY.replace("c,1,CP,test", "c,1,CP,test\nCP/1/c,7,NCP,train")  # the source CC-CCII's layout gives c
     found = audit_text(table, tmp_path / "out", archive=str(archive))
     assert [(item["by"], item["scan_ids"]) for item in found["duplicates"]] == [
         ("source", ["CP/1/c", "c"]),
         ("files", ["a", "b"]),
+    ]
+    series = LEAKY.replace("d,2,NCP", "d#0123abcd,2,NCP").replace("e,3,NCP", "d#4567cdef,3,NCP")
+    assert [item["scan_ids"] for item in audit_text(series, tmp_path / "b", archive=str(archive))["duplicates"]] == [
+        ["a", "b"]
     ]
     features = {item["feature"] for item in found["shortcuts"] if item["origin"] == "files"}
     assert features == {"bytes_per_file"}  # all scans have three files of one format
