@@ -5,10 +5,10 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench-resampling lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	@echo "DARNet: building the Python environment in .venv from constraints.txt (a few minutes the first time)"
@@ -31,6 +31,10 @@ test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
 
 test-slow: $(ENVIRONMENT) ## what takes longer than a person waits
 	@$(BIN)/python -m pytest -q -m slow
+
+bench-resampling: $(ENVIRONMENT) ## linear against area depth resampling; SCANS=folder MODEL=bundle REPEATS=5, default phantoms
+	@$(BIN)/python -m tests.bench.resampling $(if $(SCANS),--scans "$(SCANS)") $(if $(MODEL),--model "$(MODEL)") \
+		$(if $(REPEATS),--repeats "$(REPEATS)")
 
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"

@@ -18,10 +18,10 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from darnet.config import ModelConfig, Section, TrainConfig, VolumeConfig, fingerprint
-from darnet.errors import StorageError, UsageError
+from darnet.errors import ObjectMissing, StorageError, UsageError
 from darnet.model import DARNet, count_parameters
 from darnet.scan import DIAGNOSES, Diagnosis
-from darnet.storage import ObjectMissing, Store, open_store
+from darnet.storage import Store, open_store
 
 MANIFEST_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"

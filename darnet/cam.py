@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity
 
+TIE = 1e-6  # values this close to the maximum are the maximum. Source: ours, float32 rounding of the stretching
+
 
 @dataclass(frozen=True, slots=True)
 class CamStatistics:
@@ -97,8 +99,14 @@ def _sum_left(cam: FloatArray) -> float:
 
 
 def _locate_peak(cam: FloatArray, crop: CropBox) -> tuple[int, int, int]:
-    """Slice, y and x of the original voxel under the centre of the first maximum in z, y, x order."""
-    z, y, x = (int(index) for index in np.unravel_index(np.argmax(cam), cam.shape))
+    """Slice, y and x of the original voxel under the maximum.
+
+    A maximum at the border of the class map is stretched outwards unchanged, up to a corner of the scan that may lie
+    outside the body; its voxel nearest to the middle of the volume is the centre of the map's own cell.
+    """
+    top = np.argwhere(cam >= cam.max() * (1 - TIE))
+    from_middle = top - (np.array(cam.shape) - 1) / 2
+    z, y, x = (int(index) for index in top[(from_middle**2).sum(axis=1).argmin()])
     depth, height, width = cam.shape
     return (
         _map_index(z, depth, crop.num_slices),

@@ -32,7 +32,7 @@ from darnet.errors import UsageError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
-AIR_AND_LUNG_HU = (-950.0, -400.0)  # what tells gas from lung and lung from tissue. Source: ours (see lung)
+AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
 PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
 
 
@@ -73,7 +73,7 @@ class VolumeConfig(Section):
             raise ValueError(f"shape {self.shape}: every axis needs at least 8 voxels")
         if self.window_hu[0] >= self.window_hu[1]:
             raise ValueError(f"window_hu {self.window_hu}: the lower bound must be below the upper")
-        if not self.window_hu[0] < AIR_AND_LUNG_HU[0] or not AIR_AND_LUNG_HU[1] < self.window_hu[1]:
+        if not self.window_hu[0] < AIR_AND_LUNG_HU[0] or not AIR_AND_LUNG_HU[-1] < self.window_hu[1]:
             raise ValueError(f"window_hu {self.window_hu}: it must hold {AIR_AND_LUNG_HU}, or no lung can be found")
         return self
 
@@ -122,6 +122,9 @@ class TrainConfig(Section):
     """Scans a step over all workers together. Source: paper sec. 4.2."""
     num_folds: int = Field(5, ge=2)
     """Source: paper sec. 4.1."""
+    head_init_std: float = Field(0.01, gt=0)
+    """Standard deviation of the head's first weights; with more, a short training leaves its plateau sooner.
+    Source: authors' code."""
     seed: int = 0
     """Seeds folds, weights, order and augmentation."""
     augment: AugmentConfig = AugmentConfig()
@@ -162,7 +165,7 @@ class ScoreConfig(Section):
     """How an archive is scored."""
 
     batch_size: int = Field(4, ge=1)
-    """Scans a forward pass; a short batch is padded, so the same scan always gives the same bits."""
+    """Scans a model actor takes at a time; on a GPU in one forward pass, where a short batch is padded."""
     num_threads: int = Field(1, ge=1)
     """Threads of one model actor on a CPU; part of what makes numbers repeatable."""
     num_actors: int = Field(1, ge=1)
@@ -251,14 +254,42 @@ class ScoreSettings(Settings):
     """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
 
 
+class EvaluateSettings(Settings):
+    """A predictions table, or a bundle and a test cohort -> metrics with intervals, tables and a report."""
+
+    out: str
+    """Folder for metrics.json, tables.csv, tables.tex and report.html: local or s3://bucket/prefix."""
+    predictions: str | None = None
+    """CSV or Parquet table with scan_id, label, prob_cp, prob_ncp, prob_normal and, if known, fold and patient_id."""
+    model: str | None = None
+    """In place of predictions: model bundle, a local folder or s3://bucket/prefix. Needs volumes."""
+    volumes: str | None = None
+    """Folder written by jobs.prepare, whose test cohort the bundle is measured on."""
+    compare: str | None = None
+    """A second predictions table of the same scans to compare with."""
+    replicates: int = Field(2000, ge=2000)
+    """Bootstrap replicates of the 95% intervals. Source: ours; fewer give ragged percentiles."""
+    seed: int = 0
+    """Seeds the bootstrap."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.model is None) != (self.volumes is None):
+            raise ValueError("model and volumes belong together; give both, or predictions")
+        if (self.predictions is None) == (self.model is None):
+            raise ValueError("give either predictions, or model and volumes")
+        return self
+
+
 class DemoSettings(Settings):
     """The whole road on phantoms, on one machine without any service."""
 
     out: Path = Path(".demo")
     """Folder for everything the demo makes; emptied first."""
-    volume: VolumeConfig = VolumeConfig(shape=(16, 64, 64), crop="body")
+    volume: VolumeConfig = VolumeConfig(shape=(24, 96, 128), crop="body", window_hu=(-1000.0, -200.0))
+    """Small, and in a window of lung and ground glass alone: a few minutes of training see nothing fainter."""
     network: ModelConfig = ModelConfig(base_channels=8)
-    train: TrainConfig = TrainConfig(epochs=16, learning_rate=4e-3)
+    train: TrainConfig = TrainConfig(epochs=8, learning_rate=2e-3, head_init_std=0.1)
     score: ScoreConfig = ScoreConfig()
 
 

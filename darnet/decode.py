@@ -17,8 +17,8 @@ from natsort import os_sorted
 from numpy.typing import NDArray
 
 from darnet.config import DecodeConfig
-from darnet.errors import ScanError, Status
-from darnet.scan import FloatArray, Intensity
+from darnet.errors import ScanError, Status, name_file
+from darnet.scan import FloatArray, Intensity, StagedFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -55,7 +55,7 @@ class VolumeStack:
 class ImageStack:
     """A folder of 8-bit slice images, head first. They have no spacing."""
 
-    paths: tuple[Path, ...]
+    files: tuple[StagedFile, ...]
     shape: tuple[int, int, int]
     spacing_mm: None = None
     intensity: Intensity = Intensity.DISPLAY
@@ -65,17 +65,28 @@ class ImageStack:
 
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
-        pixels = _read_pixels(self.paths[index], "")
-        if pixels.ndim == 3:
-            if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
-                raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
-            pixels = pixels[..., 0]
-        return pixels.astype(np.float32)
+        with name_file(self.files[index].name):
+            pixels = _read_pixels(self.files[index].path, "")
+            if pixels.ndim == 3:
+                if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
+                    raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
+                pixels = pixels[..., 0]
+            return check_size(pixels, self.shape[1:]).astype(np.float32)
 
 
 def set_decoder_threads(num_threads: int) -> None:
     """Threads SimpleITK may use in this process."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(num_threads)
+
+
+def check_size(pixels: FloatArray, size: tuple[int, int]) -> FloatArray:
+    """The pixels, if they are as many as the slice's header says.
+
+    Raises: ScanError(BAD_PIXELS).
+    """
+    if pixels.shape != size:
+        raise ScanError(Status.BAD_PIXELS, f"slice decodes to {pixels.shape} pixels, its header says {size}")
+    return pixels
 
 
 def read_dicom_slice(path: Path) -> FloatArray:
@@ -129,24 +140,26 @@ def write_volume(path: Path, voxels_hu: NDArray[np.int16], spacing_mm: tuple[flo
     sitk.WriteImage(image, str(path), useCompression=True)
 
 
-def open_images(
-    paths: Sequence[Path], names: Sequence[str], limits: DecodeConfig, *, is_head_first: bool
-) -> ImageStack:
+def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_first: bool) -> ImageStack:
     """Order slice images by their names, as a person would, and check every header and ending.
 
     Raises: ScanError: BAD_LIMIT, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE, SKIP_FEW_SLICES.
     """
-    path_of = dict(zip(names, paths, strict=True))
+    names = [file.name for file in files]
+    file_of = dict(zip(names, files, strict=True))
     if len({name.rpartition(".")[0] for name in names}) < len(names):
         raise ScanError(Status.BAD_MIXED_SERIES, "slices of one name in two image formats")
     if len({name.rpartition("/")[0] for name in names}) > 1:
         raise ScanError(Status.BAD_MIXED_SERIES, "several folders of images in one zip")
-    ordered = [path_of[name] for name in os_sorted(names)]
+    ordered = [file_of[name] for name in os_sorted(names)]
     if not is_head_first:
         ordered.reverse()
     if len(ordered) > limits.max_slices:
         raise ScanError(Status.BAD_LIMIT, f"{len(ordered)} slices, at most {limits.max_slices}")
-    sizes = {_read_image_size(path) for path in ordered}
+    sizes = set()
+    for file in ordered:
+        with name_file(file.name):
+            sizes.add(_read_image_size(file.path))
     if len(sizes) > 1:
         raise ScanError(Status.BAD_MIXED_SERIES, f"{len(sizes)} image sizes in one folder")
     (height, width) = sizes.pop()
@@ -164,7 +177,7 @@ def _read_pixels(path: Path, image_io: str) -> FloatArray:
     try:
         pixels: FloatArray = sitk.GetArrayFromImage(reader.Execute())
     except RuntimeError as error:
-        raise _explain(error, Status.BAD_PIXELS, "a slice does not decode") from error
+        raise _explain(error, Status.BAD_PIXELS, "slice does not decode") from error
     return pixels
 
 
@@ -232,14 +245,14 @@ def _read_image_size(path: Path) -> tuple[int, int]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ScanError(Status.BAD_UNREADABLE, "a slice image has no readable header") from error
+        raise ScanError(Status.BAD_UNREADABLE, "slice image has no readable header") from error
     if reader.GetPixelID() not in (sitk.sitkUInt8, sitk.sitkVectorUInt8):
-        raise ScanError(Status.BAD_PIXELS, "a slice image is not 8-bit")
+        raise ScanError(Status.BAD_PIXELS, "slice image is not 8-bit")
     if path.suffix.lower() in (".tif", ".tiff"):
         _read_pixels(path, "")  # nothing marks a TIFF's end
     ending = _ENDINGS.get(path.suffix.lower())
     if ending is not None and ending not in _read_tail(path):
-        raise ScanError(Status.BAD_TRUNCATED, "a slice image ends early")
+        raise ScanError(Status.BAD_TRUNCATED, "slice image ends early")
     width, height = reader.GetSize()[:2]
     return height, width
 

@@ -1,12 +1,13 @@
 """A small archive of phantoms in every format, some spoiled; and what a person wants to see of its scores."""
 
+import functools
 import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,17 +22,20 @@ from darnet.config import ScoreConfig
 from darnet.decode import write_volume
 from darnet.ingest import Ingester, Road
 from darnet.metrics import compute_metrics
-from darnet.phantom import make_abdomen, make_head, make_phantom
+from darnet.phantom import make_phantom
 from darnet.phantom_canvas import Phantom
-from darnet.phantom_files import DicomStyle, write_dicom, write_slice_images, write_zip
+from darnet.phantom_decoys import make_abdomen, make_head
+from darnet.phantom_files import WINDOW_HU, DicomStyle, write_dicom, write_slice_images, write_zip
 from darnet.report import CamPanel, draw_cam_figure
-from darnet.scan import DIAGNOSES, Diagnosis
-from darnet.score import Ensemble
+from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, StandardVolume
+from darnet.score import Ensemble, ScanScore
 from darnet.storage import open_store
-from darnet.volume import resample_mask
+from darnet.volume import apply_window
 
-NUM_TRAIN, NUM_TEST = 20, 8  # scans of each diagnosis
-SHAPE = (36, 160, 160)
+WindowHU: TypeAlias = tuple[float, float]
+
+NUM_TRAIN, NUM_TEST = 30, 8  # scans of each diagnosis
+SHAPE = (32, 144, 144)
 NEAR_MM = 20.0
 LAYOUTS: tuple[str, ...] = (
     "dicom",
@@ -102,20 +106,23 @@ def plan_arrivals() -> list[DemoScan]:
     return [DemoScan(diagnosis, 9000 + label, "dicom", "none") for label, diagnosis in enumerate(DIAGNOSES)]
 
 
-def write_archive(scans: Sequence[DemoScan], archive: Path, on_written: Callable[[], None]) -> None:
-    """Write the scans, two at a time."""
+def write_archive(
+    scans: Sequence[DemoScan], archive: Path, window_hu: WindowHU, on_written: Callable[[], None]
+) -> None:
+    """Write the scans, two at a time; those of 8-bit images in this window."""
     context = multiprocessing.get_context("spawn")
+    write = functools.partial(write_scan, archive=archive, window_hu=window_hu)
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        for _ in pool.map(write_scan, scans, [archive] * len(scans)):
+        for _ in pool.map(write, scans):
             on_written()
 
 
-def write_scan(scan: DemoScan, archive: Path) -> None:
+def write_scan(scan: DemoScan, archive: Path, window_hu: WindowHU) -> None:
     """Write one phantom at its place."""
-    store_phantom(build_phantom(scan), scan, archive)
+    store_phantom(build_phantom(scan), scan, archive, window_hu)
 
 
-def store_phantom(phantom: Phantom, scan: DemoScan, archive: Path) -> None:
+def store_phantom(phantom: Phantom, scan: DemoScan, archive: Path, window_hu: WindowHU) -> None:
     """Write a phantom at a scan's place, in the scan's layout."""
     path = archive / scan.source_key
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,7 @@ def store_phantom(phantom: Phantom, scan: DemoScan, archive: Path) -> None:
     elif scan.layout in STYLES:
         write_dicom(phantom, path, style=STYLES[scan.layout], patient_id=scan.patient_id)
     elif scan.layout in ("png", "jpg", "tif"):
-        write_slice_images(phantom, path, f".{scan.layout}")
+        write_slice_images(phantom, path, f".{scan.layout}", window_hu)
     else:
         write_volume(path, phantom.voxels_hu, phantom.spacing_mm)
 
@@ -165,12 +172,13 @@ def write_cohort(scans: Sequence[DemoScan], path: Path) -> None:
     frame.rename(columns={"source_key": "scan_id"}).to_csv(path, index=False)
 
 
-def change_archive(archive: Path, replaced: DemoScan) -> None:
+def change_archive(archive: Path, replaced: DemoScan, window_hu: WindowHU) -> None:
     """What happens to an archive between two nights: three scans arrive, one is replaced by another of its patient."""
     for scan in plan_arrivals():
-        write_scan(scan, archive)
+        write_scan(scan, archive, window_hu)
     shutil.rmtree(archive / replaced.source_key)
-    store_phantom(make_phantom(replaced.diagnosis, replaced.seed + 500, shape=SHAPE), replaced, archive)
+    stranger = make_phantom(replaced.diagnosis, replaced.seed + 500, shape=SHAPE)
+    store_phantom(stranger, replaced, archive, window_hu)
 
 
 def measure_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan]) -> dict[str, Any]:
@@ -191,15 +199,26 @@ def measure_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan]) -> dict[s
         "ncp_test_scans_called_ncp": len(called),
         "cam_peak_in_lesion": int((distances_mm == 0).sum()),
         "cam_peak_within_20_mm_of_lesion": int((distances_mm <= NEAR_MM).sum()),
+        "any_lung_voxel_within_20_mm_of_lesion": round(float(np.mean([measure_chance(scan) for scan in called])), 4),
     }
     return {"test_scans": len(test), **{name: round(value, 4) for name, value in metrics.items()}, **near}
 
 
 def measure_distance(scan: DemoScan, voxel: NDArray[np.int64]) -> float:
     """Distance in mm from a voxel (slice, y, x) to the nearest voxel of the planted lesion; 0 inside it."""
+    return float(_measure_distances(build_phantom(scan))[tuple(voxel)])
+
+
+def measure_chance(scan: DemoScan) -> float:
+    """How often a voxel picked blindly from the lungs is near the planted lesion: what a CAM peak has to beat."""
     phantom = build_phantom(scan)
-    distances_mm = ndimage.distance_transform_edt(~phantom.lesion, sampling=phantom.spacing_mm)
-    return float(distances_mm[tuple(voxel)])
+    return float((_measure_distances(phantom)[phantom.lung] <= NEAR_MM).mean())
+
+
+def _measure_distances(phantom: Phantom) -> FloatArray:
+    """Distance in mm of each voxel to the lesion; shape of the phantom."""
+    distances_mm: FloatArray = ndimage.distance_transform_edt(~phantom.lesion, sampling=phantom.spacing_mm)
+    return distances_mm
 
 
 def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Path, bundle: Path, path: Path) -> None:
@@ -217,17 +236,26 @@ def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Pat
         (ingested,) = ingester.ingest(source)
         assert ingested.volume is not None
         (score,) = ensemble.score(ingested.volume.voxels[None])
-        panels.append(
-            CamPanel(
-                title=f"{diagnosis} phantom",
-                caption=f"CAM of {score.prediction}, probability {score.probability.max():.2f}",
-                voxels=ingested.volume.voxels,
-                cam=score.draw_cam(score.prediction, settings.volume.shape),
-                lesion=resample_mask(build_phantom(scan).lesion, ingested.volume.crop, settings.volume.shape),
-            )
-        )
+        panels.append(_make_panel(scan, ingested.volume, score))
     ingester.close()
     draw_cam_figure(panels, "DARNet demo: synthetic chests, planted lesions outlined in blue", path)
+
+
+def _make_panel(scan: DemoScan, volume: StandardVolume, score: ScanScore) -> CamPanel:
+    """The slice of a phantom that holds most of its map, in full resolution."""
+    cam = score.draw_cam(score.prediction, volume.voxels.shape)
+    telling = int(cam.sum(axis=(1, 2)).argmax())
+    phantom = build_phantom(scan)
+    number = (2 * telling + 1) * volume.crop.num_slices // (2 * len(cam))
+    return CamPanel(
+        title=f"{scan.diagnosis} phantom, slice {number + 1} of {len(phantom.voxels_hu)}",
+        caption=f"map of {score.prediction}, probability {score.probability.max():.2f}",
+        image=np.rint(255 * apply_window(phantom.voxels_hu[number], WINDOW_HU)).astype(np.uint8),
+        cam=cam[telling] / max(float(cam.max()), np.finfo(np.float32).tiny),
+        box=volume.crop,
+        lesion=phantom.lesion[number],
+        pixel_aspect=phantom.spacing_mm[1] / phantom.spacing_mm[2],
+    )
 
 
 def tabulate(predictions: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -19,8 +19,8 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from darnet.config import DecodeConfig
-from darnet.errors import ScanError, Status
-from darnet.scan import Manufacturer
+from darnet.errors import ScanError, Status, name_file
+from darnet.scan import Manufacturer, StagedFile
 
 # Source: ours. A table feeds to a few hundredths of a mm; a tenth of a slice is beyond rounding in any header seen.
 DUPLICATE_MM = 0.01
@@ -50,7 +50,7 @@ _MAKERS = (
 class SliceHeader:
     """What the header of one DICOM file says, as far as scoring needs it; None where it says nothing usable."""
 
-    path: Path
+    file: StagedFile
     series_uid: str
     patient_id: str
     modality: str
@@ -73,12 +73,12 @@ class SliceHeader:
 
 @dataclass(frozen=True)
 class DicomSeries:
-    """One series in canonical order: paths head first, and how to turn each slice's pixels.
+    """One series in canonical order: files head first, and how to turn each slice's pixels.
 
     Units: `spacing_mm` (z, y, x) in mm. Shape: `shape` is slices, rows, columns after turning.
     """
 
-    paths: tuple[Path, ...]
+    files: tuple[StagedFile, ...]
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     is_transposed: bool
@@ -98,19 +98,19 @@ def has_dicom_magic(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def read_header(path: Path) -> SliceHeader | None:
+def read_header(file: StagedFile) -> SliceHeader | None:
     """Read one file's header and check that its pixels are as long as declared.
 
     A file without magic word counts if it parses to an object with a SOP class; otherwise it is no DICOM: None.
     Raises: ScanError(BAD_UNREADABLE) for a file that claims to be DICOM and is not readable as such.
     """
-    is_claimed = has_dicom_magic(path)
-    with warnings.catch_warnings(), path.open("rb") as file:
+    is_claimed = has_dicom_magic(file.path)
+    with warnings.catch_warnings(), file.path.open("rb") as body:
         warnings.simplefilter("ignore")
         try:
-            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
+            dataset = pydicom.dcmread(body, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
             if "SOPClassUID" in dataset:
-                return _describe(dataset, path, file)
+                return _describe(dataset, file, body)
         except (OSError, MemoryError):
             raise  # trouble of this machine, not of the file
         except Exception as error:  # pydicom raises nearly every built-in exception on hostile input
@@ -133,7 +133,8 @@ def arrange_series(
     _check_limits(headers, limits)
     _check_uniform(headers)
     for header in headers:
-        _check_header(header)
+        with name_file(header.file.name):
+            _check_header(header)
     _check_damage(headers, unreadable)
     if len(headers) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(headers)} slices, {limits.min_slices} needed")
@@ -145,12 +146,12 @@ def hash_series_uid(series_uid: str) -> str:
     return hashlib.sha256(series_uid.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def _describe(dataset: FileDataset, path: Path, file: BinaryIO) -> SliceHeader:
+def _describe(dataset: FileDataset, file: StagedFile, body: BinaryIO) -> SliceHeader:
     orientation = _numbers(dataset, "ImageOrientationPatient", 6)
     frames = _number(dataset, "NumberOfFrames", 1.0)
     tilt = _number(dataset, "GantryDetectorTilt", 0.0)
     return SliceHeader(
-        path=path,
+        file=file,
         series_uid=str(dataset.get("SeriesInstanceUID") or ""),
         patient_id=str(dataset.get("PatientID") or ""),
         modality=str(dataset.get("Modality") or ""),
@@ -168,7 +169,7 @@ def _describe(dataset: FileDataset, path: Path, file: BinaryIO) -> SliceHeader:
         position_mm=_numbers(dataset, "ImagePositionPatient", 3),
         orientation=orientation,
         tilt_degrees=tilt if math.isfinite(tilt) else 0.0,
-        damage=_find_damage(dataset, path, file),
+        damage=_find_damage(dataset, file.path, body),
     )
 
 
@@ -202,7 +203,7 @@ def _recognise_maker(text: str) -> Manufacturer | None:
     return next((maker for words, maker in _MAKERS if words in text), Manufacturer.OTHER)
 
 
-def _find_damage(dataset: FileDataset, path: Path, file: BinaryIO) -> ScanError | None:
+def _find_damage(dataset: FileDataset, path: Path, body: BinaryIO) -> ScanError | None:
     """Compare the declared length of the pixels with the file, without reading them.
 
     A deflated data set has no visible end: it is inflated whole instead.
@@ -213,18 +214,18 @@ def _find_damage(dataset: FileDataset, path: Path, file: BinaryIO) -> ScanError 
         return _compare_length(dataset, length, length)
     end_bytes = path.stat().st_size
     order = "<" if dataset.original_encoding[1] else ">"
-    tag = file.read(4)
+    tag = body.read(4)
     if len(tag) < 4:
         return ScanError(Status.BAD_TRUNCATED, "ends before its pixel data")
     if struct.unpack(order + "HH", tag) != (0x7FE0, 0x0010):
         return ScanError(Status.BAD_PIXELS, "pixel data of another kind than CT uses")
     if dataset.original_encoding[0]:
-        (length,) = struct.unpack(order + "I", file.read(4))
+        (length,) = struct.unpack(order + "I", body.read(4))
     else:
-        (length,) = struct.unpack(order + "4xI", file.read(8))
+        (length,) = struct.unpack(order + "4xI", body.read(8))
     if length == 0xFFFFFFFF:
-        return _follow_fragments(file, end_bytes)
-    return _compare_length(dataset, length, end_bytes - file.tell())
+        return _follow_fragments(body, end_bytes)
+    return _compare_length(dataset, length, end_bytes - body.tell())
 
 
 def _compare_length(dataset: FileDataset, length: int, left_bytes: int) -> ScanError | None:
@@ -239,11 +240,11 @@ def _compare_length(dataset: FileDataset, length: int, left_bytes: int) -> ScanE
     return None
 
 
-def _follow_fragments(file: BinaryIO, end_bytes: int) -> ScanError | None:
+def _follow_fragments(body: BinaryIO, end_bytes: int) -> ScanError | None:
     """Encapsulated pixels: follow the chain of fragments to its end."""
     num_fragments = -1  # the first item is the offset table
     while True:
-        head = file.read(8)
+        head = body.read(8)
         if len(head) == 0 and num_fragments > 0:
             return None  # some writers leave out the closing delimiter
         if len(head) < 8:
@@ -253,15 +254,14 @@ def _follow_fragments(file: BinaryIO, end_bytes: int) -> ScanError | None:
             return None if num_fragments > 0 else ScanError(Status.BAD_TRUNCATED, "no compressed pixel data")
         if (group, element) != (0xFFFE, 0xE000):
             return ScanError(Status.BAD_PIXELS, "chain of compressed fragments is broken")
-        if file.tell() + length > end_bytes:
+        if body.tell() + length > end_bytes:
             return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
-        file.seek(length, 1)
+        body.seek(length, 1)
         num_fragments += 1
 
 
 def _check_kind(headers: Sequence[SliceHeader]) -> None:
     """Refuse what is valid but no axial CT volume."""
-    first = headers[0]
     if any(header.modality != "CT" for header in headers):
         raise ScanError(Status.SKIP_MODALITY, "modality is not CT")
     if all(header.is_secondary for header in headers):
@@ -269,8 +269,9 @@ def _check_kind(headers: Sequence[SliceHeader]) -> None:
     if all("LOCALIZER" in header.image_type for header in headers):
         raise ScanError(Status.SKIP_LOCALIZER, "scout view")
     if any(header.num_frames != 1 for header in headers):
-        if not all(0 < header.num_frames <= 100_000 for header in headers):
-            raise ScanError(Status.BAD_HEADER, f"NumberOfFrames is {first.num_frames}")
+        for header in headers:
+            if not 0 < header.num_frames <= 100_000:
+                raise ScanError(Status.BAD_HEADER, f"{header.file.name}: NumberOfFrames is {header.num_frames}")
         raise ScanError(Status.SKIP_MULTIFRAME, "several frames in one object")
 
 
@@ -324,10 +325,13 @@ def _check_header(header: SliceHeader) -> None:
 
 
 def _check_damage(headers: Sequence[SliceHeader], unreadable: Sequence[ScanError]) -> None:
-    damaged = [*unreadable, *(header.damage for header in headers if header.damage is not None)]
+    damaged = list(unreadable)
+    for header in headers:
+        if header.damage is not None:
+            damaged.append(ScanError(header.damage.status, f"{header.file.name}: {header.damage.detail}"))
     if damaged:
-        num_slices = len(headers) + len(unreadable)
-        raise ScanError(damaged[0].status, f"{len(damaged)} of {num_slices} slices: {damaged[0].detail}")
+        more = f"; {len(damaged)} of {len(headers) + len(unreadable)} slices are damaged" if len(damaged) > 1 else ""
+        raise ScanError(damaged[0].status, damaged[0].detail + more)
 
 
 def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
@@ -350,7 +354,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     height, width = (first.columns, first.rows) if is_transposed else (first.rows, first.columns)
     row_mm, column_mm = first.pixel_spacing_mm
     return DicomSeries(
-        paths=tuple(headers[index].path for index in order),
+        files=tuple(headers[index].file for index in order),
         shape=(len(headers), height, width),
         spacing_mm=(slice_spacing_mm, *((column_mm, row_mm) if is_transposed else (row_mm, column_mm))),
         is_transposed=is_transposed,

@@ -3,6 +3,8 @@
 A `ScanError` turns one scan into a row of the results table; a `RunError` stops the job with its exit code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 
 
@@ -69,6 +71,15 @@ class ScanError(Exception):
         return f"{self.status}: {self.detail}"
 
 
+@contextmanager
+def name_file(name: str) -> Iterator[None]:
+    """Put a file's name before what is wrong with it; stands where a loop over files is, not where they are judged."""
+    try:
+        yield
+    except ScanError as error:
+        raise ScanError(error.status, f"{name}: {error.detail}") from error
+
+
 class RunError(Exception):
     """The job cannot go on; `exit_code` says why."""
 
@@ -85,6 +96,18 @@ class StorageError(RunError):
     """The store cannot be reached or refuses."""
 
     exit_code = ExitCode.STORAGE
+
+
+class ObjectMissing(StorageError):  # noqa: N818
+    """There is no object of this key."""
+
+
+class FolderMissing(UsageError):  # noqa: N818
+    """The local folder a store is rooted in does not exist."""
+
+
+class PutUncertain(StorageError):  # noqa: N818
+    """A conditional put may or may not have happened; only reading the object back can tell."""
 
 
 class CredentialsError(RunError):

@@ -10,8 +10,10 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -19,25 +21,24 @@ import numpy as np
 
 from darnet.archive import VOLUME_SUFFIXES, is_stray
 from darnet.config import DecodeConfig, VolumeConfig
-from darnet.decode import IMAGE_SUFFIXES, open_images, open_volume, read_dicom_slice, set_decoder_threads
+from darnet.decode import (
+    IMAGE_SUFFIXES,
+    check_size,
+    open_images,
+    open_volume,
+    read_dicom_slice,
+    set_decoder_threads,
+)
 from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
-from darnet.errors import RunError, ScanError, Status
+from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.sandbox import Sandbox
-from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source
+from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
 from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-
-
-@dataclass(frozen=True)
-class StagedFile:
-    """A file of a source on this machine's disk; `name` is its key in the archive or zip."""
-
-    name: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,14 @@ class DicomStack:
         return self.series.spacing_mm
 
     def read_slice(self, index: int) -> FloatArray:
-        """One slice, head first, (rows, columns) float32 HU."""
-        return np.ascontiguousarray(self.series.turn(read_dicom_slice(self.series.paths[index])))
+        """One slice, head first, (rows, columns) float32 HU.
+
+        Raises: ScanError(BAD_PIXELS) naming the file.
+        """
+        file = self.series.files[index]
+        with name_file(file.name):
+            pixels = self.series.turn(read_dicom_slice(file.path))
+            return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,14 @@ def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]
     for index, item in enumerate(source.objects):
         suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
         path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
+        file = StagedFile(PurePosixPath(item.key).name, path)
         here = store.local_path(item.key)
-        if here is None:
-            store.fetch(item, path)
-        else:
+        if here is not None:
             path.symlink_to(here)
-        staged.append(StagedFile(item.key, path))
+        else:
+            with name_file(file.name):
+                store.fetch(item, path)
+        staged.append(file)
     check_unchanged(store, source)
     return staged
 
@@ -144,12 +153,13 @@ def check_unchanged(store: Store, source: Source) -> None:
         path = store.local_path(item.key)
         if path is None:
             return
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise ScanError(Status.ERR_GONE, "a file was deleted after planning") from error
-        if (str(status.st_mtime_ns), status.st_size) != (item.version, item.num_bytes):
-            raise ScanError(Status.ERR_INPUT_CHANGED, "a file was replaced after planning")
+        with name_file(PurePosixPath(item.key).name):
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise ScanError(Status.ERR_GONE, "deleted after planning") from error
+            if (str(status.st_mtime_ns), status.st_size) != (item.version, item.num_bytes):
+                raise ScanError(Status.ERR_INPUT_CHANGED, "replaced after planning")
 
 
 def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
@@ -166,59 +176,65 @@ def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, r
 
 
 def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> list[IngestedScan]:
-    """DICOM where there is any, since images beside it are thumbnails; else slice images; else one row that says so."""
+    """Every DICOM series is a scan, and so are slice images unless they are thumbnails beside DICOM.
+
+    The row named like the source itself is that of the images, or of unreadable files that no series can be blamed for.
+    """
     images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
     headers, unreadable = _read_headers([file for file in staged if file not in images])
-    if headers:
-        return _decode_series(source_key, headers, unreadable, road)
-    if unreadable or not images:
-        detail = unreadable[0].detail if unreadable else "no file is a slice"
-        return [IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count(staged))]
-    is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
+    by_uid = defaultdict(list)
+    for header in headers:
+        by_uid[header.series_uid].append(header)
+    if by_uid and _are_thumbnails(images, headers, road.decode):
+        images = []
+    spoiling, unreadable = (unreadable, {}) if len(by_uid) == 1 else ({}, unreadable)
+    scans = [
+        _decode_series(f"{source_key}#{hash_series_uid(uid)}", members, tuple(spoiling.values()), road)
+        for uid, members in sorted(by_uid.items())
+    ]
+    if unreadable:
+        detail = next(iter(unreadable.values())).detail
+        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count([*unreadable, *images])))
+    elif images:
+        is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
+        open_stack = partial(open_images, images, road.decode, is_head_first=is_head_first)
+        scans.append(_decode_scan(source_key, _count(images), open_stack, road))
+    return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
 
-    def open_stack() -> SliceStack:
-        names, paths = [file.name for file in images], [file.path for file in images]
-        return open_images(paths, names, road.decode, is_head_first=is_head_first)
 
-    return [_decode_scan(source_key, _count(images), open_stack, road)]
+def _are_thumbnails(images: Sequence[StagedFile], headers: Sequence[SliceHeader], limits: DecodeConfig) -> bool:
+    """Whether images beside DICOM are too few for a scan, or each shows a DICOM file of the same name."""
+    names = {header.file.name for header in headers}
+    names |= {name.rpartition(".")[0] for name in names}
+    return len(images) < limits.min_slices or all(image.name.rpartition(".")[0] in names for image in images)
 
 
-def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[ScanError]]:
+def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], dict[StagedFile, ScanError]]:
     """Headers of the DICOM files, and an error for each file that claims to be one and is not."""
-    headers, unreadable = [], []
+    headers, unreadable = [], {}
     for file in files:
         try:
-            header = read_header(file.path)
+            with name_file(file.name):
+                header = read_header(file)
+                if header is None and (file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0):
+                    raise ScanError(Status.BAD_UNREADABLE, "should be DICOM and is not")
         except ScanError as error:
-            unreadable.append(error)
+            unreadable[file] = error
             continue
         if header is not None:
             headers.append(header)
-        elif file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0:
-            unreadable.append(ScanError(Status.BAD_UNREADABLE, "a file that should be DICOM is not"))
     return headers, unreadable
 
 
 def _decode_series(
-    source_key: str, headers: Sequence[SliceHeader], unreadable: Sequence[ScanError], road: Road
-) -> list[IngestedScan]:
-    """One scan a series. An unreadable file spoils the series it lies with; among several it is a row of its own."""
-    by_uid = defaultdict(list)
-    for header in headers:
-        by_uid[header.series_uid].append(header)
-    is_alone = len(by_uid) == 1
-    scans = []
-    for uid, members in sorted(by_uid.items()):
+    scan_id: str, headers: Sequence[SliceHeader], unreadable: Sequence[ScanError], road: Road
+) -> IngestedScan:
+    """One DICOM series; an unreadable file spoils the series it lies with."""
 
-        def open_stack(members: Sequence[SliceHeader] = members) -> SliceStack:
-            return DicomStack(arrange_series(members, road.decode, unreadable if is_alone else ()))
+    def open_stack() -> SliceStack:
+        return DicomStack(arrange_series(headers, road.decode, unreadable))
 
-        facts = _describe_series(members, road.pseudonym_key)
-        scans.append(_decode_scan(f"{source_key}#{hash_series_uid(uid)}", facts, open_stack, road))
-    if unreadable and not is_alone:
-        facts = ScanFacts(num_files=len(unreadable))
-        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, unreadable[0].detail, facts))
-    return scans
+    return _decode_scan(scan_id, _describe_series(headers, road.pseudonym_key), open_stack, road)
 
 
 def _decode_scan(scan_id: str, facts: ScanFacts, open_stack: Callable[[], SliceStack], road: Road) -> IngestedScan:
@@ -264,7 +280,7 @@ def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None
     first = headers[0]
     return ScanFacts(
         num_files=len(headers),
-        num_bytes=sum(header.path.stat().st_size for header in headers),
+        num_bytes=sum(header.file.path.stat().st_size for header in headers),
         num_slices=len(headers),
         manufacturer=first.manufacturer,
         patient_key=pseudonymise(first.patient_id, "patient", pseudonym_key),
@@ -289,27 +305,37 @@ def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFi
     Raises: ScanError: BAD_ZIP for a damaged, encrypted or hostile zip, BAD_LIMIT for one that unpacks too large.
     """
     staged = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
-            _check_zip(entries, limits)
-            for index, entry in enumerate(entries):
-                suffix = PurePosixPath(entry.filename).suffix.lower()
-                target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
-                data = archive.read(entry)
-                target.write_bytes(data)
-                staged.append(StagedFile(entry.filename, target))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ScanError(Status.BAD_ZIP, f"zip does not unpack: {type(error).__name__}") from error
+    with _zip_errors(), zipfile.ZipFile(path) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
+        _check_zip(entries, limits)
+        for index, entry in enumerate(entries):
+            suffix = PurePosixPath(entry.filename).suffix.lower()
+            target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
+            with name_file(entry.filename), _zip_errors():
+                target.write_bytes(archive.read(entry))
+            staged.append(StagedFile(entry.filename, target))
     return staged
 
 
+@contextmanager
+def _zip_errors() -> Iterator[None]:
+    """Whatever a damaged zip makes its reader raise is BAD_ZIP."""
+    try:
+        yield
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise ScanError(Status.BAD_ZIP, f"does not unpack: {type(error).__name__}") from error
+
+
 def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
-    if any(entry.flag_bits & 1 for entry in entries):
-        raise ScanError(Status.BAD_ZIP, "zip is encrypted")
-    if any(".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/") for entry in entries):
-        raise ScanError(Status.BAD_ZIP, "zip names a file outside itself")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ScanError(Status.BAD_ZIP, "zip names a file twice")
+    seen: set[str] = set()
+    for entry in entries:
+        with name_file(entry.filename):
+            if entry.flag_bits & 1:
+                raise ScanError(Status.BAD_ZIP, "encrypted in the zip")
+            if ".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/"):
+                raise ScanError(Status.BAD_ZIP, "the zip places it outside itself")
+            if entry.filename in seen:
+                raise ScanError(Status.BAD_ZIP, "twice in the zip")
+            seen.add(entry.filename)
     if len(entries) > limits.max_slices or sum(entry.file_size for entry in entries) > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"zip of {len(entries)} files is too large")

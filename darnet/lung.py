@@ -17,8 +17,9 @@ from darnet.scan import BoolArray, Intensity, StandardVolume, Uint8Array
 LabelArray: TypeAlias = NDArray[np.integer[Any]]
 
 # Gas, no tissue in it (outside air, trachea, bowel), lies below the radiologist's emphysema threshold. Air lies below
-# the middle between aerated lung (-850) and soft tissue (50), so that partial volume falls evenly.
-GAS_BELOW_HU, AIR_BELOW_HU = AIR_AND_LUNG_HU
+# the middle between aerated lung (-850) and soft tissue (50), so that partial volume falls evenly. Lung that is ground
+# glass throughout lies above that, but well below fat (-100), whose noise stays out.
+GAS_BELOW_HU, AIR_BELOW_HU, DENSE_BELOW_HU = AIR_AND_LUNG_HU
 GAS_SHARE = 0.25  # of a patch of air; lung patches of real scans had up to 0.06, trachea and bowel 0.3 and more
 GAS_SHARE_LARGE = 0.6  # severe emphysema reaches half; outside air had 0.6 to 0.9
 LARGE_CM2 = 60.0  # no trachea or bowel loop is this wide, so a larger patch inside the body is lung unless all gas
@@ -30,8 +31,9 @@ HOLE_CM2 = 12.0  # a disc of 4 cm: vessels, nodules, small consolidations; a liv
 
 MIN_LITRES = 0.15  # an infant of a year has 0.3; all air in a head together 0.1, bowel gas in one piece seldom more
 CHEST_LITRES = 1.2  # nothing but a chest holds this much, however few slices it has; lung bases hold up to 1
+DENSE_GAIN = 2.0  # from aerated to dense: healthy lung grows by a tenth, bowel by two thirds, ground glass many times
 SLICE_SHARE = 1 / 3  # of the largest lung area in a slice: what counts as a slice of lung
-MIN_TALLNESS = 0.5  # height over width of the lungs: real chests 1.1 to 1.2, the bases above an abdomen up to 0.5
+MIN_TALLNESS = 0.65  # height over width of the lungs: real chests 1.0 to 1.2, cut at the base 0.8; bowel gas up to 0.54
 MIN_FILLED = 0.9  # a slab from the middle of a chest shows lung from its first slice to its last
 
 DISPLAY_GAS = 0.06  # above outside air, of its contrast with tissue: what -937 HU is between air and muscle
@@ -49,17 +51,22 @@ IN_3D = ndimage.generate_binary_structure(3, 1)
 def segment_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> BoolArray:
     """Mark the voxels of both lungs, with their vessels and small lesions, without trachea.
 
+    Where there is little aerated lung, a higher threshold may find much that is ground glass throughout. It counts by
+    its volume alone, since stool is as dense as such lung, and as tall.
+
     Shape:  (D, H, W) bool on the volume's grid; all False where there is no lung.
     Raises: ValueError for a display image or a window that cannot tell gas from lung from tissue.
     Source: ours. Limits: a consolidation at the pleura that is both wider and taller than the closing reaches stays
             outside, and so does lung in a slice where the crop leaves neither front and back nor both side walls.
+            Of a chest with less than `CHEST_LITRES` between gas and `DENSE_BELOW_HU`, only aerated lung is found: both
+            lungs consolidated throughout, or all of a small child's lung ground glass, look like an abdomen.
     """
-    spacing_mm = _spacing_mm(volume)
-    voxels = volume.voxels
-    air = voxels < _to_display(AIR_BELOW_HU, window_hu)
-    gas = voxels < _to_display(GAS_BELOW_HU, window_hu)
-    lung = _drop_gas_and_couch(air, gas, spacing_mm[1] * spacing_mm[2] / 100)
-    return _restore(_keep_large_pieces(lung), spacing_mm)
+    lung = _segment_below(AIR_BELOW_HU, volume, window_hu)
+    litres = _measure_litres(lung, volume)
+    if litres >= CHEST_LITRES:
+        return lung
+    dense = _segment_below(DENSE_BELOW_HU, volume, window_hu)
+    return dense if _measure_litres(dense, volume) >= max(CHEST_LITRES, DENSE_GAIN * litres) else lung
 
 
 def segment_display_lung(voxels: Uint8Array) -> BoolArray:
@@ -146,16 +153,33 @@ def has_lung(mask: BoolArray, volume: StandardVolume) -> bool:
 
     Judged by proportions, which a child, a wide field of view and a lost lobe leave as they are, and by volume.
     Raises: ValueError for a display image.
-    Source: ours; the constants are measured on three chest series and what is left of them from the bases down.
+    Source: ours; the constants are measured on three chest series, what is left of them from the bases down, and
+            phantoms. Limits: ground glass that lifts both lungs as a whole by up to 550 HU, to about -250, leaves all
+            three a chest; 650 HU, to about -160, leaves none.
     """
     spacing_z, spacing_y, spacing_x = _spacing_mm(volume)
     area_mm2 = mask.sum(axis=(1, 2)) * spacing_y * spacing_x
-    litres = area_mm2.sum() * spacing_z / 1e6
+    litres = _measure_litres(mask, volume)
     if litres < MIN_LITRES:
         return False
     is_lung_slice = area_mm2 >= SLICE_SHARE * area_mm2.max()
     tallness = is_lung_slice.sum() * spacing_z / np.sqrt(area_mm2.max())
     return bool(litres >= CHEST_LITRES or tallness >= MIN_TALLNESS or is_lung_slice.mean() >= MIN_FILLED)
+
+
+def _segment_below(air_below_hu: float, volume: StandardVolume, window_hu: tuple[float, float]) -> BoolArray:
+    """Mark the lungs, taking for lung what is darker than a threshold and not mostly gas."""
+    spacing_mm = _spacing_mm(volume)
+    air = volume.voxels < _to_display(air_below_hu, window_hu)
+    gas = volume.voxels < _to_display(GAS_BELOW_HU, window_hu)
+    lung = _drop_gas_and_couch(air, gas, spacing_mm[1] * spacing_mm[2] / 100)
+    return _restore(_keep_large_pieces(lung), spacing_mm)
+
+
+def _measure_litres(mask: BoolArray, volume: StandardVolume) -> float:
+    """Say how much room a mask takes."""
+    spacing_z, spacing_y, spacing_x = _spacing_mm(volume)
+    return float(mask.sum() * spacing_z * spacing_y * spacing_x / 1e6)
 
 
 def _spacing_mm(volume: StandardVolume) -> tuple[float, float, float]:

@@ -25,6 +25,7 @@ __all__ = [
 STAGE_WIDTHS = (1, 2, 4, 8)  # times base_channels. Source: ResNet18, paper ref. 8
 BLOCKS_PER_STAGE = 2  # Source: ResNet18, paper ref. 8
 CHANNEL_REDUCTION = 16  # Source: paper ref. 11
+LINEAR_STD = 0.01  # of first weights. Source: authors' code
 
 
 class FeatureTrace(NamedTuple):
@@ -38,7 +39,7 @@ class FeatureTrace(NamedTuple):
 
 
 class ChannelAttention(nn.Module):
-    """Scale each channel by a gate computed from all channels' means.
+    """Gate each channel by all channels' means.
 
     Source: paper ref. 11, in 3D as in paper Fig. 1a.
     """
@@ -49,15 +50,16 @@ class ChannelAttention(nn.Module):
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape: (B, C, D, H, W) -> same."""
-        means = x.mean(dim=(2, 3, 4))  # (B, C)
-        gates = torch.sigmoid(self.excite(F.relu(self.squeeze(means))))  # (B, C)
-        return x * gates[:, :, None, None, None]  # (B, C, D, H, W)
+    def forward(self, means: Tensor) -> Tensor:
+        """Gates in (0, 1) from the means over D, H and W.
+
+        Shape: (B, C) -> (B, C).
+        """
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(means))))
 
 
 class DepthAttention(nn.Module):
-    """Scale each slice of each channel by a gate computed from all slices' means.
+    """Gate each slice of each channel by all slices' means.
 
     Source: paper sec. 3.2 eq. 1-2; the hidden width D from the authors' code, which the parameter count confirms.
     """
@@ -68,23 +70,18 @@ class DepthAttention(nn.Module):
         self.squeeze = nn.Linear(channels * depth, depth)
         self.excite = nn.Linear(depth, channels * depth)
 
-    def compute_gates(self, x: Tensor) -> Tensor:
-        """Gates of eq. 2, in (0, 1).
+    def forward(self, means: Tensor) -> Tensor:
+        """Gates of eq. 2, in (0, 1), from the means over H and W, eq. 1.
 
-        Shape:  (B, C, D, H, W) -> (B, C, D).
+        Shape:  (B, C, D) -> (B, C, D).
         Raises: ValueError if C or D is not what the layers were built for.
         """
-        if x.shape[1:3] != (self.channels, self.depth):
+        if means.shape[1:] != (self.channels, self.depth):
             raise ValueError(
-                f"depth attention is built for {self.channels} channels of depth {self.depth}, got {tuple(x.shape)}"
+                f"depth attention is built for {self.channels} channels of depth {self.depth}, got {tuple(means.shape)}"
             )
-        means = x.mean(dim=(3, 4)).flatten(1)  # (B, C * D)
-        gates = torch.sigmoid(self.excite(F.relu(self.squeeze(means))))  # (B, C * D)
+        gates = torch.sigmoid(self.excite(F.relu(self.squeeze(means.flatten(1)))))  # (B, C * D)
         return gates.view(-1, self.channels, self.depth)  # (B, C, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape: (B, C, D, H, W) -> same."""
-        return x * self.compute_gates(x)[..., None, None]
 
 
 class ResidualBlock(nn.Module):
@@ -113,13 +110,23 @@ class ResidualBlock(nn.Module):
     def trace(self, x: Tensor) -> FeatureTrace:
         """Output and depth gates; shape as `forward`."""
         residual: Tensor = self.residual(x)  # (B, channels, depth, h, w)
-        depth_gates = None
-        if self.depth_attention is not None:
-            depth_gates = self.depth_attention.compute_gates(residual)  # (B, channels, depth)
-            residual = residual * depth_gates[..., None, None]
-        if self.channel_attention is not None:
-            residual = self.channel_attention(residual)
+        residual, depth_gates = self._attend(residual)
         return FeatureTrace(F.relu(residual + self.shortcut(x), inplace=True), depth_gates)
+
+    def _attend(self, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale by both gates at once: CA needs the means of what DA leaves, not the map itself.
+
+        The large map is read twice and written once, whichever attentions there are.
+        """
+        if self.depth_attention is None and self.channel_attention is None:
+            return residual, None
+        means = residual.mean(dim=(3, 4))  # (B, channels, depth)
+        depth_gates, gates = None, torch.ones_like(means)
+        if self.depth_attention is not None:
+            gates = depth_gates = self.depth_attention(means)
+        if self.channel_attention is not None:
+            gates = gates * self.channel_attention((means * gates).mean(dim=2))[..., None]
+        return residual * gates[..., None, None], depth_gates
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape: (B, in_channels, D, H, W) -> (B, channels, depth, h, w): each axis over the stride, rounded up."""
@@ -187,12 +194,17 @@ class DARNet(nn.Module):
         return self.classify(self.features(x))
 
 
-def build_network(config: ModelConfig, seed: int) -> DARNet:
-    """Network with initial weights that depend on `seed` alone; the global random state is left as it was."""
+def build_network(config: ModelConfig, seed: int, head_std: float = LINEAR_STD) -> DARNet:
+    """Network with initial weights that depend on the arguments alone; the global random state is left as it was.
+
+    `head_std` is the standard deviation of the head's weights.
+    """
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the GPUs too, which fork_rng does not put back here.
         torch.default_generator.manual_seed(seed)
-        return DARNet(config)
+        network = DARNet(config)
+        nn.init.normal_(network.head.weight, std=head_std)
+    return network
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -212,7 +224,7 @@ def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
+        nn.init.normal_(module.weight, std=LINEAR_STD)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm3d):
         nn.init.ones_(module.weight)

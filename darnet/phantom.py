@@ -1,4 +1,4 @@
-"""Synthetic CT in Hounsfield units: a chest with or without findings, a head, an abdomen, all from a seed.
+"""Synthetic chest CT in Hounsfield units, with or without findings, from a seed.
 
 In goes a diagnosis and a seed, out comes a `Phantom` with its true lung and lesion; `phantom_files` writes it.
 Anatomy, protocol, findings and noise draw from separate streams: two diagnoses of one seed differ in findings alone.
@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from darnet.phantom_body import AIR_HU, BLOOD_HU, FAT_HU, MUSCLE_HU, paint_couch, paint_spine, paint_wall
 from darnet.phantom_canvas import (
     ANGLE,
     Canvas,
@@ -31,7 +32,6 @@ from darnet.scan import Diagnosis, FloatArray
 
 Nodes: TypeAlias = Sequence[tuple[float, float, float, float]]
 
-AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU = -1000.0, -100.0, 52.0, 42.0
 FROM_BACK = np.abs((ANGLE - np.pi / 2 + np.pi) % (2 * np.pi) - np.pi)  # 0 at the spine, pi at the breast bone
 
 # Tubes of the mediastinum: HU, then nodes (x mm, y mm, fraction of the lungs' height, radius mm).
@@ -183,8 +183,8 @@ def _paint_chest(grid: Grid, body: Habitus, texture: FloatArray, rng: np.random.
     """Paint all but the inside of the lungs; also give the depth in mm below the pleura of the ribs."""
     cage, muscle, skin = _outline_chest(grid, body)
     canvas = Canvas(grid, np.full(grid.shape, AIR_HU, np.float32), np.zeros(grid.shape, np.float32))
-    _paint_couch(canvas, float((skin * np.sin(ANGLE)).max()), body.couch_curve)
-    _paint_wall(canvas, skin, muscle, texture)
+    paint_couch(canvas, float((skin * np.sin(ANGLE)).max()), body.couch_curve)
+    paint_wall(canvas, skin, muscle, texture)
     depth_mm = grid.find_margin(cage)
     inside = grid.soften(depth_mm)
     neck = np.clip(1.2 - grid.z / (0.1 * body.lung_mm), 0, 1) * np.clip(0.75 + texture, 0, 1)
@@ -194,30 +194,8 @@ def _paint_chest(grid: Grid, body: Habitus, texture: FloatArray, rng: np.random.
     _paint_upper_abdomen(canvas, body, inside, texture)
     canvas.lung[:] = inside * _find_lung_space(grid, body)
     _paint_mediastinum(canvas, body)
-    _paint_spine(canvas, body.scale * 40, body.lung_mm, rng.uniform(0, 1))
+    paint_spine(canvas, body.scale * 40, body.lung_mm, rng.uniform(0, 1))
     return canvas, depth_mm
-
-
-def _paint_wall(canvas: Canvas, skin: FloatArray, muscle: FloatArray, texture: FloatArray) -> None:
-    """Skin, fat, and muscle with the thin sheets of fat between its bellies."""
-    depth = canvas.grid.find_margin(skin)
-    canvas.paint(canvas.grid.soften(depth), FAT_HU - 8)
-    canvas.paint(canvas.grid.soften(1.2 - np.abs(depth - 1.2)), 0.0)
-    depth = canvas.grid.find_margin(muscle)
-    layer = np.abs((depth + 8 * texture) % 21 - 10.5)
-    sheets = np.clip(1.6 - layer, 0, 1) * np.clip(0.4 + 1.5 * texture[:, ::-1], 0, 1)
-    canvas.paint(canvas.grid.soften(depth), MUSCLE_HU - 130 * sheets)
-
-
-def _paint_couch(canvas: Canvas, back_mm: float, curve: float) -> None:
-    """A couch top of two thin skins around foam, just below the patient's back."""
-    y, x = canvas.grid.y, canvas.grid.x
-    bend = curve * x**2 / 2
-    below = y - back_mm - 3 + bend
-    reach = 215 - np.abs(x)
-    for top, thick, hu in ((0.0, 34.0, -940.0), (0.0, 2.5, -160.0), (31.0, 3.0, -60.0)):
-        share = canvas.grid.soften(np.minimum(np.minimum(below - top, top + thick - below), reach))
-        canvas.paint(np.broadcast_to(share, canvas.hu.shape), hu)
 
 
 def _paint_ribs(canvas: Canvas, cage: FloatArray, depth: FloatArray, body: Habitus, rng: np.random.Generator) -> None:
@@ -326,32 +304,6 @@ def _paint_mediastinum(canvas: Canvas, body: Habitus) -> None:
         canvas.paint_tube(nodes, AIR_HU + 10)
 
 
-def _paint_spine(canvas: Canvas, spine_mm: float, height_mm: float, phase: float) -> None:
-    """Vertebrae with discs, canal, arches and processes, along the spine's curve. `spine_mm`: y of the bodies."""
-    grid = canvas.grid
-    level = grid.z.ravel() / height_mm
-    centre = spine_mm + 12 * np.sin(np.pi * np.clip(level, -0.3, 1.3)) - 3
-    box = grid.find_box((-62, spine_mm - 45, -1e4), (62, spine_mm + 75, 1e4))
-    x, y = np.abs(grid.x[:, :, box[2]]), grid.y[:, box[1]] - centre[:, None, None].astype(np.float32)
-    step = (grid.z / 23 + phase) % 1
-    disc = np.clip((np.abs(step - 0.5) - 0.5) * 23 / grid.spacing_mm[0] + 0.9, 0, 1)
-    width = 15 + 3.0 * np.clip(level, 0, 1)[:, None, None]
-    body = (1 - np.sqrt((x / width) ** 2 + (y / 14) ** 2)) * 14
-    arch = 4.2 - np.abs(np.hypot(x, y - 21) - 12)
-    spike = np.minimum(3.6 - x, np.minimum(y - 30, 52 - y)) + 3.0 * (y > 46)
-    wing = np.minimum(5 - np.abs(y - 26 - 0.25 * (x - 12)), np.minimum(x - 10, 34 - x)) - 9 * (
-        np.abs(step - 0.45) > 0.35
-    )
-    flesh = np.minimum(1 - np.hypot((x - 22) / 24, (y - 40) / 20), 0.2) * 20
-    canvas.paint(grid.soften(np.maximum(body + 3.5, flesh)), MUSCLE_HU, box)
-    for margin in (wing, spike, arch):
-        canvas.paint(grid.soften(margin), 560 - 90 * np.clip(margin, 0, 4), box)
-    bone = 620 - 150 * np.clip(body, 0, 2.8)
-    canvas.paint(grid.soften(body), bone + disc * (85 - bone), box)
-    canvas.paint(grid.soften(9 - np.hypot(x, y - 21)), 8.0, box)
-    canvas.paint(grid.soften(5 - np.hypot(x, y - 21)), 38.0, box)
-
-
 @dataclass(frozen=True)
 class Trees:
     """What branches through the lungs, each as share of a voxel: blood vessels, walls of airways, air in airways."""
@@ -387,131 +339,3 @@ def _fill_lung(canvas: Canvas, parenchyma: FloatArray, trees: Trees) -> None:
     for share, hu in ((trees.vessels, BLOOD_HU), (trees.walls, 0.0), (trees.airways, AIR_HU + 20)):
         parenchyma += share * (hu - parenchyma)
     canvas.hu[:] += canvas.lung * (parenchyma - canvas.hu)
-
-
-def make_abdomen(
-    seed: int,
-    *,
-    shape: tuple[int, int, int] = (32, 256, 256),
-    spacing_mm: tuple[float, float, float] = (7.0, 1.6, 1.6),
-) -> Phantom:
-    """Build an abdomen: bowel gas that a lung finder may fall for, and no lung."""
-    rng = np.random.default_rng([seed, 10])
-    scale, belly_mm = rng.uniform(0.88, 1.1), rng.uniform(10, 40)
-    grid = make_grid(shape, spacing_mm, (0.0, rng.uniform(-6, 12), rng.uniform(-10, 10)))
-    texture = draw_texture(grid.shape, rng)
-    canvas = Canvas(grid, np.full(grid.shape, AIR_HU, np.float32), np.zeros(grid.shape, np.float32))
-    wall = np.tile(scale * ring(140, 85, 88, 2.3), (shape[0], 1))
-    skin = wall + belly_mm * (0.7 - 0.3 * np.sin(ANGLE))
-    _paint_couch(canvas, float((skin * np.sin(ANGLE)).max()), 1 / 420)
-    _paint_wall(canvas, skin, wall, texture)
-    canvas.paint(grid.soften(grid.find_margin(wall - 14)), FAT_HU)
-    _paint_viscera(canvas, scale, rng)
-    _paint_spine(canvas, 40 * scale, np.inf, rng.uniform(0, 1))
-    return _finish_without_lung(canvas, rng.uniform(9, 20), seed)
-
-
-def _paint_viscera(canvas: Canvas, scale: float, rng: np.random.Generator) -> None:
-    """Liver, spleen, kidneys, great vessels, small bowel and a gas-holding colon. Shapes in mm below the dome."""
-    organs = (
-        ((-62, -12, 35), (72, 66, 85), 58.0),
-        ((10, -42, 20), (55, 30, 45), 57.0),
-        ((92, 30, 40), (30, 46, 50), 50.0),
-        ((-62, 42, 115), (24, 27, 52), 34.0),
-        ((62, 44, 105), (24, 27, 52), 34.0),
-        ((48, -25, 40), (42, 40, 40), 24.0),
-        ((50, -52, 38), (24, 10, 24), -950.0),
-    )
-    for centre, semi_axes, hu in organs:
-        canvas.paint_ellipsoid(scale * np.array(centre), scale * np.array(semi_axes), hu)
-    for x, radius in ((4, 10), (-18, 11)):
-        canvas.paint_tube(scale * np.array([(x, 18, -50, radius), (x, 20, 260, radius)]), BLOOD_HU)
-    for _ in range(16):
-        start = rng.uniform((-75, -55, 110, 8), (75, 0, 240, 13))
-        loop = start + np.concatenate([np.zeros((1, 4)), rng.normal(0, 18, (3, 4)) * (1, 0.5, 0.7, 0)])
-        canvas.paint_tube(scale * loop, rng.uniform(15, 40))
-    colon = np.array(
-        [(-98, 10, 230, 25), (-102, 5, 130, 24), (-50, -55, 125, 20), (60, -58, 120, 20), (104, 5, 90, 18)]
-    )
-    colon = np.concatenate([colon, [(106, 18, 170, 16), (95, 15, 250, 16)]])
-    canvas.paint_tube(scale * colon, 40.0)
-    canvas.paint_tube(scale * (colon - (0, 3, 0, 5)), -940.0)
-    canvas.paint_tube(scale * np.array([(-98, 20, 230, 14), (-102, 15, 130, 13)]), -80.0)
-
-
-def make_head(
-    seed: int,
-    *,
-    shape: tuple[int, int, int] = (30, 256, 256),
-    spacing_mm: tuple[float, float, float] = (5.5, 0.94, 0.94),
-) -> Phantom:
-    """Build a head from the crown to the jaw: air in sinuses and mastoids, and no lung."""
-    rng = np.random.default_rng([seed, 11])
-    scale = rng.uniform(0.92, 1.06)
-    grid = make_grid(shape, spacing_mm, (4.0, rng.uniform(-4, 10), rng.uniform(-6, 6)))
-    texture = draw_texture(grid.shape, rng)
-    canvas = Canvas(grid, np.full(grid.shape, AIR_HU, np.float32), np.zeros(grid.shape, np.float32))
-    level = grid.z[:, :, 0] / scale
-    vault = np.sqrt(np.clip(1 - (np.clip(92 - level, 0, None) / 94) ** 2, 0.01, 1))
-    back = 1 - 0.3 * ramp(level, 105, 150) * ramp(np.sin(ANGLE), -0.6, 0.5)
-    skin = scale * ring(76, 98, 96, 2.1) * vault * back
-    _paint_couch(canvas, float((skin * np.sin(ANGLE)).max()), 1 / 130)
-    canvas.paint(grid.soften(grid.find_margin(skin)), -20.0)
-    canvas.paint(grid.soften(grid.find_margin(skin - 5)), MUSCLE_HU + 8 * texture)
-    skull = np.where(level < 118 * scale, skin - 7, 0)
-    _paint_skull(canvas, skull, texture)
-    _paint_face(canvas, scale, rng)
-    return _finish_without_lung(canvas, rng.uniform(3, 7), seed)
-
-
-def _paint_skull(canvas: Canvas, outside: FloatArray, texture: FloatArray) -> None:
-    """Two tables of bone around marrow, and the brain with its ventricles."""
-    grid = canvas.grid
-    depth = grid.find_margin(outside)
-    canvas.paint(grid.soften(depth), 1050 - 180 * np.clip(3 - np.abs(depth - 3), 0, 2.5))
-    brain = grid.soften(depth - 6.5)
-    rim = np.clip((depth - 10) / 6, 0, 1)
-    canvas.paint(brain, 38 - 9 * np.clip(rim + 0.3 * texture, 0, 1))
-    for side in (-1, 1):
-        horn = np.array([(side * 9, -28, 70, 5), (side * 8, 0, 62, 6), (side * 18, 32, 72, 7)])
-        canvas.paint_tube(horn, 7.0)
-
-
-def _paint_face(canvas: Canvas, scale: float, rng: np.random.Generator) -> None:
-    """Skull base, eye sockets, air of nose, sinuses, mastoids and throat, jaw and the top of the spine."""
-    bone, air = 650.0, AIR_HU + 5
-    midline = (
-        ((0, 8, 118), (60, 70, 6), bone),
-        ((0, -84, 86), (20, 5, 10), air),
-        ((0, -25, 114), (14, 12, 9), air),
-        ((0, -62, 122), (13, 24, 18), 60.0),
-        ((0, -60, 124), (4, 22, 17), air),
-        ((0, 2, 145), (10, 8, 26), air),
-    )
-    paired = (
-        ((33, -66, 104), (21, 25, 18), bone),
-        ((33, -68, 104), (18, 24, 15), FAT_HU),
-        ((33, -76, 104), (12, 12, 12), 12.0),
-        ((30, -56, 127), (18, 19, 17), bone),
-        ((30, -56, 127), (16, 17, 15), air),
-        ((56, 26, 120), (14, 18, 15), bone),
-        ((66, 8, 120), (16, 3, 3), air),
-    )
-    for centre, semi_axes, hu in midline:
-        canvas.paint_ellipsoid(scale * np.array(centre), scale * np.array(semi_axes), hu)
-    for side in (-1, 1):
-        for centre, semi_axes, hu in paired:
-            canvas.paint_ellipsoid(scale * np.array(centre) * (side, 1, 1), scale * np.array(semi_axes), hu)
-        for cell in rng.normal((56, 28, 120), (5, 7, 6), (40, 3)):
-            canvas.paint_ellipsoid(scale * cell * (side, 1, 1), rng.uniform(1.5, 3.5, 3), -900.0)
-        jaw = np.array([(50, 5, 122, 5), (48, -8, 152, 6), (34, -50, 160, 6), (0, -76, 162, 6)]) * (side, 1, 1, 1)
-        canvas.paint_tube(scale * jaw, 800.0)
-    canvas.paint_tube(scale * np.array([(0, 34, 128, 13), (0, 34, 220, 13)]), 350.0)
-    canvas.paint_tube(scale * np.array([(0, 50, 100, 8), (0, 56, 220, 8)]), 30.0)
-
-
-def _finish_without_lung(canvas: Canvas, noise_hu: float, seed: int) -> Phantom:
-    """Acquire a scan that shows no chest."""
-    voxels_hu = acquire(canvas.hu, canvas.grid, noise_hu, np.random.default_rng([seed, 3]))
-    empty = np.zeros(canvas.grid.shape, dtype=bool)
-    return Phantom(voxels_hu, canvas.grid.spacing_mm, empty, empty.copy(), None, seed)

@@ -19,8 +19,10 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_ui
 from darnet.config import VolumeConfig
 from darnet.phantom_canvas import Phantom
 from darnet.scan import Uint8Array
+from darnet.volume import apply_window
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".tif")
+WINDOW_HU = VolumeConfig().window_hu
 
 
 class Axes(StrEnum):
@@ -153,15 +155,15 @@ def _turn(slice_hu: NDArray[np.int16], axes: Axes) -> NDArray[np.int16]:
     return slice_hu.T if axes is Axes.TRANSPOSED else slice_hu
 
 
-def render_display(phantom: Phantom) -> Uint8Array:
-    """What the phantom looks like as 8-bit images in the default window: (D, H, W)."""
-    low, high = VolumeConfig().window_hu
-    share = (phantom.voxels_hu.astype(np.float32) - low) / (high - low)
-    display: Uint8Array = np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8)
+def render_display(phantom: Phantom, window_hu: tuple[float, float] = WINDOW_HU) -> Uint8Array:
+    """What the phantom looks like as 8-bit images: (D, H, W)."""
+    display: Uint8Array = np.rint(255 * apply_window(phantom.voxels_hu.astype(np.float32), window_hu)).astype(np.uint8)
     return display
 
 
-def write_slice_images(phantom: Phantom, folder: Path, suffix: str = ".png") -> list[Path]:
+def write_slice_images(
+    phantom: Phantom, folder: Path, suffix: str = ".png", window_hu: tuple[float, float] = WINDOW_HU
+) -> list[Path]:
     """Write 1.png, 2.png, ... from head to feet, as CC-CCII stores its scans: no orientation, no spacing.
 
     Raises: ValueError for a suffix that is not one of IMAGE_SUFFIXES.
@@ -170,7 +172,7 @@ def write_slice_images(phantom: Phantom, folder: Path, suffix: str = ".png") -> 
         raise ValueError(f"suffix {suffix!r} is none of {IMAGE_SUFFIXES}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, image in enumerate(render_display(phantom), start=1):
+    for number, image in enumerate(render_display(phantom, window_hu), start=1):
         paths.append(folder / f"{number}{suffix}")
         if not cv2.imwrite(str(paths[-1]), image):
             raise OSError(f"{paths[-1]}: could not be written")

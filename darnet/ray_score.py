@@ -20,7 +20,9 @@ from darnet.config import ScoreConfig
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
-from darnet.results import PlannedSource, RunFolder, check_rows, find_last_commit, name_part, publish, read_scored_keys
+from darnet.results_objects import find_last_commit
+from darnet.results_publish import check_rows, publish
+from darnet.results_runs import PlannedSource, RunFolder, name_part, read_scored_keys
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store

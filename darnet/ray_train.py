@@ -316,7 +316,7 @@ def _train_rank(loop_config: dict[str, Any]) -> None:
     gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())
     checkpoint = ray.train.get_checkpoint()
     fit_fold(
-        prepare_model(build_network(task.network, task.config.seed)),
+        prepare_model(build_network(task.network, task.config.seed, task.config.head_init_std)),
         read_index(task.volumes),
         task.fold,
         task.config,

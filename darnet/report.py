@@ -4,64 +4,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from darnet.scan import BoolArray, FloatArray, Uint8Array
+from darnet.scan import BoolArray, CropBox, FloatArray, Uint8Array
 
 NOTICE = "Research use only"
 INK, PAPER = "#e8e8e8", "#111418"
+CAM_COLOURS = "inferno"
 
 
 @dataclass(frozen=True)
 class CamPanel:
-    """One scan of a CAM figure.
+    """One slice of a CAM figure, in radiological convention: the patient's right is on the left of the picture.
 
-    Shape: `voxels`, `cam` and `lesion` (D, H, W) on one grid; `lesion` None where the truth is not known.
-    Units: `pixel_aspect` is the height of a pixel over its width.
+    Shape: `image` (rows, columns), and `lesion` the same or None where the truth is not known; `cam` (h, w), spread
+           over the part `box` of the image.
+    Units: `cam` is a share of the whole map's maximum; `pixel_aspect` the height of a pixel over its width.
     """
 
     title: str
     caption: str
-    voxels: Uint8Array
+    image: Uint8Array
     cam: FloatArray
+    box: CropBox
     lesion: BoolArray | None
     pixel_aspect: float = 1.0
 
-    @property
-    def telling_slice(self) -> int:
-        """The slice that holds most of the map."""
-        return int(self.cam.sum(axis=(1, 2)).argmax())
-
 
 def draw_cam_figure(panels: Sequence[CamPanel], heading: str, path: Path) -> None:
-    """Write a PNG with a row for each scan: the most telling slice, and the same slice under its CAM.
+    """Write a PNG with a row for each panel: the slice, and the same slice under its map.
 
     Source: paper Fig. 2.
     """
-    figure = Figure(figsize=(8.2, 3.9 * len(panels) + 0.9), facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(9.4, 3.2 * len(panels) + 0.9), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{heading}\n{NOTICE}", color=INK, fontsize=12)
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
-        _draw_slice(row[0], panel, f"{panel.title}: slice {panel.telling_slice + 1} of {len(panel.voxels)}")
+        _draw_slice(row[0], panel, panel.title)
         _draw_slice(row[1], panel, panel.caption)
         _overlay_cam(row[1], panel)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), CAM_COLOURS), ax=axes[:, 1], shrink=0.4, aspect=30)
+    bar.set_label("share of the map's maximum", color=INK, fontsize=9)
+    bar.ax.tick_params(colors=INK, labelsize=8)
     figure.savefig(path, dpi=110)
 
 
 def _draw_slice(axis: Axes, panel: CamPanel, title: str) -> None:
-    """Radiological convention: the patient's right is on the left of the picture."""
-    axis.imshow(
-        panel.voxels[panel.telling_slice],
-        cmap="gray",
-        vmin=0,
-        vmax=255,
-        aspect=panel.pixel_aspect,
-        interpolation="bicubic",
-    )
+    axis.imshow(panel.image, cmap="gray", vmin=0, vmax=255, aspect=panel.pixel_aspect, interpolation="bicubic")
     axis.set_title(title, color=INK, fontsize=10)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -72,9 +66,18 @@ def _draw_slice(axis: Axes, panel: CamPanel, title: str) -> None:
 
 def _overlay_cam(axis: Axes, panel: CamPanel) -> None:
     """The map in colour, more opaque where it is stronger, and the planted lesion's outline."""
-    plane = panel.cam[panel.telling_slice] / max(float(panel.cam.max()), np.finfo(np.float32).tiny)
+    top, left = panel.box.top - 0.5, panel.box.left - 0.5
     axis.imshow(
-        plane, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * plane, aspect=panel.pixel_aspect, interpolation="bicubic"
+        panel.cam,
+        cmap=CAM_COLOURS,
+        vmin=0,
+        vmax=1,
+        alpha=0.6 * panel.cam,
+        extent=(left, left + panel.box.width, top + panel.box.height, top),
+        aspect=panel.pixel_aspect,
+        interpolation="bilinear",
     )
-    if panel.lesion is not None and panel.lesion[panel.telling_slice].any():
-        axis.contour(panel.lesion[panel.telling_slice], levels=[0.5], colors="#39d0ff", linewidths=1.2)
+    axis.set_xlim(-0.5, panel.image.shape[1] - 0.5)
+    axis.set_ylim(panel.image.shape[0] - 0.5, -0.5)
+    if panel.lesion is not None and panel.lesion.any():
+        axis.contour(panel.lesion, levels=[0.5], colors="#39d0ff", linewidths=1.0)

@@ -6,6 +6,7 @@ Axes are z, y, x (D, H, W) everywhere; canonical order is z 0 = head, y front to
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -78,6 +79,14 @@ class Source:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A file of a source on this machine's disk. `name` is its key relative to the source, or its name in a zip."""
+
+    name: str
+    path: Path
+
+
 class SliceStack(Protocol):
     """A scan's slices in canonical order and orientation, read one at a time.
 
@@ -100,7 +109,7 @@ class SliceStack(Protocol):
         """Decode one slice.
 
         Shape:  (rows, columns) float32.
-        Raises: ScanError if its pixels do not decode.
+        Raises: ScanError naming the file if its pixels do not decode, or to another size than its header says.
         """
 
 

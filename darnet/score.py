@@ -61,26 +61,35 @@ class RunFacts:
 class Ensemble:
     """The folds' networks on one device, behind a forward pass of fixed shape.
 
-    On a CPU the number of threads of this process is set, since it is part of the numbers.
+    A GPU takes a batch at a time, a CPU one scan: on some processors the last bits of a matrix product depend on a
+    scan's place in the batch, and a CPU gains nothing from more. The number of threads of this process is set, since
+    it is part of the numbers.
     """
 
     def __init__(self, networks: Sequence[DARNet], *, batch_size: int, num_threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(num_threads)
         self._networks = [network.to(device).eval() for network in networks]
         self._batch_size = batch_size
+        self._forward_size = 1 if device == "cpu" else batch_size
         self._device = device
 
     def score(self, voxels: Uint8Array) -> list[ScanScore]:
         """Score up to a batch of standard volumes.
 
-        Shape:  (n, D, H, W) uint8, n <= batch_size; a short batch is padded with zeros.
+        Shape:  (n, D, H, W) uint8, n <= batch_size.
         Raises: ValueError for more than a batch.
         """
         num_scans = len(voxels)
         if num_scans > self._batch_size:
             raise ValueError(f"{num_scans} volumes in a batch of {self._batch_size}")
+        starts = range(0, num_scans, self._forward_size)
+        return [score for start in starts for score in self._score_at_once(voxels[start : start + self._forward_size])]
+
+    def _score_at_once(self, voxels: Uint8Array) -> list[ScanScore]:
+        """One forward pass a fold, padded with zeros where there are too few scans."""
+        num_scans = len(voxels)
         start_s = time.perf_counter()
-        batch = torch.zeros((self._batch_size, 1, *voxels.shape[1:]), dtype=torch.float32, device=self._device)
+        batch = torch.zeros((self._forward_size, 1, *voxels.shape[1:]), dtype=torch.float32, device=self._device)
         batch[:num_scans, 0] = torch.from_numpy(voxels).to(self._device, torch.float32) / 255
         with torch.inference_mode():
             results = [_score_fold(network, batch) for network in self._networks]
@@ -88,7 +97,7 @@ class Ensemble:
         class_maps = np.mean([fold[1] for fold in results], axis=0)  # (B, classes, d, h, w)
         gates = [fold[2] for fold in results if fold[2] is not None]
         depth_gates = np.mean(gates, axis=0) if gates else None  # (B, d)
-        model_s = (time.perf_counter() - start_s) / max(num_scans, 1)
+        model_s = (time.perf_counter() - start_s) / num_scans
         return [
             ScanScore(
                 probability[index], class_maps[index], None if depth_gates is None else depth_gates[index], model_s

@@ -1,6 +1,7 @@
 """One face for a local folder and an S3 prefix: keys and bytes go in, objects and named errors come out.
 
-The only module that knows boto3. Stores are values without open handles, so they travel to other processes.
+The only module that knows boto3; the local folder is `storage_local`. Stores are values without open handles, so they
+travel to other processes.
 """
 
 import functools
@@ -8,10 +9,8 @@ import io
 import os
 import re
 import shutil
-import stat
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -20,27 +19,24 @@ import boto3.session
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 
-from darnet.errors import CredentialsError, RunError, ScanError, Status, StorageError, UsageError
+from darnet.errors import (
+    CredentialsError,
+    ObjectMissing,
+    PutUncertain,
+    RunError,
+    ScanError,
+    Status,
+    StorageError,
+    UsageError,
+)
 from darnet.scan import StoredObject
+from darnet.storage_local import COPY_CHUNK_BYTES, LocalStore, explain_os_errors
 
 CONNECT_TIMEOUT_S = 10.0  # Source: ours; a reachable store answers within one
 READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a dead connection
 REQUEST_ATTEMPTS = 5  # Source: ours; standard mode waits at most 20 s between two of them
 BODY_ATTEMPTS = 3  # Source: ours; botocore repeats requests, but not a body that breaks off
 POOL_CONNECTIONS = 16  # Source: ours; threads of one process that may talk to the store at once
-COPY_CHUNK_BYTES = 1 << 20
-
-
-class ObjectMissing(StorageError):  # noqa: N818
-    """There is no object of this key."""
-
-
-class FolderMissing(UsageError):  # noqa: N818
-    """The local folder a store is rooted in does not exist."""
-
-
-class PutUncertain(StorageError):  # noqa: N818
-    """A conditional put may or may not have happened; only reading the object back can tell."""
 
 
 class Store(Protocol):
@@ -97,177 +93,13 @@ def open_store(uri: str, *, create: bool = False) -> Store:
     if scheme is None and uri:
         root = Path(uri).absolute()
         if create:
-            with _os_errors(str(root), "make the folder"):
+            with explain_os_errors(str(root), "make the folder"):
                 root.mkdir(parents=True, exist_ok=True)
         return LocalStore(root)
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
         raise UsageError(f"{uri!r}: not a place we know; give a local folder or s3://bucket/prefix")
     return S3Store(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
-
-
-# Local disk
-
-
-@dataclass(frozen=True)
-class LocalStore:
-    """Objects are the files below a folder. Symbolic links are followed; one that leads back up is not listed."""
-
-    root: Path
-
-    @property
-    def uri(self) -> str:
-        return str(self.root)
-
-    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
-        if not self.root.exists():
-            raise FolderMissing(f"{self.uri}: no such folder; correct the address or create it")
-        if not self.root.is_dir():
-            raise UsageError(f"{self.uri}: a file, not a folder; give the folder that holds it")
-        yield from _walk(self.root, "", prefix, frozenset())
-
-    def read_bytes(self, key: str) -> bytes:
-        path = self.local_path(key)
-        with _os_errors(str(path), "read the file"):
-            try:
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                raise ObjectMissing(f"{path}: no such file") from error
-
-    def fetch(self, item: StoredObject, path: Path) -> None:
-        origin = self.local_path(item.key)
-        with path.open("wb") as sink:
-            try:
-                _check_unchanged(origin, item)
-                with origin.open("rb") as body:
-                    shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
-                _check_unchanged(origin, item)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise ScanError(Status.ERR_GONE, f"{item.key}: deleted since it was listed") from error
-            except OSError as error:
-                raise ScanError(Status.ERR_STORAGE, f"{item.key}: {error.strerror}") from error
-
-    def local_path(self, key: str) -> Path:
-        """Raises: UsageError for a key that could lead out of the root or name a file in two ways."""
-        segments = key.split("/")
-        if "\0" in key or not {"", ".", ".."}.isdisjoint(segments):
-            raise UsageError(f"{self.uri}: {key!r} is not a key of a file below this folder")
-        return self.root.joinpath(*segments)
-
-    def write_bytes(self, key: str, data: bytes) -> None:
-        path = self.local_path(key)
-        with _os_errors(str(path), "write the file"), _staged(path, data) as staged:
-            staged.replace(path)
-            _sync_folder(path.parent)
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        path = self.local_path(key)
-        with _os_errors(str(path), "write the file"), _staged(path, data) as staged:
-            try:
-                path.hardlink_to(staged)
-            except FileExistsError:
-                return False
-            _sync_folder(path.parent)
-        return True
-
-    def delete(self, key: str) -> None:
-        path = self.local_path(key)
-        with _os_errors(str(path), "delete the file"):
-            path.unlink(missing_ok=True)
-
-    def child(self, prefix: str) -> "LocalStore":
-        return LocalStore(self.local_path(prefix.rstrip("/")))
-
-
-def _walk(folder: Path, inside: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
-    """List the files below a folder whose key begins with `inside`; `above` are the folders we came through."""
-    with _os_errors(str(folder), "list the folder"):
-        try:
-            found = folder.stat()
-            entries = _read_folder(folder)
-        except FileNotFoundError:  # deleted while we list
-            return
-    here = (found.st_dev, found.st_ino)
-    if here in above:
-        return
-    for name, entry in entries:
-        key = inside + name
-        if name.endswith("/"):
-            if key.startswith(prefix) or prefix.startswith(key):
-                yield from _walk(Path(entry.path), key, prefix, above | {here})
-        elif key.startswith(prefix) and (item := _describe(entry, key)) is not None:
-            yield item
-
-
-def _read_folder(folder: Path) -> list[tuple[str, "os.DirEntry[str]"]]:
-    """Names in a folder, folders with a `/` at the end, so that the order is that of the whole keys' bytes."""
-    with os.scandir(folder) as entries:
-        named = [(entry.name + "/" if _is_folder(entry) else entry.name, entry) for entry in entries]
-    return sorted(named, key=lambda pair: os.fsencode(pair[0]))
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or to where we may not look
-        return False
-
-
-def _describe(entry: "os.DirEntry[str]", key: str) -> StoredObject | None:
-    """What a listing says of a file; a dangling link is listed as itself, a file deleted meanwhile is not."""
-    for follow in (True, False):
-        try:
-            found = entry.stat(follow_symlinks=follow)
-        except OSError:
-            continue
-        return StoredObject(key, found.st_size, str(found.st_mtime_ns), found.st_mtime)
-    return None
-
-
-def _check_unchanged(path: Path, item: StoredObject) -> None:
-    """Raises: ScanError if the file is not the one that was listed; OSError."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-        raise ScanError(Status.ERR_STORAGE, f"{item.key}: not a regular file")
-    if (found.st_size, str(found.st_mtime_ns)) != (item.num_bytes, item.version):
-        raise ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: replaced since it was listed")
-
-
-@contextmanager
-def _staged(path: Path, data: bytes) -> Iterator[Path]:
-    """A complete, synced file beside `path` under a hidden name no `*.parquet` matches; gone afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with staged.open("xb") as sink:  # not tempfile: its mode 0600 would shut other readers out
-            sink.write(data)
-            sink.flush()
-            os.fsync(sink.fileno())
-        yield staged
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in this folder survive a power cut, where the file system can."""
-    with suppress(OSError):  # some network mounts cannot; the file's own bytes are safe already
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def _os_errors(place: str, doing: str) -> Iterator[None]:
-    """Turn the operating system's errors into a StorageError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{place}: cannot {doing} ({error.strerror}); check rights, space and the mount") from error
-
-
-# S3
 
 
 def connect_s3() -> Any:
@@ -320,10 +152,10 @@ class S3Store:
             try:
                 self._download(item.key, sink, IfMatch=f'"{item.version}"')
             except (boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
-                raise _explain_fetch(error, self.uri, item) from error
+                raise _explain_fetch(error, self.uri) from error
             num_bytes = sink.tell()
         if num_bytes != item.num_bytes:
-            raise ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: another length than listed")
+            raise ScanError(Status.ERR_INPUT_CHANGED, "another length than listed")
 
     def local_path(self, key: str) -> Path | None:  # noqa: ARG002
         return None
@@ -432,17 +264,17 @@ def _explain(error: Exception, uri: str) -> RunError:
     return StorageError(f"{uri}: the store failed ({code}); try again, then ask who runs it")
 
 
-def _explain_fetch(error: Exception, uri: str, item: StoredObject) -> ScanError | RunError:
+def _explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
     code = _code(error)
     if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY:
         return _explain(error, uri)
     status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
     if status == 412:
-        return ScanError(Status.ERR_INPUT_CHANGED, f"{item.key}: replaced since it was listed")
+        return ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
     if status == 404 and code != "NoSuchBucket":
-        return ScanError(Status.ERR_GONE, f"{item.key}: deleted since it was listed")
-    return ScanError(Status.ERR_STORAGE, f"{item.key}: {code}")
+        return ScanError(Status.ERR_GONE, "deleted since it was listed")
+    return ScanError(Status.ERR_STORAGE, code)
 
 
 @contextmanager

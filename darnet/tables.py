@@ -43,7 +43,7 @@ def refuse_rows(name: str, frame: pd.DataFrame, rules: Sequence[Rule]) -> None:
     """Raises: UsageError naming the first row that breaks the first broken rule, and how many more do."""
     for column, fault, is_wrong in rules:
         if is_wrong.any():
-            row, value = frame.index[is_wrong][0], frame[column][is_wrong].iloc[0]
+            row, value = frame.index[is_wrong][0], frame[column][is_wrong].iloc[:1].tolist()[0]
             more = f" ({is_wrong.sum() - 1} more rows like it)" if is_wrong.sum() > 1 else ""
             raise UsageError(f"{name} row {row}: {column} {value!r} {fault}{more}")
 

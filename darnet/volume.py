@@ -44,7 +44,7 @@ def make_standard_volume(stack: SliceStack, config: VolumeConfig) -> StandardVol
     for item in list_contributions(stack.shape[0], depth, config.depth_resampling):
         by_source[item.source].append(item)
     for source, items in sorted(by_source.items()):
-        pixels = _read_checked(stack, source)
+        pixels = stack.read_slice(source)
         darkest, brightest = min(darkest, float(pixels.min())), max(brightest, float(pixels.max()))
         small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), (height, width))
         for item in items:
@@ -86,7 +86,7 @@ def find_crop(stack: SliceStack, config: VolumeConfig) -> CropBox:
     contributing = sorted({item.source for item in list_contributions(num_slices, config.shape[0], "linear")})
     chosen = np.linspace(0, len(contributing) - 1, min(NUM_BODY_SAMPLES, len(contributing))).round().astype(int)
     for index in chosen:
-        body |= _find_body(_read_checked(stack, contributing[index]), stack.intensity)
+        body |= _find_body(stack.read_slice(contributing[index]), stack.intensity)
     if not body.any():
         raise ScanError(Status.BAD_INTENSITY, "no body in the scan")
     inside_rows, inside_columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
@@ -118,13 +118,6 @@ def _list_area(num_slices: int, depth: int) -> list[Contribution]:
             if share > 1e-9:
                 contributions.append(Contribution(source, target, share / step))
     return contributions
-
-
-def _read_checked(stack: SliceStack, index: int) -> FloatArray:
-    pixels = stack.read_slice(index)
-    if pixels.shape != stack.shape[1:]:
-        raise ScanError(Status.BAD_PIXELS, f"slice decodes to {pixels.shape} pixels, its header says {stack.shape[1:]}")
-    return pixels
 
 
 def _crop(pixels: FloatArray, box: CropBox) -> FloatArray:

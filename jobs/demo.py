@@ -22,7 +22,7 @@ def work(settings: DemoSettings) -> dict[str, Any]:
     scans = demo.plan_scans()
     print_heading("1  Synthetic chest CTs in every format, and some spoiled ones")
     with show_progress("writing phantoms", len(scans)) as meter:
-        demo.write_archive(scans, archive, lambda: meter.advance(1, {}))
+        demo.write_archive(scans, archive, settings.volume.window_hu, lambda: meter.advance(1, {}))
     demo.write_spoiled(archive)
     demo.write_cohort(scans, out / "cohort.csv")
     tree: dict[str, Any] = {
@@ -41,7 +41,7 @@ def work(settings: DemoSettings) -> dict[str, Any]:
     print_heading("4  jobs.score, night one: everything is new")
     first = jobs.score.work(night.model_copy(update={"night": "2026-01-01"}))
     print_heading("5  jobs.score, night two: three scans arrived, one was replaced")
-    demo.change_archive(archive, scans[0])
+    demo.change_archive(archive, scans[0], settings.volume.window_hu)
     second = jobs.score.work(night.model_copy(update={"night": "2026-01-02"}))
 
     print_heading("6  What an analyst sees")

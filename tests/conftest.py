@@ -1,4 +1,4 @@
-"""What several test files share: an S3 server and a Ray cluster of our own, started only when a test asks for them."""
+"""What several test files share: places to store, an S3 server and a Ray cluster, started only when a test asks."""
 
 import gc
 import itertools
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import boto3.session
 import pytest
+
+from darnet.storage import Store, open_store
 
 ATTEMPTS = 300  # times 0.1 s
 SERVER_ENVIRONMENT = {
@@ -53,6 +55,20 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
         finally:
             server.terminate()
             server.wait(timeout=30)
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A place where nothing is yet, once of each kind."""
+    if request.param == "local":
+        return open_store(str(tmp_path / "results"))
+    return open_store(request.getfixturevalue("s3")() + "/results")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    """The same on this disk only."""
+    return open_store(str(tmp_path / "results"))
 
 
 def _find_free_port() -> int:

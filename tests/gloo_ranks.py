@@ -34,7 +34,7 @@ def run_rank(rank: int, volumes: Path, network: ModelConfig, config: TrainConfig
         return items
 
     for fold in range(config.num_folds):
-        wrapped = DistributedDataParallel(build_network(network, config.seed))
+        wrapped = DistributedDataParallel(build_network(network, config.seed, config.head_init_std))
         gang = Gang(rank, workers, gather, torch.device("cpu"))
         result = fit_fold(wrapped, read_index(volumes), fold, config, lambda *_: None, gang)
         if rank == 0:

@@ -138,11 +138,24 @@ def test_peak_on_a_whole_series_is_where_a_hand_count_puts_it() -> None:
     assert (measured.cam_peak_slice, measured.cam_peak_y, measured.cam_peak_x) == (21, 48, 463)
 
 
-def test_of_equal_maxima_the_first_in_z_y_x_order_is_the_peak() -> None:
-    cam = _single_voxel(1, 2, 3) + _single_voxel(1, 4, 0) + _single_voxel(3, 0, 0)
+def test_of_equal_maxima_the_one_nearest_the_middle_is_the_peak() -> None:
+    cam = _single_voxel(0, 0, 0) + _single_voxel(1, 2, 3) + _single_voxel(3, 0, 0)
     crop = CropBox(SHAPE[0], 0, 0, *SHAPE[1:])
     measured = _measure(cam, crop=crop)
     assert (measured.cam_peak_slice, measured.cam_peak_y, measured.cam_peak_x) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("corner", list(product((0, 1), (0, 3), (0, 4))))
+def test_peak_of_a_corner_cell_is_that_cell_and_not_the_corner_of_the_scan(corner: tuple[int, int, int]) -> None:
+    """Cells of 8 x 16 x 16 voxels have their centres at 3.5, 11.5; 7.5, ..., 55.5; 7.5, ..., 71.5."""
+    rng = np.random.default_rng(0)
+    class_map = torch.from_numpy(rng.uniform(0, 0.9, (2, 4, 5)).astype(np.float32))
+    class_map[corner] = 1.0
+    cam = upsample_cam(class_map, (16, 64, 80))
+    measured = _measure(cam, lung=None, crop=CropBox(16, 0, 0, 64, 80))
+    peak = (measured.cam_peak_slice, measured.cam_peak_y, measured.cam_peak_x)
+    centre = [(index + 0.5) * size - 0.5 for index, size in zip(corner, (8, 16, 16), strict=True)]
+    assert np.abs(np.array(peak) - centre).max() == 0.5
 
 
 def test_display_images_have_no_side_and_no_lung() -> None:

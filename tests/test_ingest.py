@@ -4,7 +4,7 @@ import hmac
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
 from darnet.ingest import DECODE_TARGET, Ingester, Road
 from darnet.sandbox import Sandbox
-from darnet.scan import IngestedScan, Intensity, Source
+from darnet.scan import IngestedScan, Intensity, Source, StoredObject
 from darnet.storage import open_store
+from darnet.storage_local import LocalStore
 from tests.ct_fixtures import SERIES_UID, SPACING_MM, make_chest, write_chest
 
 CT_DATA = Path(__file__).parents[2] / "shared" / "data" / "ct"
@@ -567,13 +568,88 @@ def test_a_scan_that_cannot_be_scored_has_its_status(name: str, ingest: Ingest, 
     assert scan.status is expected, scan.status_detail
     assert scan.volume is None
     assert scan.status_detail
+    assert SERIES_UID not in scan.status_detail
+    assert "patient-1" not in scan.status_detail
+
+
+# Of the above, those that lie in one slice, with its file; where all slices are alike, the first one looked at.
+NAMED = {
+    "2^31 frames": "000.dcm",
+    "HTML named .dcm": "1.dcm",
+    "header cut": "021.dcm",
+    "empty slice": "021.dcm",
+    "pixels cut": "021.dcm",
+    "pixels cut where linear reads nothing": "000.dcm",
+    "fragment cut": "011.dcm",
+    "pixel data too short for its rows": "004.dcm",
+    "deflated pixels cut": "004.dcm",
+    "empty slice without suffix": "017",
+    "Rows 0": "000.dcm",
+    "no position": "000.dcm",
+    "no pixel spacing": "000.dcm",
+    "slope 0": "000.dcm",
+    "colour": "000.dcm",
+    "garbled codestream": "000.dcm",
+    "skewed orientation": "000.dcm",
+    "zip with path traversal": "../x.dcm",
+    "encrypted zip": "x.dcm",
+    "zip garbled": "x.dcm",
+    "16-bit images": "1.png",
+    "coloured images": "1.png",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_is_wrong_with_one_slice_names_its_file(name: str, ingest: Ingest, tmp_path: Path) -> None:
+    HOSTILE[name][0](tmp_path / "archive")
+    (scan,) = ingest()
+    assert scan.status_detail.startswith(f"{NAMED[name]}: ")
+    assert scan.status_detail.count(NAMED[name]) == 1
+
+
+def test_a_slice_in_a_zip_is_named_by_its_place_in_the_zip(ingest: Ingest, tmp_path: Path) -> None:
+    paths = write_chest(tmp_path / "loose")
+    whole_bytes = paths[3].stat().st_size
+    _cut(paths[3], 0.8)
+    missing_bytes = whole_bytes - paths[3].stat().st_size
+    (tmp_path / "archive" / "deep").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "archive" / "deep" / "a.zip", "w") as file:
+        for path in paths:
+            file.write(path, f"inside/{path.name}")
+    (scan,) = ingest()
+    assert scan.status_detail == f"inside/021.dcm: pixel data ends {missing_bytes} bytes early"
+
+
+def test_several_damaged_slices_are_counted_and_the_first_is_named(ingest: Ingest, tmp_path: Path) -> None:
+    for path in write_chest(tmp_path / "archive" / "a")[3:5]:
+        _cut(path, 0.8)
+    (scan,) = ingest()
+    assert scan.status_detail.startswith("004.dcm: pixel data ends ")
+    assert scan.status_detail.endswith("; 2 of 24 slices are damaged")
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((32, 64), np.uint16), np.zeros((64, 32), np.uint16)])
+def test_a_slice_that_decodes_to_another_size_than_its_header_is_named(
+    pixels: np.ndarray, ingest: Ingest, tmp_path: Path
+) -> None:
+    """The codestream has a size of its own, which GDCM believes."""
+
+    def shrink(index: int, dataset: FileDataset) -> None:
+        if index == 10:
+            dataset.Rows, dataset.Columns, dataset.PixelData = *pixels.shape, pixels.tobytes()
+        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+        dataset.Rows = dataset.Columns = 64
+
+    write_chest(tmp_path / "archive" / "a", edit=shrink)
+    (scan,) = ingest()
+    assert (scan.status, scan.status_detail.split(": ")[0]) == (Status.BAD_PIXELS, "022.dcm")
 
 
 def test_a_damaged_image_spoils_its_folder_also_where_linear_reads_nothing(ingest: Ingest, tmp_path: Path) -> None:
     _write_images(tmp_path / "archive" / "a", ".png", DISPLAY.repeat(4, 0))
     _cut(tmp_path / "archive" / "a" / "3.png", 0.8)
     (scan,) = ingest()
-    assert scan.status is Status.BAD_TRUNCATED
+    assert (scan.status, scan.status_detail) == (Status.BAD_TRUNCATED, "3.png: slice image ends early")
 
 
 def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ingest, tmp_path: Path) -> None:
@@ -584,12 +660,81 @@ def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ing
     assert list(statuses.values()) == [Status.OK, Status.OK]
 
 
+def _add_images(folder: Path, names: Sequence[str]) -> None:
+    for name, plane in zip(names, DISPLAY, strict=False):
+        assert cv2.imwrite(str(folder / name), plane)
+
+
+IMAGES = [f"{index}.png" for index in range(24)]
+
+
+def _write_scout_and_images(folder: Path) -> None:
+    write_chest(folder, make_chest()[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    _add_images(folder, IMAGES)
+
+
+def test_slice_images_beside_a_scout_are_a_scan_of_their_own(ingest: Ingest, tmp_path: Path) -> None:
+    _write_scout_and_images(tmp_path / "archive" / "a")
+    rows = {scan.scan_id: (scan.status, scan.facts.num_files) for scan in ingest()}
+    assert rows == {f"a#{_digest(SERIES_UID)}": (Status.SKIP_LOCALIZER, 1), "a": (Status.OK, 24)}
+
+
+def test_so_they_are_in_a_zip(ingest: Ingest, tmp_path: Path) -> None:
+    _write_scout_and_images(tmp_path / "loose")
+    (tmp_path / "archive").mkdir()
+    shutil.make_archive(str(tmp_path / "archive" / "a"), "zip", tmp_path / "loose")
+    rows = {scan.scan_id: scan.status for scan in ingest()}
+    assert rows == {f"a.zip#{_digest(SERIES_UID)}": Status.SKIP_LOCALIZER, "a.zip": Status.OK}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"picture{index}.png" for index in range(9)],
+        [f"{index:03d}.jpg" for index in range(24)],
+        [f"{index:03d}.dcm.jpg" for index in range(24)],
+    ],
+    ids=["too few for a scan", "one beside each slice", "named after the slice's whole name"],
+)
+def test_thumbnails_beside_a_series_are_no_scan(names: list[str], ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    _add_images(tmp_path / "archive" / "a", names)
+    (scan,) = ingest()
+    assert (scan.status, scan.facts.num_files) == (Status.OK, 24)
+
+
+def test_images_that_share_only_some_names_with_slices_are_a_whole_scan(ingest: Ingest, tmp_path: Path) -> None:
+    """Dropping those that do would score a scan with holes."""
+    write_chest(tmp_path / "archive" / "a", make_chest()[:12])
+    _add_images(tmp_path / "archive" / "a", [f"{index:03d}.png" for index in range(24)])
+    assert {scan.scan_id: scan.facts.num_files for scan in ingest()} == {f"a#{_digest(SERIES_UID)}": 12, "a": 24}
+
+
+def test_an_unreadable_file_spoils_the_only_series_and_not_the_images(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    _add_images(tmp_path / "archive" / "a", [f"{index}.png" for index in range(24)])
+    (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
+    rows = {scan.scan_id: scan.status for scan in ingest()}
+    assert rows == {f"a#{_digest(SERIES_UID)}": Status.BAD_UNREADABLE, "a": Status.OK}
+
+
+def test_no_two_rows_of_a_source_have_one_name(ingest: Ingest, tmp_path: Path) -> None:
+    """Two series, images, and a file of which nobody knows to what it belongs."""
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    _add_images(tmp_path / "archive" / "a", IMAGES)
+    (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
+    scans = ingest()
+    assert len({scan.scan_id for scan in scans}) == len(scans) == 3
+    rows = {scan.scan_id: (scan.status, scan.facts.num_files) for scan in scans}
+    assert rows["a"] == (Status.BAD_UNREADABLE, 25)
+
+
 def test_a_file_replaced_or_deleted_after_planning_is_no_scan(ingest: Ingest, tmp_path: Path) -> None:
     paths = write_chest(tmp_path / "archive" / "a")
     (scan,) = ingest(between=lambda: paths[0].write_bytes(paths[1].read_bytes() + b"\0"))
-    assert scan.status is Status.ERR_INPUT_CHANGED
+    assert (scan.status, scan.status_detail) == (Status.ERR_INPUT_CHANGED, "000.dcm: replaced after planning")
     (scan,) = ingest(between=paths[0].unlink)
-    assert scan.status is Status.ERR_GONE
+    assert (scan.status, scan.status_detail) == (Status.ERR_GONE, "000.dcm: deleted after planning")
 
 
 def test_limits_of_time_and_memory_are_errors_to_retry(ingest: Ingest, tmp_path: Path) -> None:
@@ -602,21 +747,31 @@ def test_limits_of_time_and_memory_are_errors_to_retry(ingest: Ingest, tmp_path:
     assert large.status is Status.BAD_LIMIT
 
 
+class Remote(LocalStore):
+    """A store without local paths stands for S3: everything is copied first."""
+
+    def local_path(self, key: str) -> None:  # type: ignore[override]
+        del key
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        LocalStore(self.root).fetch(item, path)
+
+
+def test_a_file_that_cannot_be_fetched_is_named(sandbox: Sandbox, tmp_path: Path) -> None:
+    paths = write_chest(tmp_path / "archive" / "a")
+    store = Remote(tmp_path / "archive")
+    (source,) = list_sources(store.list_objects())
+    os.utime(paths[1], ns=(1, 1))
+    (scan,) = Ingester(store, ROAD, sandbox).ingest(source)
+    assert (scan.status, scan.status_detail) == (Status.ERR_INPUT_CHANGED, "007.dcm: replaced since it was listed")
+
+
 def test_a_fetched_source_gives_the_volume_of_one_read_in_place(
     reference: IngestedScan, sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    """A store without local paths stands for S3: everything is copied first."""
-    local = open_store(str(tmp_path / "archive"))
-
-    class Remote:
-        uri = "remote"
-        fetch = staticmethod(local.fetch)
-
-        def local_path(self, key: str) -> None:  # noqa: ARG002
-            return None
-
-    (source,) = list_sources(local.list_objects())
-    (scan,) = Ingester(Remote(), ROAD, sandbox).ingest(source)  # type: ignore[arg-type]
+    store = Remote(tmp_path / "archive")
+    (source,) = list_sources(store.list_objects())
+    (scan,) = Ingester(store, ROAD, sandbox).ingest(source)
     assert scan.volume is not None
     assert reference.volume is not None
     np.testing.assert_array_equal(scan.volume.voxels, reference.volume.voxels)

@@ -10,15 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage decode dicom volume lung model augment metrics shortcuts page sandbox tables terminal phantom_canvas",
-    "archive cohort cam bundle results report job slice_order phantom_findings phantom_files",
-    "ingest dataset phantom",
-    "train score audit_features",
-    "ray_cluster demo audit",
+    "storage_local decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
+    "phantom_canvas results_rows",
+    "storage archive cohort cam calibration charts intervals predictions report job slice_order phantom_body "
+    "phantom_findings phantom_files",
+    "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
+    "train score evaluation_report audit_features results results_runs results_publish",
+    "ray_cluster demo evaluate audit",
     "ray_prepare ray_train ray_score audit_report",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-RAY_ROW = 5
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
 MODULES = sorted(path.stem for path in (ROOT / "darnet").glob("*.py") if path.stem != "__init__")
 

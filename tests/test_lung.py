@@ -1,26 +1,31 @@
 """The lung mask against planted ellipsoids, real chests and a second opinion; the verdict against hostile scans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from darnet.config import VolumeConfig
 from darnet.lung import has_lung, is_masked, mask_outside_lung, segment_display_lung, segment_lung
-from darnet.phantom import Phantom, make_abdomen, make_head, make_phantom
+from darnet.phantom import make_phantom
+from darnet.phantom_canvas import Phantom
+from darnet.phantom_decoys import make_abdomen, make_head
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity, StandardVolume
 from darnet.shortcuts import measure_border
 from darnet.volume import make_standard_volume
 
 WINDOW = (-1350.0, 150.0)
 GRIDS = [(64, 224, 224), (32, 96, 96), (24, 64, 64)]
+SMALL_TO_LARGE = [(16, 64, 64), (24, 96, 96), (64, 224, 224)]
 CHEST_MM = (300.0, 360.0, 360.0)
 SERIES = Path(__file__).parents[2] / "shared" / "data" / "ct"
 CHESTS = ("weasis-chest-rt", "lung-pet-ct-dx/A0002-B40f-8mm", "lidc-idri-0314")
@@ -298,13 +303,48 @@ def test_the_lung_of_an_anatomical_phantom_is_found(diagnosis: Diagnosis, severi
     assert has_lung(mask, volume)
 
 
-@pytest.mark.parametrize("shape", GRIDS[1:])
+def judge_phantom(phantom: Phantom, shapes: Sequence[tuple[int, int, int]]) -> list[bool]:
+    """What is said of a phantom on each grid."""
+    volumes = [resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), shape) for shape in shapes]
+    return [has_lung(segment_lung(volume, WINDOW), volume) for volume in volumes]
+
+
+@pytest.mark.parametrize("seed", [0, 11, 26])  # bowel gas of 11 and 26 lies so that 16 slices make it look tall
 @pytest.mark.parametrize("make", [make_head, make_abdomen])
-def test_anatomical_heads_and_abdomens_have_no_lung(make: Callable[..., Phantom], shape: tuple[int, int, int]) -> None:
-    for seed in range(3):
-        phantom = make(seed)
-        volume = resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), shape)
-        assert not has_lung(segment_lung(volume, WINDOW), volume)
+def test_anatomical_heads_and_abdomens_have_no_lung(make: Callable[..., Phantom], seed: int) -> None:
+    assert not any(judge_phantom(make(seed), [*SMALL_TO_LARGE[:2], *GRIDS[1:]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_head, make_abdomen])
+def test_no_head_or_abdomen_of_forty_has_lung(make: Callable[..., Phantom]) -> None:
+    verdicts = [judge_phantom(make(seed), SMALL_TO_LARGE) for seed in range(40)]
+    assert not np.any(verdicts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("diagnosis", [Diagnosis.CP, Diagnosis.NCP])
+def test_no_chest_of_the_worst_severity_is_refused(diagnosis: Diagnosis) -> None:
+    verdicts = [judge_phantom(make_phantom(diagnosis, seed, severity=1.0), SMALL_TO_LARGE) for seed in range(12)]
+    assert np.all(verdicts)
+
+
+def test_a_phantom_whose_lungs_are_all_ground_glass_is_a_chest() -> None:
+    phantom = make_phantom(Diagnosis.NORMAL, 0)
+    for gain_hu in (300, 500):
+        sick = replace(phantom, voxels_hu=phantom.voxels_hu + np.int16(gain_hu) * phantom.lung)
+        assert all(judge_phantom(sick, SMALL_TO_LARGE))
+
+
+def test_a_higher_threshold_leaves_healthy_lungs_as_they_are() -> None:
+    """Two thresholds are for the sick: a small chest keeps the mask of the lower one."""
+    phantom = make_phantom(Diagnosis.NORMAL, 0)
+    volume = resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), (24, 64, 64))
+    child = replace(volume, spacing_mm=tuple(0.5 * step for step in volume.spacing_mm or ()))
+    mask = segment_lung(child, WINDOW)
+    assert 0.15 < mask.sum() * np.prod(child.spacing_mm) / 1e6 < 1.2
+    assert has_lung(mask, child)
+    assert not (mask & (child.voxels >= 255 * (-400 + 1350) / 1500)).sum() > 0.2 * mask.sum()
 
 
 @cache
@@ -330,15 +370,20 @@ def test_real_chests_have_lungs_of_two_to_six_litres(name: str, shape: tuple[int
     assert 2 < mask.sum() * np.prod(volume.spacing_mm) / 1e6 < 6
 
 
+def find_lung_by_itk(voxels: NDArray[Any], low: float, high: float) -> BoolArray:
+    """Large 3D pieces between two values that do not touch the image's sides."""
+    air = sitk.BinaryThreshold(sitk.GetImageFromArray(voxels), low, high)
+    pieces = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(air), minimumObjectSize=20000))
+    sides = np.concatenate([pieces[:, end].ravel() for end in (0, -1)] + [pieces[:, :, end].ravel() for end in (0, -1)])
+    return np.asarray((pieces > 0) & ~np.isin(pieces, sides))
+
+
 @needs_ct
 @pytest.mark.parametrize("name", CHESTS)
 def test_simpleitk_finds_the_same_lung_in_real_chests(name: str) -> None:
-    """Second opinion: large 3D pieces of what is between gas and tissue and does not touch the image's sides."""
+    """Second opinion: what is between gas and tissue."""
     volume = resample(read_chest(name), (64, 224, 224))
-    air = sitk.BinaryThreshold(sitk.GetImageFromArray(volume.voxels), 68, 161)
-    pieces = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(air), minimumObjectSize=20000))
-    sides = np.concatenate([pieces[:, end].ravel() for end in (0, -1)] + [pieces[:, :, end].ravel() for end in (0, -1)])
-    theirs = (pieces > 0) & ~np.isin(pieces, sides)
+    theirs = find_lung_by_itk(volume.voxels, 68, 161)
     mask = segment_lung(volume, WINDOW)
     assert find_dice(mask, theirs) > 0.9
     assert mask[theirs].mean() > 0.98
@@ -393,18 +438,38 @@ def test_no_real_chest_is_refused(name: str, change: str) -> None:
 
 
 @needs_ct
+@pytest.mark.parametrize("gain_hu", [100, 200, 300, 400, 500, 550])
+@pytest.mark.parametrize("name", CHESTS)
+def test_no_real_chest_is_refused_for_ground_glass_in_all_of_both_lungs(name: str, gain_hu: int) -> None:
+    stack = read_chest(name)
+    lung = find_lung_by_itk(stack.voxels_hu, -950, -400)
+    sick = replace(stack, voxels_hu=np.where(lung, np.minimum(stack.voxels_hu + gain_hu, 50), stack.voxels_hu))
+    litres = lung.sum() * np.prod(stack.spacing_mm) / 1e6
+    for shape in SMALL_TO_LARGE:
+        volume = resample(sick, shape)
+        mask = segment_lung(volume, WINDOW)
+        assert has_lung(mask, volume)
+        assert 0.5 < mask.sum() * np.prod(volume.spacing_mm) / 1e6 / litres < 1.1
+
+
+@needs_ct
 @pytest.mark.parametrize(
     ("name", "top_mm"), [(CHESTS[0], 215.0), (CHESTS[1], 150.0), (CHESTS[2], 205.0)], ids=("weasis", "a0002", "lidc")
 )
 def test_the_lung_bases_left_above_a_real_abdomen_are_no_chest(name: str, top_mm: float) -> None:
-    """`top_mm` below the first slice is 1 to 3 cm above the highest liver dome, where abdomen scans begin."""
+    """`top_mm` below the first slice is 1 to 3 cm above the highest liver dome, where abdomen scans begin.
+
+    From there down, as long as ten slices are left.
+    """
     stack = read_chest(name)
-    abdomen = replace(stack, voxels_hu=stack.voxels_hu[round(top_mm / stack.spacing_mm[0]) :])
-    for shape in GRIDS:
-        volume = resample(abdomen, shape)
-        mask = segment_lung(volume, WINDOW)
-        assert mask.any()
-        assert not has_lung(mask, volume)
+    last_top = (stack.shape[0] - 10) * stack.spacing_mm[0]
+    for start_mm in np.arange(top_mm, last_top, 15):
+        abdomen = replace(stack, voxels_hu=stack.voxels_hu[round(start_mm / stack.spacing_mm[0]) :])
+        for shape in (*GRIDS, SMALL_TO_LARGE[0]):
+            volume = resample(abdomen, shape)
+            mask = segment_lung(volume, WINDOW)
+            assert mask.any()
+            assert not has_lung(mask, volume)
 
 
 def to_display(volume: StandardVolume) -> StandardVolume:

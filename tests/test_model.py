@@ -82,40 +82,43 @@ def test_depth_attention_is_equations_1_and_2_of_the_paper() -> None:
     channels, depth, height, width = 3, 4, 2, 5
     module = _with_wide_weights(DepthAttention(channels, depth))
     x = _random(2, channels, depth, height, width).double()
-    expected = torch.empty_like(x)
+    expected = torch.empty(2, channels, depth, dtype=torch.float64)
     for b in range(2):
         z = []
         for i, j in product(range(channels), range(depth)):
             total = sum(x[b, i, j, h, w].item() for h, w in product(range(height), range(width)))
             z.append(total / (height * width))
         gates = _two_layer_gates(z, module.squeeze, module.excite)
-        for i, j, h, w in product(range(channels), range(depth), range(height), range(width)):
-            expected[b, i, j, h, w] = gates[i * depth + j] * x[b, i, j, h, w].item()
-    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+        for i, j in product(range(channels), range(depth)):
+            expected[b, i, j] = gates[i * depth + j]
+    torch.testing.assert_close(module(x.mean(dim=(3, 4))), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_channel_attention_scales_whole_channels() -> None:
-    channels, extent = 32, (2, 3, 2)
+def test_channel_attention_gates_whole_channels() -> None:
+    channels = 32
     module = _with_wide_weights(ChannelAttention(channels))
-    x = _random(2, channels, *extent).double()
-    expected = torch.empty_like(x)
-    for b in range(2):
-        means = [sum(x[b, c].flatten().tolist()) / math.prod(extent) for c in range(channels)]
-        gates = _two_layer_gates(means, module.squeeze, module.excite)
-        for c, d, h, w in product(range(channels), *(range(n) for n in extent)):
-            expected[b, c, d, h, w] = gates[c] * x[b, c, d, h, w].item()
+    means = _random(2, channels).double()
+    expected = [_two_layer_gates(means[b].tolist(), module.squeeze, module.excite) for b in range(2)]
     assert module.squeeze.out_features == 2
-    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module(means), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
-def test_block_applies_depth_then_channel_attention_then_shortcut_then_relu() -> None:
-    block = _with_wide_weights(build_network(TINY, seed=0).stages[1][0]).eval()
+@pytest.mark.parametrize("has_depth", [True, False])
+@pytest.mark.parametrize("has_channel", [True, False])
+def test_block_scales_by_depth_then_by_channel_then_adds_the_shortcut(has_depth: bool, has_channel: bool) -> None:
+    """The block gates once; here the map is scaled twice, and CA averages what DA has really left."""
+    config = TINY.model_copy(update={"depth_attention": has_depth, "channel_attention": has_channel})
+    block = _with_wide_weights(build_network(config, seed=0).stages[1][0]).eval()
     x = _random(2, 4, 16, 4, 4).double()
     conv1, norm1, _, conv2, norm2 = block.residual
     y = norm2(conv2(norm1(conv1(x)).clamp(min=0)))
-    y = block.channel_attention(block.depth_attention(y)) + block.shortcut(x)
+    if has_depth:
+        y = y * block.depth_attention(y.mean(dim=(3, 4)))[..., None, None]
+    if has_channel:
+        y = y * block.channel_attention(y.mean(dim=(2, 3, 4)))[..., None, None, None]
+    y = y + block.shortcut(x)
     assert (y < 0).any()
-    torch.testing.assert_close(block(x), y.clamp(min=0))
+    torch.testing.assert_close(block(x), y.clamp(min=0), rtol=1e-10, atol=1e-10)
 
 
 def test_without_attention_there_is_no_gate_and_no_linear_but_the_head() -> None:
@@ -131,7 +134,7 @@ def test_traced_gates_are_those_of_the_last_block() -> None:
     last = network.stages[3][1]
     last.residual.register_forward_hook(lambda _module, _inputs, y: seen.append(y.clone()))
     trace = network.trace(_random(1, 1, 16, 32, 32))
-    torch.testing.assert_close(trace.depth_gates, last.depth_attention.compute_gates(seen[0]))
+    torch.testing.assert_close(trace.depth_gates, last.depth_attention(seen[0].mean(dim=(3, 4))))
 
 
 def test_forward_is_the_head_on_the_mean_feature() -> None:
@@ -167,7 +170,7 @@ def test_any_other_input_shape_raises(shape: tuple[int, ...]) -> None:
 
 def test_depth_attention_alone_raises_on_a_wrong_depth() -> None:
     with pytest.raises(ValueError, match="depth 4"):
-        DepthAttention(3, 4)(torch.zeros(1, 4, 3, 2, 2))
+        DepthAttention(3, 4)(torch.zeros(1, 3, 5))
 
 
 def test_same_seed_gives_same_weights_and_leaves_the_global_state_alone() -> None:

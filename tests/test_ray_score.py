@@ -25,7 +25,8 @@ from darnet.ray_score import score_archive, score_sources
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
-from darnet.storage import LocalStore, open_store
+from darnet.storage import open_store
+from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
 

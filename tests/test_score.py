@@ -9,7 +9,8 @@ import torch
 
 from darnet.bundle import Bundle, load_networks
 from darnet.errors import Status
-from darnet.results import SCHEMA, check_rows, make_table
+from darnet.results_publish import check_rows
+from darnet.results_rows import SCHEMA, make_table
 from darnet.scan import CropBox, IngestedScan, Intensity, ScanFacts, StandardVolume, Uint8Array
 from darnet.score import Ensemble, RunFacts, ScanScore, make_row
 from tests.bundle_fixtures import SHAPE, write_random_bundle

@@ -11,8 +11,9 @@ from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.decode import VolumeStack
 from darnet.ingest import Ingester, Road
-from darnet.phantom import make_abdomen, make_head, make_phantom
+from darnet.phantom import make_phantom
 from darnet.phantom_canvas import Phantom
+from darnet.phantom_decoys import make_abdomen, make_head
 from darnet.scan import DIAGNOSES, BoolArray, Uint8Array
 from darnet.slice_order import SliceOrder, judge_order, measure_direction, measure_disorder
 from darnet.storage import open_store

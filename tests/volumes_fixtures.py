@@ -22,12 +22,14 @@ def make_voxels(diagnosis: str, seed: int, shape: tuple[int, int, int] = SMALL_V
     return voxels
 
 
-def make_cohort(folder: Path, num_train: int, num_folds: int, num_test: int = 0) -> pd.DataFrame:
+def make_cohort(
+    folder: Path, num_train: int, num_folds: int, num_test: int = 0, volume: VolumeConfig = SMALL_VOLUME
+) -> pd.DataFrame:
     """Arrays in `folder` and their cohort table: scan by scan CP, NCP, Normal, and fold by fold."""
     rows = []
     for number in range(num_train + num_test):
         diagnosis = ("CP", "NCP", "Normal")[number % 3]
-        name, sha256 = write_array(folder, f"scan-{number:03d}", make_voxels(diagnosis, number))
+        name, sha256 = write_array(folder, f"scan-{number:03d}", make_voxels(diagnosis, number, volume.shape))
         rows.append(
             {
                 "scan_id": f"scan-{number:03d}",

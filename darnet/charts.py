@@ -1,0 +1,110 @@
+"""Curves and tables as pictures for a light page: arrays of an evaluation enter, matplotlib figures leave."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from darnet.metrics import NCP_LABEL, LabelArray, Reliability
+from darnet.page import COLOURS
+from darnet.scan import DIAGNOSES, FloatArray
+
+SIZE = (4.8, 4.8)  # inches, of every figure: they stand side by side
+SOFT = "#57606a"
+CORNER = 0.2  # share of both axes that is enlarged
+INSET = (0.47, 0.12, 0.5, 0.5)  # where, in shares of the picture: below any curve better than chance
+NUM_COLUMNS = 20  # of a histogram of probabilities
+
+
+def draw_roc(curve: tuple[FloatArray, FloatArray], band: tuple[FloatArray, FloatArray, FloatArray]) -> Figure:
+    """The NCP curve in its band; inside, the upper left corner enlarged, if the curve comes there.
+
+    Shape: `curve` false and true positive rates (T,); `band` false positive rates, lower and upper ends (points,).
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    whole = figure.subplots()
+    is_good = np.interp(CORNER, *curve) > 1 - CORNER
+    corner = [whole.inset_axes(INSET, xlim=(0, CORNER), ylim=(1 - CORNER, 1.005))] if is_good else []
+    for axis in (whole, *corner):
+        axis.fill_between(*band, color=COLOURS[0], alpha=0.25, linewidth=0)
+        axis.plot(*curve, color=COLOURS[0], linewidth=1.8)
+        axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
+    whole.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    for axis in corner:
+        axis.set(xticks=(0, CORNER), yticks=(1 - CORNER, 1))
+    _dress(whole, "1 − specificity", "sensitivity")
+    return figure
+
+
+def draw_reliability(reliability: Reliability) -> Figure:
+    """Accuracy against confidence of each bin that holds a scan, with Wilson's 95% intervals, above its scans."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    is_full = reliability.num_scans > 0
+    num_scans, confidence, accuracy = (
+        values[is_full] for values in (reliability.num_scans, reliability.confidence, reliability.accuracy)
+    )
+    low, high = np.array([_wilson(share * total, total) for share, total in zip(accuracy, num_scans, strict=True)]).T
+    axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":", label="calibrated")
+    reach = np.clip([accuracy - low, high - accuracy], 0, 1)
+    axis.errorbar(confidence, accuracy, yerr=reach, color=COLOURS[0], marker="o", markersize=4, linestyle="", capsize=2)
+    axis.set(xlim=(0.3, 1.02), ylim=(-0.02, 1.02))
+    axis.legend(loc="lower right", frameon=False)
+    _dress(axis, "", "share called rightly")
+    below.bar(confidence, num_scans, width=0.03, color=COLOURS[0])
+    below.set_yscale("log")
+    _dress(below, "probability of the called class", "scans")
+    return figure
+
+
+def draw_confusion(confusion: FloatArray) -> Figure:
+    """Counts and shares of the row, darker where the share is larger.
+
+    Shape: (3, 3), true class by called class.
+    """
+    names = [str(diagnosis) for diagnosis in DIAGNOSES]
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = np.divide(confusion, totals, out=np.zeros_like(confusion), where=totals > 0)
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion):
+        ink = "white" if shares[row, column] > 0.5 else "black"
+        text = f"{count:.0f}\n{shares[row, column]:.1%}"
+        axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=11)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="called", ylabel="true")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
+
+
+def draw_distributions(probabilities: FloatArray, labels: LabelArray) -> Figure:
+    """How the NCP probability is spread among the scans of each true class.
+
+    Shape: (N, 3), (N,).
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(len(DIAGNOSES), 1, sharex=True)
+    for label, axis in enumerate(axes):
+        values = probabilities[labels == label, NCP_LABEL]
+        axis.hist(values, bins=np.linspace(0, 1, NUM_COLUMNS + 1).tolist(), color=COLOURS[label])
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"true class {DIAGNOSES[label]}: {len(values)} scans", fontsize=10, loc="left")
+        _dress(axis, "", "scans")
+    axes[-1].set_xlabel("probability of NCP")
+    return figure
+
+
+def _wilson(num_right: float, num_scans: float) -> tuple[float, float]:
+    interval = scipy.stats.binomtest(round(num_right), round(num_scans)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _dress(axis: Axes, across: str, upwards: str) -> None:
+    axis.set(xlabel=across, ylabel=upwards)
+    axis.spines[["top", "right"]].set_visible(False)

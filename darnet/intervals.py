@@ -1,0 +1,254 @@
+"""How sure a metric is: probabilities, labels and who is whose enter; intervals and tests of two models leave.
+
+The bootstrap resamples whole patients, since scans of one patient resemble each other. DeLong's and McNemar's methods
+take every scan as independent of the others: with several scans a patient they are too sure.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+
+from darnet.metrics import NCP_LABEL, LabelArray, measure_scans, trace_roc
+from darnet.scan import FloatArray
+
+NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
+CONFIDENCE = 0.95
+CHUNK_WEIGHTS = 1 << 20  # replicates times scans that are measured at once: bounds memory, not numbers
+MAX_UNDEFINED = 0.05  # share of replicates that may leave a metric undefined
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A 95% interval; NaN at both ends where it is undefined."""
+
+    low: float
+    high: float
+
+
+UNDEFINED = Interval(math.nan, math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """Sets of scans drawn with replacement, patient by patient.
+
+    Shape: `weights` (replicates, N): how often each scan is in each set. `clustered_by` is "patient", or "scan" where
+    nobody said whose the scans are.
+    """
+
+    weights: FloatArray
+    clustered_by: str
+
+    def measure(self, probabilities: FloatArray, labels: LabelArray) -> dict[str, FloatArray]:
+        """Every metric of every set.
+
+        Shape: (N, 3), (N,) -> (replicates,) each.
+        """
+        step = max(1, CHUNK_WEIGHTS // max(1, len(labels)))
+        chunks = [
+            measure_scans(probabilities, labels, self.weights[start : start + step])
+            for start in range(0, len(self.weights), step)
+        ]
+        return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+@dataclass(frozen=True, slots=True)
+class AucEstimate:
+    """An AUC with its variance and interval by DeLong; NaN where undefined."""
+
+    auc: float
+    variance: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class AucDifference:
+    """First minus second AUC on the same scans; `p_value` is two-sided."""
+
+    first: AucEstimate
+    second: AucEstimate
+    difference: float
+    interval: Interval
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionDifference:
+    """Scans that only one of two models calls rightly; `p_value` is two-sided and exact."""
+
+    num_only_first_right: int
+    num_only_second_right: int
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class FoldDifference:
+    """First minus second network, mean over pairs of the same seed and fold."""
+
+    num_pairs: int
+    mean: float
+    interval: Interval
+
+    @property
+    def verdict(self) -> str:
+        """`shown` where the interval leaves 0 out; else, also where there is no interval, `not shown`."""
+        return "shown" if self.interval.low > 0 or self.interval.high < 0 else "not shown"
+
+
+def resample_scans(
+    num_scans: int, patients: Sequence[str] | None, rng: np.random.Generator, num_replicates: int = NUM_REPLICATES
+) -> Resampling:
+    """Draw as many patients as there are, with replacement, each with all its scans; single scans without patients.
+
+    Source: Field & Welsh 2007, the cluster bootstrap.
+    """
+    clusters = np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
+    num_clusters = int(clusters.max(initial=-1)) + 1
+    drawn = rng.multinomial(num_clusters, np.full(num_clusters, 1 / max(1, num_clusters)), num_replicates)
+    return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient")
+
+
+def take_interval(replicates: FloatArray) -> Interval:
+    """The middle 95% of the replicates that define the metric; undefined if more than `MAX_UNDEFINED` do not.
+
+    Shape: (replicates,).
+    """
+    is_defined = ~np.isnan(replicates)
+    if is_defined.mean() < 1 - MAX_UNDEFINED:
+        return UNDEFINED
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(replicates[is_defined], [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resampling: Resampling) -> dict[str, Interval]:
+    """A percentile interval for every metric.
+
+    Shape:  (N, 3), (N,).
+    Source: Efron & Tibshirani 1993, ch. 13. Where no scan is called wrongly it has no width: that says that no error
+            was seen, not that none can be. That of `ece_3class` lies high, as resampling adds noise to every bin.
+    """
+    return {name: take_interval(values) for name, values in resampling.measure(probabilities, labels).items()}
+
+
+def bootstrap_differences(
+    first: FloatArray, second: FloatArray, labels: LabelArray, resampling: Resampling
+) -> dict[str, Interval]:
+    """A percentile interval for first minus second in every metric, both measured on the same sets.
+
+    Shape: (N, 3), (N, 3), (N,).
+    """
+    ours, theirs = (resampling.measure(probabilities, labels) for probabilities in (first, second))
+    return {name: take_interval(ours[name] - theirs[name]) for name in ours}
+
+
+def bootstrap_roc(
+    probabilities: FloatArray, labels: LabelArray, resampling: Resampling, false_rates: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """The lower and upper end of the NCP curve's true positive rate at each false positive rate.
+
+    Shape: (N, 3), (N,), (points,) -> (points,), (points,); NaN where undefined.
+    """
+    is_ncp = labels == NCP_LABEL
+    curves = np.empty((len(resampling.weights), len(false_rates)))
+    for row, weights in enumerate(resampling.weights):
+        curves[row] = np.interp(false_rates, *trace_roc(probabilities[:, NCP_LABEL], is_ncp, weights))
+    intervals = [take_interval(column) for column in curves.T]
+    return np.array([item.low for item in intervals]), np.array([item.high for item in intervals])
+
+
+def delong_auc(probabilities: FloatArray, labels: LabelArray) -> AucEstimate:
+    """The NCP AUC with DeLong's interval, cut at 0 and 1; undefined with fewer than two scans of either kind.
+
+    Shape:  (N, 3), (N,).
+    Source: DeLong et al. 1988, by midranks as in Sun & Xu 2014; no well-kept library has it. An AUC of 1 has variance
+            0: its interval says nothing.
+    """
+    if not _has_variance(labels):
+        return AucEstimate(_mean_auc(probabilities, labels), math.nan, UNDEFINED)
+    ncp, rest = _delong_components(probabilities, labels)
+    variance = float(ncp.var(ddof=1) / len(ncp) + rest.var(ddof=1) / len(rest))
+    return AucEstimate(float(ncp.mean()), variance, _normal_interval(float(ncp.mean()), variance, 0))
+
+
+def compare_aucs(first: FloatArray, second: FloatArray, labels: LabelArray) -> AucDifference:
+    """DeLong's test of two models on the same scans; undefined with fewer than two scans of either kind.
+
+    Shape:  (N, 3), (N, 3), (N,).
+    Source: DeLong et al. 1988. Where the difference has no variance p is 1 for equal AUCs, else undefined.
+    """
+    ours, theirs = delong_auc(first, labels), delong_auc(second, labels)
+    difference = ours.auc - theirs.auc
+    if not _has_variance(labels):
+        return AucDifference(ours, theirs, difference, UNDEFINED, math.nan)
+    pairs = zip(_delong_components(first, labels), _delong_components(second, labels), strict=True)
+    variance = float(sum((one - other).var(ddof=1) / len(one) for one, other in pairs))
+    if variance > 0:
+        p_value = float(2 * scipy.stats.norm.sf(abs(difference) / math.sqrt(variance)))
+    else:
+        p_value = 1.0 if difference == 0 else math.nan
+    return AucDifference(ours, theirs, difference, _normal_interval(difference, variance, -1), p_value)
+
+
+def compare_decisions(first: FloatArray, second: FloatArray, labels: LabelArray) -> DecisionDifference:
+    """McNemar's exact test of two models' three-class decisions on the same scans.
+
+    Shape:  (N, 3), (N, 3), (N,).
+    Source: McNemar 1947, as a binomial test of the scans on which only one is right; without any p is 1.
+    """
+    is_right, other_right = (probabilities.argmax(axis=1) == labels for probabilities in (first, second))
+    only_first, only_second = int((is_right & ~other_right).sum()), int((~is_right & other_right).sum())
+    num_discordant = only_first + only_second
+    p_value = float(scipy.stats.binomtest(only_first, num_discordant).pvalue) if num_discordant else 1.0
+    return DecisionDifference(only_first, only_second, p_value)
+
+
+def compare_folds(first: FloatArray, second: FloatArray) -> FoldDifference:
+    """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
+
+    Five folds of one seed cannot show a difference in a sign or permutation test at 0.05, whatever they say: all five
+    on one side happen by chance in 2 of 2^5 = 1 of 16 cases, p = 0.0625. More seeds are needed, and here give more
+    pairs. The folds of one cohort share most of their training scans, so the pairs' variance is raised for that.
+
+    Shape:  (seeds, folds) each -> one value; undefined with a single pair or fold.
+    Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
+            training share), the latter 1 / (folds - 1).
+    """
+    differences = first - second
+    num_pairs, num_folds = differences.size, differences.shape[1]
+    mean = float(differences.mean())
+    if num_folds < 2:
+        return FoldDifference(num_pairs, mean, UNDEFINED)
+    error = math.sqrt(float(differences.var(ddof=1)) * (1 / num_pairs + 1 / (num_folds - 1)))
+    reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, num_pairs - 1)) * error
+    return FoldDifference(num_pairs, mean, Interval(mean - reach, mean + reach))
+
+
+def _has_variance(labels: LabelArray) -> bool:
+    num_ncp = int((labels == NCP_LABEL).sum())
+    return min(num_ncp, len(labels) - num_ncp) >= 2
+
+
+def _mean_auc(probabilities: FloatArray, labels: LabelArray) -> float:
+    return float(measure_scans(probabilities, labels)["auc_ncp"])
+
+
+def _delong_components(probabilities: FloatArray, labels: LabelArray) -> tuple[FloatArray, FloatArray]:
+    """Share of the other kind that each NCP scan, and each other scan, is rightly above or below, ties half.
+
+    Shape: (N, 3), (N,) -> (NCP scans,), (other scans,); both have the AUC as their mean.
+    """
+    scores, is_ncp = probabilities[:, NCP_LABEL], labels == NCP_LABEL
+    ranks, rank = scipy.stats.rankdata(scores), scipy.stats.rankdata
+    ncp = (ranks[is_ncp] - rank(scores[is_ncp])) / (~is_ncp).sum()
+    rest = 1 - (ranks[~is_ncp] - rank(scores[~is_ncp])) / is_ncp.sum()
+    return ncp, rest
+
+
+def _normal_interval(mean: float, variance: float, floor: float) -> Interval:
+    """Cut at `floor` and 1, which no AUC or difference of AUCs can pass."""
+    reach = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    return Interval(max(floor, mean - reach), min(1.0, mean + reach))

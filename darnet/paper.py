@@ -1,0 +1,33 @@
+"""What Shi et al. print about their networks, as data: nothing enters, numbers leave.
+
+Source: paper Tables 2 and 3: CC-CCII test cohort of 472 scans, mean and standard deviation over five fold models. None
+of it was measured here. Table 3 prints the parameters of DA and DA+CA the wrong way round; its metrics are as printed.
+"""
+
+from dataclasses import dataclass
+
+CITATION = "Shi et al., Dual-Attention Residual Network for Automatic Diagnosis of COVID-19"
+NUM_TEST_SCANS = 472
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedMetric:
+    """Mean and standard deviation over the five folds, as printed."""
+
+    mean: float
+    std: float
+
+
+NETWORKS = ("ResNet18", "CA", "DA", "DA+CA")
+_PRINTED = {
+    "auc_ncp": ((0.9890, 0.0045), (0.9930, 0.0014), (0.9892, 0.0027), (0.9900, 0.0016)),
+    "accuracy_3class": ((0.9250, 0.0219), (0.9385, 0.0113), (0.9407, 0.0095), (0.9470, 0.0054)),
+    "sensitivity_ncp": ((0.9124, 0.0597), (0.9373, 0.0123), (0.9243, 0.0164), (0.9373, 0.0090)),
+    "specificity_ncp": ((0.9881, 0.0098), (0.9908, 0.0118), (0.9901, 0.0040), (0.9828, 0.0137)),
+    "f1_ncp": ((0.9429, 0.0288), (0.9648, 0.0126), (0.9518, 0.0074), (0.9526, 0.0072)),
+}
+TABLE_3 = {
+    metric: {network: PrintedMetric(*values) for network, values in zip(NETWORKS, row, strict=True)}
+    for metric, row in _PRINTED.items()
+}
+"""Metric -> network -> what is printed."""

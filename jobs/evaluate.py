@@ -1,0 +1,16 @@
+"""python -m jobs.evaluate: predictions table, or bundle + test cohort -> metrics, tables, report."""
+
+import sys
+
+from darnet.config import EvaluateSettings
+from darnet.evaluate import run_evaluation
+from darnet.job import run_job
+
+
+def main() -> int:
+    """Run the job and return its exit code."""
+    return run_job("evaluate", EvaluateSettings, run_evaluation, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

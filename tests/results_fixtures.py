@@ -1,0 +1,97 @@
+"""Rows as scoring yields them, and places to publish them in, for all tests of the results table."""
+
+import datetime
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from darnet.results import read_predictions
+from darnet.results_publish import publish
+from darnet.results_rows import SCHEMA, make_table
+from darnet.scan import Source, StoredObject
+from darnet.storage import Store
+
+MODEL = "m" * 64
+ODD_KEYS = [
+    "a b/ü",
+    "日本\U0001f600",
+    "caf\udce9/1",
+    "\\xe9",
+    "\\x5c",
+    "\\",
+    "\\\udcff",
+    "x\\\\xffy",
+    "'; DROP",
+    "%20",
+    ".",
+]
+
+
+def make_row(
+    scan_id: str, status: str = "OK", *, run_id: str = "run", night: int = 1, **changes: Any
+) -> dict[str, Any]:
+    """A row as scoring yields it; `night` is a day of January 2030."""
+    is_ok = status == "OK"
+    row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    del row["commit"]
+    row |= {
+        "run_id": run_id,
+        "night": datetime.date(2030, 1, night),
+        "scored_at": datetime.datetime(2030, 1, night, 3, tzinfo=datetime.UTC),
+        "source": scan_id.split("#")[0],
+        "scan_id": scan_id,
+        "input_sha256": "i" * 64,
+        "num_files": 30,
+        "num_bytes": 1000,
+        "status": status,
+        "status_detail": "" if is_ok else "what happened",
+        "model_name": "DARNet",
+        "model_version": "1",
+        "model_sha256": MODEL,
+        "preprocessing_version": "1-abc",
+        "code_version": "0.1.0",
+    }
+    if is_ok:
+        row |= {"probability_cp": 0.2, "probability_ncp": 0.7, "probability_normal": 0.1, "prediction": "NCP"}
+        row |= {"fold_probability_ncp": [0.6, 0.8], "cam_depth_profile": np.full(4, 0.25, np.float32)}
+    return row | changes
+
+
+def publish_rows(store: Store, run_id: str, *rows: Mapping[str, Any]) -> int | None:
+    return publish(store, run_id, make_table([{**row, "run_id": run_id} for row in rows]), pause=lambda _: None)
+
+
+def read_statuses(store: Store, latest: bool = True) -> dict[str, str]:
+    frame = read_predictions(store.uri, latest)
+    return dict(zip(frame["scan_id"], frame["status"], strict=True))
+
+
+def list_commit_numbers(store: Store) -> list[int]:
+    return sorted(int(item.key[-16:].strip("c.parquet")) for item in store.list_objects("predictions/c"))
+
+
+def make_source(key: str, version: str = "1") -> Source:
+    return Source(key, (StoredObject(f"{key}/1", 10, version, 5.5), StoredObject(f"{key}/2", 20, version, 6.5)))
+
+
+def publish_history(store: Store, seed: int) -> list[dict[str, Any]]:
+    """Some random nights of a small archive; every row as published."""
+    rng = random.Random(seed)
+    for night in range(1, 9):
+        model = {"model_sha256": rng.choice("mn") * 64}
+        rows = []
+        for source in rng.sample(["a", "b", "c é", "caf\udce9"], rng.randint(1, 4)):
+            bytes_now = {"source": source, "input_sha256": rng.choice("ij") * 64}
+            scans = rng.choice([[source], [f"{source}#1"], [f"{source}#1", f"{source}#2"]])
+            statuses = ["OK", "OK", "ERR_TIMEOUT", "SKIP_NO_LUNG"]
+            rows += [make_row(scan, rng.choice(statuses), night=night, **bytes_now, **model) for scan in scans]
+        publish_rows(store, f"run{night}", *rows)
+    return [
+        row
+        for item in store.list_objects("predictions/")
+        for row in pq.read_table(pa.BufferReader(store.read_bytes(item.key))).to_pylist()
+    ]
