@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage_local decode dicom volume lung model augment metrics page paper sandbox tables terminal phantom_canvas "
-    "results_rows",
-    "storage archive cohort cam calibration charts intervals predictions report job phantom_body phantom_findings "
-    "phantom_files",
+    "storage_local decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
+    "phantom_canvas results_rows",
+    "storage archive cohort cam calibration charts intervals predictions report job slice_order phantom_body "
+    "phantom_findings phantom_files",
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
-    "train score evaluation_report results results_runs results_publish",
-    "ray_cluster demo evaluate",
-    "ray_prepare ray_train ray_score",
+    "train score evaluation_report audit_features results results_runs results_publish",
+    "ray_cluster demo evaluate audit",
+    "ray_prepare ray_train ray_score audit_report",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
