@@ -33,7 +33,7 @@ from darnet.errors import UsageError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
-PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
+PREPROCESSING_REVISION = 2  # raise when the code between bytes and network input changes what it yields
 
 
 class Section(BaseModel):
