@@ -31,8 +31,8 @@ paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four ne
 	@echo "DARNet: the report is .paper/study/report/report.html"
 
 test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
-	@echo "DARNet: quick tests (no Ray, no sockets)"
-	@$(BIN)/python -m pytest -q
+	@echo "DARNet: quick tests (no Ray, no sockets), two at a time"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@echo "DARNet: tests that start Ray, an S3 server or a browser"
 	@$(BIN)/python -m pytest -q -m '(ray or s3 or browser) and not slow'
 

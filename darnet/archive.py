@@ -1,5 +1,6 @@
 """A store's listing, page by page, in; sources that may hold scans, judged by their names alone, out."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
@@ -55,6 +56,19 @@ def is_stray(key: str) -> bool:
     if suffix in STRAY_SUFFIXES or stem.startswith(STRAY_STEMS):
         return True
     return suffix == "" and stem in STRAY_NAMES
+
+
+def name_format(source: Source) -> str:
+    """The file format of a source by its names: the commonest suffix, without its dot; `none` where there is none."""
+    suffixes = Counter(_find_suffix(item.key) for item in source.objects)
+    return max(sorted(suffixes), key=lambda suffix: suffixes[suffix]) or "none"
+
+
+def _find_suffix(key: str) -> str:
+    name = PurePosixPath(key).name.lower()
+    known = [suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix)]
+    suffix = max(known, key=len, default=PurePosixPath(name).suffix).removeprefix(".")
+    return "" if suffix.isdigit() else suffix  # DICOM files are often called after their UID
 
 
 def _is_below(key: str, prefix: str) -> bool:

@@ -3,60 +3,134 @@
 The bytes of a CSV or Parquet table enter; a checked frame of scans, divided into cohorts and folds, leaves.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from darnet.config import CohortConfig
 from darnet.errors import UsageError
-from darnet.scan import DIAGNOSES, FloatArray
+from darnet.scan import DIAGNOSES, FloatArray, Source
 from darnet.tables import read_table, refuse_rows, to_text
 
 NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
 COHORTS = ("train", "test")
+COHORT_COLUMNS = ("cohort", "paper_cohort")
 LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)
+# Findings about a scan that a table may bring: 1, 0, or empty where nobody looked. Source: the lists about CC-CCII.
+FLAG_COLUMNS = ("lung_masked", "duplicate_or_noise_slices", "audited", "discard")
+ORDER_DEFECTS = ("reversed", "shuffled")
+
+
+class LeftOut(StrEnum):
+    """Why a scan of the table is not used. Source: ours."""
+
+    NOT_IN_COHORT = "NOT_IN_COHORT"  # the table gives it to neither training nor test
+    DISCARDED = "DISCARDED"
+    SHUFFLED = "SHUFFLED"
+    DUPLICATE_SLICES = "DUPLICATE_SLICES"
+
+    @property
+    def detail(self) -> str:
+        """What in the table and the settings decided it."""
+        return {
+            LeftOut.NOT_IN_COHORT: "the table puts it in neither cohort",
+            LeftOut.DISCARDED: "discard is 1 (cohorts.drop_discarded)",
+            LeftOut.SHUFFLED: "order_defect is shuffled (cohorts.drop_shuffled)",
+            LeftOut.DUPLICATE_SLICES: "duplicate_or_noise_slices is 1 (cohorts.drop_duplicates)",
+        }[self]
 
 
 def read_cohort(name: str, data: bytes) -> pd.DataFrame:
     """Read a cohort table; `name` tells its format (.csv or .parquet) and stands in every complaint.
 
-    scan_id and patient_id are opaque text: leading zeros stay. An optional column `cohort` holds train or test; an
-    empty cell there is a scan in neither. Every other column is kept as it is.
+    scan_id and patient_id are opaque text: leading zeros stay. Optional columns `cohort` and `paper_cohort` hold train
+    or test; an empty cell there is a scan in neither. Optional findings are `order_defect` (reversed, shuffled or
+    empty) and the yes-or-no columns of `FLAG_COLUMNS` (1, 0 or empty). Every other column is kept as it is.
     Raises: UsageError naming file, row (from 1; a CSV's header counts) and remedy.
     """
     frame = read_table(name, data, "cohort table", NEEDED_COLUMNS)
-    for column in (*NEEDED_COLUMNS, "cohort"):
+    for column in (*NEEDED_COLUMNS, *COHORT_COLUMNS, "order_defect", *FLAG_COLUMNS):
         if column in frame:
-            frame[column] = to_text(name, frame[column])
+            frame[column] = to_text(name, _to_whole(frame[column]) if column in FLAG_COLUMNS else frame[column])
     _check_cohort(name, frame)
     return frame.reset_index(drop=True)
 
 
-def divide_cohort(frame: pd.DataFrame, *, num_folds: int, seed: int, test_fraction: float = 0.2) -> pd.DataFrame:
+def divide_cohort(
+    frame: pd.DataFrame, *, num_folds: int, seed: int, division: str = "patient", test_fraction: float = 0.2
+) -> pd.DataFrame:
     """Give every scan a cohort, and every training scan a fold (0-based; none for test scans), patient by patient.
 
-    A table that brings its own cohorts keeps them: scans in neither are left out, folds divide the training patients.
-    A column `fold` is replaced. Rows keep their order; the division depends on their content and the seed alone.
-    Raises: UsageError where a diagnosis has fewer training patients than folds, or none in a test cohort made here.
+    A table that brings its own cohorts keeps them, and `paper` takes those of its column `paper_cohort`: scans in
+    neither are left out, a patient in both stays in both, folds divide the training patients. A column `fold` is
+    replaced. Rows keep their order; the division depends on their content and the seed alone, and dividing a divided
+    table again changes nothing.
+    Raises: UsageError where a diagnosis has fewer training patients than folds, or none in a test cohort made here;
+            where `paper` is asked of a table without such a column.
     Source: paper sec. 4.1 (folds on patient level); a test cohort on patient level is ours, the paper's was not.
     """
-    rng = np.random.default_rng(seed)
     frame = frame.reset_index(drop=True)
-    if has_own_cohorts(frame):
-        divided = frame[frame["cohort"].isin(COHORTS)]
+    own = name_own_cohorts(frame, division)
+    if own is not None:
+        divided = frame.assign(cohort=frame[own])[frame[own].isin(COHORTS)]
     else:
         if not 0 < test_fraction < 1:
             raise UsageError(f"test_fraction {test_fraction} must lie between 0 and 1")
-        part = _deal_patients(frame, (1 - test_fraction, test_fraction), rng)
+        part = _deal_patients(frame, (1 - test_fraction, test_fraction), np.random.default_rng(seed))
         divided = frame.assign(cohort=part.map(dict(enumerate(COHORTS))))
         _check_patients(divided[divided["cohort"] == "test"], 1, "the test cohort: raise test_fraction")
     training = divided[divided["cohort"] == "train"]
     _check_patients(training, num_folds, f"{num_folds} training folds: ask for fewer folds")
-    fold = _deal_patients(training, (1 / num_folds,) * num_folds, rng)
+    fold = _deal_patients(training, (1 / num_folds,) * num_folds, np.random.default_rng(seed))
     return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
 
 
-def has_own_cohorts(frame: pd.DataFrame) -> bool:
-    """Whether the table says itself which scans are for training and which for test."""
-    return "cohort" in frame and bool(frame["cohort"].isin(COHORTS).any())
+def name_own_cohorts(frame: pd.DataFrame, division: str) -> str | None:
+    """The column by which the table itself says which scans are for training and which for test, if one counts.
+
+    Raises: UsageError where `paper` is asked of a table that does not say what the paper did.
+    """
+    if division == "paper":
+        if not has_cohorts(frame, "paper_cohort"):
+            raise UsageError(
+                "cohorts.division is paper, but the table has no column paper_cohort with train and test; "
+                "add it, or set cohorts.division to patient"
+            )
+        return "paper_cohort"
+    return "cohort" if has_cohorts(frame, "cohort") else None
+
+
+def has_cohorts(frame: pd.DataFrame, column: str) -> bool:
+    """Whether a column of this name says which scans are for training and which for test."""
+    return column in frame and bool(frame[column].isin(COHORTS).any())
+
+
+def find_left_out(frame: pd.DataFrame, config: CohortConfig) -> "pd.Series[str]":
+    """Say of each row why it is not used, as a `LeftOut`; empty where it is.
+
+    Raises: UsageError as `name_own_cohorts`.
+    """
+    reason = pd.Series("", frame.index, dtype=object)
+    own = name_own_cohorts(frame, config.division)
+    rules: list[tuple[LeftOut, bool, str, str]] = [
+        (LeftOut.DUPLICATE_SLICES, config.drop_duplicates, "duplicate_or_noise_slices", "1"),
+        (LeftOut.SHUFFLED, config.drop_shuffled, "order_defect", "shuffled"),
+        (LeftOut.DISCARDED, config.drop_discarded, "discard", "1"),
+        (LeftOut.NOT_IN_COHORT, own is not None, own or "", ""),
+    ]
+    for why, is_on, column, value in rules:
+        if is_on and column in frame:
+            reason[frame[column] == value] = why
+    return reason
+
+
+def find_reversed(frame: pd.DataFrame) -> list[str]:
+    """List the scans whose slices the table knows to be stored in reverse order."""
+    return frame.loc[frame["order_defect"] == "reversed", "scan_id"].tolist() if "order_defect" in frame else []
 
 
 def find_leaking_patients(frame: pd.DataFrame) -> list[str]:
@@ -73,6 +147,30 @@ def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
     }
 
 
+def match_cohort(cohort: pd.DataFrame, sources: Iterable[Source]) -> dict[str, Source]:
+    """The source of each scan_id that has one.
+
+    A scan_id is the source's key, or the key with # and the series' digits, or the last part of
+    `diagnosis/patient_id/scan_id`, the layout of CC-CCII.
+    """
+    wanted = defaultdict(list)
+    columns = (cohort[name].astype(str) for name in ("scan_id", "patient_id", "diagnosis"))
+    for scan_id, patient_id, diagnosis in zip(*columns, strict=True):
+        for key in (scan_id, scan_id.rpartition("#")[0], f"{diagnosis}/{patient_id}/{scan_id}"):
+            wanted[key].append(scan_id)
+    matched: dict[str, Source] = {}
+    for source in sources:
+        for scan_id in wanted.get(source.key, ()):
+            matched.setdefault(scan_id, source)
+    return matched
+
+
+def _to_whole(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Turn bools, and the floats that pandas makes of whole numbers with gaps, into whole numbers."""
+    is_float = pd.api.types.is_float_dtype(column.dtype) and bool((column.dropna() % 1 == 0).all())
+    return column.astype("Int64") if is_float or pd.api.types.is_bool_dtype(column.dtype) else column
+
+
 def _check_cohort(name: str, frame: pd.DataFrame) -> None:
     """Raises: UsageError naming the first row that breaks a rule, and what to do."""
     if frame.empty:
@@ -83,9 +181,14 @@ def _check_cohort(name: str, frame: pd.DataFrame) -> None:
         ("patient_id", "is empty; without it a patient may end in two folds", frame["patient_id"].str.strip() == ""),
         ("diagnosis", f"is unknown; allowed are {', '.join(LABELS)}", ~frame["diagnosis"].isin(LABELS)),
     ]
-    if "cohort" in frame:
-        remedy = f"is unknown; allowed are {', '.join(COHORTS)}, or empty for neither"
-        rules.append(("cohort", remedy, ~frame["cohort"].isin((*COHORTS, ""))))
+    optional = [
+        (COHORT_COLUMNS, COHORTS, "for neither"),
+        (("order_defect",), ORDER_DEFECTS, "for none"),
+        (FLAG_COLUMNS, ("0", "1"), "for not known"),
+    ]
+    for columns, allowed, meaning in optional:
+        remedy = f"is unknown; allowed are {', '.join(allowed)}, or empty {meaning}"
+        rules += [(column, remedy, ~frame[column].isin((*allowed, ""))) for column in columns if column in frame]
     refuse_rows(name, frame, rules)
 
 

@@ -10,7 +10,15 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -25,7 +33,8 @@ from darnet.errors import UsageError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
-PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
+LATER_TRAIN_SETTINGS = ("temperature_scaling",)
+PREPROCESSING_REVISION = 2  # raise when the code between bytes and network input changes what it yields
 
 
 class Section(BaseModel):
@@ -47,6 +56,17 @@ class VolumeConfig(Section):
     """Along z: `linear` between the two nearest slices, or `area` over all. Source: paper sec. 4.2; `area` ours."""
     slice_order: Literal["head_first", "feet_first"] = "head_first"
     """Order of slice images, which carry no orientation of their own. Source: ours."""
+    mask_outside_lung: bool = False
+    """Voxels outside lungs, their hulls and a rim become 0, in every scan; one without lungs is refused. Source: ours,
+    against scans that come masked: takes the border from them as a shortcut, not the rim (README)."""
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A setting that came later is written only where it is on: what was made before keeps its fingerprint."""
+        written: dict[str, Any] = write(self)
+        if not self.mask_outside_lung:
+            written.pop("mask_outside_lung", None)
+        return written
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -111,7 +131,30 @@ class TrainConfig(Section):
     temperature_scaling: bool = False
     """Divide each fold's logits by the temperature that fits its validation scans best, in all later use of it.
     Source: Guo et al. 2017; the paper has none."""
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that came later are written only where they are used, as in `VolumeConfig`."""
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if value or name not in LATER_TRAIN_SETTINGS}
+
     augment: AugmentConfig = AugmentConfig()
+
+
+class CohortConfig(Section):
+    """Which scans of the cohort table are used, and how they are divided. Source: ours, from the defects of CC-CCII."""
+
+    division: Literal["patient", "paper"] = "patient"
+    """`patient`: test cohort and folds on patient level, unless the table has a column cohort of its own; `paper`: test
+    cohort of the table's column paper_cohort, whose patients may be in both, and folds on patient level."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the scans dealt to a test cohort made here."""
+    drop_discarded: bool = True
+    """Leave out scans whose column discard is 1; else they are used as they are."""
+    drop_shuffled: bool = True
+    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Reversed ones are turned."""
+    drop_duplicates: bool = False
+    """Leave out scans whose duplicate_or_noise_slices is 1: most of such a scan is sound, so they are kept."""
 
 
 class DecodeConfig(Section):
@@ -167,20 +210,33 @@ class Settings(BaseSettings):
     config: Path | None = None
     """TOML file of settings; the environment and flags override it."""
     volume: VolumeConfig = VolumeConfig()
+    cohorts: CohortConfig = CohortConfig()
     network: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
 
 
 class PrepareSettings(Settings):
-    """Archive and cohort table -> standard volumes, folds."""
+    """Archive and cohort table -> standard volumes, folds; or, with --audit, a report on the cohort."""
 
-    archive: str
-    """Where the scans are: a folder or s3://bucket/prefix."""
     cohort: str
     """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has one, cohort (train or test)."""
-    volumes: str
-    """Folder the standard volumes are written to."""
+    archive: str = ""
+    """Where the scans are: a folder or s3://bucket/prefix. An audit does without."""
+    volumes: str = ""
+    """Folder the standard volumes are written to; an audit reads what is there, or does without."""
+    audit: bool = False
+    """Write audit.json, audit.html and division.csv to `out` instead of preparing volumes."""
+    out: str = ""
+    """Folder for the audit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        needed = ("out",) if self.audit else ("archive", "volumes")
+        missing = [f"--{name}" for name in needed if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is missing" + ("" if self.audit else "; only --audit does without"))
+        return self
 
 
 class TrainSettings(Settings):

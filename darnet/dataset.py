@@ -1,7 +1,7 @@
 """The volumes folder: standard volumes and their cohort table are written once, tensors for training are read.
 
-`<volumes>/arrays/` holds one memory-mapped uint8 array a scan, `cohort.parquet` one row a scan, and `volumes.json`,
-written last, what both were made with.
+`<volumes>/arrays/` holds one memory-mapped uint8 array a scan, `cohort.parquet` one row a scan, `facts.parquet` what
+an audit wants to know of it besides its pixels, and `volumes.json`, written last, what all were made with.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES, Uint8Array
 
 COHORT_FILE = "cohort.parquet"
+FACTS_FILE = "facts.parquet"
 VOLUMES_FILE = "volumes.json"
 ARRAYS_FOLDER = "arrays"
 COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha256")
@@ -126,6 +127,28 @@ def write_index(folder: Path, frame: pd.DataFrame, volume: VolumeConfig) -> str:
     }
     _write_whole(folder / VOLUMES_FILE, json.dumps(declared, indent=2).encode())
     return cohort_sha256
+
+
+def write_facts(folder: Path, facts: pd.DataFrame) -> None:
+    """Store what is known of each scan besides its pixels: one row a scan, `scan_id` first. No part of the cohort."""
+    buffer = io.BytesIO()
+    facts.to_parquet(buffer, index=False)
+    _write_whole(folder / FACTS_FILE, buffer.getvalue())
+
+
+def read_facts(folder: Path) -> pd.DataFrame:
+    """What `write_facts` stored; only `scan_id`, and no row, where the folder has none."""
+    path = folder / FACTS_FILE
+    return pd.read_parquet(path) if path.is_file() else pd.DataFrame({"scan_id": pd.Series([], dtype=str)})
+
+
+def read_voxels(index: VolumesIndex, row: int) -> Uint8Array:
+    """The standard volume of a row of the index, memory-mapped.
+
+    Shape: (D, H, W) uint8.
+    """
+    voxels: Uint8Array = np.load(index.folder / index.frame["array"].iloc[row], mmap_mode="r")
+    return voxels
 
 
 def read_index(folder: Path) -> VolumesIndex:

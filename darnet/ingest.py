@@ -31,7 +31,7 @@ from darnet.decode import (
 )
 from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
 from darnet.errors import RunError, ScanError, Status, name_file
-from darnet.lung import has_lung, segment_lung
+from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.sandbox import Sandbox
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
 from darnet.storage import Store
@@ -71,11 +71,15 @@ class DicomStack:
 
 @dataclass(frozen=True)
 class Road:
-    """What decides a network input: settings, limits, and the secret for patient and series keys."""
+    """What decides a network input: settings, limits, and the secret for patient and series keys.
+
+    `reversed_sources` are keys of slice-image folders that are stored the other way round than `slice_order` says.
+    """
 
     volume: VolumeConfig
     decode: DecodeConfig
     pseudonym_key: bytes | None = None
+    reversed_sources: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"Road(volume={self.volume!r}, decode={self.decode!r})"
@@ -192,7 +196,7 @@ def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) ->
         detail = next(iter(unreadable.values())).detail
         scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count([*unreadable, *images])))
     elif images:
-        is_head_first = road.volume.slice_order == "head_first"
+        is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
         open_stack = partial(open_images, images, road.decode, is_head_first=is_head_first)
         scans.append(_decode_scan(source_key, _count(images), open_stack, road))
     return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
@@ -245,6 +249,10 @@ def _decode_scan(scan_id: str, facts: ScanFacts, open_stack: Callable[[], SliceS
             lung = segment_lung(volume, road.volume.window_hu)
             if not has_lung(lung, volume):
                 raise ScanError(Status.SKIP_NO_LUNG, "no lung in the scan")
+        if road.volume.mask_outside_lung:
+            volume = replace(volume, voxels=mask_outside_lung(volume, road.volume.window_hu))
+            if not volume.voxels.any():
+                raise ScanError(Status.SKIP_NO_LUNG, "no lung in the images, so nothing could be masked")
         return IngestedScan(scan_id, Status.OK, "", facts, volume, lung, decode_s=time.perf_counter() - start_s)
     except ScanError as error:
         return IngestedScan(scan_id, error.status, error.detail, facts, decode_s=time.perf_counter() - start_s)
@@ -261,6 +269,8 @@ def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:
         facts,
         intensity=stack.intensity,
         num_slices=stack.shape[0],
+        num_rows=stack.shape[1],
+        num_columns=stack.shape[2],
         slice_spacing_mm=None if spacing_mm is None else round(spacing_mm[0], 6),
         pixel_spacing_mm=None if spacing_mm is None else round(spacing_mm[1], 6),
     )

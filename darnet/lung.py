@@ -1,16 +1,18 @@
 """Where the lungs are, by classical means, and whether a scan shows lungs at all.
 
-A standard volume in Hounsfield units enters; a lung mask on its grid and a verdict leave.
+A standard volume enters; a lung mask on its grid and a verdict leave. Hounsfield units and spacing are used where there
+are any; of display images, contrast and proportions alone.
 """
 
 from typing import Any, TypeAlias
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from darnet.config import AIR_AND_LUNG_HU
-from darnet.scan import BoolArray, StandardVolume
+from darnet.scan import BoolArray, Intensity, StandardVolume, Uint8Array
 
 LabelArray: TypeAlias = NDArray[np.integer[Any]]
 
@@ -33,6 +35,14 @@ DENSE_GAIN = 2.0  # from aerated to dense: healthy lung grows by a tenth, bowel 
 SLICE_SHARE = 1 / 3  # of the largest lung area in a slice: what counts as a slice of lung
 MIN_TALLNESS = 0.65  # height over width of the lungs: real chests 1.0 to 1.2, cut at the base 0.8; bowel gas up to 0.54
 MIN_FILLED = 0.9  # a slab from the middle of a chest shows lung from its first slice to its last
+
+DISPLAY_GAS = 0.06  # above outside air, of its contrast with tissue: what -937 HU is between air and muscle
+DISPLAY_GAS_SHARE = 0.5  # of a patch of a display image; emphysema too is mostly lighter than outside air
+DISPLAY_LUNG_SHARE = 0.035  # of all voxels; chests in a wide field of view had 0.07, bowel and sinuses up to 0.025
+NOMINAL_LUNGS_MM = (240.0, 180.0, 260.0)  # z, y, x extent of an adult's lungs: what stands in for a missing spacing
+MASKED_ZERO_SHARE = 0.5  # of all voxels, at least, are 0 where all but lungs was blackened; chests had 0.84 to 0.92
+MASKED_RIM_SHARE = 0.4  # of the rim of what is not 0, at most, is tissue: masked lungs had up to 0.17, bodies from 0.6
+RIM_MM = 5.0  # kept around the lungs by mask_outside_lung: the mask's own inaccuracy, seldom more than the pleura
 
 IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], bool)
 IN_3D = ndimage.generate_binary_structure(3, 1)
@@ -57,6 +67,85 @@ def segment_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> Bool
         return lung
     dense = _segment_below(DENSE_BELOW_HU, volume, window_hu)
     return dense if _measure_litres(dense, volume) >= max(CHEST_LITRES, DENSE_GAIN * litres) else lung
+
+
+def segment_display_lung(voxels: Uint8Array) -> BoolArray:
+    """Mark the lungs in an 8-bit scan of unknown window, or in one whose surroundings were blackened.
+
+    Shape:  (D, H, W) bool on the volume's grid; all False where there is no lung.
+    Source: ours. Limits: as `segment_lung`; and where the window shows lung as black as the air outside, none is found.
+    """
+    lung = voxels > 0 if is_masked(voxels) else _find_display_lung(voxels)
+    pieces = _keep_large_pieces(lung)
+    if (pieces > 0).mean() < DISPLAY_LUNG_SHARE:
+        return np.zeros(voxels.shape, np.bool_)
+    return _restore(pieces, _guess_spacing(pieces > 0))
+
+
+def is_masked(voxels: Uint8Array) -> bool:
+    """Whether a display scan comes with everything but the lungs blackened.
+
+    Shape:  (D, H, W).
+    Source: ours: such lungs are rimmed by lung, a body on black ground is rimmed by skin.
+    """
+    shown = voxels > 0
+    if not shown.any() or shown.mean() > 1 - MASKED_ZERO_SHARE:
+        return False
+    filled = np.array([ndimage.binary_fill_holes(plane) for plane in shown])
+    steps = max(1, voxels.shape[2] // 112)
+    rim = ndimage.binary_erosion(filled, IN_PLANE, iterations=steps)
+    rim &= ~ndimage.binary_erosion(rim, IN_PLANE, iterations=steps)
+    is_tissue = voxels[rim] >= _split_display(voxels)
+    return bool(is_tissue.size and is_tissue.mean() <= MASKED_RIM_SHARE)
+
+
+def mask_outside_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> Uint8Array:
+    """Set to 0 whatever lies outside the lungs, their hulls and a rim: consolidations at the pleura must stay.
+
+    Shape:  (D, H, W) uint8; all 0 where there is no lung.
+    Source: ours, against scans that come masked. Limits: such a scan has nothing in hull and rim but lung, others show
+            wall and heart there; and a lobe without any air in it stays outside.
+    """
+    if volume.intensity is Intensity.HU:
+        lung, spacing_mm = segment_lung(volume, window_hu), _spacing_mm(volume)
+    else:
+        lung = segment_display_lung(volume.voxels)
+        spacing_mm = _guess_spacing(lung)
+    size = [2 * round(RIM_MM / step) + 1 for step in spacing_mm]
+    kept = ndimage.maximum_filter(_fill_hulls(lung).view(np.uint8), size, mode="constant")
+    return np.where(kept > 0, volume.voxels, np.uint8(0))
+
+
+def _fill_hulls(lung: BoolArray) -> BoolArray:
+    """Fill the convex outline of each lung in every axial, coronal and sagittal plane."""
+    filled = np.zeros_like(lung)
+    middle = _find_middle(lung)
+    for side in (np.s_[:, :, :middle], np.s_[:, :, middle:]):
+        one = lung[side]
+        for axis in range(3):
+            planes = np.moveaxis(one, axis, 0)
+            filled[side] |= np.moveaxis(np.array([_fill_outline(plane) for plane in planes]), 0, axis)
+    return filled
+
+
+def _find_middle(lung: BoolArray) -> int:
+    """The column between the lungs: the emptiest of the middle third."""
+    num_voxels = lung.sum(axis=(0, 1))
+    columns: list[int] = np.flatnonzero(num_voxels).tolist()
+    if len(columns) < 3:
+        return len(num_voxels) // 2
+    third = (columns[-1] - columns[0]) // 3
+    start = columns[0] + third
+    return start + int(num_voxels[start : columns[-1] - third + 1].argmin())
+
+
+def _fill_outline(plane: BoolArray) -> BoolArray:
+    """Shape: (rows, columns) -> its convex hull."""
+    filled = np.zeros(plane.shape, np.uint8)
+    points = cv2.findNonZero(np.ascontiguousarray(plane).view(np.uint8))
+    if points is not None:
+        cv2.fillConvexPoly(filled, cv2.convexHull(points), 1)
+    return filled.view(np.bool_)
 
 
 def has_lung(mask: BoolArray, volume: StandardVolume) -> bool:
@@ -98,6 +187,43 @@ def _spacing_mm(volume: StandardVolume) -> tuple[float, float, float]:
     if volume.spacing_mm is None:
         raise ValueError("lungs are judged on Hounsfield units with a spacing; a display image has neither")
     return volume.spacing_mm
+
+
+def _guess_spacing(lung: BoolArray) -> tuple[float, float, float]:
+    """A spacing by which the lungs would be as large as an adult's; any, where there are none."""
+    z_mm, y_mm, x_mm = (
+        length / max(1, int(lung.any(axis=axes).sum()))
+        for length, axes in zip(NOMINAL_LUNGS_MM, ((1, 2), (0, 2), (0, 1)), strict=True)
+    )
+    return z_mm, y_mm, x_mm
+
+
+def _split_display(voxels: Uint8Array) -> int:
+    """The display value that best parts dark from bright voxels, those that are 0 apart. Source: Otsu 1979."""
+    counts = np.bincount(voxels.ravel(), minlength=256).astype(np.float64)
+    counts[0] = 0
+    dark, total = np.cumsum(counts), counts.sum()
+    weighted = np.cumsum(counts * np.arange(256))
+    between = (weighted[-1] * dark - weighted * total) ** 2 / np.maximum(dark * (total - dark), 1)
+    return int(np.flatnonzero(between >= between.max() * (1 - 1e-9)).mean()) + 1
+
+
+def _find_display_lung(voxels: Uint8Array) -> BoolArray:
+    """Keep, slice by slice, the connected dark patches that lie in the body and are not as dark as the air outside."""
+    threshold = _split_display(voxels)
+    dark = voxels < threshold
+    inside = _span_body(~dark)
+    outside = voxels[dark & ~inside]
+    air = float(np.median(outside)) if outside.size else 0.0
+    tissue = float(np.median(voxels[~dark])) if not dark.all() else 255.0
+    gas = dark & (voxels <= air + DISPLAY_GAS * (tissue - air))
+    patches, num_patches = ndimage.label(dark, IN_PLANE)
+    num_pixels, num_gas, num_inside = (
+        np.bincount(patches[where], minlength=num_patches + 1) for where in (dark, gas, dark & inside)
+    )
+    is_lung = (num_gas < DISPLAY_GAS_SHARE * num_pixels) & (num_inside >= INSIDE_SHARE * num_pixels)
+    is_lung[0] = False
+    return np.asarray(is_lung[patches])
 
 
 def _to_display(value_hu: float, window_hu: tuple[float, float]) -> float:

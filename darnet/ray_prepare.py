@@ -4,20 +4,28 @@ import functools
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from darnet.archive import list_sources
-from darnet.cohort import count_cohort, divide_cohort
-from darnet.config import DecodeConfig, TrainConfig, VolumeConfig
-from darnet.dataset import write_array, write_index
+from darnet.archive import list_sources, name_format
+from darnet.cohort import (
+    LeftOut,
+    count_cohort,
+    divide_cohort,
+    find_leaking_patients,
+    find_left_out,
+    find_reversed,
+    match_cohort,
+)
+from darnet.config import PrepareSettings
+from darnet.dataset import write_array, write_facts, write_index
 from darnet.errors import Status, UsageError
 from darnet.ingest import Road
 from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
-from darnet.scan import Source
+from darnet.scan import ScanFacts, Source
 from darnet.storage import Store
 from darnet.terminal import show_progress
 
@@ -36,20 +44,26 @@ class PreparedScan:
     detail: str
     array: str
     sha256: str
+    facts: ScanFacts = field(default_factory=ScanFacts)
 
 
-def prepare_volumes(
-    archive: Store, cohort: pd.DataFrame, folder: Path, volume: VolumeConfig, decode: DecodeConfig, train: TrainConfig
-) -> dict[str, Any]:
+def prepare_volumes(archive: Store, cohort: pd.DataFrame, folder: Path, settings: PrepareSettings) -> dict[str, Any]:
     """Write the standard volume of every usable scan of the cohort, divide them, and list the others with reasons.
 
+    Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned.
     Raises: UsageError if no scan of the cohort is usable.
     """
-    sources = match_cohort(cohort, list_sources(archive.list_objects()))
+    left_out = find_left_out(cohort, settings.cohorts)
+    sources = match_cohort(cohort[left_out == ""], list_sources(archive.list_objects()))
+    reversed_sources = frozenset(sources[scan_id].key for scan_id in find_reversed(cohort) if scan_id in sources)
     folder.mkdir(parents=True, exist_ok=True)
     connect()
-    prepared = _store_sources(list(dict.fromkeys(sources.values())), archive, Road(volume, decode), folder)
-    chosen = [_choose(scan_id, sources.get(scan_id), prepared) for scan_id in cohort["scan_id"]]
+    road = Road(settings.volume, settings.score.decode, reversed_sources=reversed_sources)
+    prepared = _store_sources(list(dict.fromkeys(sources.values())), archive, road, folder)
+    chosen = [
+        _leave_out(scan_id, LeftOut(reason)) if reason else _choose(scan_id, sources.get(scan_id), prepared)
+        for scan_id, reason in zip(cohort["scan_id"], left_out, strict=True)
+    ]
     columns = {name: [getattr(scan, name) for scan in chosen] for name in ("status", "detail", "array", "sha256")}
     frame = cohort.assign(**columns)
     is_usable = frame["status"] == Status.OK
@@ -57,32 +71,23 @@ def prepare_volumes(
     excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(folder / EXCLUDED_FILE, index=False)
     if not is_usable.any():
         raise UsageError(f"no scan of the cohort is usable; {folder / EXCLUDED_FILE} says why for each")
-    divided = divide_cohort(frame[is_usable], num_folds=train.num_folds, seed=train.seed)
+    divided = divide_cohort(
+        frame[is_usable],
+        num_folds=settings.train.num_folds,
+        seed=settings.train.seed,
+        division=settings.cohorts.division,
+        test_fraction=settings.cohorts.test_fraction,
+    )
+    write_facts(folder, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {
         "volumes": str(folder),
         "scans": len(divided),
         "excluded": dict(Counter(excluded["status"])),
+        "turned": len(reversed_sources),
         "counts": count_cohort(divided),
-        "cohort_sha256": write_index(folder, divided, volume),
+        "patients_in_both_cohorts": len(find_leaking_patients(divided)),
+        "cohort_sha256": write_index(folder, divided, settings.volume),
     }
-
-
-def match_cohort(cohort: pd.DataFrame, sources: Iterable[Source]) -> dict[str, Source]:
-    """The source of each scan_id that has one.
-
-    A scan_id is the source's key, or the key with # and the series' digits, or the last part of
-    `diagnosis/patient_id/scan_id`, the layout of CC-CCII.
-    """
-    wanted = defaultdict(list)
-    columns = (cohort[name].astype(str) for name in ("scan_id", "patient_id", "diagnosis"))
-    for scan_id, patient_id, diagnosis in zip(*columns, strict=True):
-        for key in (scan_id, scan_id.rpartition("#")[0], f"{diagnosis}/{patient_id}/{scan_id}"):
-            wanted[key].append(scan_id)
-    matched: dict[str, Source] = {}
-    for source in sources:
-        for scan_id in wanted.get(source.key, ()):
-            matched.setdefault(scan_id, source)
-    return matched
 
 
 def _store_sources(
@@ -110,8 +115,33 @@ def _store_array(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     array, sha256 = ("", "")
     if scan.volume is not None:
         array, sha256 = write_array(folder, scan.scan_id, scan.volume.voxels)
-    prepared = PreparedScan(decoded.source_key, scan.scan_id, str(scan.status), scan.status_detail, array, sha256)
+    prepared = PreparedScan(
+        decoded.source_key, scan.scan_id, str(scan.status), scan.status_detail, array, sha256, scan.facts
+    )
     return {"scan": pickle.dumps((prepared, decoded.num_scans, decoded.failure))}
+
+
+def _leave_out(scan_id: str, why: LeftOut) -> PreparedScan:
+    """A scan that the table and the settings leave out, unread."""
+    return PreparedScan("", scan_id, str(why), why.detail, "", "")
+
+
+def _tabulate_facts(
+    scan_ids: Iterable[str], chosen: Iterable[PreparedScan], sources: Mapping[str, Source]
+) -> pd.DataFrame:
+    """What an audit may look at besides pixels: how each usable scan is stored and what its headers say."""
+    facts = [
+        {
+            "scan_id": scan_id,
+            "source": scan.source_key,
+            "input_sha256": sources[scan_id].input_sha256,
+            "file_format": name_format(sources[scan_id]),
+            **asdict(scan.facts),
+        }
+        for scan_id, scan in zip(scan_ids, chosen, strict=True)
+        if scan.status == Status.OK
+    ]
+    return pd.DataFrame(facts).drop(columns=["patient_key", "series_key"])
 
 
 def _choose(scan_id: str, source: Source | None, prepared: Mapping[str, Sequence[PreparedScan]]) -> PreparedScan:

@@ -37,6 +37,7 @@ from ray.util.queue import Empty, Queue
 
 from darnet import __version__
 from darnet.bundle import BundleSettings, TrainedFold, name_model, write_bundle
+from darnet.cohort import find_leaking_patients
 from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
 from darnet.dataset import VolumesIndex, read_index
 from darnet.errors import RunError, UsageError
@@ -149,7 +150,7 @@ def describe_cohort(index: VolumesIndex) -> str:
     classes = ", ".join(f"{name} {counts.get(name, 0)}" for name in DIAGNOSES)
     return (
         f"{len(rows)} scans of {rows['patient_id'].nunique()} patients ({classes}) in {index.num_folds} folds; "
-        "no patient is in two folds."
+        f"no patient is in two folds, {len(find_leaking_patients(index.frame)) or 'none'} also in the test cohort."
     )
 
 

@@ -140,12 +140,14 @@ class StandardVolume:
 
 @dataclass(frozen=True, slots=True)
 class ScanFacts:
-    """What a results row says of a scan besides its score; no DICOM text, patient and series as HMAC keys only."""
+    """What a row or an audit says of a scan besides its score; no DICOM text, patient and series as HMAC keys."""
 
     num_files: int = 0
     num_bytes: int = 0
     intensity: Intensity | None = None
     num_slices: int | None = None
+    num_rows: int | None = None
+    num_columns: int | None = None
     slice_spacing_mm: float | None = None
     pixel_spacing_mm: float | None = None
     manufacturer: Manufacturer | None = None

@@ -25,11 +25,15 @@ def work(settings: DemoSettings) -> dict[str, Any]:
         demo.write_archive(scans, archive, settings.volume.window_hu, lambda: meter.advance(1, {}))
     demo.write_spoiled(archive)
     demo.write_cohort(scans, out / "cohort.csv")
-    tree: dict[str, Any] = {name: getattr(settings, name) for name in ("volume", "network", "train", "score")}
+    tree: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score")
+    }
 
     print_heading("2  jobs.prepare: archive + cohort -> standard volumes and folds")
     cohort = str(out / "cohort.csv")
-    jobs.prepare.work(PrepareSettings(archive=str(archive), cohort=cohort, volumes=str(volumes), **tree))
+    prepare = PrepareSettings(archive=str(archive), cohort=cohort, volumes=str(volumes), **tree)
+    jobs.prepare.work(prepare)
+    jobs.prepare.work(prepare.model_copy(update={"audit": True, "out": str(out / "audit")}))
     print_heading("3  jobs.train: volumes -> a bundle of five folds")
     jobs.train.work(TrainSettings(volumes=str(volumes), out=bundle, **tree))
 

@@ -17,14 +17,17 @@ def work(settings: PaperSettings) -> dict[str, Any]:
     """Make what `out` still lacks."""
     out = settings.out.absolute()
     claim_folder(out, settings)
-    tree: dict[str, Any] = {name: getattr(settings, name) for name in ("volume", "network", "train", "score")}
+    tree: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score")
+    }
     volumes, bundles, report = out / "volumes", out / "bundles", out / "report"
     cohort: dict[str, Any] = {"archive": settings.archive, "cohort": settings.cohort, "volumes": str(volumes)}
     prepare = PrepareSettings(**cohort, **tree)
-    steps = [Step("volumes and folds", volumes / "volumes.json", lambda: jobs.prepare.work(prepare))]
-    if "audit" in PrepareSettings.model_fields:  # of a branch that is being merged; the question goes with that
-        audit = PrepareSettings(**cohort | {"audit": True, "out": str(out / "audit")}, **tree)
-        steps.append(Step("audit of the cohort", out / "audit" / "audit.json", lambda: jobs.prepare.work(audit)))
+    audit = PrepareSettings(**cohort, audit=True, out=str(out / "audit"), **tree)
+    steps = [
+        Step("volumes and folds", volumes / "volumes.json", lambda: jobs.prepare.work(prepare)),
+        Step("audit of the cohort", out / "audit" / "excluded.csv", lambda: jobs.prepare.work(audit)),
+    ]
     for attentions in NETWORKS:
         network = settings.network.model_copy(update=attentions)
         bundle = bundles / name_model(network)

@@ -1,9 +1,11 @@
-"""python -m jobs.prepare: archive + cohort table -> standard volumes, folds."""
+"""python -m jobs.prepare: archive + cohort table -> standard volumes, folds; or an audit of the cohort."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from darnet.audit import audit_cohort
+from darnet.audit_report import write_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
 from darnet.errors import UsageError
@@ -13,13 +15,14 @@ from darnet.storage import open_store
 
 
 def work(settings: PrepareSettings) -> dict[str, Any]:
-    """Prepare the volumes folder."""
+    """Prepare the volumes folder, or audit what it would be made of."""
     place, _, name = settings.cohort.rpartition("/")
     cohort = read_cohort(name, open_store(place or ".").read_bytes(name))
     if "://" in settings.volumes:
         raise UsageError(f"--volumes {settings.volumes}: give a folder that every node of the cluster sees")
-    archive, folder = open_store(settings.archive), Path(settings.volumes).absolute()
-    return prepare_volumes(archive, cohort, folder, settings.volume, settings.score.decode, settings.train)
+    if settings.audit:
+        return write_audit(audit_cohort(cohort, settings), settings.out)
+    return prepare_volumes(open_store(settings.archive), cohort, Path(settings.volumes).absolute(), settings)
 
 
 def main() -> int:

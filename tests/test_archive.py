@@ -2,8 +2,8 @@
 
 import pytest
 
-from darnet.archive import is_stray, list_sources
-from darnet.scan import StoredObject
+from darnet.archive import is_stray, list_sources, name_format
+from darnet.scan import Source, StoredObject
 
 
 def _objects(*keys: str) -> list[StoredObject]:
@@ -68,3 +68,10 @@ def test_input_digest_changes_with_key_version_and_size_only() -> None:
     assert base == digest(StoredObject("a/1", 1, "v", 6.0))
     others = [StoredObject("a/1", 2, "v"), StoredObject("a/1", 1, "w"), StoredObject("a/2", 1, "v")]
     assert len({base, *(digest(item) for item in others)}) == 4
+
+
+def test_a_source_s_format_is_its_commonest_suffix() -> None:
+    objects = [StoredObject(key, 1, "1") for key in ("s/1.PNG", "s/2.png", "s/thumb.jpg")]
+    assert name_format(Source("s", tuple(objects))) == "png"
+    for key, expected in (("a/x.nii.gz", "nii.gz"), ("a/1.2.840.113", "none"), ("a/IM01", "none"), ("a/b.DCM", "dcm")):
+        assert name_format(Source(key, (StoredObject(key, 1, "1"),))) == expected

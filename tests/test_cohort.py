@@ -12,9 +12,12 @@ from darnet.cohort import (
     count_cohort,
     divide_cohort,
     find_leaking_patients,
-    has_own_cohorts,
+    find_left_out,
+    find_reversed,
+    has_cohorts,
     read_cohort,
 )
+from darnet.config import CohortConfig
 from darnet.errors import UsageError
 
 CCII = Path(__file__).parents[2] / "shared" / "data" / "ccii" / "scans.csv"
@@ -28,7 +31,12 @@ def read_csv(text: str) -> pd.DataFrame:
 
 
 def read_ccii() -> pd.DataFrame:
-    return read_cohort("scans.csv", CCII.read_bytes().replace(b"paper_cohort", b"cohort", 1))
+    return read_cohort("scans.csv", CCII.read_bytes())
+
+
+def read_ccii_as_printed() -> pd.DataFrame:
+    frame = read_ccii()
+    return frame.assign(cohort=frame["paper_cohort"])
 
 
 def make_cohort(seed: int, num_patients: int = 120) -> pd.DataFrame:
@@ -161,7 +169,7 @@ def test_a_table_s_own_cohorts_are_kept_and_scans_in_neither_are_left_out() -> N
     frame = make_cohort(1)
     frame["cohort"] = np.random.default_rng(0).choice(["train", "train", "test", ""], len(frame))
     divided = divide_cohort(frame, num_folds=5, seed=0)
-    assert has_own_cohorts(frame)
+    assert has_cohorts(frame, "cohort")
     assert divided.drop(columns="fold").equals(frame[frame["cohort"] != ""].reset_index(drop=True))
     assert divided["fold"].isna().equals(divided["cohort"] == "test")
     assert (divided.groupby("patient_id")["fold"].nunique() <= 1).all()
@@ -169,7 +177,7 @@ def test_a_table_s_own_cohorts_are_kept_and_scans_in_neither_are_left_out() -> N
 
 def test_an_empty_cohort_column_counts_as_none() -> None:
     frame = make_cohort(1)
-    assert not has_own_cohorts(frame.assign(cohort=""))
+    assert not has_cohorts(frame.assign(cohort=""), "cohort")
     expected = divide_cohort(frame, num_folds=5, seed=0)
     assert divide_cohort(frame.assign(cohort=""), num_folds=5, seed=0).equals(expected)
 
@@ -201,10 +209,100 @@ def test_counts_have_every_cohort_and_diagnosis() -> None:
     assert find_leaking_patients(frame) == ["2"]
 
 
+QUALITY_HEADER = "scan_id,patient_id,diagnosis,paper_cohort,order_defect,duplicate_or_noise_slices,discard\n"
+# Patient 1 is in both cohorts; e and g are in neither.
+QUALITY_ROWS = """a,1,CP,train,,0,0
+b,1,CP,test,reversed,,
+c,2,NCP,train,shuffled,1,0
+d,3,NCP,test,,1,0
+e,4,Normal,,,0,1
+f,5,Normal,train,reversed,1,1
+g,6,Normal,,,,
+"""
+
+
+def test_each_setting_leaves_out_its_scans_and_no_others() -> None:
+    frame = read_csv(QUALITY_HEADER + QUALITY_ROWS)
+
+    def list_left_out(**changed: object) -> dict[str, str]:
+        config = CohortConfig(**{"drop_discarded": False, "drop_shuffled": False} | changed)
+        reasons = find_left_out(frame, config)
+        return dict(zip(frame["scan_id"][reasons != ""], reasons[reasons != ""], strict=True))
+
+    assert list_left_out() == {}
+    assert list_left_out(drop_discarded=True) == {"e": "DISCARDED", "f": "DISCARDED"}
+    assert list_left_out(drop_shuffled=True) == {"c": "SHUFFLED"}
+    duplicates = {"c": "DUPLICATE_SLICES", "d": "DUPLICATE_SLICES", "f": "DUPLICATE_SLICES"}
+    assert list_left_out(drop_duplicates=True) == duplicates
+    assert list_left_out(division="paper") == {"e": "NOT_IN_COHORT", "g": "NOT_IN_COHORT"}
+    assert list_left_out(drop_duplicates=True, drop_shuffled=True)["c"] == "SHUFFLED"
+    assert find_reversed(frame) == ["b", "f"]
+
+
+def test_a_table_without_findings_leaves_nothing_out() -> None:
+    frame = make_cohort(0)
+    assert set(find_left_out(frame, CohortConfig())) == {""}
+    assert find_reversed(frame) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("h,7,CP,train,,0,yes", "row 9: discard 'yes' is unknown; allowed are 0, 1, or empty for not known"),
+        ("h,7,CP,train,,2,", "row 9: duplicate_or_noise_slices '2' is unknown"),
+        ("h,7,CP,train,backwards,,", "row 9: order_defect 'backwards' is unknown; allowed are reversed, shuffled, or"),
+        ("h,7,CP,both,,,", "row 9: paper_cohort 'both' is unknown; allowed are train, test, or empty for neither"),
+    ],
+)
+def test_a_wrong_finding_is_refused_by_row(row: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=rf"table\.csv {complaint}"):
+        read_csv(QUALITY_HEADER + QUALITY_ROWS + row + "\n")
+
+
+def test_findings_in_parquet_may_be_bools_or_numbers_with_gaps() -> None:
+    frame = pd.DataFrame({"scan_id": ["a", "b"], "patient_id": ["1", "2"], "diagnosis": ["CP", "NCP"]})
+    for column, text in (([True, False], ["1", "0"]), ([1.0, None], ["1", ""]), ([0, 1], ["0", "1"])):
+        buffer = io.BytesIO()
+        frame.assign(discard=column).to_parquet(buffer)
+        assert read_cohort("t.parquet", buffer.getvalue())["discard"].tolist() == text
+
+
+def test_the_paper_s_division_is_taken_as_printed_and_its_leak_stays() -> None:
+    frame = make_cohort(2)
+    frame["paper_cohort"] = np.random.default_rng(1).choice(["train", "train", "test", ""], len(frame))
+    divided = divide_cohort(frame, num_folds=5, seed=0, division="paper")
+    kept = frame[frame["paper_cohort"] != ""]
+    assert divided["scan_id"].tolist() == kept["scan_id"].tolist()
+    assert divided["cohort"].tolist() == kept["paper_cohort"].tolist()
+    assert find_leaking_patients(divided) == sorted(
+        patient for patient, rows in kept.groupby("patient_id") if set(rows["paper_cohort"]) == {"train", "test"}
+    )
+    assert (divided.groupby("patient_id")["fold"].nunique() <= 1).all()
+
+
+def test_by_default_the_paper_s_column_divides_nothing_and_no_patient_leaks() -> None:
+    frame = make_cohort(2).assign(paper_cohort="train")
+    divided = divide_cohort(frame, num_folds=5, seed=0)
+    assert set(divided["cohort"]) == {"train", "test"}
+    assert find_leaking_patients(divided) == []
+
+
+def test_the_paper_s_division_needs_the_paper_s_column() -> None:
+    for frame in (make_cohort(0), make_cohort(0).assign(paper_cohort="")):
+        with pytest.raises(UsageError, match="no column paper_cohort with train and test"):
+            divide_cohort(frame, num_folds=5, seed=0, division="paper")
+
+
+def test_a_divided_table_read_again_is_divided_alike() -> None:
+    divided = divide_cohort(make_cohort(3), num_folds=5, seed=4)
+    again = divide_cohort(divided.drop(columns="fold"), num_folds=5, seed=4)
+    pd.testing.assert_frame_equal(again, divided)
+
+
 @needs_ccii
 def test_the_published_lists_give_table_1() -> None:
     """Source: paper Table 1."""
-    assert count_cohort(read_ccii()) == {
+    assert count_cohort(read_ccii_as_printed()) == {
         "train": {"CP": 1328, "NCP": 1320, "Normal": 952},
         "test": {"CP": 177, "NCP": 169, "Normal": 126},
     }
@@ -212,7 +310,7 @@ def test_the_published_lists_give_table_1() -> None:
 
 @needs_ccii
 def test_half_of_the_paper_s_test_patients_are_in_its_training_cohort() -> None:
-    frame = read_ccii()
+    frame = read_ccii_as_printed()
     test = frame[frame["cohort"] == "test"]
     leaking = find_leaking_patients(frame)
     assert (len(leaking), test["patient_id"].nunique()) == (231, 436)
@@ -221,9 +319,23 @@ def test_half_of_the_paper_s_test_patients_are_in_its_training_cohort() -> None:
 
 @needs_ccii
 def test_the_paper_s_cohort_divides_into_even_folds_of_whole_patients() -> None:
-    divided = divide_cohort(read_ccii(), num_folds=5, seed=0)
+    divided = divide_cohort(read_ccii(), num_folds=5, seed=0, division="paper")
     assert len(divided) == 4072
     training = divided[divided["cohort"] == "train"]
     assert (training.groupby("patient_id")["fold"].nunique() == 1).all()
     counts = pd.crosstab(training["fold"], training["diagnosis"])
     assert (counts.max() - counts.min() <= 1).all()
+
+
+@needs_ccii
+def test_the_defects_of_cc_ccii_are_counted_and_its_default_division_leaks_no_patient() -> None:
+    """Source: hand counts in the lists: 39 discarded, 61 shuffled, 98 reversed, 106 scans of no cohort."""
+    frame = read_ccii()
+    reasons = find_left_out(frame, CohortConfig())
+    assert reasons.value_counts().to_dict() == {"": 4078, "SHUFFLED": 61, "DISCARDED": 39}
+    assert (find_left_out(frame, CohortConfig(division="paper")) == "NOT_IN_COHORT").sum() == 106
+    assert len(find_reversed(frame)) == 98
+    divided = divide_cohort(frame[reasons == ""], num_folds=5, seed=0)
+    assert len(divided) == 4078
+    assert find_leaking_patients(divided) == []
+    assert (divided["cohort"] == "test").mean() == pytest.approx(0.2, abs=0.01)

@@ -266,6 +266,21 @@ def test_feet_first_images_are_turned_round_by_the_setting(ingest: Ingest, tmp_p
     np.testing.assert_array_equal(head_first.volume.voxels, feet_first.volume.voxels)
 
 
+@pytest.mark.parametrize("slice_order", ["head_first", "feet_first"])
+def test_a_source_known_to_be_reversed_is_turned_and_no_other(slice_order: str, ingest: Ingest, tmp_path: Path) -> None:
+    display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)
+    _write_images(tmp_path / "archive" / "a", ".png", display)
+    _write_images(tmp_path / "archive" / "b", ".png", display[::-1])
+    write_chest(tmp_path / "archive" / "c")
+    volume = VOLUME.model_copy(update={"slice_order": slice_order})
+    plain = ingest(Road(volume, DecodeConfig()))
+    turned = ingest(Road(volume, DecodeConfig(), reversed_sources=frozenset({"b", "c"})))
+    voxels = [[scan.volume.voxels for scan in scans if scan.volume is not None] for scans in (plain, turned)]
+    np.testing.assert_array_equal(voxels[1][0], voxels[0][0])
+    np.testing.assert_array_equal(voxels[1][1], voxels[0][0])
+    np.testing.assert_array_equal(voxels[1][2], voxels[0][2])  # DICOM knows its own order
+
+
 def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest: Ingest) -> None:
     assert reference.volume is not None
     for update in ({"depth_resampling": "area"}, {"crop": "body"}):
@@ -275,6 +290,26 @@ def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest
 
 
 # Several scans in a source, strays, damage
+
+
+def test_masking_blackens_what_is_no_lung_and_refuses_what_has_none(ingest: Ingest, tmp_path: Path) -> None:
+    config = VOLUME.model_copy(update={"mask_outside_lung": True})
+    display = ((make_chest().astype(np.float32) + 1350) * 255 / 1500).clip(0, 255).astype(np.uint8)
+    wall = np.tile(np.where(np.arange(64) < 32, 60, 235).astype(np.uint8), (24, 64, 1))
+    write_chest(tmp_path / "archive" / "a")
+    _write_images(tmp_path / "archive" / "b", ".png", display)
+    _write_images(tmp_path / "archive" / "c", ".png", wall)
+    plain, masked = ingest(), ingest(Road(config, DecodeConfig()))
+    assert [scan.status for scan in plain] == [Status.OK] * 3
+    assert [scan.status for scan in masked] == [Status.OK, Status.OK, Status.SKIP_NO_LUNG]
+    for before, after in zip(plain[:2], masked[:2], strict=True):
+        assert before.volume is not None
+        assert after.volume is not None
+        is_kept = after.volume.voxels > 0
+        np.testing.assert_array_equal(after.volume.voxels[is_kept], before.volume.voxels[is_kept])
+        assert 0.1 < is_kept.mean() < 0.6
+        assert not is_kept[:, 0].any()
+    assert masked[2].volume is None
 
 
 def test_two_series_in_a_prefix_are_two_scans(ingest: Ingest, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from darnet.config import ScoreSettings, Settings, fingerprint, read_settings
+from darnet.config import PrepareSettings, ScoreSettings, Settings, VolumeConfig, fingerprint, read_settings
 from darnet.errors import CredentialsError, RunError, StorageError, UsageError
 from darnet.job import run_job
 
@@ -73,6 +73,20 @@ def test_flags_override_the_environment_and_that_the_file(tmp_path: Path, monkey
     assert (score.batch_size, score.num_actors, score.part_scans, score.num_threads) == (2, 3, 4, 1)
 
 
+def test_masking_off_leaves_the_version_of_what_was_prepared_before_it_existed() -> None:
+    off, on = VolumeConfig(), VolumeConfig(mask_outside_lung=True)
+    assert set(VolumeConfig.model_fields) - set(off.model_dump()) == {"mask_outside_lung"}
+    assert VolumeConfig.model_validate(on.model_dump(mode="json")) == on
+    assert VolumeConfig.model_validate(off.model_dump(mode="json")) == off
+
+
+def test_only_an_audit_does_without_archive_and_volumes() -> None:
+    for arguments, complaint in ((["--archive", "a"], "--volumes is missing"), (["--audit"], "--out is missing")):
+        with pytest.raises(UsageError, match=complaint):
+            read_settings(PrepareSettings, ["--cohort", "t.csv", *arguments], "x")
+    assert read_settings(PrepareSettings, ["--cohort", "t.csv", "--audit", "--out", "o"], "x").audit
+
+
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read_settings(ScoreSettings, ["--help"], "python -m jobs.score")
@@ -105,8 +119,9 @@ def test_preprocessing_version_changes_with_each_setting_between_bytes_and_input
         {"crop": "body"},
         {"depth_resampling": "area"},
         {"slice_order": "feet_first"},
+        {"mask_outside_lung": True},
     ]
     assert {name for change in changes for name in change} == set(type(base).model_fields)
     versions = {base.model_copy(update=change).preprocessing_version for change in changes}
-    assert len(versions | {base.preprocessing_version}) == 6
+    assert len(versions | {base.preprocessing_version}) == 7
     assert fingerprint(base) == fingerprint(base.model_copy())

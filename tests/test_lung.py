@@ -11,13 +11,16 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
+from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 
 from darnet.config import VolumeConfig
-from darnet.lung import has_lung, segment_lung
+from darnet.lung import has_lung, is_masked, mask_outside_lung, segment_display_lung, segment_lung
 from darnet.phantom import make_phantom
 from darnet.phantom_canvas import Phantom
 from darnet.phantom_decoys import make_abdomen, make_head
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity, StandardVolume
+from darnet.shortcuts import measure_border
 from darnet.volume import make_standard_volume
 
 WINDOW = (-1350.0, 150.0)
@@ -467,3 +470,98 @@ def test_the_lung_bases_left_above_a_real_abdomen_are_no_chest(name: str, top_mm
             mask = segment_lung(volume, WINDOW)
             assert mask.any()
             assert not has_lung(mask, volume)
+
+
+def to_display(volume: StandardVolume) -> StandardVolume:
+    return replace(volume, intensity=Intensity.DISPLAY, spacing_mm=None)
+
+
+def narrow(voxels: np.ndarray) -> np.ndarray:
+    """What a window from -1000 to 0 HU makes of one from -1350 to 150: the air outside becomes 0, as in CC-CCII."""
+    return ((voxels - 59.5) * 1.5).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_display_lungs_are_found_in_any_window_and_on_black_ground(shape: tuple[int, int, int]) -> None:
+    scene, lung = draw_chest(shape)
+    voxels = scene.to_volume().voxels
+    for seen in (voxels, narrow(voxels), np.where(lung, voxels, 0).astype(np.uint8)):
+        assert find_dice(segment_display_lung(seen), lung) > 0.97
+    assert [is_masked(seen) for seen in (voxels, narrow(voxels), np.where(lung, voxels, 0))] == [False, False, True]
+
+
+@pytest.mark.parametrize("make", [make_head, make_abdomen])
+def test_a_display_scan_of_no_chest_has_no_lung_and_is_masked_whole(make: Callable[..., Phantom]) -> None:
+    for seed in range(4):
+        for crop in ("paper", "body"):
+            phantom = make(seed)
+            stack = ArrayStack(phantom.voxels_hu, phantom.spacing_mm)
+            volume = make_standard_volume(stack, VolumeConfig(shape=(32, 96, 96), crop=crop))
+            assert not segment_display_lung(volume.voxels).any()
+            assert not mask_outside_lung(to_display(volume), WINDOW).any()
+
+
+FAR_MM = 40.0
+
+
+@cache
+def mask_phantoms() -> dict[str, list[tuple[float, float]]]:
+    """For HU and display: of every phantom the kept share of its planted lesion, and of what is far from its lungs."""
+    kept: dict[str, list[tuple[float, float]]] = {"HU": [], "DISPLAY": []}
+    for seed in range(12):
+        diagnosis = (Diagnosis.NCP, Diagnosis.CP)[seed % 2]
+        phantom = make_phantom(diagnosis, 900 + seed, severity=(0.2, 0.6, 1.0)[seed // 2 % 3], shape=(40, 144, 144))
+        volume = resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), (48, 112, 112))
+        distance_mm = ndimage.distance_transform_edt(~phantom.lung, sampling=phantom.spacing_mm)
+        lesion, far = resample_truth(phantom.lesion, volume), resample_truth(distance_mm > FAR_MM, volume)
+        for name, seen in (("HU", volume), ("DISPLAY", to_display(volume))):
+            is_kept = mask_outside_lung(seen, WINDOW) > 0
+            kept[name].append((float(is_kept[lesion].mean()), float(is_kept[far].mean())))
+    return kept
+
+
+@pytest.mark.parametrize("intensity", ["HU", "DISPLAY"])
+def test_planted_lesions_survive_the_mask_and_the_surroundings_do_not(intensity: str) -> None:
+    """Lesions at the pleura are what NCP looks like; a lobe without any air may lose a part."""
+    lesion, far = np.array(mask_phantoms()[intensity]).T
+    print(f"of planted lesion voxels kept, {intensity}: {lesion.mean():.3f} on average, {lesion.min():.3f} at least")
+    assert lesion.mean() > 0.97
+    assert lesion.min() > 0.85
+    assert far.max() < 0.04  # of heart and liver dome, within the hulls
+
+
+def test_the_mask_leaves_the_kept_voxels_as_they_are() -> None:
+    scene, lung = draw_chest()
+    volume = scene.to_volume()
+    masked = mask_outside_lung(volume, WINDOW)
+    assert (masked[lung] == volume.voxels[lung]).all()
+    assert set(np.unique(masked[masked != volume.voxels])) == {0}
+    assert not masked[:, 0].any()
+
+
+@needs_ct
+@pytest.mark.parametrize("name", CHESTS)
+def test_display_lungs_of_real_chests_are_those_found_by_hounsfield_units(name: str) -> None:
+    volume = resample(read_chest(name), (48, 112, 112))
+    assert find_dice(segment_display_lung(volume.voxels), segment_lung(volume, WINDOW)) > 0.95
+
+
+def test_masking_every_scan_takes_the_black_border_from_the_masked_ones_but_not_their_black_rim() -> None:
+    """Scans of one diagnosis come masked, as in CC-CCII. Their border no longer tells; walls that are not there do."""
+    seen: dict[str, list[list[float]]] = {"before": [], "after": []}
+    is_masked_before = [seed % 3 == 0 for seed in range(18)]
+    for seed, came_masked in enumerate(is_masked_before):
+        phantom = make_phantom(Diagnosis.NORMAL, 950 + seed, shape=(36, 96, 96))
+        volume = to_display(resample(ArrayStack(phantom.voxels_hu, phantom.spacing_mm), (32, 64, 64)))
+        if came_masked:
+            lung = resample_truth(phantom.lung, volume)
+            volume = replace(volume, voxels=np.where(lung, volume.voxels, 0).astype(np.uint8))
+        for when, voxels in (("before", volume.voxels), ("after", mask_outside_lung(volume, WINDOW))):
+            border = measure_border(voxels)
+            seen[when].append([float(border["border_zero_share"]), float(border["zero_share"])])
+    auc = {
+        when: [roc_auc_score(is_masked_before, values) for values in np.array(rows).T] for when, rows in seen.items()
+    }
+    assert auc["before"] == [1, 1]
+    assert auc["after"][0] < 0.7
+    assert auc["after"][1] > 0.9

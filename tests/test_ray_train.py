@@ -218,5 +218,6 @@ def test_the_network_is_built_for_the_volumes_there_are(index: VolumesIndex, tmp
 
 def test_the_model_card_counts_the_training_cohort_only(index: VolumesIndex) -> None:
     assert describe_cohort(index) == (
-        "24 scans of 24 patients (CP 8, NCP 8, Normal 8) in 2 folds; no patient is in two folds."
+        "24 scans of 24 patients (CP 8, NCP 8, Normal 8) in 2 folds; "
+        "no patient is in two folds, none also in the test cohort."
     )

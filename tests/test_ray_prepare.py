@@ -1,0 +1,78 @@
+"""Preparing a cohort on a small Ray cluster: what the table knows to be faulty is mended or left out, and told."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from darnet.audit import audit_cohort, summarise_audit
+from darnet.cohort import read_cohort
+from darnet.config import PrepareSettings
+from darnet.dataset import read_facts, read_index
+from darnet.ray_prepare import prepare_volumes
+from darnet.storage import open_store
+from tests.ct_fixtures import make_chest
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")]
+
+LABELS = ("CP", "NCP", "Normal")
+FAULTS = {"p03": ("reversed", "0"), "p04": ("shuffled", "0"), "p05": ("", "1")}
+
+
+def write_archive(folder: Path) -> pd.DataFrame:
+    """15 patients with a scan each in the layout of CC-CCII; all are one and the same chest, that of p03 reversed.
+
+    p14 is in neither of the paper's cohorts, p13 is not in the archive, p00 and p12 are test patients.
+    """
+    display = ((make_chest().astype(np.float32) + 1350) * 255 / 1500).clip(0, 255).astype(np.uint8)
+    rows = []
+    for number in range(15):
+        patient, diagnosis = f"p{number:02d}", LABELS[number % 3]
+        order_defect, discard = FAULTS.get(patient, ("", "0"))
+        cohort = {0: "test", 12: "test", 14: ""}.get(number, "train")
+        rows.append([f"{number}", patient, diagnosis, cohort, order_defect, discard])
+        place = folder / diagnosis / patient / f"{number}"
+        if number == 13:
+            continue
+        place.mkdir(parents=True)
+        voxels = display[::-1] if order_defect == "reversed" else display
+        for index, image in enumerate(voxels):
+            assert cv2.imwrite(str(place / f"{index + 1}.png"), image)
+    columns = ["scan_id", "patient_id", "diagnosis", "paper_cohort", "order_defect", "discard"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    table = write_archive(tmp_path / "archive").to_csv(index=False)
+    settings = PrepareSettings.model_validate(
+        {
+            "cohort": "table.csv",
+            "archive": str(tmp_path / "archive"),
+            "volumes": str(tmp_path / "volumes"),
+            "volume": {"shape": (16, 32, 32)},
+            "cohorts": {"division": "paper"},
+            "train": {"num_folds": 2},
+        }
+    )
+    cohort = read_cohort("table.csv", table.encode())
+    done = prepare_volumes(open_store(settings.archive), cohort, tmp_path / "volumes", settings)
+
+    excluded = pd.read_csv(tmp_path / "volumes" / "excluded.csv", dtype=str).set_index("patient_id")["status"]
+    reasons = {"p04": "SHUFFLED", "p05": "DISCARDED", "p13": "NOT_IN_ARCHIVE", "p14": "NOT_IN_COHORT"}
+    assert excluded.to_dict() == reasons
+    assert done["excluded"] == dict.fromkeys(reasons.values(), 1)
+    assert (done["scans"], done["turned"], done["patients_in_both_cohorts"]) == (11, 1, 0)
+    index = read_index(tmp_path / "volumes")
+    assert index.frame.set_index("patient_id")["cohort"].to_dict() == {
+        f"p{number:02d}": "test" if number in (0, 12) else "train" for number in range(13) if number not in (4, 5)
+    }
+    assert index.frame["sha256"].nunique() == 1  # the reversed one too
+    facts = read_facts(tmp_path / "volumes").set_index("scan_id")
+    assert set(facts["file_format"]) == {"png"}
+    assert facts.loc["3", ["num_slices", "num_rows", "num_columns", "source"]].tolist() == [24, 64, 64, "CP/p03/3"]
+
+    audit = summarise_audit(audit_cohort(cohort, settings.model_copy(update={"audit": True})))
+    assert [(item["by"], len(item["scan_ids"])) for item in audit["duplicates"]] == [("files", 13), ("pixels", 11)]
+    assert audit["looked_at"] == ["table", "archive", "volumes"]
