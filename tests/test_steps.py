@@ -44,7 +44,8 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_the_papers_settings_are_the_defaults() -> None:
     told = read_settings(PaperSettings, [*PLACES, "--config", str(JOBS / "paper.toml")], "x")
     plain = read_settings(PaperSettings, PLACES, "x")
-    assert told.model_dump(exclude={"config"}) == plain.model_dump(exclude={"config"})
+    assert told.model_dump(exclude={"config", "cohorts"}) == plain.model_dump(exclude={"config", "cohorts"})
+    assert (told.cohorts.division, told.cohorts.drop_discarded, told.cohorts.drop_shuffled) == ("paper", False, False)
 
 
 @pytest.mark.parametrize("settings", [PaperSettings, PhantomsSettings])
