@@ -13,10 +13,10 @@ ROWS = (
     "storage_local decode dicom volume lung model augment metrics page paper sandbox tables terminal phantom_canvas "
     "results_rows",
     "storage archive cohort cam calibration charts intervals predictions report job phantom_body phantom_findings "
-    "phantom_files",
+    "phantom_files gates",
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
     "train score evaluation_report results results_runs results_publish",
-    "ray_cluster demo evaluate",
+    "ray_cluster demo evaluate results_hold",
     "ray_prepare ray_train ray_score",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
