@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -238,6 +239,28 @@ class ScoreSettings(Settings):
             raise ValueError("accept and discard need a reason: --reason 'why'")
         if self.accept is None and self.discard is None and not (self.archive and self.model):
             raise ValueError(f"{'model' if self.archive else 'archive'}: Field required to score an archive")
+        return self
+
+
+class ResultsSettings(Settings):
+    """A results table -> is it whole (check), room (clean), one row a scan (latest), or its columns (schema)."""
+
+    verb: CliPositionalArg[Literal["check", "clean", "latest", "schema"]]
+    """check: numbers, files, keys, and the digest of each object. clean: remove the work of runs long published.
+    latest: one row a scan, to out. schema: the columns as Markdown, to out or the screen."""
+    results: str = ""
+    """Where the results table is: a folder or s3://bucket/prefix. Needed by all but schema."""
+    out: str | None = None
+    """File to write, local or s3://: .parquet or .csv for latest, any for schema and for the digests of check."""
+    keep_commits: int = Field(28, ge=1)
+    """Runs among this many of the newest objects keep their work when cleaning. Source: ours; four weeks of nights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.verb != "schema" and not self.results:
+            raise ValueError(f"results: Field required to {self.verb}")
+        if self.verb == "latest" and not (self.out or "").endswith((".parquet", ".csv")):
+            raise ValueError("latest needs out, a file ending in .parquet or .csv")
         return self
 
 

@@ -17,7 +17,7 @@ ROWS = (
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
     "train score evaluation_report results results_runs results_publish",
     "ray_cluster demo evaluate results_hold",
-    "ray_prepare ray_train ray_score",
+    "results_check ray_prepare ray_train ray_score",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
