@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from darnet.config import DecodeConfig
+from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.scan import Manufacturer, StagedFile
 
@@ -26,8 +26,7 @@ from darnet.scan import Manufacturer, StagedFile
 DUPLICATE_MM = 0.01
 MISSING_RATIO = 1.5
 IRREGULAR_RATIO = 0.25
-TILT_DEGREES = 1.0
-MAX_OBLIQUE_COSINE = math.cos(math.radians(20))
+MIN_AXIAL_COSINE = math.cos(math.radians(OBLIQUE_DEGREES))
 MAX_SIDE = 8192
 
 _NEEDED_TAGS = [
@@ -341,7 +340,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     assert first.pixel_spacing_mm is not None
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     normal = np.cross(row, column)
-    if abs(normal[2]) < MAX_OBLIQUE_COSINE or max(abs(row[0]), abs(row[1])) < MAX_OBLIQUE_COSINE:
+    if abs(normal[2]) < MIN_AXIAL_COSINE or max(abs(row[0]), abs(row[1])) < MIN_AXIAL_COSINE:
         raise ScanError(Status.SKIP_ORIENTATION, "coronal, sagittal or oblique slices")
     normal *= np.sign(normal[2])
     positions_mm = np.array([header.position_mm for header in headers])

@@ -487,6 +487,11 @@ def _nan_chest() -> np.ndarray:
     return voxels
 
 
+def _make_noise() -> np.ndarray:
+    """What a reader hands out that never filled its memory."""
+    return np.random.default_rng(0).integers(-32768, 32768, (24, 64, 64)).astype(np.int16)
+
+
 def _make_abdomen() -> np.ndarray:
     """A body of soft tissue in air."""
     body = np.where(np.hypot(*np.mgrid[-1:1:64j, -1:1:64j]) < 0.8, 40, -1000)
@@ -535,10 +540,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Status]] = {
     "zip with path traversal": (lambda folder: _write_zip(folder, "../x.dcm"), Status.BAD_ZIP),
     "no zip at all": (lambda folder: (folder.mkdir(), (folder / "a.zip").write_bytes(b"PK\3\4junk")), Status.BAD_ZIP),
     "volume with NaN": (lambda folder: _write_volume(folder, _nan_chest()), Status.BAD_INTENSITY),
-    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_UNREADABLE),
+    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_TRUNCATED),
     "nii cut": (lambda folder: _write_volume(folder, make_chest(), ".nii", cut=0.95), Status.BAD_TRUNCATED),
     "nii.gz cut": (lambda folder: _write_volume(folder, make_chest(), ".nii.gz", cut=0.95), Status.BAD_TRUNCATED),
     "nii.gz garbled": (lambda folder: _garble(_write_volume(folder, make_chest(), ".nii.gz")), Status.BAD_UNREADABLE),
+    "volume of noise": (lambda folder: _write_volume(folder, _make_noise()), Status.BAD_INTENSITY),
     "volume of six slices": (lambda folder: _write_volume(folder, make_chest()[:6]), Status.SKIP_FEW_SLICES),
     "zip garbled": (lambda folder: _garble(_write_big_zip(folder)), Status.BAD_ZIP),
     "zip of two image folders": (lambda folder: _zip_images(folder), Status.BAD_MIXED_SERIES),
