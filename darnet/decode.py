@@ -17,8 +17,6 @@ from darnet.errors import ScanError, Status, name_file
 from darnet.scan import FloatArray, Intensity, StagedFile
 from darnet.volume_file import check_axes, check_volume_file
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
 

@@ -110,9 +110,11 @@ def read_header(file: StagedFile) -> SliceHeader | None:
             dataset = pydicom.dcmread(body, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
             if "SOPClassUID" in dataset:
                 return _describe(dataset, file, body)
-        except (OSError, MemoryError):
-            raise  # trouble of this machine, not of the file
+        except MemoryError:
+            raise
         except Exception as error:  # pydicom raises nearly every built-in exception on hostile input
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # trouble of this machine; pydicom's own for a cut file has no number
             if is_claimed:
                 raise ScanError(Status.BAD_UNREADABLE, f"header does not parse: {type(error).__name__}") from error
     if is_claimed:
@@ -126,15 +128,15 @@ def arrange_series(
     """Put the slices of one series into canonical order; `unreadable` are files of it whose header did not parse.
 
     Raises: ScanError with the first reason, in this order, why the series is not a chest CT volume: kind, limits,
-            mixed content, header, damage, number of slices, orientation, tilt, positions.
+            damage, mixed content, header, number of slices, orientation, tilt, positions.
     """
     _check_kind(headers)
     _check_limits(headers, limits)
+    _check_damage(headers, unreadable)  # first, since a cut header says less than the others
     _check_uniform(headers)
     for header in headers:
         with name_file(header.file.name):
             _check_header(header)
-    _check_damage(headers, unreadable)
     if len(headers) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(headers)} slices, {limits.min_slices} needed")
     return _order_slices(headers)

@@ -12,8 +12,8 @@ ROWS = (
     "errors config scan",
     "storage_local volume_file dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
     "phantom_canvas results_rows",
-    "storage decode archive cohort cam calibration charts intervals predictions report job slice_order phantom_body "
-    "phantom_findings phantom_files",
+    "storage decode series archive cohort cam calibration charts intervals predictions report job slice_order "
+    "phantom_body phantom_findings phantom_files",
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
     "train score evaluation_report audit_features results results_runs results_publish",
     "ray_cluster demo evaluate audit",
