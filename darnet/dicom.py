@@ -350,6 +350,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     order = np.argsort(-along_mm, kind="stable")
     _check_tilt(positions_mm[order], normal, max(abs(header.tilt_degrees) for header in headers))
     slice_spacing_mm = _measure_spacing(-along_mm[order])
+    _check_line(positions_mm[order], along_mm[order], max(first.pixel_spacing_mm))
     is_transposed = bool(abs(row[0]) < abs(row[1]))
     right_to_left, front_to_back = (column, row) if is_transposed else (row, column)
     height, width = (first.columns, first.rows) if is_transposed else (first.rows, first.columns)
@@ -372,6 +373,15 @@ def _check_tilt(positions_mm: NDArray[np.float64], normal: NDArray[np.float64], 
     degrees = max(math.degrees(math.atan2(across_mm, along_mm)) if along_mm else 0.0, stated_degrees)
     if degrees > TILT_DEGREES:
         raise ScanError(Status.BAD_TILT, f"gantry tilted by {degrees:.1f} degrees")
+
+
+def _check_line(positions_mm: NDArray[np.float64], along_mm: NDArray[np.float64], pixel_mm: float) -> None:
+    """No slice lies a pixel or more beside the line from the first to the last: its content would be moved as well."""
+    share = (along_mm - along_mm[0]) / (along_mm[-1] - along_mm[0])
+    line_mm = positions_mm[0] + share[:, None] * (positions_mm[-1] - positions_mm[0])
+    beside_mm = float(np.linalg.norm(positions_mm - line_mm, axis=1).max())
+    if beside_mm >= pixel_mm:
+        raise ScanError(Status.BAD_GEOMETRY, f"a slice lies {beside_mm:.1f} mm beside the line of the others")
 
 
 def _measure_spacing(ascending_mm: NDArray[np.float64]) -> float:

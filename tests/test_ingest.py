@@ -535,6 +535,18 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Status]] = {
     "two pixel sizes": (_one(5, PixelSpacing=[5.0, 5.0]), Status.BAD_MIXED_SERIES),
     "two orientations": (_one(5, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), Status.BAD_MIXED_SERIES),
     "sheared by a tilt": (_edit(_shear), Status.BAD_TILT),
+    "a slice moved in plane": (
+        _one(10, ImagePositionPatient=[-110.0, -250.0, 500.0 - 10 * SPACING_MM[0]]),
+        Status.BAD_GEOMETRY,
+    ),
+    "the last slice moved a little": (
+        _one(23, ImagePositionPatient=[-196.5, -190.0, 500.0 - 23 * SPACING_MM[0]]),
+        Status.BAD_TILT,
+    ),
+    "the slice before the last moved a little": (
+        _one(22, ImagePositionPatient=[-196.5, -190.0, 500.0 - 22 * SPACING_MM[0]]),
+        Status.BAD_GEOMETRY,
+    ),
     "tilt stated": (_tag(GantryDetectorTilt=15.0), Status.BAD_TILT),
     "encrypted zip": (lambda folder: _write_zip(folder, flag=1), Status.BAD_ZIP),
     "zip with path traversal": (lambda folder: _write_zip(folder, "../x.dcm"), Status.BAD_ZIP),
