@@ -9,7 +9,6 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,23 +21,22 @@ import numpy as np
 from darnet.archive import VOLUME_SUFFIXES, is_stray
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.decode import (
-    IMAGE_SUFFIXES,
     check_size,
     open_images,
     open_volume,
     read_dicom_slice,
     set_decoder_threads,
 )
-from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
+from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
 from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.sandbox import Sandbox
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
+from darnet.series import IMAGE_SUFFIXES, sort_files
 from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 
 @dataclass(frozen=True)
@@ -180,50 +178,20 @@ def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) ->
 
     The row named like the source itself is that of the images, or of unreadable files that no series can be blamed for.
     """
-    images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
-    headers, unreadable = _read_headers([file for file in staged if file not in images])
-    by_uid = defaultdict(list)
-    for header in headers:
-        by_uid[header.series_uid].append(header)
-    if by_uid and _are_thumbnails(images, headers, road.decode):
-        images = []
-    spoiling, unreadable = (unreadable, {}) if len(by_uid) == 1 else ({}, unreadable)
+    files = sort_files(staged, road.decode.min_slices)
+    images = files.images
     scans = [
-        _decode_series(f"{source_key}#{hash_series_uid(uid)}", members, tuple(spoiling.values()), road)
-        for uid, members in sorted(by_uid.items())
+        _decode_series(f"{source_key}#{hash_series_uid(uid)}", headers, files.spoiling[uid], road)
+        for uid, headers in sorted(files.series.items())
     ]
-    if unreadable:
-        detail = next(iter(unreadable.values())).detail
-        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count([*unreadable, *images])))
+    if files.unplaced:
+        facts = _count([*(fragment.file for fragment in files.unplaced), *images])
+        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
     elif images:
         is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
         open_stack = partial(open_images, images, road.decode, is_head_first=is_head_first)
         scans.append(_decode_scan(source_key, _count(images), open_stack, road))
     return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
-
-
-def _are_thumbnails(images: Sequence[StagedFile], headers: Sequence[SliceHeader], limits: DecodeConfig) -> bool:
-    """Whether images beside DICOM are too few for a scan, or each shows a DICOM file of the same name."""
-    names = {header.file.name for header in headers}
-    names |= {name.rpartition(".")[0] for name in names}
-    return len(images) < limits.min_slices or all(image.name.rpartition(".")[0] in names for image in images)
-
-
-def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], dict[StagedFile, ScanError]]:
-    """Headers of the DICOM files, and an error for each file that claims to be one and is not."""
-    headers, unreadable = [], {}
-    for file in files:
-        try:
-            with name_file(file.name):
-                header = read_header(file)
-                if header is None and (file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0):
-                    raise ScanError(Status.BAD_UNREADABLE, "should be DICOM and is not")
-        except ScanError as error:
-            unreadable[file] = error
-            continue
-        if header is not None:
-            headers.append(header)
-    return headers, unreadable
 
 
 def _decode_series(

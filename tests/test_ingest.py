@@ -487,6 +487,11 @@ def _nan_chest() -> np.ndarray:
     return voxels
 
 
+def _make_noise() -> np.ndarray:
+    """What a reader hands out that never filled its memory."""
+    return np.random.default_rng(0).integers(-32768, 32768, (24, 64, 64)).astype(np.int16)
+
+
 def _make_abdomen() -> np.ndarray:
     """A body of soft tissue in air."""
     body = np.where(np.hypot(*np.mgrid[-1:1:64j, -1:1:64j]) < 0.8, 40, -1000)
@@ -530,15 +535,28 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Status]] = {
     "two pixel sizes": (_one(5, PixelSpacing=[5.0, 5.0]), Status.BAD_MIXED_SERIES),
     "two orientations": (_one(5, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), Status.BAD_MIXED_SERIES),
     "sheared by a tilt": (_edit(_shear), Status.BAD_TILT),
+    "a slice moved in plane": (
+        _one(10, ImagePositionPatient=[-110.0, -250.0, 500.0 - 10 * SPACING_MM[0]]),
+        Status.BAD_GEOMETRY,
+    ),
+    "the last slice moved a little": (
+        _one(23, ImagePositionPatient=[-196.5, -190.0, 500.0 - 23 * SPACING_MM[0]]),
+        Status.BAD_TILT,
+    ),
+    "the slice before the last moved a little": (
+        _one(22, ImagePositionPatient=[-196.5, -190.0, 500.0 - 22 * SPACING_MM[0]]),
+        Status.BAD_GEOMETRY,
+    ),
     "tilt stated": (_tag(GantryDetectorTilt=15.0), Status.BAD_TILT),
     "encrypted zip": (lambda folder: _write_zip(folder, flag=1), Status.BAD_ZIP),
     "zip with path traversal": (lambda folder: _write_zip(folder, "../x.dcm"), Status.BAD_ZIP),
     "no zip at all": (lambda folder: (folder.mkdir(), (folder / "a.zip").write_bytes(b"PK\3\4junk")), Status.BAD_ZIP),
     "volume with NaN": (lambda folder: _write_volume(folder, _nan_chest()), Status.BAD_INTENSITY),
-    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_UNREADABLE),
+    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_TRUNCATED),
     "nii cut": (lambda folder: _write_volume(folder, make_chest(), ".nii", cut=0.95), Status.BAD_TRUNCATED),
     "nii.gz cut": (lambda folder: _write_volume(folder, make_chest(), ".nii.gz", cut=0.95), Status.BAD_TRUNCATED),
     "nii.gz garbled": (lambda folder: _garble(_write_volume(folder, make_chest(), ".nii.gz")), Status.BAD_UNREADABLE),
+    "volume of noise": (lambda folder: _write_volume(folder, _make_noise()), Status.BAD_INTENSITY),
     "volume of six slices": (lambda folder: _write_volume(folder, make_chest()[:6]), Status.SKIP_FEW_SLICES),
     "zip garbled": (lambda folder: _garble(_write_big_zip(folder)), Status.BAD_ZIP),
     "zip of two image folders": (lambda folder: _zip_images(folder), Status.BAD_MIXED_SERIES),
@@ -658,6 +676,104 @@ def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ing
     statuses = {scan.scan_id: scan.status for scan in ingest()}
     assert statuses.pop("a") is Status.BAD_UNREADABLE
     assert list(statuses.values()) == [Status.OK, Status.OK]
+
+
+def test_a_last_slice_cut_anywhere_spoils_its_series(ingest: Ingest, tmp_path: Path) -> None:
+    """Nothing but the cut slice itself tells that the series had one more at its end."""
+    path = write_chest(tmp_path / "archive" / "a")[-1]
+    data = path.read_bytes()
+    body = data.index(SERIES_UID.encode())
+    for length in {*range(0, 1000, 20), *range(body - 12, body + 8), *range(1000, len(data), 500), len(data) - 1}:
+        path.write_bytes(data[:length])
+        (scan,) = ingest()
+        assert scan.scan_id == f"a#{_digest(SERIES_UID)}", length
+        assert scan.status in (Status.BAD_UNREADABLE, Status.BAD_TRUNCATED), (length, scan.status_detail)
+        assert path.name in scan.status_detail
+
+
+@pytest.mark.parametrize("length", [0, 100, 420])
+def test_a_cut_slice_spoils_of_two_series_the_one_it_is_named_like(length: int, ingest: Ingest, tmp_path: Path) -> None:
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    os.truncate(tmp_path / "archive" / "a" / "000.dcm", length)
+    statuses = {scan.scan_id: scan.status for scan in ingest()}
+    assert statuses.pop(f"a#{_digest('1.2.3.4.6')}") is Status.OK
+    assert statuses.pop(f"a#{_digest(SERIES_UID)}") in (Status.BAD_UNREADABLE, Status.BAD_TRUNCATED)
+    assert statuses == {}
+
+
+def test_a_cut_slice_spoils_every_series_that_may_have_lost_it(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    write_chest(tmp_path / "elsewhere", SeriesInstanceUID="1.2.3.4.6")
+    for path in (tmp_path / "elsewhere").iterdir():
+        path.rename(tmp_path / "archive" / "a" / f"1{path.name}")
+    os.truncate(tmp_path / "archive" / "a" / "000.dcm", 420)
+    assert {scan.status for scan in ingest()} == {Status.BAD_TRUNCATED}
+
+
+def _cut_in_sequence(path: Path) -> None:
+    """Leave a slice that ends between an item of a sequence of undefined length and its end."""
+    dataset = pydicom.dcmread(path)
+    item = pydicom.Dataset()
+    item.ReferencedSOPInstanceUID = "1.2.3"
+    item.is_undefined_length_sequence_item = True
+    dataset.ReferencedImageSequence = [item]
+    dataset["ReferencedImageSequence"].is_undefined_length = True
+    dataset.save_as(path)
+    os.truncate(path, path.read_bytes().index(b"\x08\x00\x40\x11") + 40)
+
+
+def test_a_slice_cut_inside_a_sequence_is_no_trouble_of_the_machine(ingest: Ingest, tmp_path: Path) -> None:
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    _cut_in_sequence(tmp_path / "archive" / "a" / "000.dcm")
+    statuses = {scan.scan_id: scan.status for scan in ingest()}
+    assert statuses == {
+        f"a#{_digest(SERIES_UID)}": Status.BAD_UNREADABLE,
+        f"a#{_digest('1.2.3.4.6')}": Status.OK,
+    }
+
+
+SPOILT_FILES = {"zeros": bytes(9000), "a web page": b"<html>503</html>", "a stub": b"version 1\n", "nothing": b""}
+NAMINGS: dict[str, Callable[[int], str]] = {
+    "IM0007": lambda index: f"IM{index:04d}",
+    "7": lambda index: f"{index}",
+    "a UID": lambda index: f"1.2.840.113.{index * 7919}",
+    "a UID and .dcm": lambda index: f"1.2.840.113.{index * 7919}.dcm",
+    "a suffix of its own": lambda index: f"slice{index}.ct",
+}
+
+
+@pytest.mark.parametrize("content", SPOILT_FILES)
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_end_slices_that_are_no_dicom_any_more_spoil_their_series(
+    naming: str, content: str, ingest: Ingest, tmp_path: Path
+) -> None:
+    for index, path in enumerate(write_chest(tmp_path / "archive" / "a")):
+        renamed = path.rename(path.with_name(NAMINGS[naming](index)))
+        if index < 6:
+            renamed.write_bytes(SPOILT_FILES[content])
+    (scan,) = ingest()
+    assert (scan.scan_id, scan.status) == (f"a#{_digest(SERIES_UID)}", Status.BAD_UNREADABLE)
+    assert scan.status_detail.endswith("6 of 24 slices are damaged")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: _cut(path, 0), lambda path: path.write_bytes(bytes(99))])
+def test_thumbnails_of_a_damaged_series_are_still_no_scan(
+    change: Callable[[Path], object], ingest: Ingest, tmp_path: Path
+) -> None:
+    paths = write_chest(tmp_path / "archive" / "a")
+    _add_images(tmp_path / "archive" / "a", [f"{index:03d}.jpg" for index in range(24)])
+    change(paths[10])
+    (scan,) = ingest()
+    assert scan.scan_id == f"a#{_digest(SERIES_UID)}"
+    assert scan.status.startswith("BAD_")
+
+
+def test_thumbnails_of_slices_that_are_all_unreadable_are_no_scan(ingest: Ingest, tmp_path: Path) -> None:
+    for path in write_chest(tmp_path / "archive" / "a"):
+        path.write_bytes(bytes(99))
+    _add_images(tmp_path / "archive" / "a", [f"{index:03d}.jpg" for index in range(24)])
+    (scan,) = ingest()
+    assert (scan.scan_id, scan.status, scan.facts.num_files) == ("a", Status.BAD_UNREADABLE, 24)
 
 
 def _add_images(folder: Path, names: Sequence[str]) -> None:
