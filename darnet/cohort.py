@@ -118,8 +118,8 @@ def find_left_out(frame: pd.DataFrame, config: CohortConfig) -> "pd.Series[str]"
     own = name_own_cohorts(frame, config.division)
     rules: list[tuple[LeftOut, bool, str, str]] = [
         (LeftOut.DUPLICATE_SLICES, config.drop_duplicates, "duplicate_or_noise_slices", "1"),
-        (LeftOut.SHUFFLED, config.drop_shuffled, "order_defect", "shuffled"),
-        (LeftOut.DISCARDED, config.drop_discarded, "discard", "1"),
+        (LeftOut.SHUFFLED, config.is_shuffled_dropped, "order_defect", "shuffled"),
+        (LeftOut.DISCARDED, config.is_discarded_dropped, "discard", "1"),
         (LeftOut.NOT_IN_COHORT, own is not None, own or "", ""),
     ]
     for why, is_on, column, value in rules:

@@ -149,8 +149,9 @@ def test_what_is_known_of_cc_ccii_is_found(tmp_path: Path) -> None:
     assert "lung_masked tells Normal" in (tmp_path / "audit.html").read_text()
     assert "606 of 966 (63%)" in (tmp_path / "audit.html").read_text()
     paper = audit_text(CCII.read_text(), tmp_path / "paper", cohorts={"division": "paper"})
-    assert paper["division"]["patients_in_both_cohorts"] > 200
-    assert paper["counts"] == found["counts"]
+    assert paper["division"]["counts"] == paper["counts"] == found["counts"]
+    assert (paper["division"]["test_scans"], paper["division"]["patients_in_both_cohorts"]) == (472, 231)
+    assert sum(paper["division"]["counts"]["train"].values()) == 3600
 
 
 def make_display(number: int) -> tuple[Uint8Array, np.ndarray]:

@@ -239,6 +239,20 @@ def test_each_setting_leaves_out_its_scans_and_no_others() -> None:
     assert find_reversed(frame) == ["b", "f"]
 
 
+def test_the_paper_s_division_uses_damaged_scans_as_the_paper_did_unless_told_otherwise() -> None:
+    frame = read_csv(QUALITY_HEADER + QUALITY_ROWS.replace("e,4,Normal,,", "e,4,Normal,train,"))
+
+    def list_left_out(**changed: object) -> list[str]:
+        reasons = find_left_out(frame, CohortConfig.model_validate(changed))
+        return frame["scan_id"][reasons != ""].tolist()
+
+    assert list_left_out() == ["c", "e", "f"]
+    assert list_left_out(division="paper") == ["g"]
+    assert list_left_out(division="paper", drop_discarded=True) == ["e", "f", "g"]
+    assert list_left_out(division="paper", drop_shuffled=True) == ["c", "g"]
+    assert list_left_out(drop_discarded=False, drop_shuffled=False) == []
+
+
 def test_a_table_without_findings_leaves_nothing_out() -> None:
     frame = make_cohort(0)
     assert set(find_left_out(frame, CohortConfig())) == {""}
@@ -333,7 +347,8 @@ def test_the_defects_of_cc_ccii_are_counted_and_its_default_division_leaks_no_pa
     frame = read_ccii()
     reasons = find_left_out(frame, CohortConfig())
     assert reasons.value_counts().to_dict() == {"": 4078, "SHUFFLED": 61, "DISCARDED": 39}
-    assert (find_left_out(frame, CohortConfig(division="paper")) == "NOT_IN_COHORT").sum() == 106
+    as_printed = find_left_out(frame, CohortConfig(division="paper"))
+    assert as_printed.value_counts().to_dict() == {"": 4072, "NOT_IN_COHORT": 106}
     assert len(find_reversed(frame)) == 98
     divided = divide_cohort(frame[reasons == ""], num_folds=5, seed=0)
     assert len(divided) == 4078
