@@ -189,7 +189,12 @@ class ScoreConfig(Section):
 
 def fingerprint(section: BaseModel) -> str:
     """SHA-256 of the settings' canonical JSON."""
-    text = json.dumps(section.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return digest_json(section.model_dump(mode="json"))
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of the canonical JSON of what JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

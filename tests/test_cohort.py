@@ -313,6 +313,63 @@ def test_a_divided_table_read_again_is_divided_alike() -> None:
     pd.testing.assert_frame_equal(again, divided)
 
 
+FOLDS_HEADER = "scan_id,patient_id,diagnosis,cohort,fold\n"
+FOLDS_ROWS = "a,1,CP,train,1\nb,1,CP,train,1\nc,2,CP,train,0\nd,3,CP,test,\ne,4,CP,,\n"
+
+
+def make_folds(seed: int) -> pd.DataFrame:
+    """A table with cohorts and folds of its own, dealt by somebody else."""
+    divided = divide_cohort(make_cohort(seed), num_folds=5, seed=seed + 100)
+    return divided.assign(fold=(divided["fold"] + 2) % 5, site="x")
+
+
+def test_a_table_s_own_folds_are_kept_whatever_the_seed_and_in_csv_and_parquet_alike() -> None:
+    own = make_folds(0)
+    buffer = io.BytesIO()
+    own.astype({"fold": "float64"}).to_parquet(buffer)
+    for table in (
+        own,
+        read_cohort("t.csv", own.to_csv(index=False).encode()),
+        read_cohort("t.parquet", buffer.getvalue()),
+    ):
+        pd.testing.assert_frame_equal(divide_cohort(table, num_folds=5, seed=9), own)
+
+
+def test_folds_of_other_cohorts_are_replaced() -> None:
+    own = make_folds(1)
+    without = own.drop(columns="fold")
+    expected = divide_cohort(without, num_folds=5, seed=3)
+    pd.testing.assert_frame_equal(divide_cohort(own.assign(fold=""), num_folds=5, seed=3)[list(expected)], expected)
+    paper = own.assign(paper_cohort=np.where(own.index % 3 == 0, "test", "train"))
+    fresh = divide_cohort(paper.drop(columns="fold"), num_folds=5, seed=3, division="paper")
+    divided = divide_cohort(paper, num_folds=5, seed=3, division="paper")
+    pd.testing.assert_frame_equal(divided[list(fresh)], fresh)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("f,1,CP,train,0", "row 7: fold '0' is not that of an earlier scan of this patient"),
+        ("f,5,CP,train,2", "row 7: fold '2' is out of range; train.num_folds is 2: 0 to 1"),
+        ("f,5,CP,train,00", "row 7: fold '00' is out of range"),
+        ("f,5,CP,train,-1", "row 7: fold '-1' is out of range"),
+        ("f,5,CP,train,", "row 7: fold '' of a training scan names no fold; name it, or empty the whole column"),
+        ("f,5,CP,test,1", "row 7: fold '1' of a scan that is not for training; leave it empty"),
+        ("f,5,CP,,1", "row 7: fold '1' of a scan that is not for training"),
+    ],
+)
+def test_a_wrong_fold_is_refused_by_row(row: str, complaint: str) -> None:
+    assert len(read_cohort("t.csv", (FOLDS_HEADER + FOLDS_ROWS).encode(), num_folds=2)) == 5
+    with pytest.raises(UsageError, match=rf"t\.csv {complaint}"):
+        read_cohort("t.csv", (FOLDS_HEADER + FOLDS_ROWS + row + "\n").encode(), num_folds=2)
+
+
+def test_a_fold_without_scans_is_refused() -> None:
+    own = make_folds(2)
+    with pytest.raises(UsageError, match="no training scan is in fold 5 of the table"):
+        divide_cohort(own, num_folds=6, seed=0)
+
+
 @needs_ccii
 def test_the_published_lists_give_table_1() -> None:
     """Source: paper Table 1."""
