@@ -152,12 +152,24 @@ class CohortConfig(Section):
     cohort of the table's column paper_cohort, whose patients may be in both, and folds on patient level."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the scans dealt to a test cohort made here."""
-    drop_discarded: bool = True
-    """Leave out scans whose column discard is 1; else they are used as they are."""
-    drop_shuffled: bool = True
-    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Reversed ones are turned."""
+    drop_discarded: bool | None = None
+    """Leave out scans whose column discard is 1; else they are used as they are. Default: as `division`, on under
+    `patient` and off under `paper`."""
+    drop_shuffled: bool | None = None
+    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Reversed ones are turned.
+    Default: on under `patient`, off under `paper`, which used them."""
     drop_duplicates: bool = False
     """Leave out scans whose duplicate_or_noise_slices is 1: most of such a scan is sound, so they are kept."""
+
+    @property
+    def is_discarded_dropped(self) -> bool:
+        """Whether scans to be discarded are left out; the paper had them in both cohorts."""
+        return self.division == "patient" if self.drop_discarded is None else self.drop_discarded
+
+    @property
+    def is_shuffled_dropped(self) -> bool:
+        """Whether scans in no order are left out; the paper had them in both cohorts."""
+        return self.division == "patient" if self.drop_shuffled is None else self.drop_shuffled
 
 
 class DecodeConfig(Section):
@@ -210,7 +222,12 @@ class ScoreConfig(GateConfig):
 
 def fingerprint(section: BaseModel) -> str:
     """SHA-256 of the settings' canonical JSON."""
-    text = json.dumps(section.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return digest_json(section.model_dump(mode="json"))
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of the canonical JSON of what JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

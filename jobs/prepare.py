@@ -17,7 +17,7 @@ from darnet.storage import open_store
 def work(settings: PrepareSettings) -> dict[str, Any]:
     """Prepare the volumes folder, or audit what it would be made of."""
     place, _, name = settings.cohort.rpartition("/")
-    cohort = read_cohort(name, open_store(place or ".").read_bytes(name))
+    cohort = read_cohort(name, open_store(place or ".").read_bytes(name), num_folds=settings.train.num_folds)
     if "://" in settings.volumes:
         raise UsageError(f"--volumes {settings.volumes}: give a folder that every node of the cluster sees")
     if settings.audit:
