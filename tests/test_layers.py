@@ -19,6 +19,7 @@ ROWS = (
     "ray_cluster demo study audit",
     "ray_prepare ray_train ray_score phantom_study study_report study_maps audit_report",
     "evaluate",
+    "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
