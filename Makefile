@@ -43,6 +43,9 @@ bench-resampling: $(ENVIRONMENT) ## linear against area depth resampling; SCANS=
 	@$(BIN)/python -m tests.bench.resampling $(if $(SCANS),--scans "$(SCANS)") $(if $(MODEL),--model "$(MODEL)") \
 		$(if $(REPEATS),--repeats "$(REPEATS)")
 
+walk-publishing: $(ENVIRONMENT) ## every way two or three runs can meet in the results table, with the code that publishes
+	@$(BIN)/python -m tests.publish_model
+
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"
 	@$(BIN)/ruff check .

@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import safetensors.torch
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from darnet.config import ModelConfig, Section, TrainConfig, VolumeConfig, fingerprint
@@ -118,14 +118,6 @@ class _PredictionFacts(Section):
     classes: tuple[Diagnosis, ...]
     weights_sha256: tuple[str, ...]
     temperatures: tuple[float, ...]
-
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Temperatures came later, and are written only where one is not 1: bundles of before keep their digest."""
-        written: dict[str, Any] = write(self)
-        if set(self.temperatures) == {1.0}:
-            written.pop("temperatures", None)
-        return written
 
 
 @dataclass(frozen=True, slots=True)

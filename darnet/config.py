@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -172,7 +173,26 @@ class DecodeConfig(Section):
     """Address space the decoding child may use."""
 
 
-class ScoreConfig(Section):
+class GateConfig(Section):
+    """When a night is too unlike the nights before to be published without a person's word."""
+
+    gate_min_scans: int = Field(500, ge=1)
+    """Runs of fewer scans are not judged. Source: ours; of fewer, chance moves every share too far."""
+    gate_min_nights: int = Field(7, ge=1)
+    """With fewer earlier nights in the table a run is not judged. Source: ours; a week has each of its days once."""
+    gate_nights: int = Field(28, ge=1)
+    """Earlier nights that a run is held against. Source: ours; four weeks hold each day of the week equally often."""
+    gate_err_share: float = Field(0.05, ge=0, le=1)
+    """A larger share of ERR rows holds the run. Source: ours; one in twenty is trouble of machines, not of scans."""
+    gate_bad_rise: float = Field(0.05, ge=0, le=1)
+    """A share of BAD rows this far above that of the earlier nights holds the run. Source: ours; at 500 scans and a
+    share of 5%, five standard deviations."""
+    gate_psi: float = Field(0.25, gt=0)
+    """A population stability index above this, of a probability or an input, holds the run. Source: Siddiqi, Credit
+    Risk Scorecards (2006): above 0.25 a population has shifted."""
+
+
+class ScoreConfig(GateConfig):
     """How an archive is scored."""
 
     batch_size: int = Field(4, ge=1)
@@ -255,14 +275,52 @@ class TrainSettings(Settings):
 class ScoreSettings(Settings):
     """Archive and bundle -> the next object of the results table."""
 
-    archive: str
+    archive: str = ""
     """Where the scans are: a folder or s3://bucket/prefix."""
-    model: str
+    model: str = ""
     """Model bundle, a local folder or s3://bucket/prefix."""
     results: str
     """Where the results table is: a folder or s3://bucket/prefix."""
     night: str | None = None
     """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
+    accept: str | None = None
+    """In place of scoring: publish this run, which a quality gate held. Needs reason; archive and model do not."""
+    discard: str | None = None
+    """In place of scoring: drop this run, which a quality gate held; the next night scores its scans anew."""
+    reason: str = ""
+    """Why a held run is accepted or discarded; kept beside it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.accept is not None and self.discard is not None:
+            raise ValueError("give either accept or discard")
+        if (self.accept is not None or self.discard is not None) and not self.reason.strip():
+            raise ValueError("accept and discard need a reason: --reason 'why'")
+        if self.accept is None and self.discard is None and not (self.archive and self.model):
+            raise ValueError(f"{'model' if self.archive else 'archive'}: Field required to score an archive")
+        return self
+
+
+class ResultsSettings(Settings):
+    """A results table -> is it whole (check), room (clean), one row a scan (latest), or its columns (schema)."""
+
+    verb: CliPositionalArg[Literal["check", "clean", "latest", "schema"]]
+    """check: numbers, files, keys, and the digest of each object. clean: remove the work of runs long published.
+    latest: one row a scan, to out. schema: the columns as Markdown, to out or the screen."""
+    results: str = ""
+    """Where the results table is: a folder or s3://bucket/prefix. Needed by all but schema."""
+    out: str | None = None
+    """File to write, local or s3://: .parquet or .csv for latest, any for schema and for the digests of check."""
+    keep_commits: int = Field(28, ge=1)
+    """Runs among this many of the newest objects keep their work when cleaning. Source: ours; four weeks of nights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.verb != "schema" and not self.results:
+            raise ValueError(f"results: Field required to {self.verb}")
+        if self.verb == "latest" and not (self.out or "").endswith((".parquet", ".csv")):
+            raise ValueError("latest needs out, a file ending in .parquet or .csv")
+        return self
 
 
 class EvaluateSettings(Settings):

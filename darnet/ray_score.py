@@ -20,6 +20,7 @@ from darnet.config import ScoreConfig, fingerprint
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
+from darnet.results_hold import refuse_if_held, review_run
 from darnet.results_objects import find_last_commit
 from darnet.results_publish import check_rows, publish
 from darnet.results_runs import PlannedSource, RunFolder, name_part, read_scored_keys
@@ -62,8 +63,10 @@ def score_archive(
 
     A run that was killed is found again by its id on the same night, as long as nothing else was published and the
     archive did not change: its staged parts are kept.
-    Raises: RunError of every kind; nothing is published then.
+    Raises: RunError of every kind, HeldError if a quality gate holds this run or an earlier one; nothing is published
+        then.
     """
+    refuse_if_held(results)
     bundle = read_bundle(model)
     plan = plan_run(archive, results, bundle)
     summary: dict[str, Any] = {"model": bundle.manifest.model_name, "planned_sources": len(plan), "published": None}
@@ -82,6 +85,7 @@ def score_archive(
         stage_rows(score_sources(archive, model, run, config, missing), folder, len(missing), config.part_scans)
     rows = folder.read_parts()
     check_rows((source.key for source in planned), rows)
+    verdict = review_run(folder, rows, config)
     number = publish(results, run_id, rows)
     statuses = Counter(rows["status"].to_pylist())
     return summary | {
@@ -89,6 +93,7 @@ def score_archive(
         "resumed_sources": len(planned) - len(missing),
         "scans": rows.num_rows,
         "statuses": dict(statuses.most_common()),
+        "gates": verdict.describe(),
         "published": number,
     }
 

@@ -12,12 +12,12 @@ ROWS = (
     "errors config scan",
     "storage_local decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
     "phantom_canvas results_rows",
-    "storage archive cohort cam calibration charts intervals predictions report job steps slice_order phantom_body "
-    "phantom_findings phantom_files",
+    "storage archive cohort cam calibration charts intervals predictions report job steps slice_order gates "
+    "phantom_body phantom_findings phantom_files",
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
     "train score evaluation_report cam_truth audit_features results results_runs results_publish",
-    "ray_cluster demo study audit",
-    "ray_prepare ray_train ray_score phantom_study study_report study_maps audit_report",
+    "ray_cluster demo study audit results_hold",
+    "results_check ray_prepare ray_train ray_score phantom_study study_report study_maps audit_report",
     "evaluate",
     "ray_evaluate",
 )
