@@ -97,7 +97,8 @@ def draw_reliability(reliability: Reliability) -> Figure:
     axis.legend(loc="lower right", frameon=False)
     _dress(axis, "", "share called rightly")
     below.bar(confidence, num_scans, width=0.03, color=COLOURS[0])
-    below.set_yscale("log")
+    below.set_yscale("symlog", linthresh=1)
+    below.set_ylim(bottom=0)
     _dress(below, "probability of the called class", "scans")
     return figure
 

@@ -19,6 +19,7 @@ ROWS = (
     "audit demo ray_prepare ray_train results_hold study",
     "audit_report phantom_study ray_score results_check study_maps study_report",
     "evaluate",
+    "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
