@@ -20,7 +20,7 @@ from darnet.config import ScoreConfig
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
-from darnet.results_hold import refuse_if_held, review_run
+from darnet.results_hold import PAGE, refuse_if_held, review_run
 from darnet.results_objects import find_last_commit
 from darnet.results_publish import check_rows, publish
 from darnet.results_runs import PlannedSource, RunFolder, name_part, read_scored_keys
@@ -96,6 +96,7 @@ def score_archive(
         "scans": rows.num_rows,
         "statuses": dict(statuses.most_common()),
         "gates": verdict.describe(),
+        "report": f"{results.uri}/{folder.locate(PAGE)}",
         "published": number,
     }
 

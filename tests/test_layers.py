@@ -14,7 +14,7 @@ ROWS = (
     "results_rows",
     "storage archive cohort cam calibration charts intervals predictions report job phantom_body phantom_findings "
     "phantom_files gates",
-    "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
+    "bundle results_objects ingest dataset evaluation phantom phantom_decoys nightly_report",
     "train score evaluation_report results results_runs results_publish",
     "ray_cluster demo evaluate results_hold",
     "results_check ray_prepare ray_train ray_score",
