@@ -16,7 +16,7 @@ ROWS = (
     "phantom_files gates",
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys nightly_report",
     "train score evaluation_report results results_runs results_publish",
-    "ray_cluster demo evaluate results_hold",
+    "ray_cluster ray_metrics demo evaluate results_hold",
     "results_check ray_prepare ray_train ray_score",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
