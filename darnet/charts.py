@@ -144,6 +144,47 @@ def draw_distributions(probabilities: FloatArray, labels: LabelArray) -> Figure:
     return figure
 
 
+def draw_shift(tonight: FloatArray, earlier: FloatArray) -> Figure:
+    """How each class's probability is spread among tonight's scans, filled, and among those of earlier nights, a line.
+
+    Shape: (N, 3), (M, 3); shares of the scans, so that nights of any size lie over each other.
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(len(DIAGNOSES), 1, sharex=True)
+    bins = np.linspace(0, 1, NUM_COLUMNS + 1)
+    for label, axis in enumerate(axes):
+        shares = [_share_bins(values[:, label], bins) for values in (tonight, earlier)]
+        axis.stairs(shares[0], bins, fill=True, color=COLOURS[label], alpha=0.6)
+        axis.stairs(shares[1], bins, color="black", linewidth=1.2)
+        axis.set_title(f"probability of {DIAGNOSES[label]}", fontsize=10, loc="left")
+        _dress(axis, "", "share")
+    return figure
+
+
+def _share_bins(values: FloatArray, bins: FloatArray) -> FloatArray:
+    counts = np.histogram(values, bins)[0]
+    shares: FloatArray = counts / max(len(values), 1)
+    return shares
+
+
+def draw_nights(nights: Sequence[str], shares: FloatArray) -> Figure:
+    """The share of each class among the scans of each night, the last one marked.
+
+    Shape: (nights, 3).
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    for label, name in enumerate(DIAGNOSES):
+        axis.plot(shares[:, label], color=COLOURS[label], linewidth=1.8, marker=".", label=str(name))
+        axis.plot(len(nights) - 1, shares[-1, label], color=COLOURS[label], marker="o", markersize=8)
+    step = max(1, len(nights) // 5)
+    axis.set_xticks(range(len(nights))[::-step], nights[::-step], rotation=30, ha="right")
+    axis.set_ylim(-0.02, 1.02)
+    axis.legend(loc="upper left", frameon=False, ncols=3)
+    _dress(axis, "night", "share of the scored scans")
+    return figure
+
+
 def _wilson(num_right: float, num_scans: float) -> tuple[float, float]:
     interval = scipy.stats.binomtest(round(num_right), round(num_scans)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
