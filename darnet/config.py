@@ -33,6 +33,7 @@ from darnet.errors import UsageError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
+LATER_TRAIN_SETTINGS = ("class_weights", "warmup_epochs", "amp", "gradient_checkpointing", "compile", "sync_batchnorm")
 PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
 
 
@@ -128,6 +129,35 @@ class TrainConfig(Section):
     seed: int = 0
     """Seeds folds, weights, order and augmentation."""
     augment: AugmentConfig = AugmentConfig()
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: a scan's loss is weighed by how rare its class is among the fold's training scans. Source: ours."""
+    warmup_epochs: int = Field(0, ge=0)
+    """Epochs in which the rate climbs to `learning_rate`; the cosine begins after them. Source: ours, for batches
+    larger than the paper's."""
+    amp: bool = False
+    """Train in bfloat16 where torch thinks it safe; validation stays in float32, as scoring is. Source: ours."""
+    gradient_checkpointing: bool = False
+    """Compute each block again in the backward pass in place of keeping its maps: less memory, a third more time and
+    the same numbers. Source: ours."""
+    compile: bool = False
+    """Train with torch.compile: minutes at the start, then faster steps. Source: ours."""
+    sync_batchnorm: bool = False
+    """Batch norm over all workers' scans in place of each worker's own; GPUs only. Source: ours."""
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that came later are written only where they are used, as in `VolumeConfig`."""
+        written: dict[str, Any] = write(self)
+        unused = [name for name in LATER_TRAIN_SETTINGS if not written.get(name) or written[name] == "none"]
+        return {name: value for name, value in written.items() if name not in unused}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs ({self.epochs})")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile and gradient_checkpointing exclude each other: torch cannot compile the latter")
+        return self
 
 
 class CohortConfig(Section):

@@ -44,7 +44,17 @@ from darnet.errors import RunError, UsageError
 from darnet.model import build_network
 from darnet.scan import DIAGNOSES
 from darnet.terminal import Meter, show_progress
-from darnet.train import FoldResult, FoldState, Gang, Metrics, check_fold, fit_fold, make_result
+from darnet.train import (
+    FoldResult,
+    FoldState,
+    Gang,
+    Metrics,
+    check_device,
+    check_fold,
+    equip_network,
+    fit_fold,
+    make_result,
+)
 
 OnProgress: TypeAlias = Callable[[int, int, Metrics], None]
 """Called in the driver with fold, epoch and that epoch's metrics."""
@@ -169,6 +179,7 @@ def train_folds(
     for fold in range(config.num_folds):
         check_fold(index, fold, config, workers)
     plan = plan_gangs(ray.cluster_resources(), workers, config.num_folds)
+    check_device(config, has_gpu=plan.has_gpus)
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
     queue = Queue(actor_options={"num_cpus": 0})
     trainers = [
@@ -315,8 +326,9 @@ def _train_rank(loop_config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())
     checkpoint = ray.train.get_checkpoint()
+    network = build_network(task.network, task.config.seed, task.config.head_init_std)
     fit_fold(
-        prepare_model(build_network(task.network, task.config.seed, task.config.head_init_std)),
+        prepare_model(equip_network(network, task.config, gang.device)),
         read_index(task.volumes),
         task.fold,
         task.config,
