@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from darnet.config import TrainConfig
-from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex
+from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable
 from darnet.errors import RunError, UsageError
 from darnet.metrics import compute_metrics
 from darnet.model import DARNet
@@ -166,7 +166,7 @@ def scale_rate(epoch: int, config: TrainConfig) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def weigh_classes(index: VolumesIndex, fold: int, config: TrainConfig) -> Tensor | None:
+def weigh_classes(index: VolumesTable, fold: int, config: TrainConfig) -> Tensor | None:
     """What a scan's loss is multiplied by, by class, 1 on average over the fold's training scans; None for 1 each.
 
     Shape:  (classes,) float32.
@@ -188,12 +188,12 @@ def make_result(fold: int, state: FoldState) -> FoldResult:
     return FoldResult(fold, best["network"], best["metrics"], state["history"])
 
 
-def check_fold(index: VolumesIndex, fold: int, config: TrainConfig, world_size: int) -> None:
+def check_fold(index: VolumesTable, fold: int, config: TrainConfig, world_size: int) -> None:
     """Raises: UsageError naming what does not fit: workers and batch, folds and index, scans and batch or classes."""
     if config.batch_size % world_size:
         raise UsageError(f"{world_size} workers do not divide a batch of {config.batch_size} (train.batch_size)")
     if index.num_folds != config.num_folds:
-        raise UsageError(f"{index.folder} has {index.num_folds} folds, train.num_folds is {config.num_folds}")
+        raise UsageError(f"{index.place} has {index.num_folds} folds, train.num_folds is {config.num_folds}")
     num_training, num_validation = len(index.select_training(fold)), len(index.select_validation(fold))
     if num_training < config.batch_size or num_validation == 0:
         raise UsageError(

@@ -20,6 +20,7 @@ from darnet.config import AugmentConfig, ModelConfig, TrainConfig
 from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, read_index, write_index
 from darnet.errors import RunError, UsageError
 from darnet.model import build_network
+from darnet.storage import open_store
 from darnet.train import (
     ALONE,
     FoldResult,
@@ -318,7 +319,7 @@ def make_unequal(folder: Path) -> VolumesIndex:
     """Fold 1's training scans are 2 CP, 2 NCP and 8 Normal."""
     frame = make_cohort(folder, num_train=24, num_folds=2)
     frame.loc[(frame["fold"] == 0) & (frame.index >= 12), "diagnosis"] = "Normal"
-    write_index(folder, frame, SMALL_VOLUME)
+    write_index(open_store(str(folder)), frame, SMALL_VOLUME)
     return read_index(folder)
 
 
@@ -360,7 +361,7 @@ def test_weighed_losses_of_two_ranks_have_the_mean_of_one() -> None:
 def test_classes_cannot_be_balanced_where_one_is_absent(tmp_path: Path) -> None:
     frame = make_cohort(tmp_path, num_train=24, num_folds=2)
     frame.loc[(frame["fold"] == 0) & (frame["diagnosis"] == "NCP"), "diagnosis"] = "CP"
-    write_index(tmp_path, frame, SMALL_VOLUME)
+    write_index(open_store(str(tmp_path)), frame, SMALL_VOLUME)
     index = read_index(tmp_path)
     with pytest.raises(UsageError, match="fold 1 has no training scan with NCP"):
         check_fold(index, 1, QUICK.model_copy(update={"class_weights": "balanced"}), 1)
