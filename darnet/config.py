@@ -262,13 +262,24 @@ class TrainSettings(Settings):
     """Standard volumes and folds -> model bundle."""
 
     volumes: str
-    """Folder written by jobs.prepare."""
+    """Folder written by jobs.prepare: one that every node sees, or s3://bucket/prefix."""
     out: Path
-    """Folder the model bundle is written to; must not exist."""
+    """Folder the model bundle is written to, or a bundle for each of `networks`; must not exist."""
+    networks: tuple[Literal["plain", "ca", "da", "da-ca"], ...] = ()
+    """Which of the paper's Table 3 to train, such as plain,ca,da,da-ca. Default: the one that `network` describes."""
     workers: int = Field(1, ge=1)
     """DDP workers a fold; must divide train.batch_size."""
-    runs: Path | None = None
-    """Where checkpoints are kept, so that a killed training resumes. Default: beside `out`, `<out>.runs`."""
+    runs: str = ""
+    """Where checkpoints are kept, so that a killed training resumes: a folder that every node sees, or
+    s3://bucket/prefix. Default: beside `out`, `<out>.runs`."""
+    cache: Path = Path("~/.cache/darnet")
+    """Where each node keeps its own copy of volumes that lie on S3."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.networks)) < len(self.networks):
+            raise ValueError(f"networks {', '.join(self.networks)}: name each once")
+        return self
 
 
 class ScoreSettings(Settings):
