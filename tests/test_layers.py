@@ -14,7 +14,7 @@ ROWS = (
     "phantom_canvas results_rows",
     "storage archive cohort cam calibration charts intervals predictions report job slice_order phantom_body "
     "phantom_findings phantom_files",
-    "bundle results_objects ingest dataset evaluation phantom phantom_decoys",
+    "history bundle results_objects ingest dataset evaluation phantom phantom_decoys",
     "train score prepared volumes_cache evaluation_report audit_features results results_runs results_publish",
     "ray_cluster demo evaluate audit",
     "ray_prepare ray_train ray_score audit_report",
