@@ -5,7 +5,7 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-slow bench-resampling lint format clean
+.PHONY: help demo paper-smoke test test-slow bench-resampling lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -23,6 +23,13 @@ demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two ni
 	@echo "DARNet: running the demo, six to eight minutes on two cores; everything it makes goes to .demo"
 	@$(BIN)/python -m jobs.demo --out .demo
 
+paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four networks of five folds, a report in .paper
+	@echo "DARNet: the paper's evaluation on phantoms, twenty minutes or so on two cores; everything it makes goes to .paper"
+	@test -e .paper/phantoms/cohort.csv || $(BIN)/python -m jobs.phantoms --config jobs/paper-smoke.toml --out .paper/phantoms
+	@$(BIN)/python -m jobs.paper --config jobs/paper-smoke.toml --archive .paper/phantoms/archive \
+		--cohort .paper/phantoms/cohort.csv --truth .paper/phantoms/truth --out .paper/study
+	@echo "DARNet: the report is .paper/study/report/report.html"
+
 test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
 	@echo "DARNet: quick tests (no Ray, no sockets), two at a time"
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -36,6 +43,9 @@ bench-resampling: $(ENVIRONMENT) ## linear against area depth resampling; SCANS=
 	@$(BIN)/python -m tests.bench.resampling $(if $(SCANS),--scans "$(SCANS)") $(if $(MODEL),--model "$(MODEL)") \
 		$(if $(REPEATS),--repeats "$(REPEATS)")
 
+walk-publishing: $(ENVIRONMENT) ## every way two or three runs can meet in the results table, with the code that publishes
+	@$(BIN)/python -m tests.publish_model
+
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"
 	@$(BIN)/ruff check .
@@ -46,5 +56,5 @@ format: $(ENVIRONMENT) ## rewrite the code in house style
 	@$(BIN)/ruff check --fix -q .
 	@$(BIN)/ruff format -q .
 
-clean: ## remove the environment, the demo and all caches
-	@rm -rf .venv .demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environment, what demo and paper-smoke made, and all caches
+	@rm -rf .venv .demo .paper *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,16 +26,24 @@ from darnet.storage import Store, open_store
 MANIFEST_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"
 SHA256_PATTERN = "^[0-9a-f]{64}$"
+NETWORKS: tuple[dict[str, bool], ...] = tuple(
+    {"depth_attention": depth, "channel_attention": channel} for depth in (False, True) for channel in (False, True)
+)
+"""The attentions of the networks that are compared, in the order of the paper's Table 3."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedFold:
-    """What training one fold leaves: weights, how they came about, and the metrics of its validation scans."""
+    """What training one fold leaves: weights, how they came about, and the metrics of its validation scans.
+
+    `temperature` is what its logits are divided by; 1 leaves them as they are.
+    """
 
     state: Mapping[str, Tensor]
     world_size: int
     seed: int
     validation: Mapping[str, float]
+    temperature: float = 1.0
 
 
 class BundleSettings(Section):
@@ -72,6 +80,8 @@ class FoldRecord(Section):
     """Seed of its weights, order and augmentation."""
     validation: dict[str, float | None]
     """Metrics on the fold's validation scans; null where one is undefined."""
+    temperature: float = Field(1.0, gt=0)
+    """What the fold's logits are divided by, fitted on its validation scans; 1 where none was asked for."""
 
 
 class BundleManifest(Section):
@@ -107,6 +117,7 @@ class _PredictionFacts(Section):
     network: ModelConfig
     classes: tuple[Diagnosis, ...]
     weights_sha256: tuple[str, ...]
+    temperatures: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +192,23 @@ def read_bundle(store: Store) -> Bundle:
     return Bundle(manifest, tuple(weights))
 
 
+def find_bundles(store: Store) -> list[Store]:
+    """The bundle that a folder is, or those of the compared networks that it holds, in the order of Table 3.
+
+    Raises: UsageError if the folder is neither.
+    """
+    if _has_manifest(store):
+        return [store]
+    names = [name_model(ModelConfig(**attentions)) for attentions in NETWORKS]
+    found = [child for child in map(store.child, names) if _has_manifest(child)]
+    if not found:
+        raise UsageError(
+            f"{store.uri}: no {MANIFEST_FILE} here, nor in {', '.join(names)}; name a bundle that jobs.train wrote, or "
+            "a folder of such under these names"
+        )
+    return found
+
+
 def load_networks(bundle: Bundle) -> list[DARNet]:
     """The ensemble on the CPU, in evaluation mode, in the order of the folds."""
     return [_load_network(bundle.manifest.settings.network, data) for data in bundle.weights]
@@ -198,7 +226,7 @@ def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
         num_folds=len(manifest.folds),
         depth_attention=switch[settings.network.depth_attention],
         channel_attention=switch[settings.network.channel_attention],
-        num_parameters=count_parameters(_build_blueprint(settings.network)),
+        num_parameters=count_network_parameters(settings.network),
         classes="\n".join(f"{index}. {name}" for index, name in enumerate(manifest.classes)),
         folds=_render_folds(manifest.folds),
         trained_on=trained_on.strip(),
@@ -208,11 +236,11 @@ def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
 def _render_folds(folds: Sequence[FoldRecord]) -> str:
     """Markdown table of the folds, one column a metric."""
     names = list(dict.fromkeys(name for fold in folds for name in fold.validation))
-    rows = [["file", "seed", "workers", *names], ["---"] * (3 + len(names))]
+    rows = [["file", "seed", "workers", "temperature", *names], ["---"] * (4 + len(names))]
     for fold in folds:
         values = (fold.validation.get(name) for name in names)
         metrics = ["undefined" if value is None else f"{value:.4f}" for value in values]
-        rows.append([fold.file, str(fold.seed), str(fold.world_size), *metrics])
+        rows.append([fold.file, str(fold.seed), str(fold.world_size), f"{fold.temperature:.4g}", *metrics])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -224,6 +252,7 @@ def _digest_model(settings: BundleSettings, classes: tuple[Diagnosis, ...], fold
         network=settings.network,
         classes=classes,
         weights_sha256=tuple(fold.sha256 for fold in folds),
+        temperatures=tuple(fold.temperature for fold in folds),
     )
     return fingerprint(facts)
 
@@ -236,6 +265,7 @@ def _describe_fold(index: int, trained: TrainedFold, data: bytes) -> FoldRecord:
         seed=trained.seed,
         # JSON has no NaN, which is what a metric without any scan of a class is.
         validation={name: value if math.isfinite(value) else None for name, value in trained.validation.items()},
+        temperature=trained.temperature,
     )
 
 
@@ -251,6 +281,11 @@ def _check_state(blueprint: DARNet, state: Mapping[str, Tensor]) -> None:
     wrong = sorted({name for name, _, _ in expected ^ found})
     if wrong:
         raise ValueError(f"these weights are not of the network {blueprint.config}: {', '.join(wrong)}")
+
+
+def count_network_parameters(network: ModelConfig) -> int:
+    """Trained values of one fold's network, counted without making them."""
+    return count_parameters(_build_blueprint(network))
 
 
 def _build_blueprint(network: ModelConfig) -> DARNet:
@@ -292,6 +327,14 @@ def _read_file(store: Store, name: str) -> bytes:
     except ObjectMissing as error:
         remedy = "name a folder that jobs.train wrote, or copy the bundle again, whole"
         raise UsageError(f"{store.uri}/{name}: missing from the model bundle; {remedy}") from error
+
+
+def _has_manifest(store: Store) -> bool:
+    try:
+        store.read_bytes(MANIFEST_FILE)
+    except ObjectMissing:
+        return False
+    return True
 
 
 def _parse_manifest(text: bytes, place: str) -> BundleManifest:
@@ -359,8 +402,8 @@ NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
 {folds}
 
 Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
-read it as an upper estimate. The figures printed in the paper were not measured on these weights and say nothing
-about them.
+read it as an upper estimate. A temperature other than 1 was fitted on the same scans. The figures printed in the
+paper were not measured on these weights and say nothing about them.
 
 ## Intended use
 
@@ -369,7 +412,8 @@ Research on batches of chest CT: ranking scans, comparing models, studying where
 ## Limits
 
 - It knows three classes. A scan of anything else still gets three probabilities that add up to one.
-- Probabilities are not calibrated, and shift with scanner, reconstruction, population and prevalence.
+- Probabilities are calibrated by one temperature a fold at most, and shift with scanner, reconstruction, population
+  and prevalence.
 - A class activation map shows what the network used, not where disease is.
 - It has not been validated on any site or population other than the data named above.
 """

@@ -98,15 +98,22 @@ def _sum_left(cam: FloatArray) -> float:
     return float(cam[..., (cam.shape[2] + 1) // 2 :].sum(dtype=np.float64))
 
 
-def _locate_peak(cam: FloatArray, crop: CropBox) -> tuple[int, int, int]:
-    """Slice, y and x of the original voxel under the maximum.
+def find_peak(cam: FloatArray) -> tuple[int, int, int]:
+    """The voxel (z, y, x) of the maximum; of several that are equal, the one nearest to the middle of the volume.
 
-    A maximum at the border of the class map is stretched outwards unchanged, up to a corner of the scan that may lie
-    outside the body; its voxel nearest to the middle of the volume is the centre of the map's own cell.
+    Shape:  (D, H, W).
+    Source: ours. A maximum at the border of the class map is stretched outwards unchanged, up to a corner of the scan
+            that may lie outside the body; its voxel nearest to the middle is the centre of the map's own cell.
     """
     top = np.argwhere(cam >= cam.max() * (1 - TIE))
     from_middle = top - (np.array(cam.shape) - 1) / 2
     z, y, x = (int(index) for index in top[(from_middle**2).sum(axis=1).argmin()])
+    return z, y, x
+
+
+def _locate_peak(cam: FloatArray, crop: CropBox) -> tuple[int, int, int]:
+    """Slice, y and x of the original voxel under the maximum."""
+    z, y, x = find_peak(cam)
     depth, height, width = cam.shape
     return (
         _map_index(z, depth, crop.num_slices),

@@ -1,11 +1,13 @@
 """Curves and tables as pictures for a light page: arrays of an evaluation enter, matplotlib figures leave."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from darnet.metrics import NCP_LABEL, LabelArray, Reliability
 from darnet.page import COLOURS
@@ -15,6 +17,7 @@ SIZE = (4.8, 4.8)  # inches, of every figure: they stand side by side
 SOFT = "#57606a"
 CORNER = 0.2  # share of both axes that is enlarged
 INSET = (0.47, 0.12, 0.5, 0.5)  # where, in shares of the picture: below any curve better than chance
+DASHES = ("-", "--", "-.", ":")  # beside the colour, where curves lie on each other
 NUM_COLUMNS = 20  # of a histogram of probabilities
 
 
@@ -35,6 +38,46 @@ def draw_roc(curve: tuple[FloatArray, FloatArray], band: tuple[FloatArray, Float
     for axis in corner:
         axis.set(xticks=(0, CORNER), yticks=(1 - CORNER, 1))
     _dress(whole, "1 − specificity", "sensitivity")
+    return figure
+
+
+def draw_rocs(curves: Mapping[str, tuple[FloatArray, FloatArray]]) -> Figure:
+    """The NCP curves of several networks; inside, the upper left corner enlarged, if a curve comes there.
+
+    Shape: false and true positive rates (T,) each.
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    whole = figure.subplots()
+    is_good = any(np.interp(CORNER, *curve) > 1 - CORNER for curve in curves.values())
+    corner = [whole.inset_axes(INSET, xlim=(0, CORNER), ylim=(1 - CORNER, 1.005))] if is_good else []
+    for axis in (whole, *corner):
+        for (name, curve), colour, dash in zip(curves.items(), COLOURS, DASHES, strict=False):
+            axis.plot(*curve, color=colour, linewidth=1.8, linestyle=dash, label=name)
+        axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
+    whole.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    whole.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves), frameon=False, fontsize=9)
+    for axis in corner:
+        axis.set(xticks=(0, CORNER), yticks=(1 - CORNER, 1))
+    _dress(whole, "1 − specificity", "sensitivity")
+    return figure
+
+
+def draw_histories(histories: Mapping[str, pd.DataFrame], column: str, label: str) -> Figure:
+    """A quantity over the epochs of each network: mean over its folds, within the range of the folds.
+
+    `histories` have one row an epoch and fold, with `epoch`, `fold` and `column`.
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    for (name, history), colour, dash in zip(histories.items(), COLOURS, DASHES, strict=False):
+        by_epoch = history.groupby("epoch")[column]
+        epochs, mean = by_epoch.mean().index.to_numpy(float) + 1, by_epoch.mean().to_numpy(float)
+        low, high = by_epoch.min().to_numpy(float), by_epoch.max().to_numpy(float)
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.plot(epochs, mean, color=colour, linewidth=1.8, linestyle=dash, label=name)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(histories), frameon=False, fontsize=9)
+    _dress(axis, "epoch", label)
     return figure
 
 

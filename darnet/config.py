@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -33,8 +34,16 @@ from darnet.errors import UsageError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
-LATER_TRAIN_SETTINGS = ("class_weights", "warmup_epochs", "amp", "gradient_checkpointing", "compile", "sync_batchnorm")
-PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
+LATER_TRAIN_SETTINGS = (
+    "temperature_scaling",
+    "class_weights",
+    "warmup_epochs",
+    "amp",
+    "gradient_checkpointing",
+    "compile",
+    "sync_batchnorm",
+)
+PREPROCESSING_REVISION = 2  # raise when the code between bytes and network input changes what it yields
 
 
 class Section(BaseModel):
@@ -128,6 +137,10 @@ class TrainConfig(Section):
     Source: authors' code."""
     seed: int = 0
     """Seeds folds, weights, order and augmentation."""
+    temperature_scaling: bool = False
+    """Divide each fold's logits by the temperature that fits its validation scans best, in all later use of it.
+    Source: Guo et al. 2017; the paper has none."""
+
     augment: AugmentConfig = AugmentConfig()
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced`: a scan's loss is weighed by how rare its class is among the fold's training scans. Source: ours."""
@@ -191,7 +204,26 @@ class DecodeConfig(Section):
     """Address space the decoding child may use."""
 
 
-class ScoreConfig(Section):
+class GateConfig(Section):
+    """When a night is too unlike the nights before to be published without a person's word."""
+
+    gate_min_scans: int = Field(500, ge=1)
+    """Runs of fewer scans are not judged. Source: ours; of fewer, chance moves every share too far."""
+    gate_min_nights: int = Field(7, ge=1)
+    """With fewer earlier nights in the table a run is not judged. Source: ours; a week has each of its days once."""
+    gate_nights: int = Field(28, ge=1)
+    """Earlier nights that a run is held against. Source: ours; four weeks hold each day of the week equally often."""
+    gate_err_share: float = Field(0.05, ge=0, le=1)
+    """A larger share of ERR rows holds the run. Source: ours; one in twenty is trouble of machines, not of scans."""
+    gate_bad_rise: float = Field(0.05, ge=0, le=1)
+    """A share of BAD rows this far above that of the earlier nights holds the run. Source: ours; at 500 scans and a
+    share of 5%, five standard deviations."""
+    gate_psi: float = Field(0.25, gt=0)
+    """A population stability index above this, of a probability or an input, holds the run. Source: Siddiqi, Credit
+    Risk Scorecards (2006): above 0.25 a population has shifted."""
+
+
+class ScoreConfig(GateConfig):
     """How an archive is scored."""
 
     batch_size: int = Field(4, ge=1)
@@ -285,14 +317,52 @@ class TrainSettings(Settings):
 class ScoreSettings(Settings):
     """Archive and bundle -> the next object of the results table."""
 
-    archive: str
+    archive: str = ""
     """Where the scans are: a folder or s3://bucket/prefix."""
-    model: str
+    model: str = ""
     """Model bundle, a local folder or s3://bucket/prefix."""
     results: str
     """Where the results table is: a folder or s3://bucket/prefix."""
     night: str | None = None
     """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
+    accept: str | None = None
+    """In place of scoring: publish this run, which a quality gate held. Needs reason; archive and model do not."""
+    discard: str | None = None
+    """In place of scoring: drop this run, which a quality gate held; the next night scores its scans anew."""
+    reason: str = ""
+    """Why a held run is accepted or discarded; kept beside it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.accept is not None and self.discard is not None:
+            raise ValueError("give either accept or discard")
+        if (self.accept is not None or self.discard is not None) and not self.reason.strip():
+            raise ValueError("accept and discard need a reason: --reason 'why'")
+        if self.accept is None and self.discard is None and not (self.archive and self.model):
+            raise ValueError(f"{'model' if self.archive else 'archive'}: Field required to score an archive")
+        return self
+
+
+class ResultsSettings(Settings):
+    """A results table -> is it whole (check), room (clean), one row a scan (latest), or its columns (schema)."""
+
+    verb: CliPositionalArg[Literal["check", "clean", "latest", "schema"]]
+    """check: numbers, files, keys, and the digest of each object. clean: remove the work of runs long published.
+    latest: one row a scan, to out. schema: the columns as Markdown, to out or the screen."""
+    results: str = ""
+    """Where the results table is: a folder or s3://bucket/prefix. Needed by all but schema."""
+    out: str | None = None
+    """File to write, local or s3://: .parquet or .csv for latest, any for schema and for the digests of check."""
+    keep_commits: int = Field(28, ge=1)
+    """Runs among this many of the newest objects keep their work when cleaning. Source: ours; four weeks of nights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.verb != "schema" and not self.results:
+            raise ValueError(f"results: Field required to {self.verb}")
+        if self.verb == "latest" and not (self.out or "").endswith((".parquet", ".csv")):
+            raise ValueError("latest needs out, a file ending in .parquet or .csv")
+        return self
 
 
 class EvaluateSettings(Settings):
@@ -306,6 +376,8 @@ class EvaluateSettings(Settings):
     """In place of predictions: model bundle, a local folder or s3://bucket/prefix. Needs volumes."""
     volumes: str | None = None
     """Folder written by jobs.prepare, whose test cohort the bundle is measured on."""
+    truth: str | None = None
+    """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, to measure activation maps by."""
     compare: str | None = None
     """A second predictions table of the same scans to compare with."""
     replicates: int = Field(2000, ge=2000)
@@ -317,9 +389,42 @@ class EvaluateSettings(Settings):
     def _check(self) -> Self:
         if (self.model is None) != (self.volumes is None):
             raise ValueError("model and volumes belong together; give both, or predictions")
+        if self.truth is not None and self.model is None:
+            raise ValueError("truth needs model: a predictions table has no activation maps")
         if (self.predictions is None) == (self.model is None):
             raise ValueError("give either predictions, or model and volumes")
         return self
+
+
+class PhantomsSettings(Settings):
+    """An archive of phantoms with cohort table and truth, to try the paper's evaluation on."""
+
+    out: Path
+    """Folder for archive, cohort.csv and truth; must not hold them yet."""
+    train_scans: int = Field(20, ge=1)
+    """Scans of each diagnosis in the training cohort."""
+    test_scans: int = Field(12, ge=1)
+    """Scans of each diagnosis in the test cohort."""
+
+
+class PaperSettings(Settings):
+    """The paper's whole evaluation: archive and cohort table -> four networks of five folds each -> one report.
+
+    What is complete in `out` is not made again: the same command resumes.
+    """
+
+    archive: str
+    """Where the scans are: a folder or s3://bucket/prefix."""
+    cohort: str
+    """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has one, cohort (train or test)."""
+    out: Path
+    """Folder for volumes, audit, bundles and report; every node of the cluster must see it."""
+    truth: str | None = None
+    """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, if any are known."""
+    workers: int = Field(1, ge=1)
+    """DDP workers a fold; must divide train.batch_size."""
+    replicates: int = Field(2000, ge=2000)
+    """Bootstrap replicates of the 95% intervals."""
 
 
 class DemoSettings(Settings):

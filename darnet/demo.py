@@ -17,7 +17,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 from scipy import ndimage
 
 from darnet.archive import list_sources
-from darnet.bundle import load_networks, read_bundle
+from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
 from darnet.decode import write_volume
 from darnet.ingest import Ingester, Road
@@ -226,7 +226,7 @@ def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Pat
     rows = predictions.set_index("source")
     model, store, panels = read_bundle(open_store(str(bundle))), open_store(str(archive)), []
     settings, config = model.manifest.settings, ScoreConfig()
-    ensemble = Ensemble(load_networks(model), batch_size=config.batch_size, num_threads=config.num_threads)
+    ensemble = Ensemble.from_bundle(model, config)
     ingester = Ingester(store, Road(settings.volume, config.decode))
     for diagnosis in DIAGNOSES:
         probability = rows[f"probability_{diagnosis.lower()}"].astype(float)

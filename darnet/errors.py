@@ -3,9 +3,11 @@
 A `ScanError` turns one scan into a row of the results table; a `RunError` stops the job with its exit code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
+from types import MappingProxyType
+from typing import Any
 
 
 class Status(StrEnum):
@@ -81,15 +83,26 @@ def name_file(name: str) -> Iterator[None]:
 
 
 class RunError(Exception):
-    """The job cannot go on; `exit_code` says why."""
+    """The job cannot go on; `exit_code` says why, `facts` go into the job's summary."""
 
     exit_code = ExitCode.FAILED
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 class UsageError(RunError):
     """Wrong settings or missing input."""
 
     exit_code = ExitCode.WRONG_USE
+
+
+class HeldError(RunError):
+    """A quality gate holds a run back until a person has decided."""
+
+    exit_code = ExitCode.HELD
+
+    def __init__(self, message: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.facts = facts
 
 
 class StorageError(RunError):

@@ -6,7 +6,7 @@ cohort is hundreds of scans that are already resampled.
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.bundle import BundleManifest, load_networks, read_bundle
-from darnet.cohort import find_leaking_patients
+from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, load_networks, read_bundle
+from darnet.cohort import count_cohort, find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
 from darnet.errors import ObjectMissing, UsageError
@@ -37,13 +37,19 @@ from darnet.evaluation_report import (
     round_headlines,
 )
 from darnet.model import DARNet
+from darnet.page import figure_to_png
+from darnet.paper import MODEL_NAMES
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
-from darnet.scan import FloatArray
-from darnet.score import Ensemble
+from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store
+from darnet.study import NetworkRun, describe_study, make_study
+from darnet.study_maps import CohortScores, add_maps
+from darnet.study_report import draw_cases, render_study, render_study_csv, render_study_tex
 from darnet.terminal import print_table, show_progress
+from darnet.truth import Truth, read_truths
 
 PREDICTIONS_FILE = "predictions.parquet"
+HISTORY_FILE = "metrics.jsonl"
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -53,9 +59,14 @@ UNKNOWN_TRAINING = (
 def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, and write metrics.json, tables.csv, tables.tex and report.html; returns the job's summary.
 
+    A folder of several bundles is evaluated as the paper's comparison, each network on the same test cohort.
     Raises: UsageError naming file and row; StorageError.
     """
     out = open_store(settings.out, create=True)
+    if settings.model is not None:
+        bundles = find_bundles(open_store(settings.model))
+        if len(bundles) > 1:
+            return _run_study(settings, bundles, out)
     second = None if settings.compare is None else _read_table(settings.compare)
     predictions, origin = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
@@ -63,53 +74,123 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     evaluation = evaluate_predictions(predictions, resampling)
     described = describe_evaluation(evaluation, origin, comparison)
     files = {
-        "metrics.json": json.dumps(described, indent=2, allow_nan=False) + "\n",
-        "tables.csv": render_csv(evaluation),
-        "tables.tex": render_tex(evaluation),
-        "report.html": render_report(evaluation, origin, comparison),
+        "tables.csv": render_csv(evaluation).encode(),
+        "tables.tex": render_tex(evaluation).encode(),
+        "report.html": render_report(evaluation, origin, comparison).encode(),
     }
-    for name, text in files.items():
-        out.write_bytes(name, text.encode())
     _show(evaluation, origin)
+    return _publish(out, described, files, evaluation)
+
+
+def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) -> dict[str, Any]:
+    if settings.compare is not None:
+        raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
+    index = _open_volumes(settings)
+    truths = _read_truths(settings, index)
+    runs, scores, bundles = [], {}, {}
+    for place in places:
+        bundle = read_bundle(place)
+        _check_fit(settings, bundle.manifest, index)
+        name = MODEL_NAMES[bundle.manifest.model_name]
+        bundles[name], scores[name] = bundle, _score_test(settings, bundle, index)
+        runs.append(_describe_run(name, bundle, read_history(place), scores[name], index, out))
+    study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
+    cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
+    study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
+    files = {
+        "tables.csv": render_study_csv(study).encode(),
+        "tables.tex": render_study_tex(study).encode(),
+        **({"fig2.png": figure_to_png(draw_cases(study))} if study.cases else {}),
+        "report.html": render_study(study).encode(),
+    }
+    for name, run in study.runs.items():
+        _show(study.evaluations[name], run.origin)
+    return _publish(out, describe_study(study), files, study.evaluations[study.full])
+
+
+def _describe_run(
+    name: str, bundle: Bundle, history: pd.DataFrame, scores: Sequence[ScanScore], index: VolumesIndex, out: Store
+) -> NetworkRun:
+    """What one network says of the test cohort, kept as a table, and what is known of it."""
+    manifest = bundle.manifest
+    return NetworkRun(
+        name=name,
+        origin=_describe_origin(manifest, index),
+        predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores),
+        num_parameters=count_network_parameters(manifest.settings.network),
+        history=history,
+    )
+
+
+def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, Truth]:
+    if settings.truth is None:
+        return {}
+    scan_ids = index.frame.loc[index.frame["cohort"] == "test", "scan_id"].tolist()
+    return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
+
+
+def _load_on_device(bundle: Bundle) -> list[DARNet]:
+    return [network.to(_name_device()) for network in load_networks(bundle)]
+
+
+def _name_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_history(bundle: Store) -> pd.DataFrame:
+    """The metrics of every epoch and fold that a bundle keeps of its training; empty where it keeps none.
+
+    Raises: UsageError if the file is damaged.
+    """
+    try:
+        lines = bundle.read_bytes(HISTORY_FILE).decode().splitlines()
+        return pd.DataFrame([json.loads(line) for line in lines])
+    except ObjectMissing:
+        return pd.DataFrame()
+    except ValueError as error:
+        place = f"{bundle.uri}/{HISTORY_FILE}"
+        raise UsageError(f"{place}: not a line of JSON an epoch ({error}); copy the bundle again") from error
+
+
+def _publish(
+    out: Store, described: Mapping[str, Any], files: Mapping[str, bytes], evaluation: Evaluation
+) -> dict[str, Any]:
+    """Write metrics.json, then the files, report.html the last; returns the job's summary."""
+    metrics = json.dumps(described, indent=2, allow_nan=False) + "\n"
+    for name, data in {"metrics.json": metrics.encode(), **files}.items():
+        out.write_bytes(name, data)
     return {
         "out": out.uri,
-        "num_scans": len(predictions.scan_ids),
+        "num_scans": len(evaluation.predictions.scan_ids),
         **round_headlines(evaluation.metrics),
         "warnings": described["warnings"],
         "notice": described["notice"],
     }
 
 
-def predict_cohort(
-    networks: list[DARNet], index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
-) -> FloatArray:
-    """Each fold's probabilities of the index's test scans, in the order of its rows; `advance` hears of each batch.
-
-    Shape: (folds, N, 3).
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ensemble = Ensemble(networks, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
+def score_cohort(
+    bundle: Bundle, index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
+) -> list[ScanScore]:
+    """Score the index's test scans, in the order of its rows; `advance` hears of each batch."""
+    ensemble = Ensemble.from_bundle(bundle, config, _name_device())
     arrays = index.frame.loc[index.frame["cohort"] == "test", "array"].tolist()
-    probabilities = []
+    scores = []
     for start in range(0, len(arrays), config.batch_size):
         batch = np.stack([np.load(index.folder / name) for name in arrays[start : start + config.batch_size]])
-        probabilities += [score.fold_probability for score in ensemble.score(batch)]
+        scores += ensemble.score(batch)
         advance(len(batch))
-    return np.stack(probabilities, axis=1)
+    return scores
 
 
-def tabulate_predictions(index: VolumesIndex, fold_probabilities: FloatArray) -> pd.DataFrame:
-    """The predictions table of a test cohort, one row a fold and scan.
-
-    Shape: (folds, N, 3).
-    """
+def tabulate_predictions(index: VolumesIndex, scores: Sequence[ScanScore]) -> pd.DataFrame:
+    """The predictions table of a scored test cohort, one row a fold and scan."""
     test = index.frame[index.frame["cohort"] == "test"]
     facts = pd.DataFrame(
         {"scan_id": test["scan_id"], "patient_id": test["patient_id"], "label": test["diagnosis"]}
     ).reset_index(drop=True)
     folds = [
         pd.concat([facts.assign(fold=fold), pd.DataFrame(values, columns=list(PROBABILITIES))], axis=1)
-        for fold, values in enumerate(fold_probabilities)
+        for fold, values in enumerate(np.stack([score.fold_probability for score in scores], axis=1))
     ]
     return pd.concat(folds, ignore_index=True)
 
@@ -136,19 +217,32 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
         predictions = _read_table(settings.predictions)
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, {})
     assert settings.model is not None, "the settings have checked it"
+    (place,) = find_bundles(open_store(settings.model))
+    bundle, index = read_bundle(place), _open_volumes(settings)
+    _check_fit(settings, bundle.manifest, index)
+    scores = _score_test(settings, bundle, index)
+    return _keep_predictions(out, PREDICTIONS_FILE, index, scores), _describe_origin(bundle.manifest, index)
+
+
+def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
     assert settings.volumes is not None, "the settings have checked it"
     if "://" in settings.volumes:
         raise UsageError(f"--volumes {settings.volumes}: give a folder on this machine; volumes are read as files")
-    bundle, index = read_bundle(open_store(settings.model)), read_index(Path(settings.volumes).absolute())
-    _check_fit(settings, bundle.manifest, index)
+    return read_index(Path(settings.volumes).absolute())
+
+
+def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex) -> list[ScanScore]:
     num_test = int((index.frame["cohort"] == "test").sum())
-    with show_progress("scoring the test cohort", num_test) as meter:
-        networks = load_networks(bundle)
-        values = predict_cohort(networks, index, settings.score, lambda done: meter.advance(done, {}))
+    with show_progress(f"scoring the test cohort, {bundle.manifest.model_name}", num_test) as meter:
+        return score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
+
+
+def _keep_predictions(out: Store, name: str, index: VolumesIndex, scores: Sequence[ScanScore]) -> Predictions:
+    """Write the predictions table and read it as anybody's."""
     buffer = io.BytesIO()
-    tabulate_predictions(index, values).to_parquet(buffer, index=False)
-    out.write_bytes(PREDICTIONS_FILE, buffer.getvalue())
-    return read_predictions_table(PREDICTIONS_FILE, buffer.getvalue()), _describe_origin(bundle.manifest, index)
+    tabulate_predictions(index, scores).to_parquet(buffer, index=False)
+    out.write_bytes(name, buffer.getvalue())
+    return read_predictions_table(name, buffer.getvalue())
 
 
 def _check_fit(settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex) -> None:

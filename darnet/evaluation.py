@@ -185,15 +185,16 @@ def describe_evaluation(evaluation: Evaluation, origin: Origin, comparison: Comp
         "training": origin.training,
         **origin.facts,
         "warnings": find_warnings(evaluation, origin),
-        "comparison": None if comparison is None else _describe_comparison(comparison),
+        "comparison": None if comparison is None else describe_comparison(comparison),
     }
     cleaned: dict[str, Any] = _null_nan(described)
     return cleaned
 
 
-def _describe_comparison(comparison: Comparison) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison) -> dict[str, Any]:
+    """What metrics.json says of two models; NaN as None."""
     aucs, decisions = comparison.aucs, comparison.decisions
-    return {
+    described = {
         "input": comparison.second.name,
         "input_sha256": comparison.second.sha256,
         "metrics": dict(comparison.second_metrics),
@@ -214,6 +215,8 @@ def _describe_comparison(comparison: Comparison) -> dict[str, Any]:
             for name, item in comparison.folds.items()
         },
     }
+    cleaned: dict[str, Any] = _null_nan(described)
+    return cleaned
 
 
 def _align(second: Predictions, first: Predictions) -> Predictions:

@@ -49,7 +49,7 @@ The decision is the most probable of the three classes, not a threshold that was
 def render_report(evaluation: Evaluation, origin: Origin, comparison: Comparison | None) -> str:
     """The whole of report.html."""
     sections = [
-        _describe_input(evaluation, origin),
+        describe_input(evaluation, origin),
         _describe_metrics(evaluation),
         _describe_paper(evaluation),
         _describe_decisions(evaluation),
@@ -80,15 +80,7 @@ def render_csv(evaluation: Evaluation) -> str:
 
 def render_tex(evaluation: Evaluation) -> str:
     """tables.tex: the metrics, and Table 3 of the paper with a column for this evaluation; needs booktabs."""
-    metrics = _metrics_table(evaluation)
-    paper = _paper_table(evaluation)
-    tables = [
-        pd.DataFrame(table.rows, columns=list(table.header))
-        .map(lambda cell: "" if cell is None else str(cell))
-        .to_latex(index=False, escape=True, caption=_escape_percent(f"{table.caption} {NOTICE}"), label=label)
-        for table, label in ((metrics, "tab:metrics"), (paper, "tab:paper"))
-    ]
-    return f"% {NOTICE}\n% \\usepackage{{booktabs}}\n" + "\n".join(tables).rstrip() + "\n"
+    return render_tables_tex([(tabulate_ensemble(evaluation), "tab:metrics"), (_paper_table(evaluation), "tab:paper")])
 
 
 def format_metric(mean: float, std: float = math.nan) -> str:
@@ -120,7 +112,8 @@ def _summarise(evaluation: Evaluation) -> str:
     )
 
 
-def _describe_input(evaluation: Evaluation, origin: Origin) -> Section:
+def describe_input(evaluation: Evaluation, origin: Origin) -> Section:
+    """What the numbers are numbers of, and what to know before believing them."""
     predictions = evaluation.predictions
     counts = evaluation.confusion.sum(axis=1)
     rows: list[Sequence[Cell]] = [
@@ -140,10 +133,11 @@ def _describe_input(evaluation: Evaluation, origin: Origin) -> Section:
 def _describe_metrics(evaluation: Evaluation) -> Section:
     delong = format_interval(evaluation.auc.interval)
     text = f"The interval of auc_ncp by DeLong's method, which takes all scans as independent, is {delong}."
-    return Section("Metrics", text, [_metrics_table(evaluation)])
+    return Section("Metrics", text, [tabulate_ensemble(evaluation)])
 
 
-def _metrics_table(evaluation: Evaluation) -> HtmlTable:
+def tabulate_ensemble(evaluation: Evaluation) -> HtmlTable:
+    """Every metric of the folds' mean probability with its interval, beside the folds' own."""
     has_folds = len(evaluation.fold_metrics) > 1
     rows: list[Sequence[Cell]] = [
         [
@@ -159,7 +153,7 @@ def _metrics_table(evaluation: Evaluation) -> HtmlTable:
         f"Of {'the folds’ mean probability' if has_folds else 'one model'}, with percentile bootstrap intervals by "
         f"{evaluation.clustered_by}; folds: mean ± sample standard deviation over the fold models."
     )
-    return HtmlTable(["metric", "value", "95% interval", "folds", "what it is"], _format_floats(rows), caption)
+    return HtmlTable(["metric", "value", "95% interval", "folds", "what it is"], format_floats(rows), caption)
 
 
 def _describe_paper(evaluation: Evaluation) -> Section:
@@ -197,17 +191,27 @@ def _describe_pictures(evaluation: Evaluation) -> Section:
             "curves; dotted is chance. The inset of a good curve is its upper left corner."
         )
         figures.append(HtmlFigure(figure_to_svg(draw_roc(curve, evaluation.roc_band)), caption))
+    figures.append(picture_calibration(evaluation))
+    caption = "Probability of NCP among the scans of each true class; counts on a scale that is logarithmic above 1."
+    figures.append(HtmlFigure(figure_to_svg(draw_distributions(probabilities, labels)), caption))
+    figures.append(picture_confusion(evaluation))
+    return Section("Pictures", "", (), figures)
+
+
+def picture_calibration(evaluation: Evaluation) -> HtmlFigure:
+    """How far probabilities mean what they say."""
     caption = (
         f"Calibration: points on the dotted line mean what they say, with 95% intervals. Expected calibration error "
         f"{evaluation.metrics['ece_3class']:.4f} over {ECE_BINS} bins. Below, scans in each bin, on a log scale."
     )
-    reliability = measure_reliability(probabilities, labels)
-    figures.append(HtmlFigure(figure_to_svg(draw_reliability(reliability)), caption))
-    caption = "Probability of NCP among the scans of each true class; counts on a scale that is logarithmic above 1."
-    figures.append(HtmlFigure(figure_to_svg(draw_distributions(probabilities, labels)), caption))
+    reliability = measure_reliability(evaluation.predictions.probabilities, evaluation.predictions.labels)
+    return HtmlFigure(figure_to_svg(draw_reliability(reliability)), caption)
+
+
+def picture_confusion(evaluation: Evaluation) -> HtmlFigure:
+    """Which class is called which."""
     caption = "Confusion matrix: scans, and share of the true class; darker is more."
-    figures.append(HtmlFigure(figure_to_svg(draw_confusion(evaluation.confusion)), caption))
-    return Section("Pictures", "", (), figures)
+    return HtmlFigure(figure_to_svg(draw_confusion(evaluation.confusion)), caption)
 
 
 def _describe_decisions(evaluation: Evaluation) -> Section:
@@ -229,7 +233,7 @@ def _describe_folds(evaluation: Evaluation) -> list[Section]:
         for name in evaluation.metrics
     ]
     header = ["metric", *(f"fold {fold}" for fold in folds), "mean ± std"]
-    return [Section("Folds", "", [HtmlTable(header, _format_floats(rows), "Each fold's model on the whole cohort.")])]
+    return [Section("Folds", "", [HtmlTable(header, format_floats(rows), "Each fold's model on the whole cohort.")])]
 
 
 def _spread(evaluation: Evaluation, name: str) -> tuple[float, float]:
@@ -242,9 +246,9 @@ def _describe_comparison(evaluation: Evaluation, comparison: Comparison) -> Sect
         f"This evaluation against {comparison.second.name} (SHA-256 {comparison.second.sha256}), scan by scan; "
         f"differences are this minus the other.\n\n"
         f"AUC by DeLong's paired test: difference {aucs.difference:+.4f}, 95% interval "
-        f"{format_interval(aucs.interval)}, p {_format_p(aucs.p_value)}.\n\n"
+        f"{format_interval(aucs.interval)}, p {format_p(aucs.p_value)}.\n\n"
         f"Decisions by McNemar's exact test: {decisions.num_only_first_right} scans are called rightly here only, "
-        f"{decisions.num_only_second_right} by the other only, p {_format_p(decisions.p_value)}.\n\n"
+        f"{decisions.num_only_second_right} by the other only, p {format_p(decisions.p_value)}.\n\n"
         "Both tests take every scan as independent of the others. A difference whose interval holds 0 is not shown; "
         "that is not to say that there is none."
     )
@@ -253,40 +257,53 @@ def _describe_comparison(evaluation: Evaluation, comparison: Comparison) -> Sect
 
 def _comparison_table(evaluation: Evaluation, comparison: Comparison) -> HtmlTable:
     rows: list[Sequence[Cell]] = [
-        [name, value, comparison.second_metrics[name], *_format_difference(comparison.differences[name], item)]
+        [name, value, comparison.second_metrics[name], *format_difference(comparison.differences[name], item)]
         for (name, value), item in zip(evaluation.metrics.items(), comparison.intervals.values(), strict=True)
     ]
     header = ["metric", "this", "other", "difference", "95% interval", "verdict"]
     caption = f"Both ensembles; paired percentile bootstrap by {evaluation.clustered_by}."
-    return HtmlTable(header, _format_floats(rows), caption)
+    return HtmlTable(header, format_floats(rows), caption)
 
 
 def _fold_tables(comparison: Comparison) -> list[HtmlTable]:
     if not comparison.folds:
         return []
     rows: list[Sequence[Cell]] = [
-        [name, *_format_difference(item.mean, item.interval)] for name, item in comparison.folds.items()
+        [name, *format_difference(item.mean, item.interval)] for name, item in comparison.folds.items()
     ]
     caption = "Fold by fold: t-interval, raised for the training scans that folds share. A single seed shows little."
     return [HtmlTable(["metric", "mean difference", "95% interval", "verdict"], rows, caption)]
 
 
-def _format_difference(difference: float, interval: Interval) -> list[Cell]:
+def format_difference(difference: float, interval: Interval) -> list[Cell]:
+    """A signed difference, its interval, and whether that leaves 0 out."""
     verdict = "shown" if interval.low > 0 or interval.high < 0 else "not shown"
     return [UNDEFINED if math.isnan(difference) else f"{difference:+.4f}", format_interval(interval), verdict]
 
 
-def _format_p(value: float) -> str:
+def format_p(value: float) -> str:
+    """With the sign it is written after p."""
     if math.isnan(value):
         return UNDEFINED
     return "< 0.0001" if value < 0.0001 else f"= {value:.4f}"
 
 
-def _format_floats(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
+def format_floats(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
     """Four decimals, also where LaTeX and not the page shows the cells."""
     return [[format_metric(cell) if isinstance(cell, float) else cell for cell in row] for row in rows]
 
 
-def _escape_percent(text: str) -> str:
+def render_tables_tex(tables: Sequence[tuple[HtmlTable, str]]) -> str:
+    """Tables with their labels as LaTeX; needs booktabs."""
+    rendered = [
+        pd.DataFrame(table.rows, columns=list(table.header))
+        .map(lambda cell: "" if cell is None else str(cell))
+        .to_latex(index=False, escape=True, caption=escape_percent(f"{table.caption} {NOTICE}"), label=label)
+        for table, label in tables
+    ]
+    return f"% {NOTICE}\n% \\usepackage{{booktabs}}\n" + "\n".join(rendered).rstrip() + "\n"
+
+
+def escape_percent(text: str) -> str:
     """Captions are LaTeX already; ours hold no other character that means something there."""
     return text.replace("%", r"\%")

@@ -27,7 +27,7 @@ def run_job(
         code = ExitCode.DONE
     except RunError as error:
         code = error.exit_code
-        summary["error"] = str(error)
+        summary |= {**error.facts, "error": str(error)}
         print(f"jobs.{name}: {error}", file=sys.stderr)
     except Exception as error:  # a defect: the scheduler still gets its line, the developer the traceback
         _print_summary(summary | {"error": f"unexpected {type(error).__name__}"}, started_s, ExitCode.FAILED)

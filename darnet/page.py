@@ -40,10 +40,14 @@ class HtmlTable:
 
 @dataclass(frozen=True, slots=True)
 class HtmlFigure:
-    """A picture: `svg` from `figure_to_svg`; the caption is also read aloud, so it says what is seen."""
+    """A picture: `svg` from `figure_to_svg`; the caption is also read aloud, so it says what is seen.
+
+    A wide one takes the page's whole width.
+    """
 
     svg: str
     caption: str
+    is_wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,14 @@ def figure_to_svg(figure: Figure) -> str:
     """
     sink = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "darnet", "svg.fonttype": "path"}):
-        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(sink, format="svg", dpi=110, metadata={"Date": None, "Creator": None})
+    return sink.getvalue()
+
+
+def figure_to_png(figure: Figure) -> bytes:
+    """Draw a figure as PNG, for slides; the same figure gives the same bytes."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=110, metadata={"Software": None})
     return sink.getvalue()
 
 
@@ -137,6 +148,7 @@ tbody th { font-weight: 500; white-space: nowrap; }
 td.text { min-width: 8rem; overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 figure { margin: .8rem 0; flex: 1 1 20rem; max-width: 29.5rem; }
+figure.wide { flex-basis: 100%; max-width: none; }
 img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
 footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); color: var(--soft); }
@@ -197,7 +209,8 @@ footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 {% if section.figures %}
 <div class="figures">
 {% for figure in section.figures %}
-<figure><img src="{{ figure.svg | data_uri }}" alt="{{ figure.caption }}">
+<figure{% if figure.is_wide %} class="wide"{% endif %}>
+<img src="{{ figure.svg | data_uri }}" alt="{{ figure.caption }}">
 <figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
 </div>

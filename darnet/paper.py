@@ -1,6 +1,6 @@
-"""What Shi et al. print about their networks, as data: nothing enters, numbers leave.
+"""What Shi et al. print about their data and networks, as data: nothing enters, numbers leave.
 
-Source: paper Tables 2 and 3: CC-CCII test cohort of 472 scans, mean and standard deviation over five fold models. None
+Source: paper Tables 1 to 3: CC-CCII test cohort of 472 scans, mean and standard deviation over five fold models. None
 of it was measured here. Table 3 prints the parameters of DA and DA+CA the wrong way round; its metrics are as printed.
 """
 
@@ -8,6 +8,13 @@ from dataclasses import dataclass
 
 CITATION = "Shi et al., Dual-Attention Residual Network for Automatic Diagnosis of COVID-19"
 NUM_TEST_SCANS = 472
+
+
+TABLE_1 = {
+    "train": {"NCP": 1320, "CP": 1328, "Normal": 952},
+    "test": {"NCP": 169, "CP": 177, "Normal": 126},
+}
+"""Cohort -> diagnosis -> scans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +26,10 @@ class PrintedMetric:
 
 
 NETWORKS = ("ResNet18", "CA", "DA", "DA+CA")
+MODEL_NAMES = dict(zip(("darnet-plain", "darnet-ca", "darnet-da", "darnet-da-ca"), NETWORKS, strict=True))
+"""What the paper calls each of our models."""
+PARAMETERS = dict(zip(NETWORKS, (33.15, 33.24, 35.24, 35.15), strict=True))
+"""Millions, as printed: DA and DA+CA the wrong way round."""
 _PRINTED = {
     "auc_ncp": ((0.9890, 0.0045), (0.9930, 0.0014), (0.9892, 0.0027), (0.9900, 0.0016)),
     "accuracy_3class": ((0.9250, 0.0219), (0.9385, 0.0113), (0.9407, 0.0095), (0.9470, 0.0054)),

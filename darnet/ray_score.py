@@ -15,11 +15,12 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from darnet import __version__
 from darnet.archive import list_sources
-from darnet.bundle import Bundle, load_networks, read_bundle
-from darnet.config import ScoreConfig
-from darnet.errors import RunError, Status
+from darnet.bundle import Bundle, read_bundle
+from darnet.config import ScoreConfig, fingerprint
+from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
+from darnet.results_hold import refuse_if_held, review_run
 from darnet.results_objects import find_last_commit
 from darnet.results_publish import check_rows, publish
 from darnet.results_runs import PlannedSource, RunFolder, name_part, read_scored_keys
@@ -38,9 +39,7 @@ class ScoringActor:
         if bundle.manifest != run.model:
             raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
         self._run = run
-        self._ensemble = Ensemble(
-            load_networks(bundle), batch_size=config.batch_size, num_threads=config.num_threads, device=device
-        )
+        self._ensemble = Ensemble.from_bundle(bundle, config, device)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row or failure) out."""
@@ -64,15 +63,17 @@ def score_archive(
 
     A run that was killed is found again by its id on the same night, as long as nothing else was published and the
     archive did not change: its staged parts are kept.
-    Raises: RunError of every kind; nothing is published then.
+    Raises: RunError of every kind, HeldError if a quality gate holds this run or an earlier one; nothing is published
+        then.
     """
+    refuse_if_held(results)
     bundle = read_bundle(model)
     plan = plan_run(archive, results, bundle)
     summary: dict[str, Any] = {"model": bundle.manifest.model_name, "planned_sources": len(plan), "published": None}
     if not plan:
         return summary | {"message": "nothing new in the archive: nothing to score, nothing published"}
     night = night or datetime.now(UTC).date()
-    run_id = name_run(night, archive, bundle, plan, find_last_commit(results))
+    run_id = name_run(night, archive, bundle, config, plan, find_last_commit(results))
     folder = RunFolder(results, run_id)
     folder.write_plan(plan)
     planned = [item.source for item in folder.read_plan()]
@@ -84,6 +85,7 @@ def score_archive(
         stage_rows(score_sources(archive, model, run, config, missing), folder, len(missing), config.part_scans)
     rows = folder.read_parts()
     check_rows((source.key for source in planned), rows)
+    verdict = review_run(folder, rows, config)
     number = publish(results, run_id, rows)
     statuses = Counter(rows["status"].to_pylist())
     return summary | {
@@ -91,25 +93,43 @@ def score_archive(
         "resumed_sources": len(planned) - len(missing),
         "scans": rows.num_rows,
         "statuses": dict(statuses.most_common()),
+        "gates": verdict.describe(),
         "published": number,
     }
 
 
 def plan_run(archive: Store, results: Store, bundle: Bundle) -> list[PlannedSource]:
-    """The sources whose scans are not all final under this model, in the archive's order."""
+    """The sources whose scans are not all final under this model, in the archive's order.
+
+    Raises: UsageError for an archive without a single source: a mistyped prefix of a bucket lists as empty.
+    """
     manifest = bundle.manifest
     keys = read_scored_keys(results, manifest.model_sha256, manifest.preprocessing_version)
-    found = ((source, keys.find_reason(source)) for source in list_sources(archive.list_objects()))
-    return [PlannedSource(source, reason) for source, reason in found if reason is not None]
+    plan, num_sources = [], 0
+    for source in list_sources(archive.list_objects()):
+        num_sources += 1
+        reason = keys.find_reason(source)
+        if reason is not None:
+            plan.append(PlannedSource(source, reason))
+    if num_sources == 0:
+        raise UsageError(f"{archive.uri}: nothing in it looks like a scan; is the address right?")
+    return plan
 
 
-def name_run(night: date, archive: Store, bundle: Bundle, plan: Sequence[PlannedSource], last_commit: int) -> str:
-    """A name that the same work gets again after a kill, and other work does not: it digests model and plan.
+def name_run(
+    night: date,
+    archive: Store,
+    bundle: Bundle,
+    config: ScoreConfig,
+    plan: Sequence[PlannedSource],
+    last_commit: int,
+) -> str:
+    """A name that the same work gets again after a kill, and other work does not: it digests model, settings, plan.
 
     The night and the table's last number are part of it, so that trying again what failed is another run.
     """
     manifest = bundle.manifest
-    digest = hashlib.sha256(f"{archive.uri}\0{manifest.model_sha256}\0{last_commit}".encode())
+    digest = hashlib.sha256(f"{archive.uri}\0{manifest.model_sha256}\0{fingerprint(config)}\0{last_commit}".encode())
     for item in plan:
         digest.update(f"\0{item.source.input_sha256}".encode())
     return f"{night:%Y%m%d}-{digest.hexdigest()[:16]}"

@@ -162,7 +162,10 @@ def write_bundles(
             write_bundle(
                 place,
                 settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
-                folds=[TrainedFold(fold.state, settings.workers, settings.train.seed, fold.metrics) for fold in folds],
+                folds=[
+                    TrainedFold(fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature)
+                    for fold in folds
+                ],
                 cohort_sha256=table.cohort_sha256,
                 model_version=today.isoformat(),
                 code_version=__version__,

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from darnet.scan import BoolArray, CropBox, FloatArray, Uint8Array
 
@@ -48,10 +50,30 @@ def draw_cam_figure(panels: Sequence[CamPanel], heading: str, path: Path) -> Non
         _draw_slice(row[0], panel, panel.title)
         _draw_slice(row[1], panel, panel.caption)
         _overlay_cam(row[1], panel)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), CAM_COLOURS), ax=axes[:, 1], shrink=0.4, aspect=30)
-    bar.set_label("share of the map's maximum", color=INK, fontsize=9)
-    bar.ax.tick_params(colors=INK, labelsize=8)
+    _draw_bar(figure, axes[:, 1])
     figure.savefig(path, dpi=110)
+
+
+def draw_case_figure(cases: Sequence[Sequence[CamPanel]], heading: str) -> Figure:
+    """A row for each case: the slice, then the same slice under each network's map.
+
+    Every case has one panel a network, all of one slice; a panel's caption stands over its map.
+    Source: paper Fig. 2.
+    """
+    num_columns = 1 + len(cases[0])
+    first = cases[0][0]
+    height = 2.6 * first.pixel_aspect * first.image.shape[0] / first.image.shape[1] + 0.45
+    figure = Figure(figsize=(2.6 * num_columns + 0.9, height * len(cases) + 0.7), facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{heading}\n{NOTICE}", color=INK, fontsize=12)
+    axes = figure.subplots(len(cases), num_columns, squeeze=False)
+    for row, panels in zip(axes, cases, strict=True):
+        _draw_slice(row[0], panels[0], panels[0].title)
+        for axis, panel in zip(row[1:], panels, strict=True):
+            _draw_slice(axis, panel, panel.caption)
+            _overlay_cam(axis, panel)
+    _draw_bar(figure, axes[:, -1])
+    return figure
 
 
 def _draw_slice(axis: Axes, panel: CamPanel, title: str) -> None:
@@ -62,6 +84,12 @@ def _draw_slice(axis: Axes, panel: CamPanel, title: str) -> None:
     for spine in axis.spines.values():
         spine.set_visible(False)
     axis.text(0.02, 0.96, "R", color=INK, fontsize=9, transform=axis.transAxes, va="top")
+
+
+def _draw_bar(figure: Figure, axes: NDArray[Any]) -> None:
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), CAM_COLOURS), ax=axes, shrink=0.4, aspect=30)
+    bar.set_label("share of the map's maximum", color=INK, fontsize=9)
+    bar.ax.tick_params(colors=INK, labelsize=8)
 
 
 def _overlay_cam(axis: Axes, panel: CamPanel) -> None:

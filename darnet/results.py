@@ -3,14 +3,18 @@
 `results_rows` holds the columns, `results_runs` a run's work in progress, `results_publish` how it becomes a commit.
 """
 
+import json
+from datetime import date
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from darnet.results_objects import list_commits, read_objects
+from darnet.results_objects import NOTICE, list_commits, read_objects
 from darnet.results_rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
-from darnet.storage import open_store
+from darnet.storage import Store, open_store
 
 # What `read_predictions` does, for analysts at a DuckDB prompt, who put their place for RESULTS; the README shows it.
 LATEST_SQL = """\
@@ -27,22 +31,43 @@ ORDER BY source, scan_id
 """
 
 
-def read_predictions(uri: str, latest: bool = True) -> pd.DataFrame:
+def read_predictions(uri: str, latest: bool = True, as_of: date | None = None) -> pd.DataFrame:
     """The results table as a frame: one row for each (source, scan_id) as last scored, or every row ever published.
 
     Latest means, for each source, the bytes, model and preprocessing of its newest commit: of these the final rows,
     and the ERR rows of that commit only, since the source was tried again as a whole. For DuckDB the same is
-    `LATEST_SQL`.
+    `LATEST_SQL`. With `as_of`, the rows of later nights do not count.
 
     Raises: StorageError, CredentialsError; a table without any object is an empty frame.
     """
-    store = open_store(uri)
+    frame: pd.DataFrame = read_rows(open_store(uri), latest, as_of).to_pandas()
+    return frame
+
+
+def read_rows(store: Store, latest: bool = True, as_of: date | None = None) -> Any:
+    """What `read_predictions` reads, as an Arrow table."""
     tables = [stored.rows for stored in read_objects(store, list_commits(store))]
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    if latest:
-        table = table.take(pa.array(_find_latest(table)))
-    frame: pd.DataFrame = table.to_pandas()
-    return frame
+    if as_of is not None:
+        table = table.filter(pc.less_equal(table["night"], pa.scalar(as_of, pa.date32())))
+    return table.take(pa.array(_find_latest(table), pa.int64())) if latest else table
+
+
+def export_latest(store: Store, name: str) -> tuple[bytes, int]:
+    """One row a scan as a file of this name, .csv or .parquet, and how many; the notice travels with it.
+
+    A CSV has the notice in a column of its own, and lists as JSON.
+    """
+    table = read_rows(store)
+    if name.endswith(".parquet"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata({"notice": NOTICE}), sink, compression="zstd")
+        return sink.getvalue().to_pybytes(), table.num_rows
+    frame = table.to_pandas()
+    for field in SCHEMA:
+        if pa.types.is_list(field.type):
+            frame[field.name] = [None if value is None else json.dumps(value.tolist()) for value in frame[field.name]]
+    return frame.assign(notice=NOTICE).to_csv(index=False).encode(), table.num_rows
 
 
 def _find_latest(table: Any) -> Any:

@@ -58,7 +58,22 @@ def open_parquet(store: Store, key: str) -> tuple[Any, str]:
 
     Raises: ObjectMissing; StorageError if something else lies there.
     """
-    data = store.read_bytes(key)
+    return _parse_parquet(store, key, store.read_bytes(key))
+
+
+def parse_stored(store: Store, key: str, data: bytes, columns: list[str]) -> Stored:
+    """Some columns of an object whose bytes are here already.
+
+    Raises: StorageError if it is none of ours, or damaged.
+    """
+    file, run_id = _parse_parquet(store, key, data)
+    try:
+        return Stored(key, run_id, file.read(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{store.uri}/{key}: damaged ({error}); restore it from a copy") from error
+
+
+def _parse_parquet(store: Store, key: str, data: bytes) -> tuple[Any, str]:
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         metadata = file.schema_arrow.metadata or {}

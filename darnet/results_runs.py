@@ -39,6 +39,7 @@ from darnet.results_rows import (
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
 
+RUNS = "_runs/"
 PLAN_BATCH_SOURCES = 1_000  # Source: ours; a source has some hundred objects
 
 
@@ -188,13 +189,27 @@ class RunFolder:
             staged.update(unspell_key(text) for text in part.rows["source"].unique().to_pylist())
         return staged
 
+    def delete_work(self) -> int:
+        """Remove the parts and then the plan, all that a restart would go on from; the number of objects.
+
+        The plan goes last: parts without one would be taken up again by a run of the same name.
+        """
+        keys = sorted(list_parquet_keys(self.store, f"{RUNS}{self.run_id}/"), key=lambda key: key == self._plan_key)
+        for key in keys:
+            self.store.delete(key)
+        return len(keys)
+
+    def locate(self, name: str) -> str:
+        """Key of another object of this run."""
+        return f"{RUNS}{self.run_id}/{name}"
+
     @property
     def _plan_key(self) -> str:
-        return f"_runs/{self.run_id}/plan.parquet"
+        return self.locate("plan.parquet")
 
     @property
     def _parts(self) -> str:
-        return f"_runs/{self.run_id}/parts/"
+        return self.locate("parts/")
 
 
 def name_part(sources: Iterable[str]) -> str:

@@ -7,14 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from darnet.bundle import BundleManifest
+from darnet.bundle import Bundle, BundleManifest, load_networks
 from darnet.cam import CamStatistics, class_activation_maps, measure_cam, upsample_cam
+from darnet.config import ScoreConfig
 from darnet.model import DARNet
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, IngestedScan, StandardVolume, Uint8Array
 
@@ -66,12 +67,32 @@ class Ensemble:
     it is part of the numbers.
     """
 
-    def __init__(self, networks: Sequence[DARNet], *, batch_size: int, num_threads: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        networks: Sequence[DARNet],
+        *,
+        batch_size: int,
+        num_threads: int,
+        device: str = "cpu",
+        temperatures: Sequence[float] | None = None,
+    ) -> None:
         torch.set_num_threads(num_threads)
         self._networks = [network.to(device).eval() for network in networks]
+        self._temperatures = [1.0] * len(networks) if temperatures is None else temperatures
         self._batch_size = batch_size
         self._forward_size = 1 if device == "cpu" else batch_size
         self._device = device
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, config: ScoreConfig, device: str = "cpu") -> Self:
+        """The networks of a bundle, each at its temperature."""
+        return cls(
+            load_networks(bundle),
+            batch_size=config.batch_size,
+            num_threads=config.num_threads,
+            device=device,
+            temperatures=[fold.temperature for fold in bundle.manifest.folds],
+        )
 
     def score(self, voxels: Uint8Array) -> list[ScanScore]:
         """Score up to a batch of standard volumes.
@@ -92,7 +113,8 @@ class Ensemble:
         batch = torch.zeros((self._forward_size, 1, *voxels.shape[1:]), dtype=torch.float32, device=self._device)
         batch[:num_scans, 0] = torch.from_numpy(voxels).to(self._device, torch.float32) / 255
         with torch.inference_mode():
-            results = [_score_fold(network, batch) for network in self._networks]
+            folds = zip(self._networks, self._temperatures, strict=True)
+            results = [_score_fold(network, temperature, batch) for network, temperature in folds]
         probability = np.stack([fold[0] for fold in results], axis=1)  # (B, folds, classes)
         class_maps = np.mean([fold[1] for fold in results], axis=0)  # (B, classes, d, h, w)
         gates = [fold[2] for fold in results if fold[2] is not None]
@@ -156,10 +178,13 @@ def make_row(
     }
 
 
-def _score_fold(network: DARNet, batch: Tensor) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """One fold's probabilities (B, classes), class maps (B, classes, d, h, w) and mean depth gates (B, d)."""
+def _score_fold(network: DARNet, temperature: float, batch: Tensor) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """One fold's probabilities (B, classes), class maps (B, classes, d, h, w) and mean depth gates (B, d).
+
+    The temperature is in the probabilities alone: a class map splits the logit that the network itself gave.
+    """
     trace = network.trace(batch)
-    probability = network.classify(trace.features).softmax(dim=1)
+    probability = (network.classify(trace.features) / temperature).softmax(dim=1)
     class_maps = class_activation_maps(trace.features, network.head.weight)
     gates = None if trace.depth_gates is None else trace.depth_gates.mean(dim=1).cpu().numpy()
     return probability.cpu().numpy(), class_maps.cpu().numpy(), gates

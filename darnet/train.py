@@ -19,6 +19,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from darnet.calibration import fit_temperature
 from darnet.config import TrainConfig
 from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable
 from darnet.errors import RunError, UsageError
@@ -55,6 +56,11 @@ class FoldResult:
     state: dict[str, Tensor]
     metrics: Metrics
     history: list[Metrics]
+
+    @property
+    def temperature(self) -> float:
+        """What the chosen epoch's logits are divided by; 1 where none was fitted."""
+        return self.metrics.get("temperature", 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,17 +252,29 @@ def train_steps(
     return losses
 
 
-def evaluate(network: nn.Module, index: VolumesIndex, rows: Rows, batch_size: int, gang: Gang) -> Metrics:
-    """Metrics over `rows`, un-augmented; every rank infers its share, and each scan counts once."""
+def evaluate(
+    network: nn.Module,
+    index: VolumesIndex,
+    rows: Rows,
+    batch_size: int,
+    gang: Gang,
+    temperature_scaling: bool = False,
+) -> Metrics:
+    """Metrics over `rows`, un-augmented; every rank infers its share, and each scan counts once.
+
+    With `temperature_scaling` also the temperature that fits these rows; the metrics are those without it, so that it
+    does not change which epoch is chosen.
+    """
     own = rows[gang.rank :: gang.world_size]
     shares = gang.gather((own, infer_logits(network, VolumeDataset(index), own, batch_size, gang.device)))
     gathered = np.concatenate([share[0] for share in shares])
     order = np.argsort(gathered)
     assert np.array_equal(gathered[order], np.sort(rows)), "each scan is inferred by exactly one rank"
-    log_probabilities = log_softmax(np.concatenate([share[1] for share in shares])[order], axis=1)
-    labels = index.labels[gathered[order]]
+    logits, labels = np.concatenate([share[1] for share in shares])[order], index.labels[gathered[order]]
+    log_probabilities = log_softmax(logits, axis=1)
+    temperature = {"temperature": fit_temperature(logits, labels)} if temperature_scaling else {}
     loss = -float(log_probabilities[np.arange(len(labels)), labels].mean())
-    return {"validation_loss": loss, **compute_metrics(np.exp(log_probabilities), labels)}
+    return {"validation_loss": loss, **compute_metrics(np.exp(log_probabilities), labels), **temperature}
 
 
 @torch.no_grad()
@@ -294,7 +312,8 @@ def _run_epoch(
     learner.scheduler.step()
     _share_buffers(learner.module, gang)
     share = config.batch_size // gang.world_size
-    validation = evaluate(learner.module, index, index.select_validation(fold), share, gang)
+    rows = index.select_validation(fold)
+    validation = evaluate(learner.module, index, rows, share, gang, config.temperature_scaling)
     train_loss = float(np.mean(gang.gather(float(np.mean(losses)))))
     return {"epoch": epoch, "learning_rate": rate, "train_loss": train_loss, **validation}
 

@@ -8,17 +8,20 @@ from darnet.config import ScoreSettings
 from darnet.errors import UsageError
 from darnet.job import run_job
 from darnet.ray_score import score_archive
+from darnet.results_hold import decide_hold
 from darnet.storage import open_store
 
 
 def work(settings: ScoreSettings) -> dict[str, Any]:
-    """Score the archive."""
+    """Score the archive, or decide on a run that was held."""
+    results = open_store(settings.results, create=True)
+    if settings.accept is not None or settings.discard is not None:
+        return decide_hold(results, settings)
     try:
         night = None if settings.night is None else date.fromisoformat(settings.night)
     except ValueError as error:
         raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
-    stores = open_store(settings.archive), open_store(settings.model), open_store(settings.results, create=True)
-    return score_archive(*stores, settings.score, night)
+    return score_archive(open_store(settings.archive), open_store(settings.model), results, settings.score, night)
 
 
 def main() -> int:

@@ -1,19 +1,25 @@
 """A bundle of five untrained tiny networks whose opinions differ."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from darnet.bundle import Bundle, BundleSettings, TrainedFold, write_bundle
+from darnet.bundle import NETWORKS, Bundle, BundleSettings, TrainedFold, name_model, write_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.model import build_network
 
 SHAPE = (16, 32, 32)
 
 
-def write_random_bundle(out: Path, version: str = "untrained", shape: tuple[int, int, int] = SHAPE) -> Bundle:
+def write_random_bundle(
+    out: Path,
+    version: str = "untrained",
+    shape: tuple[int, int, int] = SHAPE,
+    attentions: Mapping[str, bool] | None = None,
+) -> Bundle:
     """Heads are drawn wide, so that probabilities lie apart."""
-    network = ModelConfig(volume_shape=shape, base_channels=4)
+    network = ModelConfig(volume_shape=shape, base_channels=4, **(attentions or {}))
     states = []
     for fold in range(5):
         state = build_network(network, fold).state_dict()
@@ -28,3 +34,11 @@ def write_random_bundle(out: Path, version: str = "untrained", shape: tuple[int,
         code_version="0",
         trained_on="nothing",
     )
+
+
+def write_four_bundles(out: Path, shape: tuple[int, int, int] = SHAPE) -> Path:
+    """One untrained bundle of each network of Table 3, in a folder."""
+    for attentions in NETWORKS:
+        name = name_model(ModelConfig(**attentions))
+        write_random_bundle(out / name, shape=shape, attentions=attentions)
+    return out

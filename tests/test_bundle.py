@@ -112,6 +112,7 @@ def test_the_manifest_says_what_was_trained_and_how(tmp_path: Path) -> None:
             "world_size": 2,
             "seed": index,
             "validation": {"accuracy_3class": 0.625, "auc_ncp": None},
+            "temperature": 1.0,
         }
 
 
@@ -259,6 +260,7 @@ def _update(settings: BundleSettings, part: str, **changes: Any) -> BundleSettin
         lambda: {"folds": [_fold(0), _fold(1)]},
         lambda: {"folds": [_fold(0), _fold(2), _fold(1)]},
         lambda: {"folds": [_fold(0), _fold(1), _fold(3)]},
+        lambda: {"folds": [_fold(0), _fold(1), _fold(2, temperature=1.5)]},
     ],
 )
 def test_model_sha256_changes_with_what_changes_a_prediction(

@@ -122,9 +122,9 @@ def test_defaults_are_the_papers() -> None:
 def test_a_training_setting_that_came_later_changes_the_fingerprint_only_where_it_is_used() -> None:
     base = read_settings(ScoreSettings, PLACES, "x").train
     assert not set(LATER_TRAIN_SETTINGS) & base.model_dump().keys()
-    values = ("balanced", 2, True, True, True, True)
+    values = (True, "balanced", 2, True, True, True, True)
     used = [base.model_copy(update={name: value}) for name, value in zip(LATER_TRAIN_SETTINGS, values, strict=True)]
-    assert len({fingerprint(base), *map(fingerprint, used)}) == 7
+    assert len({fingerprint(base), *map(fingerprint, used)}) == 8
     for config in used:
         assert type(base).model_validate_json(config.model_dump_json()) == config
 

@@ -12,12 +12,14 @@ ROWS = (
     "errors config scan",
     "storage_local decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
     "phantom_canvas results_rows",
-    "storage archive cohort cam calibration charts intervals predictions report job slice_order phantom_body "
-    "phantom_findings phantom_files",
-    "history bundle results_objects ingest dataset evaluation phantom phantom_decoys",
-    "train score prepared volumes_cache evaluation_report audit_features results results_runs results_publish",
-    "ray_cluster demo evaluate audit",
-    "ray_prepare ray_train ray_score audit_report",
+    "storage archive cohort cam calibration charts intervals predictions report job steps slice_order gates "
+    "phantom_body phantom_findings phantom_files",
+    "history bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
+    "train score prepared volumes_cache evaluation_report cam_truth audit_features results results_runs "
+    "results_publish",
+    "ray_cluster demo study audit results_hold",
+    "results_check ray_prepare ray_train ray_score phantom_study study_report study_maps audit_report",
+    "evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}

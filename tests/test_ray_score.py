@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data import Dataset
 
-from darnet.config import ScoreConfig
-from darnet.errors import CredentialsError
+from darnet.bundle import read_bundle
+from darnet.config import DecodeConfig, ScoreConfig
+from darnet.errors import CredentialsError, UsageError
 from darnet.ray_cluster import connect
-from darnet.ray_score import score_archive, score_sources
+from darnet.ray_score import name_run, score_archive, score_sources
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
@@ -147,6 +148,22 @@ def test_a_store_that_lets_nobody_in_stops_the_job_with_that_error(model: str, t
     with pytest.raises(CredentialsError, match="nobody enters"):
         score_archive(archive, *stores, CONFIG, NIGHT)
     assert not list((tmp_path / "results").glob("predictions/*"))
+
+
+def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_path: Path) -> None:
+    """A mistyped prefix of a bucket lists as empty, and no night may call that success."""
+    (tmp_path / "README.txt").write_text("no scan")
+    stores = LocalStore(tmp_path), open_store(model), open_store(str(tmp_path / "results"), create=True)
+    with pytest.raises(UsageError, match="nothing in it looks like a scan"):
+        score_archive(*stores, CONFIG, NIGHT)
+
+
+def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Path) -> None:
+    """Limits decide final rows: parts of two settings must not end in one run."""
+    bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
+    limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
+    names = {name_run(NIGHT, archive, bundle, config, [], 0) for config in (CONFIG, limits, CONFIG)}
+    assert len(names) == 2
 
 
 def _start_job(archive: Path | str, model: str, results: Path | str) -> "subprocess.Popen[str]":

@@ -19,3 +19,11 @@ def test_every_file_and_job_the_readme_names_exists() -> None:
         assert (root / name).is_file(), name
     for job in set(re.findall(r"jobs\.(\w+)", README)) - {"X"}:
         assert (root / "jobs" / f"{job}.py").is_file(), job
+
+
+def test_the_house_table_names_every_module() -> None:
+    root = Path(__file__).parents[1]
+    house = README.partition("## The house")[2].partition("|---|---|")[2]
+    named = re.findall(r"`(\w+)`", house)
+    modules = sorted(path.stem for path in (root / "darnet").glob("*.py") if path.stem != "__init__")
+    assert sorted(named) == modules

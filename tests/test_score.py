@@ -1,5 +1,6 @@
 """Ensemble and rows, against one network at a time and sums written out."""
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from darnet.bundle import Bundle, load_networks
+from darnet.config import ScoreConfig
 from darnet.errors import Status
 from darnet.results_publish import check_rows
 from darnet.results_rows import SCHEMA, make_table
@@ -52,6 +54,22 @@ def test_probabilities_are_those_of_each_network_alone(
     np.testing.assert_allclose(scores[0].probability, scores[0].fold_probability.sum(0) / 5, rtol=1e-6)
     spread = [score.fold_probability.std() for score in scores]
     assert min(spread) > 0.01  # folds that all say the same would show nothing
+
+
+def test_each_fold_is_divided_by_its_own_temperature_before_the_mean(bundle: Bundle, voxels: Uint8Array) -> None:
+    temperatures = (0.5, 1.0, 2.0, 3.0, 4.0)
+    folds = zip(bundle.manifest.folds, temperatures, strict=True)
+    changed = [fold.model_copy(update={"temperature": temperature}) for fold, temperature in folds]
+    scaled = Bundle(bundle.manifest.model_copy(update={"folds": tuple(changed)}), bundle.weights)
+    (score,) = Ensemble.from_bundle(scaled, ScoreConfig()).score(voxels[:1])
+    expected = []
+    for network, temperature in zip(load_networks(bundle), temperatures, strict=True):
+        with torch.inference_mode():
+            logits = network(torch.from_numpy(voxels[:1])[:, None].float() / 255)[0].double().numpy()
+        raised = [math.exp(value / temperature) for value in logits]
+        expected.append([value / sum(raised) for value in raised])
+    np.testing.assert_allclose(score.fold_probability, expected, atol=1e-5)
+    np.testing.assert_allclose(score.probability, np.mean(expected, axis=0), atol=1e-5)
 
 
 def test_a_scan_has_the_same_bits_alone_and_in_any_company(

@@ -183,6 +183,20 @@ def test_a_fold_trains_on_its_own_training_rows_only(index: VolumesIndex) -> Non
         assert not set(trained) & set(index.select_validation(1))
 
 
+def test_a_temperature_fits_the_chosen_networks_validation_scans_and_changes_nothing_else(
+    index: VolumesIndex, whole: tuple[FoldResult, list[bytes]]
+) -> None:
+    result, _ = fit(index, QUICK.model_copy(update={"temperature_scaling": True}))
+    assert is_same_state(result.state, whole[0].state)
+    network, rows = build_network(NETWORK, seed=9), index.select_validation(0)
+    network.load_state_dict(result.state)
+    logits, labels = infer_logits(network, VolumeDataset(index), rows, 2, ALONE.device), index.labels[rows]
+    grid = np.geomspace(0.05, 20, 4000)
+    losses = [log_loss(labels, softmax(logits / temperature, axis=1), labels=[0, 1, 2]) for temperature in grid]
+    assert result.temperature == pytest.approx(grid[np.argmin(losses)], rel=0.01)
+    assert whole[0].temperature == 1
+
+
 def test_ranks_share_each_step_of_the_same_order() -> None:
     rows = np.arange(100, 127)
     alone = list_batches(rows, 0, 5, QUICK, ALONE)

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 
 from darnet.archive import list_sources
-from darnet.bundle import load_networks, read_bundle
+from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.dicom import arrange_series, read_header
 from darnet.errors import ScanError, UsageError
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     if given.model:
         bundle, score = read_bundle(open_store(given.model)), ScoreConfig()
         config = bundle.manifest.settings.volume
-        ensemble = Ensemble(load_networks(bundle), batch_size=score.batch_size, num_threads=score.num_threads)
+        ensemble = Ensemble.from_bundle(bundle, score)
     if given.scans:
         rows = measure_all(given.scans, config, given.repeats, ensemble)
     else:

@@ -1,0 +1,16 @@
+"""python -m jobs.results: check, clean, copy the latest of, or document a results table."""
+
+import sys
+
+from darnet.config import ResultsSettings
+from darnet.job import run_job
+from darnet.results_check import care_for_results
+
+
+def main() -> int:
+    """Run the job and return its exit code."""
+    return run_job("results", ResultsSettings, care_for_results, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

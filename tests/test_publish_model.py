@@ -1,0 +1,61 @@
+"""No way of meeting spoils the results table; and a store or a program that is wrong is found out."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from darnet import results_publish
+from darnet.errors import PutUncertain
+from tests.publish_model import SCENARIOS, PublishModel, walk_all
+
+QUICK = [replace(scenario, num_faults=1, num_crashes=2 - (len(scenario.runs) - 1)) for scenario in SCENARIOS]
+NAMES = [scenario.name for scenario in SCENARIOS]
+
+
+@pytest.mark.parametrize("scenario", QUICK, ids=NAMES)
+def test_no_meeting_of_runs_ends_badly(scenario: Any) -> None:
+    walk = PublishModel(scenario).walk()
+    assert walk.faults == []
+    assert walk.num_states > 200
+    assert len(walk.ends) >= 2  # either run may come first, so the walk did branch
+
+
+def test_the_race_ends_as_worked_out_by_hand() -> None:
+    """Each run fails where the other does not: whoever comes second adds its final row and drops its ERR."""
+    model = PublishModel(QUICK[1])
+    ends = [model.read_statuses(table) for table in model.walk().ends]
+    first, second = {"a": "OK", "b": "ERR_TIMEOUT"}, {"a": "ERR_TIMEOUT", "b": "OK"}
+    assert sorted(ends, key=str) == sorted([[first, {"b": "OK"}], [second, {"a": "OK"}]], key=str)
+
+
+@pytest.mark.parametrize("scenario", QUICK, ids=NAMES)
+def test_a_store_that_puts_blindly_is_found_out(scenario: Any) -> None:
+    """What `rclone serve s3` does, which ignores If-None-Match."""
+    assert PublishModel(scenario, is_blind=True).walk().faults
+
+
+def _claim_believing(store: Any, key: str, data: bytes, run_id: str, _: Any) -> str:
+    """A refusal is another's doing, whoever holds the slot."""
+    try:
+        return run_id if store.put_if_absent(key, data) else "another"
+    except PutUncertain:
+        return run_id
+
+
+def _settle_nothing(rows: Any, _: Any) -> Any:
+    return rows
+
+
+@pytest.mark.parametrize(("name", "mutant"), [("_claim", _claim_believing), ("_settle", _settle_nothing)])
+def test_a_program_that_forgets_a_step_is_found_out(monkeypatch: pytest.MonkeyPatch, name: str, mutant: Any) -> None:
+    monkeypatch.setattr(results_publish, name, mutant)
+    assert PublishModel(QUICK[1]).walk().faults
+
+
+@pytest.mark.slow
+def test_the_whole_model_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    walk = walk_all(print)
+    assert walk.faults == []
+    assert walk.num_states > 40_000
+    assert "0 bad" in capsys.readouterr().out.splitlines()[-1]

@@ -1,0 +1,64 @@
+"""A job in steps resumes and does not mix two studies; the paper's settings are the defaults, with their sources."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darnet.config import PaperSettings, PhantomsSettings, read_settings
+from darnet.errors import UsageError
+from darnet.steps import Step, claim_folder, run_steps
+
+JOBS = Path(__file__).parents[1] / "jobs"
+PLACES = ["--archive", "a", "--cohort", "c.csv", "--out", "o"]
+
+
+def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(name: str, fails: bool = False) -> Step:
+        def work() -> dict[str, Any]:
+            made.append(name)
+            if fails:
+                raise UsageError(name)
+            (tmp_path / name).write_text("")
+            return {}
+
+        return Step(name, tmp_path / name, work)
+
+    with pytest.raises(UsageError):
+        run_steps([make("one"), make("two", fails=True), make("three")])
+    assert made == ["one", "two"]
+    assert run_steps([make("one"), make("two"), make("three")]) == ["two", "three"]
+    assert run_steps([make("one"), make("two"), make("three")]) == []
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    for _ in range(2):
+        claim_folder(tmp_path / "out", read_settings(PaperSettings, PLACES, "x"))
+    with pytest.raises(UsageError, match=r"begun with other settings \(train\)"):
+        claim_folder(tmp_path / "out", read_settings(PaperSettings, [*PLACES, "--train.epochs", "3"], "x"))
+
+
+def test_the_papers_settings_are_the_defaults() -> None:
+    told = read_settings(PaperSettings, [*PLACES, "--config", str(JOBS / "paper.toml")], "x")
+    plain = read_settings(PaperSettings, PLACES, "x")
+    assert told.model_dump(exclude={"config", "cohorts"}) == plain.model_dump(exclude={"config", "cohorts"})
+    assert (told.cohorts.division, told.cohorts.drop_discarded, told.cohorts.drop_shuffled) == ("paper", False, False)
+
+
+@pytest.mark.parametrize("settings", [PaperSettings, PhantomsSettings])
+def test_both_smoke_jobs_read_the_same_file(settings: Any) -> None:
+    places = PLACES if settings is PaperSettings else ["--out", "o"]
+    told = read_settings(settings, [*places, "--config", str(JOBS / "paper-smoke.toml")], "x")
+    assert told.volume.shape == told.network.volume_shape == (24, 96, 128)
+
+
+@pytest.mark.parametrize("name", ["paper.toml", "paper-smoke.toml"])
+def test_every_value_says_where_it_comes_from(name: str) -> None:
+    lines = [line for line in (JOBS / name).read_text().splitlines() if re.match(r"\w+ *=", line)]
+    assert len(lines) >= 8 or name == "paper-smoke.toml"
+    for line in lines:
+        comment = line.partition("#")[2]
+        assert re.search(r"ours|paper|authors|ResNet18|that of the volumes", comment), line
