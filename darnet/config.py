@@ -14,9 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from pydantic_settings import (
@@ -34,7 +32,6 @@ from darnet.errors import UsageError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
-LATER_TRAIN_SETTINGS = ("temperature_scaling",)
 TILT_DEGREES = 1.0  # of shear, at most; headers round to less. Source: ours
 OBLIQUE_DEGREES = 20.0  # between the axes of a scan and the patient's, at most. Source: ours
 PREPROCESSING_REVISION = 2  # raise when the code between bytes and network input changes what it yields
@@ -62,14 +59,6 @@ class VolumeConfig(Section):
     mask_outside_lung: bool = False
     """Voxels outside lungs, their hulls and a rim become 0, in every scan; one without lungs is refused. Source: ours,
     against scans that come masked: takes the border from them as a shortcut, not the rim (README)."""
-
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A setting that came later is written only where it is on: what was made before keeps its fingerprint."""
-        written: dict[str, Any] = write(self)
-        if not self.mask_outside_lung:
-            written.pop("mask_outside_lung", None)
-        return written
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -135,13 +124,29 @@ class TrainConfig(Section):
     """Divide each fold's logits by the temperature that fits its validation scans best, in all later use of it.
     Source: Guo et al. 2017; the paper has none."""
 
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that came later are written only where they are used, as in `VolumeConfig`."""
-        written: dict[str, Any] = write(self)
-        return {name: value for name, value in written.items() if value or name not in LATER_TRAIN_SETTINGS}
-
     augment: AugmentConfig = AugmentConfig()
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: a scan's loss is weighed by how rare its class is among the fold's training scans. Source: ours."""
+    warmup_epochs: int = Field(0, ge=0)
+    """Epochs in which the rate climbs to `learning_rate`; the cosine begins after them. Source: ours, for batches
+    larger than the paper's."""
+    amp: bool = False
+    """Train in bfloat16 where torch thinks it safe; validation stays in float32, as scoring is. Source: ours."""
+    gradient_checkpointing: bool = False
+    """Compute each block again in the backward pass in place of keeping its maps: less memory, a third more time and
+    the same numbers. Source: ours."""
+    compile: bool = False
+    """Train with torch.compile: minutes at the start, then faster steps. Source: ours."""
+    sync_batchnorm: bool = False
+    """Batch norm over all workers' scans in place of each worker's own; GPUs only. Source: ours."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs ({self.epochs})")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile and gradient_checkpointing exclude each other: torch cannot compile the latter")
+        return self
 
 
 class CohortConfig(Section):
@@ -282,13 +287,24 @@ class TrainSettings(Settings):
     """Standard volumes and folds -> model bundle."""
 
     volumes: str
-    """Folder written by jobs.prepare."""
+    """Folder written by jobs.prepare: one that every node sees, or s3://bucket/prefix."""
     out: Path
-    """Folder the model bundle is written to; must not exist."""
+    """Folder the model bundle is written to, or a bundle for each of `networks`; must not exist."""
+    networks: tuple[Literal["plain", "ca", "da", "da-ca"], ...] = ()
+    """Which of the paper's Table 3 to train, such as plain,ca,da,da-ca. Default: the one that `network` describes."""
     workers: int = Field(1, ge=1)
     """DDP workers a fold; must divide train.batch_size."""
-    runs: Path | None = None
-    """Where checkpoints are kept, so that a killed training resumes. Default: beside `out`, `<out>.runs`."""
+    runs: str = ""
+    """Where checkpoints are kept, so that a killed training resumes: a folder that every node sees, or
+    s3://bucket/prefix. Default: beside `out`, `<out>.runs`."""
+    cache: Path = Path("~/.cache/darnet")
+    """Where each node keeps its own copy of volumes that lie on S3."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.networks)) < len(self.networks):
+            raise ValueError(f"networks {', '.join(self.networks)}: name each once")
+        return self
 
 
 class ScoreSettings(Settings):

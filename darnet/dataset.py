@@ -1,5 +1,6 @@
 """The volumes folder: standard volumes and their cohort table are written once, tensors for training are read.
 
+Written and declared in any store, read as tensors from a local folder only, where arrays can be memory-mapped.
 `<volumes>/arrays/` holds one memory-mapped uint8 array a scan, `cohort.parquet` one row a scan, `facts.parquet` what
 an audit wants to know of it besides its pixels, and `volumes.json`, written last, what all were made with.
 """
@@ -7,7 +8,6 @@ an audit wants to know of it besides its pixels, and `volumes.json`, written las
 import hashlib
 import io
 import json
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from torch.utils.data import Dataset
 from darnet.augment import augment_volume
 from darnet.cohort import COHORTS
 from darnet.config import AugmentConfig, VolumeConfig
-from darnet.errors import UsageError
+from darnet.errors import ObjectMissing, UsageError
 from darnet.scan import DIAGNOSES, Uint8Array
+from darnet.storage import Store, open_store
 
 COHORT_FILE = "cohort.parquet"
 FACTS_FILE = "facts.parquet"
@@ -33,10 +34,10 @@ COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class VolumesIndex:
-    """A volumes folder that was checked: `frame` has the columns of `COLUMNS`, one row a scan."""
+class VolumesTable:
+    """The tables of a volumes folder, checked; `frame` has the columns of `COLUMNS`, one row a scan."""
 
-    folder: Path
+    place: str
     frame: pd.DataFrame
     volume: VolumeConfig
     cohort_sha256: str
@@ -59,6 +60,13 @@ class VolumesIndex:
     def select_validation(self, fold: int) -> NDArray[np.int64]:
         """Rows that choose the network of this fold."""
         return np.flatnonzero((self.frame["fold"] == fold).fillna(False))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class VolumesIndex(VolumesTable):
+    """A volumes folder on this machine, of which the arrays were checked too."""
+
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +104,46 @@ class VolumeDataset(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(voxels.astype(np.float32)[None] / np.float32(255)), self._labels[row]
 
 
-def write_array(folder: Path, scan_id: str, voxels: Uint8Array) -> tuple[str, str]:
+def write_array(store: Store, scan_id: str, voxels: Uint8Array) -> tuple[str, str]:
     """Store one standard volume whole or not at all; returns its file name within the folder and the file's SHA-256.
 
+    Another content gets another name: what was prepared under other settings stays what it was.
     Shape: (D, H, W) uint8.
     """
-    name = f"{ARRAYS_FOLDER}/{hashlib.sha256(scan_id.encode()).hexdigest()[:16]}.npy"
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(voxels), allow_pickle=False)
-    _write_whole(folder / name, buffer.getvalue())
-    return name, hashlib.sha256(buffer.getbuffer()).hexdigest()
+    sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    name = f"{ARRAYS_FOLDER}/{hashlib.sha256(scan_id.encode()).hexdigest()[:16]}-{sha256[:16]}.npy"
+    store.write_bytes(name, buffer.getvalue())
+    return name, sha256
 
 
-def write_index(folder: Path, frame: pd.DataFrame, volume: VolumeConfig) -> str:
+def write_index(store: Store, frame: pd.DataFrame, volume: VolumeConfig) -> str:
     """Store the cohort table, then the file that declares the folder complete; returns the cohort's digest.
 
     Raises: UsageError naming the first row that is wrong.
     """
-    _check_columns(folder, frame)
+    _check_columns(store.uri, frame)
     frame = frame[list(COLUMNS)].astype({"fold": "Int64"}).sort_values("scan_id", ignore_index=True)
-    _check_rows(folder, frame)
+    _check_rows(store.uri, frame)
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
-    _write_whole(folder / COHORT_FILE, buffer.getvalue())
+    store.write_bytes(COHORT_FILE, buffer.getvalue())
     cohort_sha256 = digest_cohort(frame)
     declared = {
         "volume": volume.model_dump(mode="json"),
         "preprocessing_version": volume.preprocessing_version,
         "cohort_sha256": cohort_sha256,
     }
-    _write_whole(folder / VOLUMES_FILE, json.dumps(declared, indent=2).encode())
+    store.write_bytes(VOLUMES_FILE, json.dumps(declared, indent=2).encode())
     return cohort_sha256
 
 
-def write_facts(folder: Path, facts: pd.DataFrame) -> None:
+def write_facts(store: Store, facts: pd.DataFrame) -> None:
     """Store what is known of each scan besides its pixels: one row a scan, `scan_id` first. No part of the cohort."""
     buffer = io.BytesIO()
     facts.to_parquet(buffer, index=False)
-    _write_whole(folder / FACTS_FILE, buffer.getvalue())
+    store.write_bytes(FACTS_FILE, buffer.getvalue())
 
 
 def read_facts(folder: Path) -> pd.DataFrame:
@@ -151,25 +161,32 @@ def read_voxels(index: VolumesIndex, row: int) -> Uint8Array:
     return voxels
 
 
-def read_index(folder: Path) -> VolumesIndex:
-    """Read and check a volumes folder.
+def read_table(store: Store) -> VolumesTable:
+    """Read and check the tables of a volumes folder, and no array.
 
     Raises: UsageError naming the file or row: a file that is missing, unfinished or from other preprocessing, an
-            unknown diagnosis or cohort, a patient in two folds, an array of another shape.
+            unknown diagnosis or cohort, a patient in two folds; StorageError.
     """
-    for name in (VOLUMES_FILE, COHORT_FILE):
-        if not (folder / name).is_file():
-            raise UsageError(f"{folder / name}: no such file; jobs.prepare writes it")
-    frame = pd.read_parquet(folder / COHORT_FILE)
-    _check_columns(folder, frame)
-    _check_rows(folder, frame)
-    volume, declared_sha256 = _read_declaration(folder / VOLUMES_FILE)
+    volume, declared_sha256 = _parse_declaration(f"{store.uri}/{VOLUMES_FILE}", _read_needed(store, VOLUMES_FILE))
+    frame = pd.read_parquet(io.BytesIO(_read_needed(store, COHORT_FILE)))
+    _check_columns(store.uri, frame)
+    _check_rows(store.uri, frame)
     cohort_sha256 = digest_cohort(frame)
     if declared_sha256 != cohort_sha256:
-        raise UsageError(f"{folder / COHORT_FILE} is not the table {VOLUMES_FILE} declares; run jobs.prepare again")
-    for name in frame["array"]:
-        _check_array(folder / name, volume.shape)
-    return VolumesIndex(folder, frame, volume, cohort_sha256)
+        place = f"{store.uri}/{COHORT_FILE}"
+        raise UsageError(f"{place} is not the table {VOLUMES_FILE} declares; run jobs.prepare again")
+    return VolumesTable(store.uri, frame, volume, cohort_sha256)
+
+
+def read_index(folder: Path) -> VolumesIndex:
+    """Read and check a volumes folder on this machine.
+
+    Raises: UsageError as `read_table`, and naming an array that is missing, damaged or of another shape.
+    """
+    table = read_table(open_store(str(folder)))
+    for name in table.frame["array"]:
+        _check_array(folder / name, table.volume.shape)
+    return VolumesIndex(table.place, table.frame, table.volume, table.cohort_sha256, folder)
 
 
 def digest_cohort(frame: pd.DataFrame) -> str:
@@ -183,13 +200,20 @@ def digest_cohort(frame: pd.DataFrame) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_columns(folder: Path, frame: pd.DataFrame) -> None:
+def _read_needed(store: Store, name: str) -> bytes:
+    try:
+        return store.read_bytes(name)
+    except ObjectMissing as error:
+        raise UsageError(f"{store.uri}/{name}: no such file; jobs.prepare writes it") from error
+
+
+def _check_columns(place: str, frame: pd.DataFrame) -> None:
     missing = [name for name in COLUMNS if name not in frame.columns]
     if missing:
-        raise UsageError(f"{folder / COHORT_FILE}: no column {', '.join(missing)}")
+        raise UsageError(f"{place}/{COHORT_FILE}: no column {', '.join(missing)}")
 
 
-def _check_rows(folder: Path, frame: pd.DataFrame) -> None:
+def _check_rows(place: str, frame: pd.DataFrame) -> None:
     """Raises: UsageError naming the first row that breaks a rule."""
     is_train = frame["cohort"] == "train"
     rules: list[tuple[str, pd.Series[bool]]] = [
@@ -205,20 +229,20 @@ def _check_rows(folder: Path, frame: pd.DataFrame) -> None:
         if is_wrong.any():
             row = frame[is_wrong].iloc[0]
             facts = ", ".join(f"{name} {row[name]}" for name in ("patient_id", "diagnosis", "cohort", "fold"))
-            raise UsageError(f"{folder / COHORT_FILE}: {fault}: scan_id {row['scan_id']} ({facts})")
+            raise UsageError(f"{place}/{COHORT_FILE}: {fault}: scan_id {row['scan_id']} ({facts})")
 
 
-def _read_declaration(path: Path) -> tuple[VolumeConfig, str]:
+def _parse_declaration(place: str, text: bytes) -> tuple[VolumeConfig, str]:
     """Volume settings and cohort digest; settings that this code would carry out otherwise are refused."""
     try:
-        declared = json.loads(path.read_text())
+        declared = json.loads(text)
         volume = VolumeConfig.model_validate(declared["volume"])
         version, cohort_sha256 = declared["preprocessing_version"], str(declared["cohort_sha256"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UsageError(f"{path}: not written by jobs.prepare: {error}") from error
+        raise UsageError(f"{place}: not written by jobs.prepare: {error}") from error
     if version != volume.preprocessing_version:
         raise UsageError(
-            f"{path}: prepared as {version}, this code prepares {volume.preprocessing_version}; run jobs.prepare again"
+            f"{place}: prepared as {version}, this code prepares {volume.preprocessing_version}; run jobs.prepare again"
         )
     return volume, cohort_sha256
 
@@ -231,11 +255,3 @@ def _check_array(path: Path, shape: tuple[int, int, int]) -> None:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     if voxels.shape != shape or voxels.dtype != np.uint8:
         raise UsageError(f"{path}: {voxels.dtype} of shape {voxels.shape}, expected uint8 of shape {shape}")
-
-
-def _write_whole(path: Path, payload: bytes) -> None:
-    """Write beside the target and rename, so that nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
-    partial.write_bytes(payload)
-    partial.replace(path)

@@ -3,11 +3,15 @@
 Feature map, depth gates and head can be had apart, so that a class activation map needs no hooks.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from darnet.config import ModelConfig
 
@@ -132,6 +136,14 @@ class ResidualBlock(nn.Module):
         """Shape: (B, in_channels, D, H, W) -> (B, channels, depth, h, w): each axis over the stride, rounded up."""
         return self.trace(x).features
 
+    def recompute(self, x: Tensor) -> Tensor:
+        """As `forward`, but of all maps only the input is kept for the backward pass, which computes the rest again."""
+        features: Tensor = checkpoint(self, x, use_reentrant=False, context_fn=self._recompute_contexts)
+        return features
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _hold_statistics(self)
+
 
 class DARNet(nn.Module):
     """3D ResNet18 with the attentions of `config`; without either it is the paper's baseline.
@@ -142,6 +154,7 @@ class DARNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_blocks = False  # gradient checkpointing in training; changes no value
         base = config.base_channels
         self.stem = nn.Sequential(
             nn.Conv3d(1, base, kernel_size=(3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False),
@@ -173,8 +186,9 @@ class DARNet(nn.Module):
             raise ValueError(f"the network takes (B, 1, {depth}, {height}, {width}), got {tuple(x.shape)}")
         *blocks, last = (module for module in self.modules() if isinstance(module, ResidualBlock))
         x = self.stem(x)  # (B, base, D, H / 2, W / 2)
+        is_saving = self.recomputes_blocks and self.training and torch.is_grad_enabled()
         for block in blocks:
-            x = block(x)
+            x = block.recompute(x) if is_saving else block(x)
         return last.trace(x)  # (B, 8 * base, d, h, w)
 
     def features(self, x: Tensor) -> Tensor:
@@ -206,6 +220,22 @@ def build_network(config: ModelConfig, seed: int, head_std: float = LINEAR_STD) 
     with torch.no_grad():
         network.head.weight *= head_std / LINEAR_STD
     return network
+
+
+@contextmanager
+def _hold_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm inside moves copies of its running statistics: the first pass has already moved the real ones."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    for norm, own in zip(norms, buffers, strict=True):
+        for name, buffer in own.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers, strict=True):
+            for name, buffer in own.items():
+                setattr(norm, name, buffer)
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -4,8 +4,7 @@ import functools
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -24,8 +23,9 @@ from darnet.config import PrepareSettings
 from darnet.dataset import write_array, write_facts, write_index
 from darnet.errors import Status, UsageError
 from darnet.ingest import Road
+from darnet.prepared import PreparedScan, name_record, read_records, write_record
 from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
-from darnet.scan import ScanFacts, Source
+from darnet.scan import Source
 from darnet.storage import Store
 from darnet.terminal import show_progress
 
@@ -34,32 +34,24 @@ NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"
 AMBIGUOUS = "AMBIGUOUS"
 
 
-@dataclass(frozen=True)
-class PreparedScan:
-    """What became of one scan of a source: its status, and where its standard volume lies if that is OK."""
-
-    source_key: str
-    scan_id: str
-    status: str
-    detail: str
-    array: str
-    sha256: str
-    facts: ScanFacts = field(default_factory=ScanFacts)
-
-
-def prepare_volumes(archive: Store, cohort: pd.DataFrame, folder: Path, settings: PrepareSettings) -> dict[str, Any]:
+def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settings: PrepareSettings) -> dict[str, Any]:
     """Write the standard volume of every usable scan of the cohort, divide them, and list the others with reasons.
 
+    What an earlier call has stored under the same settings, of sources that have not changed, is not decoded again.
     Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned.
     Raises: UsageError if no scan of the cohort is usable.
     """
     left_out = find_left_out(cohort, settings.cohorts)
     sources = match_cohort(cohort[left_out == ""], list_sources(archive.list_objects()))
     reversed_sources = frozenset(sources[scan_id].key for scan_id in find_reversed(cohort) if scan_id in sources)
-    folder.mkdir(parents=True, exist_ok=True)
-    connect()
     road = Road(settings.volume, settings.score.decode, reversed_sources=reversed_sources)
-    prepared = _store_sources(list(dict.fromkeys(sources.values())), archive, road, folder)
+    records = {source.key: name_record(source, road) for source in sources.values()}
+    prepared = read_records(volumes, records)
+    num_reused = len(prepared)
+    todo = [source for source in dict.fromkeys(sources.values()) if source.key not in prepared]
+    if todo:
+        connect()
+        prepared |= _store_sources(todo, archive, road, volumes, records)
     chosen = [
         _leave_out(scan_id, LeftOut(reason)) if reason else _choose(scan_id, sources.get(scan_id), prepared)
         for scan_id, reason in zip(cohort["scan_id"], left_out, strict=True)
@@ -68,9 +60,10 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, folder: Path, settings
     frame = cohort.assign(**columns)
     is_usable = frame["status"] == Status.OK
     excluded = frame[~is_usable]
-    excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(folder / EXCLUDED_FILE, index=False)
+    table = excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(index=False)
+    volumes.write_bytes(EXCLUDED_FILE, table.encode())
     if not is_usable.any():
-        raise UsageError(f"no scan of the cohort is usable; {folder / EXCLUDED_FILE} says why for each")
+        raise UsageError(f"no scan of the cohort is usable; {volumes.uri}/{EXCLUDED_FILE} says why for each")
     divided = divide_cohort(
         frame[is_usable],
         num_folds=settings.train.num_folds,
@@ -78,23 +71,27 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, folder: Path, settings
         division=settings.cohorts.division,
         test_fraction=settings.cohorts.test_fraction,
     )
-    write_facts(folder, _tabulate_facts(cohort["scan_id"], chosen, sources))
+    write_facts(volumes, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {
-        "volumes": str(folder),
+        "volumes": volumes.uri,
         "scans": len(divided),
         "excluded": dict(Counter(excluded["status"])),
+        "sources_reused": num_reused,
         "turned": len(reversed_sources),
         "counts": count_cohort(divided),
         "patients_in_both_cohorts": len(find_leaking_patients(divided)),
-        "cohort_sha256": write_index(folder, divided, settings.volume),
+        "cohort_sha256": write_index(volumes, divided, settings.volume),
     }
 
 
 def _store_sources(
-    sources: Sequence[Source], archive: Store, road: Road, folder: Path
+    sources: Sequence[Source], archive: Store, road: Road, volumes: Store, records: Mapping[str, str]
 ) -> dict[str, list[PreparedScan]]:
-    """Decode sources on the cluster, each scan's volume written where it was decoded; scans by source."""
-    store = functools.partial(_store_array, folder=folder)
+    """Decode sources on the cluster, each scan's volume written where it was decoded; scans by source.
+
+    A source is recorded when its last scan is there, so that a restart goes on from it.
+    """
+    store = functools.partial(_store_array, volumes=volumes)
     dataset = decode_sources(sources, archive, road, batch_size=1).map(store, num_cpus=DECODE_CPUS)
     prepared: dict[str, list[PreparedScan]] = defaultdict(list)
     with show_progress("preparing", len(sources)) as meter:
@@ -104,17 +101,19 @@ def _store_sources(
                     raise failure
                 prepared[scan.source_key].append(scan)
                 is_complete = len(prepared[scan.source_key]) == num_scans
+                if is_complete:
+                    write_record(volumes, records[scan.source_key], prepared[scan.source_key])
                 meter.advance(int(is_complete), {scan.status: 1})
     return prepared
 
 
-def _store_array(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _store_array(row: Mapping[str, Any], volumes: Store) -> dict[str, Any]:
     """Write one decoded scan where it was decoded; only its name travels on."""
     decoded = unpack_scan(row["record"], row["voxels"], row["lung"])
     scan = decoded.scan
     array, sha256 = ("", "")
     if scan.volume is not None:
-        array, sha256 = write_array(folder, scan.scan_id, scan.volume.voxels)
+        array, sha256 = write_array(volumes, scan.scan_id, scan.volume.voxels)
     prepared = PreparedScan(
         decoded.source_key, scan.scan_id, str(scan.status), scan.status_detail, array, sha256, scan.facts
     )

@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import math
 import os
+import shutil
 import sys
 import tempfile
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,18 +38,28 @@ from ray.train.torch import TorchConfig, TorchTrainer, enable_reproducibility, g
 from ray.util.queue import Empty, Queue
 
 from darnet import __version__
-from darnet.bundle import BundleSettings, TrainedFold, name_model, write_bundle
+from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write_bundle
 from darnet.cohort import find_leaking_patients
 from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
-from darnet.dataset import VolumesIndex, read_index
+from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
 from darnet.model import build_network
 from darnet.scan import DIAGNOSES
+from darnet.storage import Store, open_store
+from darnet.storage_local import explain_os_errors
 from darnet.terminal import Meter, show_progress
-from darnet.train import FoldResult, FoldState, Gang, Metrics, check_fold, fit_fold, make_result
-
-OnProgress: TypeAlias = Callable[[int, int, Metrics], None]
-"""Called in the driver with fold, epoch and that epoch's metrics."""
+from darnet.train import (
+    FoldResult,
+    FoldState,
+    Gang,
+    Metrics,
+    check_device,
+    check_fold,
+    equip_network,
+    fit_fold,
+    make_result,
+)
+from darnet.volumes_cache import open_volumes
 
 STATE_FILE = "state.pt"
 MIN_WORKER_CPUS = 1  # folds that share a CPU train slower together than one after another. Source: ours, by the demo
@@ -59,13 +71,32 @@ POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
 
 
 @dataclass(frozen=True, slots=True)
-class FoldTask:
-    """What a worker needs to train its fold."""
+class Places:
+    """Where a training reads and writes, as every node finds it: addresses of volumes and runs, and a local folder."""
 
-    volumes: Path
+    volumes: str
+    runs: str
+    cache: Path
+
+
+@dataclass(frozen=True, slots=True)
+class FoldTask:
+    """What a worker needs to train one fold of one network; `run` is the name its checkpoints are kept under."""
+
+    places: Places
+    run: str
     network: ModelConfig
     config: TrainConfig
     fold: int
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{name_model(self.network)} fold {self.fold}"
+
+
+OnProgress: TypeAlias = Callable[[FoldTask, Metrics], None]
+"""Called in the driver with each epoch's metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,53 +112,103 @@ class GangPlan:
 class _ReportForwarder(UserCallback):
     """Sends each epoch's metrics from the run's controller to the driver."""
 
-    def __init__(self, fold: int, queue: Queue) -> None:
-        self._fold, self._queue = fold, queue
+    def __init__(self, number: int, queue: Queue) -> None:
+        self._number, self._queue = number, queue
 
     def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:  # noqa: ARG002
-        self._queue.put((self._fold, metrics[0]))
+        self._queue.put((self._number, metrics[0]))
 
 
 def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
-    """Train all folds and write the bundle; a summary for people and schedulers.
+    """Train all folds of all networks and write the bundles; a summary for people and schedulers.
 
     Raises: RunError of every kind; there is no bundle then, and the same call again resumes.
     """
     if settings.out.exists():
         raise UsageError(f"{settings.out}: exists already, and a bundle is never overwritten; name another folder")
-    index = read_index(Path(settings.volumes))
-    bundle_settings = BundleSettings(
-        volume=index.volume, network=match_network(settings, index.volume), train=settings.train
-    )
-    total = settings.train.epochs * settings.train.num_folds
+    volumes = open_store(settings.volumes)
+    table = read_table(volumes)
+    networks = choose_networks(settings, table.volume)
+    runs = open_store(settings.runs or f"{settings.out}.runs", create=True)
+    _check_writable(runs)
+    total = settings.train.epochs * settings.train.num_folds * len(networks)
     with show_progress("training, epochs of all folds", total) as meter:
-        results = train_folds(
-            index,
-            bundle_settings.network,
+        trained = train_folds(
+            table,
+            networks,
             settings.train,
+            Places(volumes.uri, runs.uri, settings.cache),
             workers=settings.workers,
-            runs=settings.runs or settings.out.with_name(f"{settings.out.name}.runs"),
             on_progress=_meter_epochs(meter),
         )
-    bundle = write_bundle(
-        settings.out,
-        settings=bundle_settings,
-        folds=[
-            TrainedFold(item.state, settings.workers, settings.train.seed, item.metrics, item.temperature)
-            for item in results
-        ],
-        cohort_sha256=index.cohort_sha256,
-        model_version=today.isoformat(),
-        code_version=__version__,
-        trained_on=describe_cohort(index),
-    )
-    accuracies = [item.metrics["accuracy_3class"] for item in results]
+    bundles = write_bundles(settings, table, networks, trained, today)
+    models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
+    return {"bundle": str(settings.out), **(models[0] if len(models) == 1 else {"models": models})}
+
+
+def write_bundles(
+    settings: TrainSettings,
+    table: VolumesTable,
+    networks: Sequence[ModelConfig],
+    trained: Sequence[Sequence[FoldResult]],
+    today: date,
+) -> list[Bundle]:
+    """Write a single network's bundle to `settings.out`, several to folders of it named like them; all or none."""
+    out = settings.out.absolute()
+    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    places = [out] if len(networks) == 1 else [staged / name_model(network) for network in networks]
+    try:
+        bundles = [
+            write_bundle(
+                place,
+                settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
+                folds=[
+                    TrainedFold(fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature)
+                    for fold in folds
+                ],
+                cohort_sha256=table.cohort_sha256,
+                model_version=today.isoformat(),
+                code_version=__version__,
+                trained_on=describe_cohort(table),
+            )
+            for place, network, folds in zip(places, networks, trained, strict=True)
+        ]
+        if len(networks) > 1:
+            with explain_os_errors(str(out), "write the bundles"):
+                staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return bundles
+
+
+def _summarise(bundle: Bundle, folds: Sequence[FoldResult]) -> dict[str, Any]:
     return {
-        "bundle": str(settings.out),
         "model": bundle.manifest.model_name,
         "model_sha256": bundle.manifest.model_sha256,
-        "validation_accuracy_3class": accuracies,
+        "validation_accuracy_3class": [fold.metrics["accuracy_3class"] for fold in folds],
     }
+
+
+def _check_writable(store: Store) -> None:
+    """Raises: StorageError, CredentialsError: at once, and not from the first worker that keeps a checkpoint."""
+    probe = f".probe-{uuid.uuid4().hex}"
+    store.write_bytes(probe, b"")
+    store.delete(probe)
+
+
+def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[ModelConfig]:
+    """The networks of Table 3 that are asked for, or the one of the settings.
+
+    Raises: UsageError as `match_network`.
+    """
+    network = match_network(settings, volume)
+    if not settings.networks:
+        return [network]
+    attentions = [set(name.split("-")) for name in settings.networks]
+    return [
+        network.model_copy(update={"depth_attention": "da" in wanted, "channel_attention": "ca" in wanted})
+        for wanted in attentions
+    ]
 
 
 def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
@@ -143,60 +224,53 @@ def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
     return settings.network.model_copy(update={"volume_shape": volume.shape})
 
 
-def describe_cohort(index: VolumesIndex) -> str:
+def describe_cohort(table: VolumesTable) -> str:
     """The model card's sentence about the data."""
-    rows = index.frame[index.frame["cohort"] == "train"]
+    rows = table.frame[table.frame["cohort"] == "train"]
     counts = rows["diagnosis"].value_counts()
     classes = ", ".join(f"{name} {counts.get(name, 0)}" for name in DIAGNOSES)
     return (
-        f"{len(rows)} scans of {rows['patient_id'].nunique()} patients ({classes}) in {index.num_folds} folds; "
-        f"no patient is in two folds, {len(find_leaking_patients(index.frame)) or 'none'} also in the test cohort."
+        f"{len(rows)} scans of {rows['patient_id'].nunique()} patients ({classes}) in {table.num_folds} folds; "
+        f"no patient is in two folds, {len(find_leaking_patients(table.frame)) or 'none'} also in the test cohort."
     )
 
 
 def train_folds(
-    index: VolumesIndex,
-    network: ModelConfig,
+    table: VolumesTable,
+    networks: Sequence[ModelConfig],
     config: TrainConfig,
+    places: Places,
     *,
     workers: int,
-    runs: Path,
     on_progress: OnProgress,
-) -> list[FoldResult]:
-    """Train all folds, `workers` DDP ranks each, and return them in order.
+) -> list[list[FoldResult]]:
+    """Train all folds of all networks, `workers` DDP ranks each, and return them by network, in order.
 
-    `runs` keeps every fold's last checkpoints: the same call again resumes what was killed and only reads what was
-    finished. It and the volumes must be where every node of the cluster sees them.
+    The runs keep every fold's last checkpoints: the same call again resumes what was killed and only reads what was
+    finished. Local runs and volumes must be where every node of the cluster sees them.
     Raises: UsageError naming what the cluster lacks or what does not fit; RunError naming the first fold that failed.
     """
     for fold in range(config.num_folds):
-        check_fold(index, fold, config, workers)
-    plan = plan_gangs(ray.cluster_resources(), workers, config.num_folds)
-    os.environ.setdefault(POLL_VARIABLE, POLL_S)
-    queue = Queue(actor_options={"num_cpus": 0})
-    trainers = [
-        _make_trainer(
-            FoldTask(index.folder.resolve(), network, config, fold),
-            plan,
-            RunConfig(  # type: ignore[call-arg]  # mypy sees V1's class, which ray.train rebinds to V2's
-                name=name_run(index, network, config, workers, fold),
-                storage_path=str(runs.resolve()),
-                callbacks=[_ReportForwarder(fold, queue)],  # type: ignore[list-item]
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
+        check_fold(table, fold, config, workers)
+    tasks = [
+        FoldTask(places, name_run(table, network, config, workers, fold), network, config, fold)
+        for network in networks
         for fold in range(config.num_folds)
     ]
+    plan = plan_gangs(ray.cluster_resources(), workers, len(tasks))
+    check_device(config, has_gpu=plan.has_gpus)
+    os.environ.setdefault(POLL_VARIABLE, POLL_S)
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
-            return _run_all(trainers, plan.side_by_side, queue, on_progress)
+            results = _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
     finally:
         queue.shutdown()
+    return [results[start : start + config.num_folds] for start in range(0, len(results), config.num_folds)]
 
 
-def plan_gangs(resources: Mapping[str, float], workers: int, num_folds: int) -> GangPlan:
+def plan_gangs(resources: Mapping[str, float], workers: int, num_gangs: int) -> GangPlan:
     """Share out a cluster: a GPU a worker where there are GPUs, and CPUs so that as many folds as can run at once.
 
     A worker asks for one CPU at most: more would not make it faster, and whole nodes could stay half empty.
@@ -210,19 +284,19 @@ def plan_gangs(resources: Mapping[str, float], workers: int, num_folds: int) -> 
         raise UsageError(
             f"--workers {workers} takes at least {workers * MIN_WORKER_CPUS:g} CPUs, the cluster has {cpus:g}"
         )
-    room = [num_folds, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
+    room = [num_gangs, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
     side_by_side = int(min(room))
     share = math.floor(cpus / (workers * side_by_side) * 100) / 100
     return GangPlan(workers, side_by_side, min(1.0, share), gpus > 0)
 
 
-def name_run(index: VolumesIndex, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
+def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
     """A name that changes with all that changes the result: Ray resumes whatever is stored under it."""
     facts = (
         fingerprint(network),
         fingerprint(config),
-        index.cohort_sha256,
-        index.volume.preprocessing_version,
+        table.cohort_sha256,
+        table.volume.preprocessing_version,
         str(workers),
         __version__,
     )
@@ -231,17 +305,25 @@ def name_run(index: VolumesIndex, network: ModelConfig, config: TrainConfig, wor
 
 def _meter_epochs(meter: Meter) -> OnProgress:
     """Epochs a fold had before it was killed count as done; those it has twice count once."""
-    done: Counter[int] = Counter()
+    done: Counter[FoldTask] = Counter()
 
-    def advance(fold: int, epoch: int, _: Metrics) -> None:
-        units = max(0, epoch + 1 - done[fold])
-        done[fold] += units
-        meter.advance(units, {f"fold {fold}": units})
+    def advance(task: FoldTask, metrics: Metrics) -> None:
+        units = max(0, int(metrics["epoch"]) + 1 - done[task])
+        done[task] += units
+        meter.advance(units, {task.title: units})
 
     return advance
 
 
-def _make_trainer(task: FoldTask, plan: GangPlan, run_config: RunConfig) -> TorchTrainer:
+def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> TorchTrainer:
+    run_config = RunConfig(  # type: ignore[call-arg]  # mypy sees V1's class, which ray.train rebinds to V2's
+        name=task.run,
+        storage_path=task.places.runs,
+        callbacks=[callback],  # type: ignore[list-item]
+        failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
     return TorchTrainer(
         _train_rank,
         train_loop_config={"task": task},
@@ -256,7 +338,11 @@ def _make_trainer(task: FoldTask, plan: GangPlan, run_config: RunConfig) -> Torc
 
 
 def _run_all(
-    trainers: Sequence[TorchTrainer], side_by_side: int, queue: Queue, on_progress: OnProgress
+    tasks: Sequence[FoldTask],
+    trainers: Sequence[TorchTrainer],
+    side_by_side: int,
+    queue: Queue,
+    on_progress: OnProgress,
 ) -> list[FoldResult]:
     """Keep `side_by_side` folds running; hand reports on as they come, in this thread."""
     fits: list[Future[FoldResult]] = []
@@ -265,49 +351,49 @@ def _run_all(
             if fit.done():
                 fit.result()
         if len(fits) < len(trainers) and sum(not fit.done() for fit in fits) < side_by_side:
-            fits.append(_start_fit(len(fits), trainers[len(fits)]))
+            fits.append(_start_fit(tasks[len(fits)], trainers[len(fits)]))
         else:
-            _forward_reports(queue, on_progress, PROGRESS_WAIT_S)
-    _forward_reports(queue, on_progress, 0)
+            _forward_reports(tasks, queue, on_progress, PROGRESS_WAIT_S)
+    _forward_reports(tasks, queue, on_progress, 0)
     return [fit.result() for fit in fits]
 
 
-def _forward_reports(queue: Queue, on_progress: OnProgress, wait_s: float) -> None:
+def _forward_reports(tasks: Sequence[FoldTask], queue: Queue, on_progress: OnProgress, wait_s: float) -> None:
     """Hand on all reports there are; wait this long for the first."""
     try:
         while True:
-            fold, metrics = queue.get(timeout=wait_s) if wait_s else queue.get_nowait()
-            on_progress(fold, int(metrics["epoch"]), metrics)
+            number, metrics = queue.get(timeout=wait_s) if wait_s else queue.get_nowait()
+            on_progress(tasks[number], metrics)
             wait_s = 0
     except Empty:
         return
 
 
-def _start_fit(fold: int, trainer: TorchTrainer) -> "Future[FoldResult]":
+def _start_fit(task: FoldTask, trainer: TorchTrainer) -> "Future[FoldResult]":
     """Run a trainer in a thread of its own, which unlike an executor's does not keep an interrupted job alive."""
     future: Future[FoldResult] = Future()
 
     def run() -> None:
         try:
-            future.set_result(_fit(fold, trainer))
+            future.set_result(_fit(task, trainer))
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name=f"fold{fold}", daemon=True).start()
+    threading.Thread(target=run, name=task.run, daemon=True).start()
     return future
 
 
-def _fit(fold: int, trainer: TorchTrainer) -> FoldResult:
-    """Raises: RunError naming the fold and the first worker's error."""
+def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
+    """Raises: RunError naming the network, the fold and the first worker's error."""
     try:
         checkpoint = trainer.fit().checkpoint
     except WorkerGroupError as error:
         first = next(iter(error.worker_failures.values()))
-        raise RunError(f"fold {fold} failed {MAX_FAILURES + 1} times, the last time with: {first}") from error
+        raise RunError(f"{task.title} failed {MAX_FAILURES + 1} times, the last time with: {first}") from error
     except TrainingFailedError as error:
-        raise RunError(f"fold {fold} failed: {error}") from error
+        raise RunError(f"{task.title} failed: {error}") from error
     assert checkpoint is not None, "every epoch reports a checkpoint"
-    return make_result(fold, _read_state(checkpoint))
+    return make_result(task.fold, _read_state(checkpoint))
 
 
 def _train_rank(loop_config: dict[str, Any]) -> None:
@@ -318,9 +404,10 @@ def _train_rank(loop_config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())
     checkpoint = ray.train.get_checkpoint()
+    network = build_network(task.network, task.config.seed, task.config.head_init_std)
     fit_fold(
-        prepare_model(build_network(task.network, task.config.seed, task.config.head_init_std)),
-        read_index(task.volumes),
+        prepare_model(equip_network(network, task.config, gang.device)),
+        open_volumes(task.places.volumes, task.places.cache),
         task.fold,
         task.config,
         _report_as_rank(gang.rank),

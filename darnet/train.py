@@ -3,6 +3,7 @@
 Whether other ranks exist is known through `Gang` only, and whether the network is wrapped does not matter.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, cast
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from darnet.calibration import fit_temperature
 from darnet.config import TrainConfig
-from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex
+from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable
 from darnet.errors import RunError, UsageError
 from darnet.metrics import compute_metrics
-from darnet.scan import FloatArray
+from darnet.model import DARNet
+from darnet.scan import DIAGNOSES, FloatArray
 
 Metrics: TypeAlias = dict[str, float]
 Rows: TypeAlias = NDArray[np.int64]
@@ -85,7 +87,7 @@ class _Learner:
 
     network: nn.Module
     optimizer: Adam
-    scheduler: CosineAnnealingLR
+    scheduler: LambdaLR
 
     @property
     def module(self) -> nn.Module:
@@ -122,11 +124,11 @@ def fit_fold(
     `resume` is a reported state: training goes on after its epoch and ends in the same bits as if never interrupted.
     Batch norm's statistics are each rank's own in training, rank 0's in validation and in the result.
     Source: paper sec. 4.2 (Adam, cosine annealing, cross-entropy); choice by accuracy, authors' code.
-    Raises: UsageError if the gang or the fold does not fit the batch; RunError if the loss is no longer finite.
+    Raises: UsageError if the gang or the fold does not fit the settings; RunError if the loss is no longer finite.
     """
     check_fold(index, fold, config, gang.world_size)
     optimizer = Adam(network.parameters(), lr=config.learning_rate)
-    learner = _Learner(network, optimizer, CosineAnnealingLR(optimizer, T_max=config.epochs))
+    learner = _Learner(network, optimizer, LambdaLR(optimizer, lambda epoch: scale_rate(epoch, config)))
     best, history = None, list[Metrics]()
     if resume is not None:
         learner.load(resume)
@@ -139,6 +141,52 @@ def fit_fold(
     return make_result(fold, learner.save(best, history))
 
 
+def equip_network(network: DARNet, config: TrainConfig, device: torch.device) -> DARNet:
+    """Give a network what training needs of it besides values, which stay; before DDP wraps it.
+
+    Raises: UsageError for synchronised batch norm on a CPU.
+    """
+    check_device(config, has_gpu=device.type != "cpu")
+    network.recomputes_blocks = config.gradient_checkpointing
+    if config.sync_batchnorm:
+        network = cast(DARNet, nn.SyncBatchNorm.convert_sync_batchnorm(network))  # type: ignore[no-untyped-call]
+    if config.compile:
+        network.compile()  # in place: the names of the weights stay
+    return network
+
+
+def check_device(config: TrainConfig, *, has_gpu: bool) -> None:
+    """Raises: UsageError for synchronised batch norm on a CPU."""
+    if config.sync_batchnorm and not has_gpu:
+        raise UsageError("train.sync_batchnorm needs GPUs: torch has it for no other device; leave it out on CPUs")
+
+
+def scale_rate(epoch: int, config: TrainConfig) -> float:
+    """What the learning rate is multiplied by in an epoch: a straight climb to 1, then half a cosine down to 0.
+
+    Source: paper sec. 4.2 (cosine annealing); the climb is Goyal et al. 2017, and off by default.
+    """
+    if epoch < config.warmup_epochs:
+        return (epoch + 1) / (config.warmup_epochs + 1)
+    progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def weigh_classes(index: VolumesTable, fold: int, config: TrainConfig) -> Tensor | None:
+    """What a scan's loss is multiplied by, by class, 1 on average over the fold's training scans; None for 1 each.
+
+    Shape:  (classes,) float32.
+    Raises: UsageError naming a class without training scans.
+    """
+    if config.class_weights == "none":
+        return None
+    counts = np.bincount(index.labels[index.select_training(fold)], minlength=len(DIAGNOSES))
+    if not counts.all():
+        absent = DIAGNOSES[int(counts.argmin())]
+        raise UsageError(f"fold {fold} has no training scan with {absent}: train.class_weights cannot be balanced")
+    return torch.tensor(counts.sum() / (len(DIAGNOSES) * counts), dtype=torch.float32)
+
+
 def make_result(fold: int, state: FoldState) -> FoldResult:
     """What a fold's last state says of it."""
     best = state["best"]
@@ -146,18 +194,19 @@ def make_result(fold: int, state: FoldState) -> FoldResult:
     return FoldResult(fold, best["network"], best["metrics"], state["history"])
 
 
-def check_fold(index: VolumesIndex, fold: int, config: TrainConfig, world_size: int) -> None:
-    """Raises: UsageError naming what does not fit: workers and batch, folds and index, scans and batch."""
+def check_fold(index: VolumesTable, fold: int, config: TrainConfig, world_size: int) -> None:
+    """Raises: UsageError naming what does not fit: workers and batch, folds and index, scans and batch or classes."""
     if config.batch_size % world_size:
         raise UsageError(f"{world_size} workers do not divide a batch of {config.batch_size} (train.batch_size)")
     if index.num_folds != config.num_folds:
-        raise UsageError(f"{index.folder} has {index.num_folds} folds, train.num_folds is {config.num_folds}")
+        raise UsageError(f"{index.place} has {index.num_folds} folds, train.num_folds is {config.num_folds}")
     num_training, num_validation = len(index.select_training(fold)), len(index.select_validation(fold))
     if num_training < config.batch_size or num_validation == 0:
         raise UsageError(
             f"fold {fold} has {num_training} training and {num_validation} validation scans; "
             f"a batch takes {config.batch_size}, validation at least one"
         )
+    weigh_classes(index, fold, config)
 
 
 def list_batches(rows: Rows, fold: int, epoch: int, config: TrainConfig, gang: Gang) -> list[list[int]]:
@@ -173,17 +222,26 @@ def list_batches(rows: Rows, fold: int, epoch: int, config: TrainConfig, gang: G
 
 
 def train_steps(
-    network: nn.Module, optimizer: Optimizer, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    network: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    class_weights: Tensor | None = None,
+    amp: bool = False,
 ) -> list[float]:
     """One step of the optimiser a batch; returns this rank's losses.
 
+    Weighed losses are added up over the number of scans, not of weights, so that the mean over ranks is that of one.
     Raises: RunError at the first loss that is not finite.
     """
     network.train()
+    weights = None if class_weights is None else class_weights.to(device)
     losses = []
     for volumes, labels in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(volumes.to(device)), labels.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = network(volumes.to(device))
+        loss = F.cross_entropy(logits.float(), labels.to(device), weight=weights, reduction="none").mean()
         losses.append(loss.item())
         if not np.isfinite(losses[-1]):
             raise RunError(
@@ -243,7 +301,14 @@ def _run_epoch(
     rate = float(learner.scheduler.get_last_lr()[0])
     dataset = VolumeDataset(index, Augmentation(config.augment, config.seed, fold, epoch))
     batches = list_batches(index.select_training(fold), fold, epoch, config, gang)
-    losses = train_steps(learner.network, learner.optimizer, DataLoader(dataset, batch_sampler=batches), gang.device)
+    losses = train_steps(
+        learner.network,
+        learner.optimizer,
+        DataLoader(dataset, batch_sampler=batches),
+        gang.device,
+        weigh_classes(index, fold, config),
+        config.amp,
+    )
     learner.scheduler.step()
     _share_buffers(learner.module, gang)
     share = config.batch_size // gang.world_size

@@ -1,14 +1,12 @@
 """python -m jobs.prepare: archive + cohort table -> standard volumes, folds; or an audit of the cohort."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from darnet.audit import audit_cohort
 from darnet.audit_report import write_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
-from darnet.errors import UsageError
 from darnet.job import run_job
 from darnet.ray_prepare import prepare_volumes
 from darnet.storage import open_store
@@ -18,11 +16,9 @@ def work(settings: PrepareSettings) -> dict[str, Any]:
     """Prepare the volumes folder, or audit what it would be made of."""
     place, _, name = settings.cohort.rpartition("/")
     cohort = read_cohort(name, open_store(place or ".").read_bytes(name), num_folds=settings.train.num_folds)
-    if "://" in settings.volumes:
-        raise UsageError(f"--volumes {settings.volumes}: give a folder that every node of the cluster sees")
     if settings.audit:
         return write_audit(audit_cohort(cohort, settings), settings.out)
-    return prepare_volumes(open_store(settings.archive), cohort, Path(settings.volumes).absolute(), settings)
+    return prepare_volumes(open_store(settings.archive), cohort, open_store(settings.volumes, create=True), settings)
 
 
 def main() -> int:

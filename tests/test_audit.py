@@ -18,6 +18,7 @@ from darnet.decode import VolumeStack
 from darnet.errors import UsageError
 from darnet.phantom import make_phantom
 from darnet.scan import DIAGNOSES, Uint8Array
+from darnet.storage import open_store
 from darnet.volume import make_standard_volume, resample_mask
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 
@@ -202,7 +203,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             voxels = voxels[::-1]
         if number == SHUFFLED:
             voxels = voxels[np.random.default_rng(0).permutation(len(voxels))]
-        array, sha256 = write_array(folder, f"s{number:02d}", voxels)
+        array, sha256 = write_array(open_store(str(folder)), f"s{number:02d}", voxels)
         diagnosis, cohort = str(DIAGNOSES[number % 3]), "test" if number < 6 else "train"
         rows.append([f"s{number:02d}", f"p{number:02d}", diagnosis, cohort, None if number < 6 else number % 2])
         rows[-1] += [array, sha256]
@@ -212,8 +213,8 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"slice_spacing_mm": None, "pixel_spacing_mm": None}
         )
     columns = ["scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha256"]
-    write_facts(folder, pd.DataFrame(facts))
-    write_index(folder, pd.DataFrame(rows, columns=columns).astype({"fold": "Int64"}), VOLUME)
+    write_facts(open_store(str(folder)), pd.DataFrame(facts))
+    write_index(open_store(str(folder)), pd.DataFrame(rows, columns=columns).astype({"fold": "Int64"}), VOLUME)
     return folder
 
 

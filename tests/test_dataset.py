@@ -12,13 +12,14 @@ import torch
 from darnet.config import AugmentConfig, VolumeConfig
 from darnet.dataset import Augmentation, VolumeDataset, digest_cohort, read_index, write_array, write_index
 from darnet.errors import UsageError
+from darnet.storage import open_store
 from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes, make_voxels
 
 
-def test_an_array_is_named_by_its_scan_and_digested_by_its_file(tmp_path: Path) -> None:
+def test_an_array_is_named_by_its_scan_and_its_content(tmp_path: Path) -> None:
     voxels = make_voxels("NCP", 1)
-    name, sha256 = write_array(tmp_path, "a/ü#12", voxels)
-    assert name == f"arrays/{hashlib.sha256('a/ü#12'.encode()).hexdigest()[:16]}.npy"
+    name, sha256 = write_array(open_store(str(tmp_path)), "a/ü#12", voxels)
+    assert name == f"arrays/{hashlib.sha256('a/ü#12'.encode()).hexdigest()[:16]}-{sha256[:16]}.npy"
     assert sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     assert np.array_equal(np.load(tmp_path / name), voxels)
     assert [path.name for path in (tmp_path / "arrays").iterdir()] == [Path(name).name]
@@ -26,7 +27,7 @@ def test_an_array_is_named_by_its_scan_and_digested_by_its_file(tmp_path: Path) 
 
 def test_an_index_is_read_back_as_written(tmp_path: Path) -> None:
     frame = make_cohort(tmp_path, 6, 2, num_test=3)
-    cohort_sha256 = write_index(tmp_path, frame.sample(frac=1, random_state=0), SMALL_VOLUME)
+    cohort_sha256 = write_index(open_store(str(tmp_path)), frame.sample(frac=1, random_state=0), SMALL_VOLUME)
     index = read_index(tmp_path)
     pd.testing.assert_frame_equal(index.frame, frame)
     assert index.volume == SMALL_VOLUME
@@ -87,19 +88,19 @@ def spoil(frame: pd.DataFrame, row: int, **values: object) -> pd.DataFrame:
 )
 def test_a_wrong_row_is_named(tmp_path: Path, values: dict[str, object], fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
-        write_index(tmp_path, spoil(make_cohort(tmp_path, 6, 2), 4, **values), SMALL_VOLUME)
+        write_index(open_store(str(tmp_path)), spoil(make_cohort(tmp_path, 6, 2), 4, **values), SMALL_VOLUME)
     assert not (tmp_path / "volumes.json").exists()
 
 
 def test_a_patient_may_have_test_scans_too_as_in_the_papers_split(tmp_path: Path) -> None:
     frame = make_cohort(tmp_path, 6, 2, num_test=3)
-    write_index(tmp_path, spoil(frame, 7, patient_id="patient-001"), SMALL_VOLUME)
+    write_index(open_store(str(tmp_path)), spoil(frame, 7, patient_id="patient-001"), SMALL_VOLUME)
     assert len(read_index(tmp_path).frame) == 9
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no column patient_id"):
-        write_index(tmp_path, make_cohort(tmp_path, 6, 2).drop(columns="patient_id"), SMALL_VOLUME)
+        write_index(open_store(str(tmp_path)), make_cohort(tmp_path, 6, 2).drop(columns="patient_id"), SMALL_VOLUME)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_half_an_array_is_named(tmp_path: Path) -> None:
 
 def test_an_array_of_another_shape_is_named(tmp_path: Path) -> None:
     index = make_volumes(tmp_path, 6, 2)
-    write_array(tmp_path, "scan-003", np.zeros((8, 32, 31), np.uint8))
+    np.save(tmp_path / index.frame["array"][3], np.zeros((8, 32, 31), np.uint8))
     with pytest.raises(UsageError, match=r"npy: uint8 of shape \(8, 32, 31\), expected uint8 of shape \(8, 32, 32\)"):
         read_index(index.folder)
 

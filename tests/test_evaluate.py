@@ -49,7 +49,7 @@ def volumes(tmp_path: Path) -> Path:
     """Ten training scans and seven test scans; patient 3 of training is also the patient of one test scan."""
     frame = make_cohort(tmp_path / "volumes", 10, 2, 7, VOLUME)
     frame.loc[frame["scan_id"] == "scan-012", "patient_id"] = "patient-003"
-    write_index(tmp_path / "volumes", frame, VOLUME)
+    write_index(open_store(str(tmp_path / "volumes")), frame, VOLUME)
     return tmp_path / "volumes"
 
 
@@ -169,7 +169,7 @@ def test_a_cohort_of_strangers_is_not_warned_of(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     volumes = tmp_path / "strangers"
-    digest = write_index(volumes, make_cohort(volumes, 10, 2, 7, VOLUME), VOLUME)
+    digest = write_index(open_store(str(volumes)), make_cohort(volumes, 10, 2, 7, VOLUME), VOLUME)
     manifest = json.loads((model / "bundle.json").read_text())
     (model / "bundle.json").write_text(json.dumps(manifest | {"cohort_sha256": digest}))
     run(capsys, "--model", model, "--volumes", volumes, "--out", tmp_path / "out")
@@ -187,7 +187,7 @@ def test_volumes_of_other_preprocessing_or_without_test_scans_are_refused(
         ("untested", VOLUME, 0, "no scan is in the test cohort"),
     ):
         folder = tmp_path / name
-        write_index(folder, make_cohort(folder, 10, 2, num_test, volume), volume)
+        write_index(open_store(str(folder)), make_cohort(folder, 10, 2, num_test, volume), volume)
         summary, _ = run(capsys, "--model", model, "--volumes", folder, "--out", tmp_path / "out")
         assert summary["exit_code"] == 2
         assert complaint in summary["error"]

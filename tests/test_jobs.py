@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from darnet.config import PrepareSettings, ScoreSettings, Settings, VolumeConfig, fingerprint, read_settings
+from darnet.config import (
+    LATER_TRAIN_SETTINGS,
+    PrepareSettings,
+    ScoreSettings,
+    Settings,
+    VolumeConfig,
+    fingerprint,
+    read_settings,
+)
 from darnet.errors import CredentialsError, RunError, StorageError, UsageError
 from darnet.job import run_job
 
@@ -109,6 +117,16 @@ def test_defaults_are_the_papers() -> None:
     assert settings.volume.shape == settings.network.volume_shape == (64, 224, 224)
     assert (settings.train.learning_rate, settings.train.batch_size, settings.train.num_folds) == (1e-3, 4, 5)
     assert settings.train.epochs == 80
+
+
+def test_a_training_setting_that_came_later_changes_the_fingerprint_only_where_it_is_used() -> None:
+    base = read_settings(ScoreSettings, PLACES, "x").train
+    assert not set(LATER_TRAIN_SETTINGS) & base.model_dump().keys()
+    values = (True, "balanced", 2, True, True, True, True)
+    used = [base.model_copy(update={name: value}) for name, value in zip(LATER_TRAIN_SETTINGS, values, strict=True)]
+    assert len({fingerprint(base), *map(fingerprint, used)}) == 8
+    for config in used:
+        assert type(base).model_validate_json(config.model_dump_json()) == config
 
 
 def test_preprocessing_version_changes_with_each_setting_between_bytes_and_input() -> None:

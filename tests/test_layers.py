@@ -14,8 +14,9 @@ ROWS = (
     "results_rows sandbox shortcuts storage_local tables terminal volume volume_file",
     "calibration charts cohort decode gates intervals phantom_body phantom_files phantom_findings predictions "
     "series slice_order steps storage",
-    "bundle dataset evaluation ingest nightly_report phantom phantom_decoys results_objects truth",
-    "audit_features cam_truth evaluation_report ray_cluster results results_publish results_runs score train",
+    "bundle dataset evaluation history ingest nightly_report phantom phantom_decoys results_objects truth",
+    "audit_features cam_truth evaluation_report prepared ray_cluster results results_publish results_runs "
+    "score train volumes_cache",
     "audit demo ray_prepare ray_train results_hold study",
     "audit_report phantom_study ray_score results_check study_maps study_report",
     "evaluate",

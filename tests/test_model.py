@@ -209,3 +209,29 @@ def test_a_wider_head_start_changes_the_head_alone() -> None:
     torch.testing.assert_close(wide.head.weight, 10 * usual.head.weight)
     others = [name for name in usual.state_dict() if name != "head.weight"]
     assert all(torch.equal(usual.state_dict()[name], wide.state_dict()[name]) for name in others)
+
+
+def test_recomputed_blocks_keep_less_and_give_the_same_bits() -> None:
+    """The running statistics too: a second pass must not move them again."""
+    x = torch.rand((2, 1, 8, 16, 16), generator=torch.Generator().manual_seed(0))
+
+    def train_once(recomputes: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+        network = build_network(ModelConfig(volume_shape=(8, 16, 16), base_channels=4), seed=0)
+        network.recomputes_blocks = recomputes
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = network(x).square().sum()
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+        return gradients, {name: buffer.clone() for name, buffer in network.named_buffers()}, sum(kept)
+
+    gradients, buffers, num_kept = train_once(False)
+    again, moved, num_kept_again = train_once(True)
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+    assert all(torch.equal(buffers[name], moved[name]) for name in buffers)
+    assert num_kept_again < num_kept / 2

@@ -57,7 +57,8 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
         }
     )
     cohort = read_cohort("table.csv", table.encode())
-    done = prepare_volumes(open_store(settings.archive), cohort, tmp_path / "volumes", settings)
+    volumes = open_store(settings.volumes, create=True)
+    done = prepare_volumes(open_store(settings.archive), cohort, volumes, settings)
 
     excluded = pd.read_csv(tmp_path / "volumes" / "excluded.csv", dtype=str).set_index("patient_id")["status"]
     reasons = {"p04": "SHUFFLED", "p05": "DISCARDED", "p13": "NOT_IN_ARCHIVE", "p14": "NOT_IN_COHORT"}
@@ -76,3 +77,11 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     audit = summarise_audit(audit_cohort(cohort, settings.model_copy(update={"audit": True})))
     assert [(item["by"], len(item["scan_ids"])) for item in audit["duplicates"]] == [("files", 13), ("pixels", 11)]
     assert audit["looked_at"] == ["table", "archive", "volumes"]
+
+    again = prepare_volumes(open_store(settings.archive), cohort, volumes, settings)
+    assert (done["sources_reused"], again["sources_reused"]) == (0, 11)
+    assert {**again, "sources_reused": 0} == done
+    (tmp_path / "volumes" / index.frame.set_index("patient_id").loc["p02", "array"]).unlink()
+    (tmp_path / "archive" / "NCP" / "p01" / "1" / "1.png").touch()
+    assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 9
+    assert read_index(tmp_path / "volumes").cohort_sha256 == index.cohort_sha256

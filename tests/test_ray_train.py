@@ -2,8 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -11,18 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from darnet.bundle import load_networks, read_bundle
+from darnet.bundle import load_networks, name_model, read_bundle
 from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
+from darnet.model import build_network
 from darnet.ray_train import (
     MIN_WORKER_CPUS,
+    FoldTask,
+    Places,
+    choose_networks,
     describe_cohort,
     match_network,
     name_run,
     plan_gangs,
     train_folds,
     train_model,
+    write_bundles,
 )
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
@@ -33,6 +43,7 @@ NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
 CONFIG = TrainConfig(epochs=6, num_folds=2, learning_rate=3e-3)
 WORKERS = 2
 DAY = date(2020, 3, 1)
+ROOT = Path(__file__).parents[1]
 
 # Ray Train touches Ray Data's context, which warns of its own settings.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
@@ -46,6 +57,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> VolumesIndex:
 def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSettings:
     values = {"volumes": str(index.folder), "out": out, "workers": WORKERS, "train": CONFIG, "network": NETWORK}
     return TrainSettings.model_validate(values | changed)
+
+
+def make_places(index: VolumesIndex, runs: Path) -> Places:
+    return Places(str(index.folder), str(runs), runs / "cache")
+
+
+def ignore(*_: object) -> None:
+    """Progress nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +88,16 @@ def killed(
     victims: list[int] = []
     runs = tmp_path_factory.mktemp("runs")
 
-    def kill_once(fold: int, epoch: int, _: Metrics) -> None:
-        reported.append((fold, epoch))
+    def kill_once(task: FoldTask, metrics: Metrics) -> None:
+        reported.append((task.fold, int(metrics["epoch"])))
         if not victims:
             victims.append(find_train_workers()[-1])
             os.kill(victims[0], signal.SIGKILL)
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        results = train_folds(index, NETWORK, CONFIG, workers=WORKERS, runs=runs, on_progress=kill_once)
+        (results,) = train_folds(
+            index, [NETWORK], CONFIG, make_places(index, runs), workers=WORKERS, on_progress=kill_once
+        )
     return Killed(results, reported, victims, runs, printed.getvalue())
 
 
@@ -133,7 +154,7 @@ def test_training_prints_nothing_on_stdout(killed: Killed) -> None:
 @pytest.mark.slow
 def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, killed: Killed, tmp_path: Path) -> None:
     results = killed.results
-    summary = train_model(make_settings(index, tmp_path / "bundle", runs=killed.runs), DAY)
+    summary = train_model(make_settings(index, tmp_path / "bundle", runs=str(killed.runs)), DAY)
     assert summary["validation_accuracy_3class"] == [result.metrics["accuracy_3class"] for result in results]
     bundle = read_bundle(open_store(str(tmp_path / "bundle")))
     assert bundle.manifest.cohort_sha256 == index.cohort_sha256
@@ -149,12 +170,12 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: Volum
     config = CONFIG.model_copy(update={"batch_size": 12})
     least = f"{12 * MIN_WORKER_CPUS:g}"
     with pytest.raises(UsageError, match=f"--workers 12 takes at least {least} CPUs, the cluster has 4"):
-        train_folds(index, NETWORK, config, workers=12, runs=tmp_path, on_progress=lambda *_: None)
+        train_folds(index, [NETWORK], config, make_places(index, tmp_path), workers=12, on_progress=ignore)
 
 
 def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: VolumesIndex, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="3 workers do not divide a batch of 4"):
-        train_folds(index, NETWORK, CONFIG, workers=3, runs=tmp_path, on_progress=lambda *_: None)
+        train_folds(index, [NETWORK], CONFIG, make_places(index, tmp_path), workers=3, on_progress=ignore)
 
 
 def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesIndex, tmp_path: Path) -> None:
@@ -177,7 +198,7 @@ def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesInde
 def test_a_cluster_is_shared_out_without_asking_for_more_than_it_has(
     resources: dict[str, float], workers: int, side_by_side: int, cpus_per_worker: float
 ) -> None:
-    plan = plan_gangs(resources, workers, num_folds=5)
+    plan = plan_gangs(resources, workers, num_gangs=5)
     assert (plan.side_by_side, plan.cpus_per_worker) == (side_by_side, cpus_per_worker)
     assert plan.has_gpus == ("GPU" in resources)
     gangs = workers * side_by_side
@@ -214,6 +235,73 @@ def test_the_network_is_built_for_the_volumes_there_are(index: VolumesIndex, tmp
         match_network(make_settings(index, tmp_path, network=other), SMALL_VOLUME)
     with pytest.raises(UsageError, match=r"the settings ask for .*crop='body'"):
         match_network(make_settings(index, tmp_path, volume=VolumeConfig(crop="body")), SMALL_VOLUME)
+
+
+def test_the_networks_of_table_3_are_trained_by_name(index: VolumesIndex, tmp_path: Path) -> None:
+    assert choose_networks(make_settings(index, tmp_path), SMALL_VOLUME) == [NETWORK]
+    asked = ("plain", "ca", "da", "da-ca")
+    networks = choose_networks(make_settings(index, tmp_path, networks=asked), SMALL_VOLUME)
+    assert [name_model(network) for network in networks] == [f"darnet-{name}" for name in asked]
+    assert {network.base_channels for network in networks} == {4}
+    with pytest.raises(ValueError, match="name each once"):
+        make_settings(index, tmp_path, networks=("ca", "ca"))
+
+
+def test_several_networks_leave_a_folder_of_bundles_whole_or_not_at_all(index: VolumesIndex, tmp_path: Path) -> None:
+    settings = make_settings(index, tmp_path / "out", networks=("plain", "da"))
+    networks = choose_networks(settings, SMALL_VOLUME)
+    trained = [
+        [FoldResult(fold, build_network(network, fold).state_dict(), {"accuracy_3class": 0.5}, []) for fold in range(2)]
+        for network in networks
+    ]
+    with pytest.raises(ValueError, match="these weights are not of the network"):
+        write_bundles(settings, index, networks, trained[:1] * 2, DAY)
+    assert list(tmp_path.iterdir()) == []
+    write_bundles(settings, index, networks, trained, DAY)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for network, name in zip(networks, ("darnet-plain", "darnet-da"), strict=True):
+        assert read_bundle(open_store(str(tmp_path / "out" / name))).manifest.settings.network == network
+
+
+def start_job(*arguments: str) -> "subprocess.Popen[bytes]":
+    """A job of its own, since workers of the shared cluster do not know the S3 server."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "jobs.train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.slow
+def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturbed_training(
+    index: VolumesIndex, s3: Callable[[], str], tmp_path: Path
+) -> None:
+    uri = s3()
+    volumes, runs = open_store(uri + "/volumes"), open_store(uri + "/runs")
+    for item in open_store(str(index.folder)).list_objects():
+        volumes.write_bytes(item.key, (index.folder / item.key).read_bytes())
+    places = ["--volumes", volumes.uri, "--runs", runs.uri, "--out", f"{tmp_path}/out", "--cache", f"{tmp_path}/cache"]
+    train = ["--train.epochs", "4", "--train.num-folds", "2", "--train.learning-rate", "3e-3"]
+    arguments = [*places, *train, "--network.base-channels", "4", "--networks", "plain,ca"]
+
+    job = start_job(*arguments)
+    while not any(item.key.endswith("state.pt") for item in runs.list_objects()):
+        assert job.poll() is None
+        time.sleep(0.2)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    kept = {item.key: item.version for item in runs.list_objects() if item.key.endswith("state.pt")}
+    job = start_job(*arguments)
+    summary = json.loads(job.communicate(timeout=400)[0].splitlines()[-1])
+
+    assert [model["model"] for model in summary["models"]] == ["darnet-plain", "darnet-ca"]
+    assert len(list((tmp_path / "cache").glob("*/volumes.json"))) == 1
+    assert kept
+    (network,) = choose_networks(make_settings(index, tmp_path, networks=("plain",)), SMALL_VOLUME)
+    expected = train_with_torch_alone(index.folder, network, CONFIG.model_copy(update={"epochs": 4}), 1, tmp_path)
+    bundle = read_bundle(open_store(str(tmp_path / "out" / "darnet-plain")))
+    for fold, trained in zip(expected, load_networks(bundle), strict=True):
+        assert all(torch.equal(fold.state[name], tensor) for name, tensor in trained.state_dict().items())
 
 
 def test_the_model_card_counts_the_training_cohort_only(index: VolumesIndex) -> None:

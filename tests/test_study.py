@@ -40,7 +40,8 @@ def run(*arguments: Any) -> int:
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Volumes, four bundles (one with a history), and the report on them."""
     home = tmp_path_factory.mktemp("study")
-    write_index(home / "volumes", make_cohort(home / "volumes", NUM_TRAIN, 2, NUM_TEST, VOLUME), VOLUME)
+    cohort = make_cohort(home / "volumes", NUM_TRAIN, 2, NUM_TEST, VOLUME)
+    write_index(open_store(str(home / "volumes")), cohort, VOLUME)
     bundles = write_four_bundles(home / "bundles")
     lines = [
         {"fold": fold, "epoch": epoch, "train_loss": 1 / (epoch + 1), "validation_loss": 1.0, "accuracy_3class": 0.5}
@@ -222,7 +223,7 @@ def test_a_second_table_has_no_place_beside_several_networks(
 def test_two_bundles_of_one_network_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("darnet-da", "darnet-ca"):
         write_random_bundle(tmp_path / "bundles" / name)
-    write_index(tmp_path / "volumes", make_cohort(tmp_path / "volumes", 4, 2, 3, VOLUME), VOLUME)
+    write_index(open_store(str(tmp_path / "volumes")), make_cohort(tmp_path / "volumes", 4, 2, 3, VOLUME), VOLUME)
     arguments = ("--model", tmp_path / "bundles", "--volumes", tmp_path / "volumes", "--out", tmp_path / "out")
     assert run(*arguments) == 2
     assert "of the same network" in capsys.readouterr().err

@@ -12,13 +12,15 @@ import pytest
 import torch
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, log_loss
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import DataLoader
 
 from darnet.config import AugmentConfig, ModelConfig, TrainConfig
-from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex
+from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, read_index, write_index
 from darnet.errors import RunError, UsageError
 from darnet.model import build_network
+from darnet.storage import open_store
 from darnet.train import (
     ALONE,
     FoldResult,
@@ -26,14 +28,17 @@ from darnet.train import (
     Gang,
     Metrics,
     check_fold,
+    equip_network,
     evaluate,
     fit_fold,
     infer_logits,
     list_batches,
     make_result,
+    scale_rate,
     train_steps,
+    weigh_classes,
 )
-from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
+from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
 QUICK = TrainConfig(epochs=3, num_folds=2, learning_rate=3e-3)
@@ -313,6 +318,113 @@ def test_a_finished_state_gives_the_result_without_training(whole: tuple[FoldRes
     result = make_result(0, torch.load(io.BytesIO(states[-1]), weights_only=True))
     assert is_same_state(result.state, expected.state)
     assert (result.metrics, result.history) == (expected.metrics, expected.history)
+
+
+def test_a_warm_up_climbs_in_equal_steps_and_the_cosine_takes_over_at_its_top() -> None:
+    config = TrainConfig(epochs=7, warmup_epochs=3)
+    rates = [scale_rate(epoch, config) for epoch in range(8)]
+    half = np.sqrt(0.5) / 2
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 0.5 + half, 0.5, 0.5 - half, 0])
+    with pytest.raises(ValueError, match="warmup_epochs 3 must be fewer than epochs"):
+        TrainConfig(epochs=3, warmup_epochs=3)
+
+
+def make_unequal(folder: Path) -> VolumesIndex:
+    """Fold 1's training scans are 2 CP, 2 NCP and 8 Normal."""
+    frame = make_cohort(folder, num_train=24, num_folds=2)
+    frame.loc[(frame["fold"] == 0) & (frame.index >= 12), "diagnosis"] = "Normal"
+    write_index(open_store(str(folder)), frame, SMALL_VOLUME)
+    return read_index(folder)
+
+
+def test_balanced_classes_weigh_what_scikit_learn_says(tmp_path: Path) -> None:
+    index = make_unequal(tmp_path)
+    config = QUICK.model_copy(update={"class_weights": "balanced"})
+    weights, rows = weigh_classes(index, 1, config), index.select_training(1)
+    assert weights is not None
+    assert np.bincount(index.labels[rows]).tolist() == [2, 2, 8]
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=index.labels[rows])
+    assert weights.numpy() == pytest.approx(expected)
+    assert weights[index.labels[rows]].mean() == pytest.approx(1)
+    assert weigh_classes(index, 1, QUICK) is None
+
+
+def test_weighed_losses_of_two_ranks_have_the_mean_of_one() -> None:
+    """A mean over the sum of weights, torch's own, would not."""
+    logits, labels, weights = torch.randn(4, 3), torch.tensor([0, 0, 1, 2]), torch.tensor([0.5, 2.0, 4.0])
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.bias
+
+    def measure(rows: slice) -> float:
+        network = Given()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+        return train_steps(network, optimizer, [(logits[rows], labels[rows])], ALONE.device, weights)[0]
+
+    log_shares = torch.log_softmax(logits.double(), dim=1)
+    expected = np.mean([-weights[label].item() * log_shares[row, label].item() for row, label in enumerate(labels)])
+    assert measure(slice(0, 4)) == pytest.approx(expected, rel=1e-5)
+    assert (measure(slice(0, 2)) + measure(slice(2, 4))) / 2 == pytest.approx(expected, rel=1e-5)
+
+
+def test_classes_cannot_be_balanced_where_one_is_absent(tmp_path: Path) -> None:
+    frame = make_cohort(tmp_path, num_train=24, num_folds=2)
+    frame.loc[(frame["fold"] == 0) & (frame["diagnosis"] == "NCP"), "diagnosis"] = "CP"
+    write_index(open_store(str(tmp_path)), frame, SMALL_VOLUME)
+    index = read_index(tmp_path)
+    with pytest.raises(UsageError, match="fold 1 has no training scan with NCP"):
+        check_fold(index, 1, QUICK.model_copy(update={"class_weights": "balanced"}), 1)
+
+
+def test_mixed_precision_trains_to_finite_numbers_and_validates_in_full_precision(index: VolumesIndex) -> None:
+    """bfloat16 is emulated on most CPUs: how fast it is, or how well it learns on a GPU, cannot be seen here."""
+    config = QUICK.model_copy(update={"amp": True, "epochs": 1})
+    result, _ = fit(index, config)
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    assert all(tensor.dtype != torch.bfloat16 for tensor in result.state.values())
+    assert not is_same_state(result.state, fit(index, config.model_copy(update={"amp": False}))[0].state)
+    network = build_network(NETWORK, seed=9)
+    network.load_state_dict(result.state)
+    assert evaluate(network, index, index.select_validation(0), 4, ALONE).items() <= result.metrics.items()
+
+
+def test_synchronised_batch_norm_replaces_every_layer_and_is_refused_on_a_cpu() -> None:
+    config = QUICK.model_copy(update={"sync_batchnorm": True})
+    with pytest.raises(UsageError, match="sync_batchnorm needs GPUs"):
+        equip_network(build_network(NETWORK, seed=0), config, torch.device("cpu"))
+    plain = build_network(NETWORK, seed=0)
+    num_norms = sum(isinstance(module, nn.BatchNorm3d) for module in plain.modules())
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    network = equip_network(plain, config, torch.device("cuda"))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) == num_norms == 20
+    assert not any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
+    assert is_same_state(network.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own compiler
+def test_a_compiled_network_keeps_the_names_of_its_weights() -> None:
+    """Compiling itself takes minutes on a CPU and is left to the first step."""
+    plain, compiled = build_network(NETWORK, seed=0), build_network(NETWORK, seed=0)
+    equip_network(compiled, QUICK.model_copy(update={"compile": True}), ALONE.device)
+    assert compiled._compiled_call_impl is not None
+    assert is_same_state(plain.state_dict(), compiled.state_dict())
+    with pytest.raises(ValueError, match="exclude each other"):
+        TrainConfig(compile=True, gradient_checkpointing=True)
+
+
+def test_gradient_checkpointing_ends_in_the_same_bits(
+    index: VolumesIndex, whole: tuple[FoldResult, list[bytes]]
+) -> None:
+    config = QUICK.model_copy(update={"gradient_checkpointing": True})
+    network = equip_network(build_network(NETWORK, seed=0), config, ALONE.device)
+    result = fit_fold(network, index, 0, config, lambda *_: None)
+    assert is_same_state(result.state, whole[0].state)
+    assert result.history == whole[0].history
 
 
 # Stored output of our own code, the only one: a change that is not meant to alter numbers must not alter these.

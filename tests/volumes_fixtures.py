@@ -7,6 +7,7 @@ import pandas as pd
 
 from darnet.config import VolumeConfig
 from darnet.dataset import VolumesIndex, read_index, write_array, write_index
+from darnet.storage import open_store
 
 SMALL_VOLUME = VolumeConfig(shape=(8, 32, 32))
 
@@ -29,7 +30,8 @@ def make_cohort(
     rows = []
     for number in range(num_train + num_test):
         diagnosis = ("CP", "NCP", "Normal")[number % 3]
-        name, sha256 = write_array(folder, f"scan-{number:03d}", make_voxels(diagnosis, number, volume.shape))
+        voxels = make_voxels(diagnosis, number, volume.shape)
+        name, sha256 = write_array(open_store(str(folder)), f"scan-{number:03d}", voxels)
         rows.append(
             {
                 "scan_id": f"scan-{number:03d}",
@@ -46,5 +48,5 @@ def make_cohort(
 
 def make_volumes(folder: Path, num_train: int, num_folds: int, num_test: int = 0) -> VolumesIndex:
     """A whole volumes folder, read back."""
-    write_index(folder, make_cohort(folder, num_train, num_folds, num_test), SMALL_VOLUME)
+    write_index(open_store(str(folder)), make_cohort(folder, num_train, num_folds, num_test), SMALL_VOLUME)
     return read_index(folder)

@@ -1,0 +1,77 @@
+"""Volumes in object storage, as files of the machine that trains on them: an address enters, a local index leaves.
+
+Each node copies a volumes folder once, whichever of its workers comes first; what it has copied is checked by digest.
+"""
+
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from darnet.dataset import ARRAYS_FOLDER, VOLUMES_FILE, VolumesIndex, VolumesTable, read_index, read_table, write_index
+from darnet.errors import StorageError
+from darnet.storage import Store, open_store
+from darnet.storage_local import explain_os_errors
+
+COPIERS = 16  # Source: ours; as many connections as a store keeps open
+
+
+def open_volumes(uri: str, cache: Path) -> VolumesIndex:
+    """The volumes folder where it is local, else this node's copy below `cache`, which is made if there is none.
+
+    Raises: UsageError and StorageError as `read_index`; StorageError naming an array whose digest is wrong.
+    """
+    store = open_store(uri)
+    here = store.local_path(VOLUMES_FILE)
+    return read_index(copy_volumes(store, cache.expanduser()) if here is None else here.parent)
+
+
+def copy_volumes(store: Store, cache: Path) -> Path:
+    """Copy a volumes folder below `cache`, unless it is there; whoever comes meanwhile waits.
+
+    The copy's name holds the digest of all its arrays, so it can never be an older one. A copy that was broken off goes
+    on where it stopped.
+    """
+    table = read_table(store)
+    folder = cache / f"{table.volume.preprocessing_version}-{table.cohort_sha256[:24]}"
+    with _lock(folder.with_suffix(".lock")):
+        if not (folder / VOLUMES_FILE).is_file():
+            _copy(store, table, folder)
+    return folder
+
+
+def _copy(store: Store, table: VolumesTable, folder: Path) -> None:
+    """Arrays first, then the tables that declare them complete."""
+    local = open_store(str(folder), create=True)
+    present = {item.key for item in local.list_objects(f"{ARRAYS_FOLDER}/")}
+    digests = dict(zip(table.frame["array"], table.frame["sha256"], strict=True))
+    missing = [name for name in digests if name not in present]
+    with ThreadPoolExecutor(COPIERS) as pool:
+        copies = [pool.submit(_copy_array, store, local, name, digests[name]) for name in missing]
+        try:
+            for copy in copies:
+                copy.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    write_index(local, table.frame, table.volume)
+
+
+def _copy_array(store: Store, local: Store, name: str, sha256: str) -> None:
+    data = store.read_bytes(name)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise StorageError(f"{store.uri}/{name}: damaged (its digest is not the table's); delete it and prepare again")
+    local.write_bytes(name, data)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process of this machine at a time; the lock of a process that dies is released."""
+    with explain_os_errors(str(path), "lock the copy of the volumes"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    with handle:
+        yield
