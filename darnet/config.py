@@ -35,7 +35,7 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
 TILT_DEGREES = 1.0  # of shear, at most; headers round to less. Source: ours
 OBLIQUE_DEGREES = 20.0  # between the axes of a scan and the patient's, at most. Source: ours
-PREPROCESSING_REVISION = 1  # raise when the code between bytes and network input changes what it yields
+PREPROCESSING_REVISION = 2  # raise when the code between bytes and network input changes what it yields
 
 
 class Section(BaseModel):
