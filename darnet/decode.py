@@ -58,7 +58,7 @@ class ImageStack:
 
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
-        with name_file(self.files[index].name):
+        with name_file(self.files[index].label):
             pixels = _read_pixels(self.files[index].path, "")
             if pixels.ndim == 3:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
@@ -154,7 +154,7 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
         raise ScanError(Status.BAD_LIMIT, f"{len(ordered)} slices, at most {limits.max_slices}")
     sizes = set()
     for file in ordered:
-        with name_file(file.name):
+        with name_file(file.label):
             sizes.add(_read_image_size(file.path))
     if len(sizes) > 1:
         raise ScanError(Status.BAD_MIXED_SERIES, f"{len(sizes)} image sizes in one folder")
