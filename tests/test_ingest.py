@@ -255,6 +255,30 @@ def test_slice_images_are_taken_in_natural_order(suffix: str, ingest: Ingest, tm
     assert np.abs(scan.volume.voxels.mean(axis=(1, 2)) - expected).max() <= 1
 
 
+NUMBERS: dict[str, tuple[Sequence[str], Status]] = {
+    "a gap": ([f"{n:04d}" for n in range(24) if not 8 <= n < 14], Status.BAD_MISSING_SLICE),
+    "one lost": ([f"IM-0001-{n}" for n in range(1, 25) if n != 5], Status.BAD_MISSING_SLICE),
+    "three holes": ([f"{n}" for n in range(70, 94) if n not in (75, 80, 91)], Status.BAD_MISSING_SLICE),
+    "one lost of every third": ([f"{n}" for n in range(4, 76, 3) if n != 31], Status.BAD_MISSING_SLICE),
+    "from 113 on": ([f"{n}" for n in range(113, 137)], Status.OK),
+    "every third": ([f"{n:03d}" for n in range(4, 76, 3)], Status.OK),
+    "two in three": ([f"{n}" for n in range(36) if n % 3], Status.OK),
+    "numbers at random": ([f"{n * n * 31 + 7}" for n in range(24)], Status.OK),
+    "letters": ([f"slice_{chr(97 + n)}" for n in range(24)], Status.OK),
+    "two numbers": ([f"{n // 12}-{n % 12}" for n in range(24)], Status.OK),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_images_with_a_hole_in_their_numbers_are_refused(name: str, ingest: Ingest, tmp_path: Path) -> None:
+    """How the numbers of a whole scan run is free, as in CC-CCII."""
+    numbers, expected = NUMBERS[name]
+    (tmp_path / "archive" / "a").mkdir(parents=True)
+    _add_images(tmp_path / "archive" / "a", [f"{number}.png" for number in numbers])
+    (scan,) = ingest()
+    assert scan.status is expected, scan.status_detail
+
+
 def test_feet_first_images_are_turned_round_by_the_setting(ingest: Ingest, tmp_path: Path) -> None:
     display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)
     _write_images(tmp_path / "archive" / "a", ".png", display)
