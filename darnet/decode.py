@@ -3,6 +3,7 @@
 DICOM slices come as Hounsfield units (the rescale is applied here, once), slice images as 8-bit display values.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ from natsort import os_sorted
 from numpy.typing import NDArray
 
 from darnet.config import DecodeConfig
+from darnet.dicom import MISSING_RATIO
 from darnet.errors import ScanError, Status, name_file
 from darnet.scan import FloatArray, Intensity, StagedFile
 from darnet.volume_file import check_axes, check_volume_file
 
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
+
+EVEN_SHARE = 0.6  # of the steps between numbers, more than which are the same: fewer are a scan thinned out evenly
 
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
@@ -58,7 +62,7 @@ class ImageStack:
 
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
-        with name_file(self.files[index].name):
+        with name_file(self.files[index].label):
             pixels = _read_pixels(self.files[index].path, "")
             if pixels.ndim == 3:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
@@ -139,7 +143,8 @@ def write_volume(path: Path, voxels_hu: NDArray[np.int16], spacing_mm: tuple[flo
 def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_first: bool) -> ImageStack:
     """Order slice images by their names, as a person would, and check every header and ending.
 
-    Raises: ScanError: BAD_LIMIT, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE, SKIP_FEW_SLICES.
+    Raises: ScanError: BAD_LIMIT, BAD_MISSING_SLICE, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE,
+            SKIP_FEW_SLICES.
     """
     names = [file.name for file in files]
     file_of = dict(zip(names, files, strict=True))
@@ -154,7 +159,7 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
         raise ScanError(Status.BAD_LIMIT, f"{len(ordered)} slices, at most {limits.max_slices}")
     sizes = set()
     for file in ordered:
-        with name_file(file.name):
+        with name_file(file.label):
             sizes.add(_read_image_size(file.path))
     if len(sizes) > 1:
         raise ScanError(Status.BAD_MIXED_SERIES, f"{len(sizes)} image sizes in one folder")
@@ -163,7 +168,25 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
     if len(ordered) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(ordered)} slices, {limits.min_slices} needed")
+    _check_numbers(names)
     return ImageStack(tuple(ordered), (len(ordered), height, width))
+
+
+def _check_numbers(names: Sequence[str]) -> None:
+    """Refuse a hole in otherwise evenly numbered slices; any number may be the first, and any step the even one.
+
+    Names that differ in more than one number, and numbers without a step of their own, say nothing about holes.
+    """
+    parts = [re.split(r"(\d+)", name.rpartition(".")[0]) for name in names]
+    columns = [set(column) for column in zip(*parts, strict=False)]
+    varying = [index for index, column in enumerate(columns) if len(column) > 1]
+    if len({len(part) for part in parts}) > 1 or len(varying) != 1 or varying[0] % 2 == 0:
+        return
+    steps = np.diff(sorted(int(part[varying[0]]) for part in parts))
+    step = float(np.median(steps))
+    num_holes = int((steps > MISSING_RATIO * step).sum())
+    if num_holes and (steps == step).mean() > EVEN_SHARE:
+        raise ScanError(Status.BAD_MISSING_SLICE, f"{num_holes} holes in the numbers of the slices")
 
 
 def _read_pixels(path: Path, image_io: str) -> FloatArray:

@@ -135,7 +135,7 @@ def arrange_series(
     _check_damage(headers, unreadable)  # first, since a cut header says less than the others
     _check_uniform(headers)
     for header in headers:
-        with name_file(header.file.name):
+        with name_file(header.file.label):
             _check_header(header)
     if len(headers) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(headers)} slices, {limits.min_slices} needed")
@@ -272,7 +272,7 @@ def _check_kind(headers: Sequence[SliceHeader]) -> None:
     if any(header.num_frames != 1 for header in headers):
         for header in headers:
             if not 0 < header.num_frames <= 100_000:
-                raise ScanError(Status.BAD_HEADER, f"{header.file.name}: NumberOfFrames is {header.num_frames}")
+                raise ScanError(Status.BAD_HEADER, f"{header.file.label}: NumberOfFrames is {header.num_frames}")
         raise ScanError(Status.SKIP_MULTIFRAME, "several frames in one object")
 
 
@@ -329,7 +329,7 @@ def _check_damage(headers: Sequence[SliceHeader], unreadable: Sequence[ScanError
     damaged = list(unreadable)
     for header in headers:
         if header.damage is not None:
-            damaged.append(ScanError(header.damage.status, f"{header.file.name}: {header.damage.detail}"))
+            damaged.append(ScanError(header.damage.status, f"{header.file.label}: {header.damage.detail}"))
     if damaged:
         more = f"; {len(damaged)} of {len(headers) + len(unreadable)} slices are damaged" if len(damaged) > 1 else ""
         raise ScanError(damaged[0].status, damaged[0].detail + more)

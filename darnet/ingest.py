@@ -5,6 +5,7 @@ This is the one road from bytes to network input: training and scoring both take
 
 import hmac
 import lzma
+import re
 import tempfile
 import time
 import zipfile
@@ -37,6 +38,8 @@ from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
+# The number of a slice behind two letters at most: too little for a patient's name, number or UID. Source: ours.
+HARMLESS_NAME = re.compile(r"[a-z]{0,2}[-_]?0*[0-9]{1,4}(\.[a-z]{2,5})?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class DicomStack:
         Raises: ScanError(BAD_PIXELS) naming the file.
         """
         file = self.series.files[index]
-        with name_file(file.name):
+        with name_file(file.label):
             pixels = self.series.turn(read_dicom_slice(file.path))
             return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
 
@@ -130,16 +133,26 @@ def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]
     for index, item in enumerate(source.objects):
         suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
         path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
-        file = StagedFile(PurePosixPath(item.key).name, path)
+        file = StagedFile(PurePosixPath(item.key).name, path, _label_object(source, index))
         here = store.local_path(item.key)
         if here is not None:
             path.symlink_to(here)
         else:
-            with name_file(file.name):
+            with name_file(file.label):
                 store.fetch(item, path)
         staged.append(file)
     check_unchanged(store, source)
     return staged
+
+
+def _label_object(source: Source, index: int) -> str:
+    """Name a file by its own name where that is but a number, else by its place in the sorted source."""
+    name = PurePosixPath(source.objects[index].key).name
+    return name if HARMLESS_NAME.fullmatch(name) else f"file {index + 1} of {len(source.objects)}"
+
+
+def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
+    return f"entry {index + 1} of {len(entries)}"
 
 
 def check_unchanged(store: Store, source: Source) -> None:
@@ -147,11 +160,11 @@ def check_unchanged(store: Store, source: Source) -> None:
 
     Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED.
     """
-    for item in source.objects:
+    for index, item in enumerate(source.objects):
         path = store.local_path(item.key)
         if path is None:
             return
-        with name_file(PurePosixPath(item.key).name):
+        with name_file(_label_object(source, index)):
             try:
                 status = path.stat()
             except OSError as error:
@@ -163,13 +176,14 @@ def check_unchanged(store: Store, source: Source) -> None:
 def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
     """Decode all scans of one staged source; runs inside the sandbox."""
     set_decoder_threads(1)
-    if source_key.lower().endswith(".zip"):
+    path = staged[0].path  # its suffix, and not the key's: a prefix may be called like a file
+    if path.name.endswith(".zip"):
         try:
-            return _decode_slices(source_key, _unpack_zip(staged[0].path, folder, road.decode), road)
+            return _decode_slices(source_key, _unpack_zip(path, folder, road.decode), road)
         except ScanError as error:
             return [IngestedScan(source_key, error.status, error.detail, _count(staged))]
-    if source_key.lower().endswith(VOLUME_SUFFIXES):
-        return [_decode_scan(source_key, _count(staged), lambda: open_volume(staged[0].path, road.decode), road)]
+    if path.name.endswith(VOLUME_SUFFIXES):
+        return [_decode_scan(source_key, _count(staged), lambda: open_volume(path, road.decode), road)]
     return _decode_slices(source_key, staged, road)
 
 
@@ -279,9 +293,10 @@ def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFi
         for index, entry in enumerate(entries):
             suffix = PurePosixPath(entry.filename).suffix.lower()
             target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
-            with name_file(entry.filename), _zip_errors():
+            label = _label_entry(index, entries)
+            with name_file(label), _zip_errors():
                 target.write_bytes(archive.read(entry))
-            staged.append(StagedFile(entry.filename, target))
+            staged.append(StagedFile(entry.filename, target, label))
     return staged
 
 
@@ -296,8 +311,8 @@ def _zip_errors() -> Iterator[None]:
 
 def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
     seen: set[str] = set()
-    for entry in entries:
-        with name_file(entry.filename):
+    for index, entry in enumerate(entries):
+        with name_file(_label_entry(index, entries)):
             if entry.flag_bits & 1:
                 raise ScanError(Status.BAD_ZIP, "encrypted in the zip")
             if ".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/"):

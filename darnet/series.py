@@ -66,7 +66,7 @@ def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[
     headers, fragments, others = [], [], []
     for file in files:
         try:
-            with name_file(file.name):
+            with name_file(file.label):
                 header = read_header(file)
         except ScanError as error:
             fragments.append(Fragment(file, "", error))
@@ -78,7 +78,7 @@ def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[
     suffixes = {*DICOM_SUFFIXES, *(_find_suffix(header.file) for header in headers)}
     for file in others:
         if _claims_dicom(file, suffixes):
-            reason = ScanError(Status.BAD_UNREADABLE, f"{file.name}: should be DICOM and is not")
+            reason = ScanError(Status.BAD_UNREADABLE, f"{file.label}: should be DICOM and is not")
             fragments.append(Fragment(file, "", reason))
     return headers, fragments
 
@@ -107,7 +107,7 @@ def _set_apart(headers: Sequence[SliceHeader]) -> tuple[list[SliceHeader], list[
             whole.append(header)
             continue
         error = header.damage or ScanError(Status.BAD_HEADER, "SeriesInstanceUID is missing")
-        named = ScanError(error.status, f"{header.file.name}: {error.detail}")
+        named = ScanError(error.status, f"{header.file.label}: {error.detail}")
         fragments.append(Fragment(header.file, header.series_uid, named))
     return whole, fragments
 

@@ -255,6 +255,30 @@ def test_slice_images_are_taken_in_natural_order(suffix: str, ingest: Ingest, tm
     assert np.abs(scan.volume.voxels.mean(axis=(1, 2)) - expected).max() <= 1
 
 
+NUMBERS: dict[str, tuple[Sequence[str], Status]] = {
+    "a gap": ([f"{n:04d}" for n in range(24) if not 8 <= n < 14], Status.BAD_MISSING_SLICE),
+    "one lost": ([f"IM-0001-{n}" for n in range(1, 25) if n != 5], Status.BAD_MISSING_SLICE),
+    "three holes": ([f"{n}" for n in range(70, 94) if n not in (75, 80, 91)], Status.BAD_MISSING_SLICE),
+    "one lost of every third": ([f"{n}" for n in range(4, 76, 3) if n != 31], Status.BAD_MISSING_SLICE),
+    "from 113 on": ([f"{n}" for n in range(113, 137)], Status.OK),
+    "every third": ([f"{n:03d}" for n in range(4, 76, 3)], Status.OK),
+    "two in three": ([f"{n}" for n in range(36) if n % 3], Status.OK),
+    "numbers at random": ([f"{n * n * 31 + 7}" for n in range(24)], Status.OK),
+    "letters": ([f"slice_{chr(97 + n)}" for n in range(24)], Status.OK),
+    "two numbers": ([f"{n // 12}-{n % 12}" for n in range(24)], Status.OK),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_images_with_a_hole_in_their_numbers_are_refused(name: str, ingest: Ingest, tmp_path: Path) -> None:
+    """How the numbers of a whole scan run is free, as in CC-CCII."""
+    numbers, expected = NUMBERS[name]
+    (tmp_path / "archive" / "a").mkdir(parents=True)
+    _add_images(tmp_path / "archive" / "a", [f"{number}.png" for number in numbers])
+    (scan,) = ingest()
+    assert scan.status is expected, scan.status_detail
+
+
 def test_feet_first_images_are_turned_round_by_the_setting(ingest: Ingest, tmp_path: Path) -> None:
     display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)
     _write_images(tmp_path / "archive" / "a", ".png", display)
@@ -287,6 +311,19 @@ def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest
         (scan,) = ingest(Road(VOLUME.model_copy(update=update), DecodeConfig()))
         assert scan.volume is not None
         assert not np.array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+def test_a_prefix_called_like_a_file_is_read_as_a_prefix(
+    reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    for name in ("case1.zip", "case2.nii", "case4.mha"):
+        write_chest(tmp_path / "archive" / name)
+    _write_images(tmp_path / "archive" / "case3.nii.gz", ".png", DISPLAY)
+    rows = {scan.scan_id.split("#")[0]: scan for scan in ingest()}
+    assert [rows[key].status for key in sorted(rows)] == [Status.OK] * 5
+    assert reference.volume is not None
+    for name in ("case1.zip", "case2.nii", "case4.mha"):
+        np.testing.assert_array_equal(rows[name].volume.voxels, reference.volume.voxels)  # type: ignore[union-attr]
 
 
 # Several scans in a source, strays, damage
@@ -609,9 +646,9 @@ NAMED = {
     "colour": "000.dcm",
     "garbled codestream": "000.dcm",
     "skewed orientation": "000.dcm",
-    "zip with path traversal": "../x.dcm",
-    "encrypted zip": "x.dcm",
-    "zip garbled": "x.dcm",
+    "zip with path traversal": "entry 1 of 1",
+    "encrypted zip": "entry 1 of 1",
+    "zip garbled": "entry 1 of 1",
     "16-bit images": "1.png",
     "coloured images": "1.png",
 }
@@ -635,7 +672,45 @@ def test_a_slice_in_a_zip_is_named_by_its_place_in_the_zip(ingest: Ingest, tmp_p
         for path in paths:
             file.write(path, f"inside/{path.name}")
     (scan,) = ingest()
-    assert scan.status_detail == f"inside/021.dcm: pixel data ends {missing_bytes} bytes early"
+    assert scan.status_detail == f"entry 4 of 24: pixel data ends {missing_bytes} bytes early"
+
+
+IDENTIFYING = {
+    "a patient's name": lambda index: f"DOE^JANE 1960-01-01 {index}.dcm",
+    "a short name": lambda index: f"DOE{index}.dcm",
+    "a patient's number": lambda index: f"{4711000 + index}.dcm",
+    "a UID": lambda index: f"1.2.3.{index}",
+}
+
+
+@pytest.mark.parametrize("naming", IDENTIFYING)
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.8])
+def test_a_file_name_that_may_identify_is_not_in_the_row(
+    keep: float, is_zipped: bool, naming: str, ingest: Ingest, tmp_path: Path
+) -> None:
+    folder = tmp_path / "archive" / "a"
+    for index, path in enumerate(write_chest(folder)):
+        path.rename(folder / f"x{IDENTIFYING[naming](index)}")
+    names = sorted(path.rename(folder / path.name[1:]).name for path in folder.iterdir())
+    _cut(folder / names[2], keep)
+    if is_zipped:
+        with zipfile.ZipFile(tmp_path / "archive" / "a.zip", "w") as file:
+            for name in names:
+                file.write(folder / name, f"DOE^JANE/{name}")
+        shutil.rmtree(folder)
+    (scan,) = ingest()
+    assert scan.status.startswith("BAD_")
+    assert scan.status_detail.startswith(f"{'entry' if is_zipped else 'file'} 3 of 24: ")
+    assert names[2] not in scan.status_detail
+
+
+def test_a_zip_of_a_hostile_entry_does_not_say_its_name(ingest: Ingest, tmp_path: Path) -> None:
+    for flag, name in ((1, "DOE^JANE/3.dcm"), (0, "../DOE^JANE.dcm")):
+        _write_zip(tmp_path / "archive", name, flag)
+        (scan,) = ingest()
+        assert (scan.status, "DOE" in scan.status_detail) == (Status.BAD_ZIP, False)
+        shutil.rmtree(tmp_path / "archive")
 
 
 def test_several_damaged_slices_are_counted_and_the_first_is_named(ingest: Ingest, tmp_path: Path) -> None:
