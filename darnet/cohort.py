@@ -144,6 +144,15 @@ def find_left_out(frame: pd.DataFrame, config: CohortConfig) -> "pd.Series[str]"
     return reason
 
 
+def find_known_order(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether it is known of each scan what its order_defect is; empty is none only where somebody looked.
+
+    That is where `audited` is 1, or in every scan of a table without such a column.
+    """
+    is_audited = frame["audited"] == "1" if "audited" in frame else pd.Series(True, frame.index)
+    return is_audited | (frame["order_defect"] != "")
+
+
 def find_reversed(frame: pd.DataFrame) -> list[str]:
     """List the scans whose slices the table knows to be stored in reverse order."""
     return frame.loc[frame["order_defect"] == "reversed", "scan_id"].tolist() if "order_defect" in frame else []

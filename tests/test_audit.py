@@ -111,6 +111,19 @@ def test_a_shuffled_column_is_no_shortcut(tmp_path: Path) -> None:
     assert "No property of the scans that was looked at is a strong shortcut" in (tmp_path / "audit.html").read_text()
 
 
+def test_an_order_defect_nobody_looked_for_is_not_none(tmp_path: Path) -> None:
+    """NCP alone was not audited: by that, not by the order of slices, it differs."""
+    frame = make_table()
+    frame["audited"] = np.where(frame["diagnosis"] == "NCP", "0", "1")
+    frame["order_defect"] = np.where(frame["audited"] == "1", np.resize(["", "", "reversed"], len(frame)), "")
+    shortcuts = audit_text(frame.to_csv(index=False), tmp_path)["shortcuts"]
+    told = [(item["diagnosis"], item["num_scans"]) for item in shortcuts if item["feature"] == "order_defect"]
+    assert sorted(told) == [("CP", 80), ("Normal", 80)]
+    frame["audited"] = "1"
+    shortcuts = audit_text(frame.to_csv(index=False), tmp_path)["shortcuts"]
+    assert {item["num_scans"] for item in shortcuts if item["feature"] == "order_defect"} == {120}
+
+
 def read_text_table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
