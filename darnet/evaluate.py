@@ -18,7 +18,7 @@ from darnet.bundle import BundleManifest, load_networks, read_bundle
 from darnet.cohort import find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
-from darnet.errors import ObjectMissing, UsageError
+from darnet.errors import UsageError
 from darnet.evaluation import (
     Evaluation,
     Origin,
@@ -40,10 +40,11 @@ from darnet.model import DARNet
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.scan import FloatArray
 from darnet.score import Ensemble
-from darnet.storage import Store, open_store
+from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
 
 PREDICTIONS_FILE = "predictions.parquet"
+TABLE = "predictions table"
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -56,7 +57,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     Raises: UsageError naming file and row; StorageError.
     """
     out = open_store(settings.out, create=True)
-    second = None if settings.compare is None else _read_table(settings.compare)
+    second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
     predictions, origin = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
     comparison = None if second is None else compare_predictions(predictions, second, resampling)
@@ -133,7 +134,7 @@ def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, b
 
 def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin]:
     if settings.predictions is not None:
-        predictions = _read_table(settings.predictions)
+        predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, {})
     assert settings.model is not None, "the settings have checked it"
     assert settings.volumes is not None, "the settings have checked it"
@@ -173,16 +174,6 @@ def _describe_origin(manifest: BundleManifest, index: VolumesIndex) -> Origin:
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")
-
-
-def _read_table(uri: str) -> Predictions:
-    """Read a predictions table from a local path or s3://bucket/key."""
-    place, _, name = uri.rpartition("/")
-    store = open_store(place or ("/" if uri.startswith("/") else "."))
-    try:
-        return read_predictions_table(name, store.read_bytes(name))
-    except ObjectMissing as error:
-        raise UsageError(f"{uri}: no such file; name a predictions table") from error
 
 
 def _show(evaluation: Evaluation, origin: Origin) -> None:
