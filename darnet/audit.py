@@ -32,6 +32,7 @@ from darnet.cohort import (
     LeftOut,
     count_cohort,
     divide_cohort,
+    find_known_order,
     find_leaking_patients,
     find_left_out,
     find_reversed,
@@ -174,13 +175,12 @@ def count_cohorts(frame: pd.DataFrame, by: str) -> CohortCounts:
 def count_findings(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, int]]]:
     """Count the table's own findings: finding -> diagnosis -> scans that have it (`found`) of those known (`known`).
 
-    No order_defect is a finding too, where the scan was looked at (`audited`) or no column says who was.
+    No order_defect is a finding too, where that is known (`find_known_order`).
     """
     marks = {column: frame[column] for column in FLAG_COLUMNS if column in frame}
     findings = {column: (cells == "1", cells != "") for column, cells in marks.items()}
     if "order_defect" in frame:
-        is_audited = frame["audited"] == "1" if "audited" in frame else pd.Series(True, frame.index)
-        is_known = is_audited | (frame["order_defect"] != "")
+        is_known = find_known_order(frame)
         findings |= {f"order {defect}": (frame["order_defect"] == defect, is_known) for defect in ORDER_DEFECTS}
     is_label = {label: frame["diagnosis"] == label for label in LABELS}
     return {

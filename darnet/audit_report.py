@@ -203,9 +203,10 @@ def _describe_shortcuts(audit: Audit) -> Section:
         "Each property alone is asked to tell one diagnosis from the two others. An AUC of 0.5 is a coin, 1 is"
         " certain; it is of the better direction (higher or lower values in that diagnosis). Categories and histograms"
         " are scored by a ridge regression fitted on other patients (fitted), where less than 0.5 means that what was"
-        " fitted did not hold. Intervals hold with 95% confidence and count patients, not scans. Beyond chance are"
-        f" those that luck would not have brought once among all {len(audit.shortcuts)} comparisons, with the same"
-        " confidence: a dozen properties of a few scans always show something."
+        " fitted did not hold; so are numbers, by value or in ten parts of equal size, where that tells surely more."
+        " Intervals hold with 95% confidence and count patients, not scans. Beyond chance are those that luck would not"
+        " have brought once among all comparisons, with the same confidence: a dozen properties of a few scans always"
+        " show something."
     )
     rows: list[list[Cell]] = [
         [_name(item), item.origin, f"{DIRECTION_WORDS[item.direction]} {item.diagnosis}", *_tell_numbers(item)]

@@ -14,7 +14,7 @@ import pandas as pd
 from darnet.config import CohortConfig, TrainConfig
 from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES, FloatArray, Source
-from darnet.tables import Rule, read_table, refuse_rows, to_text
+from darnet.tables import Rule, list_id_rules, read_table, refuse_rows, to_text
 
 NUM_FOLDS = TrainConfig().num_folds
 NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
@@ -55,8 +55,9 @@ def read_cohort(name: str, data: bytes, *, num_folds: int = NUM_FOLDS) -> pd.Dat
     `FLAG_COLUMNS` (1, 0 or empty). Every other column is kept as it is.
     Raises: UsageError naming file, row (from 1; a CSV's header counts) and remedy.
     """
-    frame = read_table(name, data, "cohort table", NEEDED_COLUMNS)
-    for column in (*NEEDED_COLUMNS, *COHORT_COLUMNS, "order_defect", *WHOLE_COLUMNS):
+    optional = (*COHORT_COLUMNS, "order_defect", *WHOLE_COLUMNS)
+    frame = read_table(name, data, "cohort table", NEEDED_COLUMNS, optional)
+    for column in (*NEEDED_COLUMNS, *optional):
         if column in frame:
             frame[column] = to_text(name, _to_whole(frame[column]) if column in WHOLE_COLUMNS else frame[column])
     _check_cohort(name, frame)
@@ -144,6 +145,15 @@ def find_left_out(frame: pd.DataFrame, config: CohortConfig) -> "pd.Series[str]"
     return reason
 
 
+def find_known_order(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether it is known of each scan what its order_defect is; empty is none only where somebody looked.
+
+    That is where `audited` is 1, or in every scan of a table without such a column.
+    """
+    is_audited = frame["audited"] == "1" if "audited" in frame else pd.Series(True, frame.index)
+    return is_audited | (frame["order_defect"] != "")
+
+
 def find_reversed(frame: pd.DataFrame) -> list[str]:
     """List the scans whose slices the table knows to be stored in reverse order."""
     return frame.loc[frame["order_defect"] == "reversed", "scan_id"].tolist() if "order_defect" in frame else []
@@ -193,8 +203,9 @@ def _check_cohort(name: str, frame: pd.DataFrame) -> None:
         raise UsageError(f"{name}: no rows below the header; a cohort needs at least one scan")
     rules = [
         ("scan_id", "is empty; name the scan", frame["scan_id"].str.strip() == ""),
-        ("scan_id", "is also in an earlier row; keep one of them", frame["scan_id"].duplicated()),
         ("patient_id", "is empty; without it a patient may end in two folds", frame["patient_id"].str.strip() == ""),
+        *list_id_rules(frame, ("scan_id", "patient_id")),
+        ("scan_id", "is also in an earlier row; keep one of them", frame["scan_id"].duplicated()),
         ("diagnosis", f"is unknown; allowed are {', '.join(LABELS)}", ~frame["diagnosis"].isin(LABELS)),
     ]
     optional = [

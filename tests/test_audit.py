@@ -85,7 +85,7 @@ def make_table(num_patients: int = 60) -> pd.DataFrame:
     is_cp = (frame["diagnosis"] == "CP") ^ (rng.random(len(frame)) < 1 / 6)
     frame["hospital"] = np.where(is_cp, "north", rng.choice(["south", "east"], len(frame)))
     frame["age"] = rng.integers(20, 90, num_patients)[patients]
-    frame["kvp"] = np.where(frame["diagnosis"] == "Normal", rng.integers(90, 121, len(frame)), 110)
+    frame["kvp"] = rng.integers(90, 121, len(frame)) + np.where(frame["diagnosis"] == "Normal", 8, 0)
     frame["name"] = [f"n{number}" for number in range(len(frame))]
     return frame
 
@@ -110,6 +110,19 @@ def test_a_shuffled_column_is_no_shortcut(tmp_path: Path) -> None:
     found = audit_text(frame.to_csv(index=False), tmp_path)
     assert not any(item["is_beyond_chance"] for item in found["shortcuts"])
     assert "No property of the scans that was looked at is a strong shortcut" in (tmp_path / "audit.html").read_text()
+
+
+def test_an_order_defect_nobody_looked_for_is_not_none(tmp_path: Path) -> None:
+    """NCP alone was not audited: by that, not by the order of slices, it differs."""
+    frame = make_table()
+    frame["audited"] = np.where(frame["diagnosis"] == "NCP", "0", "1")
+    frame["order_defect"] = np.where(frame["audited"] == "1", np.resize(["", "", "reversed"], len(frame)), "")
+    shortcuts = audit_text(frame.to_csv(index=False), tmp_path)["shortcuts"]
+    told = [(item["diagnosis"], item["num_scans"]) for item in shortcuts if item["feature"] == "order_defect"]
+    assert sorted(told) == [("CP", 80), ("Normal", 80)]
+    frame["audited"] = "1"
+    shortcuts = audit_text(frame.to_csv(index=False), tmp_path)["shortcuts"]
+    assert {item["num_scans"] for item in shortcuts if item["feature"] == "order_defect"} == {120}
 
 
 def read_text_table(path: Path) -> pd.DataFrame:
@@ -165,11 +178,15 @@ def test_what_is_known_of_cc_ccii_is_found(tmp_path: Path) -> None:
     }
     assert (found["test_patients"], found["patients_in_both_cohorts"], found["test_scans_of_those"]) == (436, 231, 255)
     assert found["findings"]["lung_masked"]["Normal"] == {"found": 606, "known": 966}
-    first = found["shortcuts"][0]
-    assert (first["feature"], first["diagnosis"], first["direction"]) == ("lung_masked", "Normal", "higher")
+    shortcuts = {(item["feature"], item["diagnosis"]): item for item in found["shortcuts"]}
+    masked, slices = shortcuts["lung_masked", "Normal"], shortcuts["slices", "NCP"]
+    assert (masked["direction"], slices["direction"]) == ("higher", "fitted")
+    whole = pd.read_csv(CCII)
+    plain = roc_auc_score(whole["diagnosis"] == "NCP", whole["slices"])
+    assert slices["low"] > max(plain, 1 - plain) + 0.05  # NCP is in the middle
     frame = pd.read_csv(CCII, dtype={"lung_masked": "Int64"}).dropna(subset="lung_masked")
     auc = roc_auc_score(frame["diagnosis"] == "Normal", frame["lung_masked"].astype(int))
-    assert first["auc"] == pytest.approx(auc, abs=1e-4)
+    assert masked["auc"] == pytest.approx(auc, abs=1e-4)
     assert found["division"]["patients_in_both_cohorts"] == 0
     assert "lung_masked tells Normal" in (tmp_path / "audit.html").read_text()
     assert "606 of 966 (63%)" in (tmp_path / "audit.html").read_text()

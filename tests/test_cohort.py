@@ -1,6 +1,7 @@
 """The cohort table against hand-counted tables, the paper's Table 1 and loops over seeds."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from darnet.errors import UsageError
 
 CCII = Path(__file__).parents[2] / "shared" / "data" / "ccii" / "scans.csv"
 HEADER = "scan_id,patient_id,diagnosis,cohort\n"
+
+NOTE = "scan_id,patient_id,diagnosis,note\n"
 
 needs_ccii = pytest.mark.skipif(not CCII.is_file(), reason=f"no CC-CCII lists at {CCII}")
 
@@ -87,14 +90,38 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm() -> None:
         (HEADER + " ,1,CP,train\n", "table.csv row 2: scan_id ' ' is empty"),
         (HEADER + "a,1,CP,train\nb,1,CP,train\na,2,CP,test\n", "row 4: scan_id 'a' is also in an earlier row"),
         (HEADER + "a,1,CP,train\n\nb,,CP,train\n", "row 4: patient_id '' is empty"),
-        (HEADER + '"a\nb",1,CP,train\nc,1,covid,\nd,1,ncp,\n', r"row 4: diagnosis 'covid' .* CP, NCP, Normal \(1 more"),
+        (NOTE + 'a,1,CP,"x\ny"\nc,1,covid,\nd,1,ncp,\n', r"row 4: diagnosis 'covid' .* CP, NCP, Normal \(1 more"),
         (HEADER + "a,1,CP,train\nb,1,CP,valid\n", "row 3: cohort 'valid' is unknown; allowed are train, test"),
+        (HEADER + "a,1,CP,train\nb,p1 ,CP,train\n", "row 3: patient_id 'p1 ' begins or ends with white space; rem"),
+        (HEADER + "a,1,CP,train\n\u00a0b,1,CP,train\n", r"row 3: scan_id '\\xa0b' begins or ends with white space"),
+        (HEADER + "a,p\u200b1,CP,train\n", r"row 2: patient_id 'p\\u200b1' holds a character that is not shown"),
+        (HEADER + '"a\nb",1,CP,train\n', r"row 3: scan_id 'a\\nb' holds a character that is not shown"),
+        (HEADER + "a,1,CP,train\nb,1\0,CP,train\n", "row 3: a cell holds a NUL byte"),
         (HEADER + 'a,1,"CP,train\n', "table.csv: not a CSV file"),
     ],
 )
 def test_a_wrong_table_is_refused_by_file_and_row(text: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         read_csv(text)
+
+
+@pytest.mark.parametrize(
+    ("column", "near"),
+    [
+        (" discard", "discard"),
+        ("Cohort", "cohort"),
+        ("Patient_ID", "patient_id"),
+        ("FOLD", "fold"),
+        ("\u200bscan_id", "scan_id"),
+        ("order_defect\t", "order_defect"),
+    ],
+)
+def test_a_column_that_is_nearly_a_known_one_is_refused(column: str, near: str) -> None:
+    complaint = re.escape(f"table.csv: column {column!r} is nearly {near}; rename it")
+    for header in (f"scan_id,patient_id,diagnosis,{column}", f"{column},patient_id,diagnosis,site"):
+        with pytest.raises(UsageError, match=complaint):
+            read_csv(header + "\n1,2,CP,x\n")
+    assert "sites" in read_csv("scan_id,patient_id,diagnosis,sites\n1,2,CP,x\n")
 
 
 def test_files_of_other_kinds_are_refused() -> None:
