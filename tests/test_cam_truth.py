@@ -43,10 +43,10 @@ def make_cam(**voxels: float) -> np.ndarray:
 
 
 def test_measures_are_what_a_hand_counts() -> None:
-    cam = make_cam(v111=4.0, v112=2.0, v236=1.0, v000=1.0)  # two voxels in the lesion, one in lung, one outside
+    cam = make_cam(v111=4.0, v112=2.0, v236=1.5, v000=0.5)  # two voxels in the lesion, one in lung, one outside
     measured = measure_map(cam, make_truth())
     assert measured == {
-        "cam_in_lung": 7 / 8,
+        "cam_in_lung": 7.5 / 8,
         "peak_in_lesion": 1.0,
         "peak_within_20_mm": 1.0,
         "dice_half_maximum": 2 * 2 / (2 + 4),
