@@ -153,17 +153,16 @@ def draw_shift(tonight: FloatArray, earlier: FloatArray) -> Figure:
     axes: Sequence[Axes] = figure.subplots(len(DIAGNOSES), 1, sharex=True)
     bins = np.linspace(0, 1, NUM_COLUMNS + 1)
     for label, axis in enumerate(axes):
-        shares = [_share_bins(values[:, label], bins) for values in (tonight, earlier)]
-        axis.stairs(shares[0], bins, fill=True, color=COLOURS[label], alpha=0.6)
-        axis.stairs(shares[1], bins, color="black", linewidth=1.2)
+        axis.stairs(_share_bins(tonight[:, label], bins), bins, fill=True, color=COLOURS[label], alpha=0.6)
+        if len(earlier):
+            axis.stairs(_share_bins(earlier[:, label], bins), bins, color="black", linewidth=1.2)
         axis.set_title(f"probability of {DIAGNOSES[label]}", fontsize=10, loc="left")
         _dress(axis, "", "share")
     return figure
 
 
 def _share_bins(values: FloatArray, bins: FloatArray) -> FloatArray:
-    counts = np.histogram(values, bins)[0]
-    shares: FloatArray = counts / max(len(values), 1)
+    shares: FloatArray = np.histogram(values, bins)[0] / len(values)
     return shares
 
 

@@ -85,7 +85,12 @@ def _describe_statuses(rows: pd.DataFrame, earlier: pd.DataFrame) -> Section:
 
 def _describe_gates(verdict: Verdict) -> Section:
     listed: list[Sequence[Cell]] = [
-        [item.gate, None if np.isnan(item.value) else item.value, item.limit, _name_result(item, verdict), item.detail]
+        [
+            item.gate,
+            *(None if np.isnan(value) else value for value in (item.value, item.limit)),
+            _name_result(item, verdict),
+            item.detail,
+        ]
         for item in verdict.measures
     ]
     text = (
@@ -96,8 +101,12 @@ def _describe_gates(verdict: Verdict) -> Section:
     return Section("Drift", text, [HtmlTable(["gate", "tonight", "limit", "result", "of"], listed, caption)])
 
 
+def _hide_nan(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
 def _name_result(measure: Measure, verdict: Verdict) -> str:
-    if np.isnan(measure.value):
+    if np.isnan([measure.value, measure.limit]).any():
         return "not measured"
     within = "above the limit" if measure.is_breach else "within"
     return f"{within}, not judged" if verdict.unjudged else within
@@ -119,7 +128,7 @@ def _describe_classes(rows: pd.DataFrame, earlier: pd.DataFrame) -> Section:
     header = ["predicted", "scans", "tonight", "earlier nights", "mean probability", "earlier nights'"]
     caption = "Classes of the highest probability, and the mean of each class's probability over all scored scans."
     shift = draw_shift(*(frame[PROBABILITIES].to_numpy(dtype=np.float64) for frame in (tonight, before)))
-    told = "How the probabilities are spread: tonight filled, the earlier nights as a black line."
+    told = "How the probabilities are spread: tonight filled, earlier nights, if there are any, as a black line."
     figures = [HtmlFigure(figure_to_svg(shift), told), *_draw_history(tonight, before)]
     return Section("Classes and probabilities", "", [HtmlTable(header, listed, caption)], figures)
 

@@ -92,6 +92,8 @@ def test_a_breach_is_told_at_the_top() -> None:
 def test_a_night_without_any_score_has_its_page(status: str) -> None:
     page = render([make_row("a", status)], [])
     assert "No scan was scored tonight." in page
+    assert find_rows(page, "share of BAD")[0][1:] == ["–", "not measured", "no earlier night"]
+    assert "nan" not in re.sub("<style>.*</style>|base64[^ ]*", "", page, flags=re.DOTALL)
     assert find_rows(page, status)
 
 
