@@ -19,6 +19,7 @@ from torch import Tensor
 
 from darnet.config import ModelConfig, Section, TrainConfig, VolumeConfig, fingerprint
 from darnet.errors import ObjectMissing, StorageError, UsageError
+from darnet.history import HISTORY_FILE, History, render_history
 from darnet.model import DARNet, count_parameters
 from darnet.scan import DIAGNOSES, Diagnosis
 from darnet.storage import Store, open_store
@@ -36,7 +37,7 @@ NETWORKS: tuple[dict[str, bool], ...] = tuple(
 class TrainedFold:
     """What training one fold leaves: weights, how they came about, and the metrics of its validation scans.
 
-    `temperature` is what its logits are divided by; 1 leaves them as they are.
+    `temperature` is what its logits are divided by; 1 leaves them as they are. `history` has an entry an epoch.
     """
 
     state: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class TrainedFold:
     seed: int
     validation: Mapping[str, float]
     temperature: float = 1.0
+    history: History = ()
 
 
 class BundleSettings(Section):
@@ -107,6 +109,8 @@ class BundleManifest(Section):
     """Fingerprint of `settings`."""
     folds: tuple[FoldRecord, ...] = Field(min_length=1)
     """The ensemble, in order."""
+    history_sha256: str | None = Field(None, pattern=SHA256_PATTERN)
+    """Digest of `metrics.jsonl`, the metrics of every epoch and fold; null where none were kept."""
 
 
 class _PredictionFacts(Section):
@@ -156,6 +160,7 @@ def write_bundle(
         _check_state(blueprint, trained.state)
     weights = tuple(_serialize(trained.state) for trained in folds)
     records = tuple(_describe_fold(*fold) for fold in zip(range(len(folds)), folds, weights, strict=True))
+    history = b"".join(render_history(fold, trained.history) for fold, trained in enumerate(folds))
     manifest = BundleManifest(
         model_name=name_model(settings.network),
         model_version=model_version,
@@ -167,9 +172,12 @@ def write_bundle(
         settings=settings,
         settings_sha256=fingerprint(settings),
         folds=records,
+        history_sha256=hashlib.sha256(history).hexdigest() if history else None,
     )
     files = {record.file: data for record, data in zip(records, weights, strict=True)}
     files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    if history:
+        files[HISTORY_FILE] = history
     files[CARD_FILE] = render_model_card(manifest, trained_on).encode()
     _publish_folder(out, files)
     return Bundle(manifest, weights)
@@ -184,11 +192,9 @@ def read_bundle(store: Store) -> Bundle:
     weights = []
     for record in manifest.folds:
         weights.append(_read_file(store, record.file))
-        if hashlib.sha256(weights[-1]).hexdigest() != record.sha256:
-            raise UsageError(
-                f"{store.uri}/{record.file}: damaged, or of another model (its digest is not the one in "
-                f"{MANIFEST_FILE}); copy the bundle again from where it was trained"
-            )
+        _check_digest(store, record.file, weights[-1], record.sha256)
+    if manifest.history_sha256 is not None:
+        _check_digest(store, HISTORY_FILE, _read_file(store, HISTORY_FILE), manifest.history_sha256)
     return Bundle(manifest, tuple(weights))
 
 
@@ -319,6 +325,14 @@ def _publish_folder(out: Path, files: Mapping[str, bytes]) -> None:
         raise StorageError(f"{out}: cannot write the bundle ({error.strerror}); check rights and space") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _check_digest(store: Store, name: str, data: bytes, sha256: str) -> None:
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UsageError(
+            f"{store.uri}/{name}: damaged, or of another model (its digest is not the one in {MANIFEST_FILE}); copy "
+            "the bundle again from where it was trained"
+        )
 
 
 def _read_file(store: Store, name: str) -> bytes:

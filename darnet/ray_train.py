@@ -43,6 +43,7 @@ from darnet.cohort import find_leaking_patients
 from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
+from darnet.history import render_files
 from darnet.model import build_network
 from darnet.scan import DIAGNOSES
 from darnet.storage import Store, open_store
@@ -163,7 +164,14 @@ def write_bundles(
                 place,
                 settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
                 folds=[
-                    TrainedFold(fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature)
+                    TrainedFold(
+                        fold.state,
+                        settings.workers,
+                        settings.train.seed,
+                        fold.metrics,
+                        fold.temperature,
+                        fold.history,
+                    )
                     for fold in folds
                 ],
                 cohort_sha256=table.cohort_sha256,
@@ -410,7 +418,7 @@ def _train_rank(loop_config: dict[str, Any]) -> None:
         open_volumes(task.places.volumes, task.places.cache),
         task.fold,
         task.config,
-        _report_as_rank(gang.rank),
+        _report_as_rank(gang.rank, task),
         gang,
         None if checkpoint is None else _read_state(checkpoint),
     )
@@ -423,8 +431,12 @@ def _gather(item: Any) -> list[Any]:
     return items
 
 
-def _report_as_rank(rank: int) -> Callable[[int, Metrics, FoldState], None]:
-    """A report that all ranks make together, and that carries rank 0's state as a checkpoint."""
+def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldState], None]:
+    """A report that all ranks make together, and that carries rank 0's state as a checkpoint.
+
+    Rank 0 keeps the history beside the checkpoints, where it can be watched.
+    """
+    run = open_store(task.places.runs).child(task.run)
 
     def report(_: int, metrics: Metrics, state: FoldState) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -432,6 +444,8 @@ def _report_as_rank(rank: int) -> Callable[[int, Metrics, FoldState], None]:
             if rank == 0:
                 torch.save(state, Path(folder) / STATE_FILE)
                 checkpoint = Checkpoint.from_directory(folder)
+                for name, data in render_files(task.fold, state["history"]).items():
+                    run.write_bytes(name, data)
             ray.train.report(dict(metrics), checkpoint=checkpoint)
 
     return report

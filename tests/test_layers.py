@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage_local decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
+    "storage_local history decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
     "phantom_canvas results_rows",
     "storage archive cohort cam calibration charts intervals predictions report job steps slice_order gates "
     "phantom_body phantom_findings phantom_files",
-    "history bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
+    "bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
     "train score prepared volumes_cache evaluation_report cam_truth audit_features results results_runs "
     "results_publish",
     "ray_cluster demo study audit results_hold",

@@ -20,6 +20,7 @@ from darnet.bundle import load_networks, name_model, read_bundle
 from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
+from darnet.history import render_history
 from darnet.model import build_network
 from darnet.ray_train import (
     MIN_WORKER_CPUS,
@@ -143,6 +144,14 @@ def test_every_fold_reports_every_epoch_and_learns(killed: Killed) -> None:
         assert [int(metrics["epoch"]) for metrics in result.history] == list(range(6))
         assert result.metrics in result.history
         assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+
+@pytest.mark.ray
+def test_the_history_beside_the_checkpoints_has_each_epoch_once_in_spite_of_the_kill(killed: Killed) -> None:
+    written = {path.parent.name: path.read_bytes() for path in killed.runs.glob("*/metrics.jsonl")}
+    assert len(written) == 2
+    assert {render_history(result.fold, result.history) for result in killed.results} == set(written.values())
+    assert len(list(killed.runs.glob("*/tensorboard/events.out.tfevents.*"))) == 2
 
 
 @pytest.mark.ray
