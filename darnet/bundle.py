@@ -149,8 +149,10 @@ def write_bundle(
     model_version: str,
     code_version: str,
     trained_on: str,
+    tested_on: str = "Not measured on a test cohort yet: `python -m jobs.evaluate` does.",
 ) -> Bundle:
-    """Write a bundle that appears whole or not at all; `trained_on` is the model card's sentence about the data.
+    """Write a bundle that appears whole or not at all; `trained_on` and `tested_on` are the model card's Markdown on
+    the data, and on how the ensemble fared on a test cohort.
 
     Raises: UsageError if `out` exists; ValueError if a fold's weights are not of this network; StorageError.
     """
@@ -178,7 +180,7 @@ def write_bundle(
     files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
     if history:
         files[HISTORY_FILE] = history
-    files[CARD_FILE] = render_model_card(manifest, trained_on).encode()
+    files[CARD_FILE] = render_model_card(manifest, trained_on, tested_on).encode()
     _publish_folder(out, files)
     return Bundle(manifest, weights)
 
@@ -220,7 +222,7 @@ def load_networks(bundle: Bundle) -> list[DARNet]:
     return [_load_network(bundle.manifest.settings.network, data) for data in bundle.weights]
 
 
-def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
+def render_model_card(manifest: BundleManifest, trained_on: str, tested_on: str) -> str:
     """The model card, in Markdown, from what the run itself knows."""
     settings = manifest.settings
     switch = {True: "on", False: "off"}
@@ -236,6 +238,7 @@ def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
         classes="\n".join(f"{index}. {name}" for index, name in enumerate(manifest.classes)),
         folds=_render_folds(manifest.folds),
         trained_on=trained_on.strip(),
+        tested_on=tested_on.strip(),
     )
 
 
@@ -418,6 +421,10 @@ NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
 Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
 read it as an upper estimate. A temperature other than 1 was fitted on the same scans. The figures printed in the
 paper were not measured on these weights and say nothing about them.
+
+## Test cohort
+
+{tested_on}
 
 ## Intended use
 

@@ -17,7 +17,7 @@ ROWS = (
     "bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
     "train score prepared volumes_cache evaluation_report cam_truth audit_features results results_runs "
     "results_publish",
-    "ray_cluster demo study audit results_hold",
+    "ray_cluster model_card demo study audit results_hold",
     "results_check ray_prepare ray_train ray_score phantom_study study_report study_maps audit_report",
     "evaluate",
 )
