@@ -19,6 +19,7 @@ from torch import Tensor
 
 from darnet.config import ModelConfig, Section, TrainConfig, VolumeConfig, fingerprint
 from darnet.errors import ObjectMissing, StorageError, UsageError
+from darnet.history import HISTORY_FILE, History, render_history
 from darnet.model import DARNet, count_parameters
 from darnet.scan import DIAGNOSES, Diagnosis
 from darnet.storage import Store, open_store
@@ -36,7 +37,7 @@ NETWORKS: tuple[dict[str, bool], ...] = tuple(
 class TrainedFold:
     """What training one fold leaves: weights, how they came about, and the metrics of its validation scans.
 
-    `temperature` is what its logits are divided by; 1 leaves them as they are.
+    `temperature` is what its logits are divided by; 1 leaves them as they are. `history` has an entry an epoch.
     """
 
     state: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class TrainedFold:
     seed: int
     validation: Mapping[str, float]
     temperature: float = 1.0
+    history: History = ()
 
 
 class BundleSettings(Section):
@@ -107,6 +109,8 @@ class BundleManifest(Section):
     """Fingerprint of `settings`."""
     folds: tuple[FoldRecord, ...] = Field(min_length=1)
     """The ensemble, in order."""
+    history_sha256: str | None = Field(None, pattern=SHA256_PATTERN)
+    """Digest of `metrics.jsonl`, the metrics of every epoch and fold; null where none were kept."""
 
 
 class _PredictionFacts(Section):
@@ -145,8 +149,10 @@ def write_bundle(
     model_version: str,
     code_version: str,
     trained_on: str,
+    tested_on: str = "Not measured on a test cohort yet: `python -m jobs.evaluate` does.",
 ) -> Bundle:
-    """Write a bundle that appears whole or not at all; `trained_on` is the model card's sentence about the data.
+    """Write a bundle that appears whole or not at all; `trained_on` and `tested_on` are the model card's Markdown on
+    the data, and on how the ensemble fared on a test cohort.
 
     Raises: UsageError if `out` exists; ValueError if a fold's weights are not of this network; StorageError.
     """
@@ -156,6 +162,7 @@ def write_bundle(
         _check_state(blueprint, trained.state)
     weights = tuple(_serialize(trained.state) for trained in folds)
     records = tuple(_describe_fold(*fold) for fold in zip(range(len(folds)), folds, weights, strict=True))
+    history = b"".join(render_history(fold, trained.history) for fold, trained in enumerate(folds))
     manifest = BundleManifest(
         model_name=name_model(settings.network),
         model_version=model_version,
@@ -167,10 +174,13 @@ def write_bundle(
         settings=settings,
         settings_sha256=fingerprint(settings),
         folds=records,
+        history_sha256=hashlib.sha256(history).hexdigest() if history else None,
     )
     files = {record.file: data for record, data in zip(records, weights, strict=True)}
     files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
-    files[CARD_FILE] = render_model_card(manifest, trained_on).encode()
+    if history:
+        files[HISTORY_FILE] = history
+    files[CARD_FILE] = render_model_card(manifest, trained_on, tested_on).encode()
     _publish_folder(out, files)
     return Bundle(manifest, weights)
 
@@ -184,11 +194,9 @@ def read_bundle(store: Store) -> Bundle:
     weights = []
     for record in manifest.folds:
         weights.append(_read_file(store, record.file))
-        if hashlib.sha256(weights[-1]).hexdigest() != record.sha256:
-            raise UsageError(
-                f"{store.uri}/{record.file}: damaged, or of another model (its digest is not the one in "
-                f"{MANIFEST_FILE}); copy the bundle again from where it was trained"
-            )
+        _check_digest(store, record.file, weights[-1], record.sha256)
+    if manifest.history_sha256 is not None:
+        _check_digest(store, HISTORY_FILE, _read_file(store, HISTORY_FILE), manifest.history_sha256)
     return Bundle(manifest, tuple(weights))
 
 
@@ -214,7 +222,7 @@ def load_networks(bundle: Bundle) -> list[DARNet]:
     return [_load_network(bundle.manifest.settings.network, data) for data in bundle.weights]
 
 
-def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
+def render_model_card(manifest: BundleManifest, trained_on: str, tested_on: str) -> str:
     """The model card, in Markdown, from what the run itself knows."""
     settings = manifest.settings
     switch = {True: "on", False: "off"}
@@ -230,6 +238,7 @@ def render_model_card(manifest: BundleManifest, trained_on: str) -> str:
         classes="\n".join(f"{index}. {name}" for index, name in enumerate(manifest.classes)),
         folds=_render_folds(manifest.folds),
         trained_on=trained_on.strip(),
+        tested_on=tested_on.strip(),
     )
 
 
@@ -321,6 +330,14 @@ def _publish_folder(out: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def _check_digest(store: Store, name: str, data: bytes, sha256: str) -> None:
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UsageError(
+            f"{store.uri}/{name}: damaged, or of another model (its digest is not the one in {MANIFEST_FILE}); copy "
+            "the bundle again from where it was trained"
+        )
+
+
 def _read_file(store: Store, name: str) -> bytes:
     try:
         return store.read_bytes(name)
@@ -404,6 +421,10 @@ NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
 Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
 read it as an upper estimate. A temperature other than 1 was fitted on the same scans. The figures printed in the
 paper were not measured on these weights and say nothing about them.
+
+## Test cohort
+
+{tested_on}
 
 ## Intended use
 

@@ -11,18 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from darnet.storage import Store
-
 HISTORY_FILE = "metrics.jsonl"
 EVENTS_FILE = "tensorboard/events.out.tfevents.0000000000.darnet"  # TensorBoard knows files by the middle of the name
 
 History: TypeAlias = Sequence[Mapping[str, float]]
 
 
-def write_history(store: Store, fold: int, history: History) -> None:
-    """Store a fold's metrics, an epoch each, beside its checkpoints."""
-    store.write_bytes(HISTORY_FILE, render_history(fold, history))
-    store.write_bytes(EVENTS_FILE, render_events(history))
+def render_files(fold: int, history: History) -> dict[str, bytes]:
+    """All files of a fold's history by name."""
+    return {HISTORY_FILE: render_history(fold, history), EVENTS_FILE: render_events(history)}
 
 
 def render_history(fold: int, history: History) -> bytes:

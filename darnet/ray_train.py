@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, cast
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -39,15 +40,16 @@ from ray.util.queue import Empty, Queue
 
 from darnet import __version__
 from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write_bundle
-from darnet.cohort import find_leaking_patients
-from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
+from darnet.history import render_files
 from darnet.model import build_network
-from darnet.scan import DIAGNOSES
+from darnet.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
+from darnet.score import Ensemble
 from darnet.storage import Store, open_store
 from darnet.storage_local import explain_os_errors
-from darnet.terminal import Meter, show_progress
+from darnet.terminal import Meter, print_heading, show_progress
 from darnet.train import (
     FoldResult,
     FoldState,
@@ -131,19 +133,63 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     networks = choose_networks(settings, table.volume)
     runs = open_store(settings.runs or f"{settings.out}.runs", create=True)
     _check_writable(runs)
+    places = Places(volumes.uri, runs.uri, settings.cache)
     total = settings.train.epochs * settings.train.num_folds * len(networks)
     with show_progress("training, epochs of all folds", total) as meter:
         trained = train_folds(
             table,
             networks,
             settings.train,
-            Places(volumes.uri, runs.uri, settings.cache),
+            places,
             workers=settings.workers,
             on_progress=_meter_epochs(meter),
         )
-    bundles = write_bundles(settings, table, networks, trained, today)
+    tested_on = measure_networks(table, networks, trained, places, settings)
+    bundles = write_bundles(settings, table, networks, trained, tested_on, today)
     models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
     return {"bundle": str(settings.out), **(models[0] if len(models) == 1 else {"models": models})}
+
+
+def measure_networks(
+    table: VolumesTable,
+    networks: Sequence[ModelConfig],
+    trained: Sequence[Sequence[FoldResult]],
+    places: Places,
+    settings: TrainSettings,
+) -> list[str]:
+    """What each network's model card says of the test cohort, measured where the cluster has volumes and GPUs.
+
+    Raises: RunError if the cluster gives up; the same call again trains nothing twice.
+    """
+    if not (table.frame["cohort"] == "test").any():
+        return [NO_TEST] * len(networks)
+    measure = ray.remote(num_cpus=1, num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)(_measure_network)
+    print_heading("measuring on the test cohort")
+    try:
+        return [
+            ray.get(measure.remote(places, network, folds, settings.score, settings.train.seed))
+            for network, folds in zip(networks, trained, strict=True)
+        ]
+    except RayError as error:
+        raise RunError(f"the test cohort could not be measured: {error}") from error
+
+
+def _measure_network(
+    places: Places, network: ModelConfig, folds: Sequence[FoldResult], config: ScoreConfig, seed: int
+) -> str:
+    """On the cluster: the model card's Markdown on the test cohort."""
+    members = [build_network(network, seed) for _ in folds]
+    for member, fold in zip(members, folds, strict=True):
+        member.load_state_dict(fold.state)
+    ensemble = Ensemble(
+        members,
+        batch_size=config.batch_size,
+        num_threads=config.num_threads,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        temperatures=[fold.temperature for fold in folds],
+    )
+    index = open_volumes(places.volumes, places.cache)
+    return describe_test(evaluate_test(ensemble, index, config.batch_size, seed))
 
 
 def write_bundles(
@@ -151,9 +197,13 @@ def write_bundles(
     table: VolumesTable,
     networks: Sequence[ModelConfig],
     trained: Sequence[Sequence[FoldResult]],
+    tested_on: Sequence[str],
     today: date,
 ) -> list[Bundle]:
-    """Write a single network's bundle to `settings.out`, several to folders of it named like them; all or none."""
+    """Write a single network's bundle to `settings.out`, several to folders of it named like them; all or none.
+
+    `tested_on` is what each model card says of the test cohort.
+    """
     out = settings.out.absolute()
     staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     places = [out] if len(networks) == 1 else [staged / name_model(network) for network in networks]
@@ -163,15 +213,23 @@ def write_bundles(
                 place,
                 settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
                 folds=[
-                    TrainedFold(fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature)
+                    TrainedFold(
+                        fold.state,
+                        settings.workers,
+                        settings.train.seed,
+                        fold.metrics,
+                        fold.temperature,
+                        fold.history,
+                    )
                     for fold in folds
                 ],
                 cohort_sha256=table.cohort_sha256,
                 model_version=today.isoformat(),
                 code_version=__version__,
                 trained_on=describe_cohort(table),
+                tested_on=told,
             )
-            for place, network, folds in zip(places, networks, trained, strict=True)
+            for place, network, folds, told in zip(places, networks, trained, tested_on, strict=True)
         ]
         if len(networks) > 1:
             with explain_os_errors(str(out), "write the bundles"):
@@ -222,17 +280,6 @@ def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
     if shape not in (ModelConfig().volume_shape, volume.shape):
         raise UsageError(f"{settings.volumes} holds volumes of {volume.shape}, network.volume_shape is {shape}")
     return settings.network.model_copy(update={"volume_shape": volume.shape})
-
-
-def describe_cohort(table: VolumesTable) -> str:
-    """The model card's sentence about the data."""
-    rows = table.frame[table.frame["cohort"] == "train"]
-    counts = rows["diagnosis"].value_counts()
-    classes = ", ".join(f"{name} {counts.get(name, 0)}" for name in DIAGNOSES)
-    return (
-        f"{len(rows)} scans of {rows['patient_id'].nunique()} patients ({classes}) in {table.num_folds} folds; "
-        f"no patient is in two folds, {len(find_leaking_patients(table.frame)) or 'none'} also in the test cohort."
-    )
 
 
 def train_folds(
@@ -410,7 +457,7 @@ def _train_rank(loop_config: dict[str, Any]) -> None:
         open_volumes(task.places.volumes, task.places.cache),
         task.fold,
         task.config,
-        _report_as_rank(gang.rank),
+        _report_as_rank(gang.rank, task),
         gang,
         None if checkpoint is None else _read_state(checkpoint),
     )
@@ -423,8 +470,12 @@ def _gather(item: Any) -> list[Any]:
     return items
 
 
-def _report_as_rank(rank: int) -> Callable[[int, Metrics, FoldState], None]:
-    """A report that all ranks make together, and that carries rank 0's state as a checkpoint."""
+def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldState], None]:
+    """A report that all ranks make together, and that carries rank 0's state as a checkpoint.
+
+    Rank 0 keeps the history beside the checkpoints, where it can be watched.
+    """
+    run = open_store(task.places.runs).child(task.run)
 
     def report(_: int, metrics: Metrics, state: FoldState) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -432,6 +483,8 @@ def _report_as_rank(rank: int) -> Callable[[int, Metrics, FoldState], None]:
             if rank == 0:
                 torch.save(state, Path(folder) / STATE_FILE)
                 checkpoint = Checkpoint.from_directory(folder)
+                for name, data in render_files(task.fold, state["history"]).items():
+                    run.write_bytes(name, data)
             ray.train.report(dict(metrics), checkpoint=checkpoint)
 
     return report

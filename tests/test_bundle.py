@@ -296,6 +296,7 @@ def test_model_sha256_changes_with_the_preprocessing_code(tmp_path: Path, monkey
         lambda: {"model_version": "another"},
         lambda: {"code_version": "another"},
         lambda: {"trained_on": "Something else."},
+        lambda: {"folds": [_fold(seed, history=HISTORY) for seed in range(3)]},
     ],
 )
 def test_model_sha256_ignores_what_leaves_predictions_alone(
@@ -303,6 +304,24 @@ def test_model_sha256_ignores_what_leaves_predictions_alone(
 ) -> None:
     changed = _write(tmp_path / "changed", **changes()).manifest.model_sha256
     assert changed == _write(tmp_path / "plain").manifest.model_sha256
+
+
+HISTORY = [{"epoch": 0.0, "train_loss": 1.5}, {"epoch": 1.0, "train_loss": float("nan")}]
+
+
+def test_a_bundle_keeps_the_history_of_every_fold_and_checks_it(tmp_path: Path) -> None:
+    written = _write(tmp_path / "bundle", folds=[_fold(seed, history=HISTORY) for seed in range(2)])
+    path = tmp_path / "bundle" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [(fold, epoch, loss) for fold in (0, 1) for epoch, loss in ((0, 1.5), (1, None))]
+    assert [(line["fold"], line["epoch"], line["train_loss"]) for line in lines] == expected
+    assert _read(tmp_path / "bundle") == written
+    path.write_text(path.read_text().replace("1.5", "0.5"))
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: damaged"):
+        _read(tmp_path / "bundle")
+    path.unlink()
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: missing"):
+        _read(tmp_path / "bundle")
 
 
 def test_model_sha256_ignores_the_model_card(tmp_path: Path) -> None:

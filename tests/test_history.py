@@ -2,13 +2,11 @@
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from darnet.history import EVENTS_FILE, HISTORY_FILE, render_events, render_history, write_history
-from darnet.storage import open_store
+from darnet.history import render_events, render_files, render_history
 
 HISTORY = [
     {"epoch": 0.0, "train_loss": 1.25, "auc_ncp": float("nan")},
@@ -53,9 +51,7 @@ def test_a_longer_history_goes_on_where_a_reader_has_stopped() -> None:
     ]
 
 
-def test_an_epoch_that_is_repeated_after_a_kill_is_there_once(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    for length in (1, 2, 1, 2):
-        write_history(store, 0, HISTORY[:length])
-    assert (tmp_path / HISTORY_FILE).read_bytes() == render_history(0, HISTORY)
-    assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == [Path(EVENTS_FILE).name]
+def test_a_folds_files_are_its_lines_and_its_curves() -> None:
+    lines, events = render_files(3, HISTORY).values()
+    assert lines == render_history(3, HISTORY)
+    assert [event.step for event in read_events(events) if event.summary.value] == [0, 1, 1]

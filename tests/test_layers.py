@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "archive augment cam dicom job lung metrics model page paper phantom_canvas ray_metrics report "
+    "archive augment cam dicom history job lung metrics model page paper phantom_canvas ray_metrics report "
     "results_rows sandbox shortcuts storage_local tables terminal volume volume_file",
     "calibration charts cohort decode gates intervals phantom_body phantom_files phantom_findings predictions "
     "series slice_order steps storage",
-    "bundle dataset evaluation history ingest nightly_report phantom phantom_decoys results_objects truth",
+    "bundle dataset evaluation ingest nightly_report phantom phantom_decoys results_objects truth",
     "audit_features cam_truth evaluation_report prepared ray_cluster results results_publish results_runs "
     "score train volumes_cache",
-    "audit demo ray_prepare ray_train results_hold study",
-    "audit_report phantom_study ray_score results_check study_maps study_report",
+    "audit demo model_card ray_prepare results_hold study",
+    "audit_report phantom_study ray_score ray_train results_check study_maps study_report",
     "evaluate",
     "ray_evaluate",
 )

@@ -20,13 +20,13 @@ from darnet.bundle import load_networks, name_model, read_bundle
 from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
+from darnet.history import render_history
 from darnet.model import build_network
 from darnet.ray_train import (
     MIN_WORKER_CPUS,
     FoldTask,
     Places,
     choose_networks,
-    describe_cohort,
     match_network,
     name_run,
     plan_gangs,
@@ -146,6 +146,14 @@ def test_every_fold_reports_every_epoch_and_learns(killed: Killed) -> None:
 
 
 @pytest.mark.ray
+def test_the_history_beside_the_checkpoints_has_each_epoch_once_in_spite_of_the_kill(killed: Killed) -> None:
+    written = {path.parent.name: path.read_bytes() for path in killed.runs.glob("*/metrics.jsonl")}
+    assert len(written) == 2
+    assert {render_history(result.fold, result.history) for result in killed.results} == set(written.values())
+    assert len(list(killed.runs.glob("*/tensorboard/events.out.tfevents.*"))) == 2
+
+
+@pytest.mark.ray
 def test_training_prints_nothing_on_stdout(killed: Killed) -> None:
     assert killed.printed == ""
 
@@ -158,6 +166,9 @@ def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, kil
     assert summary["validation_accuracy_3class"] == [result.metrics["accuracy_3class"] for result in results]
     bundle = read_bundle(open_store(str(tmp_path / "bundle")))
     assert bundle.manifest.cohort_sha256 == index.cohort_sha256
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert "3 scans of 3 patients" in card
+    assert "| auc_ncp |" in card
     assert [fold.world_size for fold in bundle.manifest.folds] == [WORKERS, WORKERS]
     for result, network in zip(results, load_networks(bundle), strict=True):
         measured = evaluate(network, index, index.select_validation(result.fold), 2, ALONE)
@@ -255,9 +266,9 @@ def test_several_networks_leave_a_folder_of_bundles_whole_or_not_at_all(index: V
         for network in networks
     ]
     with pytest.raises(ValueError, match="these weights are not of the network"):
-        write_bundles(settings, index, networks, trained[:1] * 2, DAY)
+        write_bundles(settings, index, networks, trained[:1] * 2, ["", ""], DAY)
     assert list(tmp_path.iterdir()) == []
-    write_bundles(settings, index, networks, trained, DAY)
+    write_bundles(settings, index, networks, trained, ["", ""], DAY)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for network, name in zip(networks, ("darnet-plain", "darnet-da"), strict=True):
         assert read_bundle(open_store(str(tmp_path / "out" / name))).manifest.settings.network == network
@@ -302,10 +313,3 @@ def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturb
     bundle = read_bundle(open_store(str(tmp_path / "out" / "darnet-plain")))
     for fold, trained in zip(expected, load_networks(bundle), strict=True):
         assert all(torch.equal(fold.state[name], tensor) for name, tensor in trained.state_dict().items())
-
-
-def test_the_model_card_counts_the_training_cohort_only(index: VolumesIndex) -> None:
-    assert describe_cohort(index) == (
-        "24 scans of 24 patients (CP 8, NCP 8, Normal 8) in 2 folds; "
-        "no patient is in two folds, none also in the test cohort."
-    )
