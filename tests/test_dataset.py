@@ -32,7 +32,7 @@ def test_an_index_is_read_back_as_written(tmp_path: Path) -> None:
     assert index.volume == SMALL_VOLUME
     assert index.cohort_sha256 == cohort_sha256
     assert index.labels.tolist() == [0, 1, 2] * 3
-    assert json.loads((tmp_path / "volumes.json").read_text())["preprocessing_version"].startswith("1-")
+    assert json.loads((tmp_path / "volumes.json").read_text())["preprocessing_version"].startswith("2-")
 
 
 def test_no_test_scan_is_trained_or_validated_on(tmp_path: Path) -> None:
