@@ -35,6 +35,8 @@ NIFTI_LAYOUTS = (
     (540, (16, "8q"), (14, "h"), (168, "q"), (104, "8d"), (344, "2i"), (352, "3d"), (400, "12d")),
 )
 
+NIFTI_MAGIC = b"n+"  # where the voxels follow the header; "ni" where they are another file
+
 # Bytes of a number by its name in a header. Source: MetaIO's and teem's documentation.
 META_BYTES = {
     f"MET_{sign}{name}": size
@@ -153,7 +155,7 @@ def _open_nifti_gz(file: BinaryIO) -> Body:
 def _parse_nifti(head: bytes) -> NiftiHeader:
     for size, *fields in NIFTI_LAYOUTS:
         for order in "<>":
-            if struct.unpack_from(order + "i", head)[0] == size:
+            if struct.unpack_from(order + "i", head)[0] == size and NIFTI_MAGIC in (head[344:346], head[4:6]):
                 values = [struct.unpack_from(order + kind, head, offset) for offset, kind in fields]
                 dim, (bits,), (start,), pixdim, codes, quaternion, sform = values
                 num_voxels = math.prod(max(int(extent), 1) for extent in dim[1 : dim[0] + 1])

@@ -113,6 +113,14 @@ def test_an_nrrd_whose_pixels_are_another_file_is_refused(field: str, tmp_path: 
         assert judge(tmp_path / "a.nrrd") is Status.BAD_UNREADABLE
 
 
+def test_a_nifti_header_of_another_file_is_refused(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.nii", make_chest(), SPACING_MM)
+    data = (tmp_path / "a.nii").read_bytes()
+    for magic in (b"ni1\0", b"\0\0\0\0"):
+        (tmp_path / "a.nii").write_bytes(data[:344] + magic + data[348:])
+        assert judge(tmp_path / "a.nii") is Status.BAD_UNREADABLE
+
+
 def test_a_file_of_another_format_than_its_name_says_is_refused(tmp_path: Path) -> None:
     """A reader chosen by content would read what no check of that format has seen."""
     for suffix in (".mha", ".nrrd", ".nii"):
