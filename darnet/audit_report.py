@@ -102,7 +102,7 @@ def _summarise(audit: Audit) -> str:
     elif audit.shortcuts:
         sentences.append("No property of the scans that was looked at is a strong shortcut to the diagnosis.")
     if audit.duplicates:
-        sentences.append(f"{_count(len(audit.duplicates), 'scan')} stored more than once.")
+        sentences.append(f"{_count(len(audit.duplicates), 'group')} of scans that are one and the same.")
     if audit.order_findings:
         sentences.append(f"{_count(len(audit.order_findings), 'scan')} with slices out of order, by the images.")
     return "\n\n".join(sentences)
@@ -265,7 +265,11 @@ def _describe_duplicates(audit: Audit) -> list[Section]:
         " division above. Keep one scan of each."
     )
     rows = [
-        [", ".join(item["scan_ids"]), item["by"], *(", ".join(item[name]) for name in ("patients", *names[:2]))]
+        [
+            ", ".join(item["scan_ids"]),
+            ", ".join(item["by"]),
+            *(", ".join(item[name]) for name in ("patients", *names[:2])),
+        ]
         for item in audit.duplicates[:MAX_ROWS]
     ]
     header = ["scans", "seen by their", "patients", "diagnoses", "cohorts"]

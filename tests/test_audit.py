@@ -1,6 +1,7 @@
 """The audit against hand-made tables with hand-counted leaks, planted faults in images, and the published lists."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from darnet.audit import audit_cohort, summarise_audit
+from darnet.audit import audit_cohort, describe_duplicates, summarise_audit
+from darnet.audit_features import Duplicate
 from darnet.audit_report import render_audit, write_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings, VolumeConfig
@@ -256,7 +258,7 @@ def test_masked_scans_are_a_shortcut_found_in_the_pixels(seen: dict[str, Any]) -
 def test_a_copy_under_another_patient_and_cohort_is_found(seen: dict[str, Any]) -> None:
     (found,) = seen["duplicates"]
     assert found == {
-        "by": "pixels",
+        "by": ["pixels"],
         "scan_ids": ["s06", "s10"],
         "patients": ["p06", "p10"],
         "diagnoses": ["CP", "NCP"],
@@ -288,8 +290,8 @@ def test_files_that_are_the_same_and_rows_that_mean_the_same_source_are_found(tm
     table = LEAKY.replace("c,1,CP,test", "c,1,CP,test\nCP/1/c,7,NCP,train")  # the source CC-CCII's layout gives c
     found = audit_text(table, tmp_path / "out", archive=str(archive))
     assert [(item["by"], item["scan_ids"]) for item in found["duplicates"]] == [
-        ("source", ["CP/1/c", "c"]),
-        ("files", ["a", "b"]),
+        (["source"], ["CP/1/c", "c"]),
+        (["files"], ["a", "b"]),
     ]
     series = LEAKY.replace("d,2,NCP", "d#0123abcd,2,NCP").replace("e,3,NCP", "d#4567cdef,3,NCP")
     assert [item["scan_ids"] for item in audit_text(series, tmp_path / "b", archive=str(archive))["duplicates"]] == [
@@ -298,6 +300,20 @@ def test_files_that_are_the_same_and_rows_that_mean_the_same_source_are_found(tm
     features = {item["feature"] for item in found["shortcuts"] if item["origin"] == "files"}
     assert features == {"bytes_per_file"}  # all scans have three files of one format
     assert found["looked_at"] == ["table", "archive"]
+
+
+def test_copies_seen_in_several_ways_are_one_group(tmp_path: Path) -> None:
+    """By files a, b and c, d; by pixels a, b and b, e: two groups, of which the first is seen both ways."""
+    cohort = read_cohort("table.csv", LEAKY.encode())
+    seen = [("files", "ab"), ("files", "cd"), ("pixels", "ab"), ("pixels", "be")]
+    duplicates = [Duplicate(by, tuple(scan_ids)) for by, scan_ids in seen]
+    described = describe_duplicates(duplicates, cohort, None)
+    assert sorted((item["scan_ids"], item["by"]) for item in described) == [
+        (["a", "b", "e"], ["files", "pixels"]),
+        (["c", "d"], ["files"]),
+    ]
+    audit = replace(audit_cohort(cohort, make_settings(tmp_path)), duplicates=described)
+    assert "2 groups of scans that are one and the same" in render_audit(audit)
 
 
 def test_the_same_audit_gives_the_same_page(tmp_path: Path) -> None:
