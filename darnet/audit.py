@@ -148,7 +148,7 @@ def audit_cohort(cohort: pd.DataFrame, settings: PrepareSettings) -> Audit:
         shortcuts=shortcuts,
         num_features=len(features),
         unread_columns=unread,
-        duplicates=_describe_duplicates(images.duplicates, cohort, divided),
+        duplicates=describe_duplicates(images.duplicates, cohort, divided),
         order_counts=_count_orders(images.looks, cohort),
         order_findings=_list_order_findings(images.looks, cohort),
         division_settings=_describe_settings(settings),
@@ -190,6 +190,31 @@ def count_findings(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, int]]]:
 
 def _count_pair(pair: "tuple[pd.Series[bool], pd.Series[bool]]", where: "pd.Series[bool]") -> dict[str, int]:
     return {key: int((marked & where).sum()) for key, marked in zip(KEYS, pair, strict=True)}
+
+
+def describe_duplicates(
+    duplicates: Sequence[Duplicate], cohort: pd.DataFrame, divided: pd.DataFrame | None
+) -> list[dict[str, Any]]:
+    """Each group once, however it was seen, and whose scans they are.
+
+    Worst is where one scan stands under two diagnoses or in both cohorts.
+    """
+    rows = cohort.set_index("scan_id")[["patient_id", "diagnosis"]]
+    placed = {} if divided is None else dict(zip(divided["scan_id"], divided["cohort"], strict=True))
+    described = []
+    for scan_ids, ways in _merge_duplicates(duplicates):
+        known = rows.reindex([scan_id for scan_id in scan_ids if scan_id in rows.index])
+        described.append(
+            {
+                "by": ways,
+                "scan_ids": scan_ids,
+                "patients": sorted(set(known["patient_id"])),
+                "diagnoses": sorted(set(known["diagnosis"])),
+                "cohorts": sorted({placed[scan_id] for scan_id in scan_ids if scan_id in placed}),
+            }
+        )
+    keys = ("diagnoses", "cohorts", "patients")
+    return sorted(described, key=lambda item: ([-len(item[key]) for key in keys], item["scan_ids"]))
 
 
 def summarise_audit(audit: Audit) -> dict[str, Any]:
@@ -272,9 +297,11 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
 
 
 def _describe_settings(settings: PrepareSettings) -> dict[str, Any]:
-    """What divided the table; the fingerprint is of this and of nothing else."""
+    """What divided the table, its defaults resolved; the fingerprint is of this and of nothing else."""
+    config = settings.cohorts
+    drops = {"drop_discarded": config.is_discarded_dropped, "drop_shuffled": config.is_shuffled_dropped}
     train = settings.train.model_dump(mode="json", include={"seed", "num_folds"})
-    described = {"cohorts": settings.cohorts.model_dump(mode="json"), "train": train}
+    described = {"cohorts": config.model_dump(mode="json") | drops, "train": train}
     return described | {"sha256": digest_json(described)}
 
 
@@ -286,26 +313,16 @@ def _merge_division(cohort: pd.DataFrame, divided: pd.DataFrame | None) -> pd.Da
     return cohort.assign(cohort=given["cohort"].fillna("").to_numpy(), fold=given["fold"].array)
 
 
-def _describe_duplicates(
-    duplicates: Sequence[Duplicate], cohort: pd.DataFrame, divided: pd.DataFrame | None
-) -> list[dict[str, Any]]:
-    """Whose scans they are: worst where one scan stands under two diagnoses or in both cohorts."""
-    rows = cohort.set_index("scan_id")[["patient_id", "diagnosis"]]
-    placed = {} if divided is None else dict(zip(divided["scan_id"], divided["cohort"], strict=True))
-    described = []
+def _merge_duplicates(duplicates: Sequence[Duplicate]) -> list[tuple[list[str], list[str]]]:
+    """Scans that are one and the ways that was seen: what is the same as the same is the same, too."""
+    merged: list[tuple[set[str], list[str]]] = []
     for item in duplicates:
-        known = rows.reindex([scan_id for scan_id in item.scan_ids if scan_id in rows.index])
-        described.append(
-            {
-                "by": item.by,
-                "scan_ids": list(item.scan_ids),
-                "patients": sorted(set(known["patient_id"])),
-                "diagnoses": sorted(set(known["diagnosis"])),
-                "cohorts": sorted({placed[scan_id] for scan_id in item.scan_ids if scan_id in placed}),
-            }
-        )
-    keys = ("diagnoses", "cohorts", "patients")
-    return sorted(described, key=lambda item: ([-len(item[key]) for key in keys], item["scan_ids"]))
+        scan_ids, ways = set(item.scan_ids), [item.by]
+        for group in [group for group in merged if not scan_ids.isdisjoint(group[0])]:
+            merged.remove(group)
+            scan_ids, ways = scan_ids | group[0], group[1] + ways
+        merged.append((scan_ids, list(dict.fromkeys(ways))))
+    return [(sorted(scan_ids), ways) for scan_ids, ways in merged]
 
 
 def _count_orders(looks: Mapping[str, Look], cohort: pd.DataFrame) -> dict[str, dict[str, int]]:

@@ -6,17 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from darnet.audit import Audit, CohortCounts, summarise_audit
 from darnet.cohort import LABELS, NEEDED_COLUMNS, LeftOut
-from darnet.page import COLOURS, Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
+from darnet.page import COLOURS, Bar, Cell, HtmlTable, Section, render_page
 from darnet.shortcuts import Shortcut
 from darnet.slice_order import SliceOrder
 from darnet.storage import open_store
 
 STRONG_FROM = 0.6  # lower bound of an AUC from which a sentence, not a table row alone, tells of a shortcut
-MAX_BARS, MAX_ROWS = 15, 60
+MAX_ROWS = 60
+CHANCE_COLOUR = "#b0b7bf"
 WORDS = {
     "border_zero_share": "black border",
     "border_mean": "border brightness",
@@ -102,7 +101,7 @@ def _summarise(audit: Audit) -> str:
     elif audit.shortcuts:
         sentences.append("No property of the scans that was looked at is a strong shortcut to the diagnosis.")
     if audit.duplicates:
-        sentences.append(f"{_count(len(audit.duplicates), 'scan')} stored more than once.")
+        sentences.append(f"{_count(len(audit.duplicates), 'group')} of scans that are one and the same.")
     if audit.order_findings:
         sentences.append(f"{_count(len(audit.order_findings), 'scan')} with slices out of order, by the images.")
     return "\n\n".join(sentences)
@@ -208,46 +207,37 @@ def _describe_shortcuts(audit: Audit) -> Section:
         " have brought once among all comparisons, with the same confidence: a dozen properties of a few scans always"
         " show something."
     )
-    rows: list[list[Cell]] = [
-        [_name(item), item.origin, f"{DIRECTION_WORDS[item.direction]} {item.diagnosis}", *_tell_numbers(item)]
-        for item in audit.shortcuts[:MAX_ROWS]
-    ]
     if any(item.origin == "images" for item in audit.shortcuts):
         text += f"\n\n{IMAGE_WORDS}"
-    header = ["property", "from", "tells", "AUC", "95% interval", "beyond chance", "scans", "patients"]
-    caption = "Properties by strength, those beyond chance first"
-    if len(audit.shortcuts) > MAX_ROWS:
-        caption += f"; the first {MAX_ROWS} of {len(audit.shortcuts)}, all in audit.json"
     if audit.unread_columns:
         text += f"\n\nNot looked at, being neither numbers nor a category: {', '.join(audit.unread_columns)}."
-    figure = HtmlFigure(
-        figure_to_svg(_draw_shortcuts(audit.shortcuts[:MAX_BARS])),
-        "AUC of each property for each diagnosis, with its 95% interval; grey bars may be chance",
-    )
-    return Section(title, text, [HtmlTable(header, rows, caption)], [figure])
+    return Section(title, text, [_tabulate_shortcuts(audit.shortcuts)])
 
 
-def _tell_numbers(item: Shortcut) -> list[Cell]:
-    beyond = "yes" if item.is_beyond_chance else "no"
-    return [item.auc, f"{item.low:.2f} to {item.high:.2f}", beyond, item.num_scans, item.num_patients]
+def _tabulate_shortcuts(shortcuts: Sequence[Shortcut]) -> HtmlTable:
+    """The strongest first, each with a bar from 0.5; the scale begins where the lowest interval does."""
+    shown = shortcuts[:MAX_ROWS]
+    floor = min(0.5, *(item.low for item in shown))
+    header = ["property", "tells", "AUC from 0.5", "AUC", "95% interval", "beyond chance", "from", "scans", "patients"]
+    caption = "Properties by strength, those beyond chance first"
+    if len(shortcuts) > MAX_ROWS:
+        caption += f": the strongest {MAX_ROWS} of {len(shortcuts)}, all in audit.json"
+    caption += f". Bars show the AUC from 0.5 (upright line), on a scale from {floor:.2f} to 1, lines its 95% interval."
+    legend = [*zip(COLOURS, LABELS, strict=False), (CHANCE_COLOUR, "may be chance")]
+    return HtmlTable(header, [_tell_shortcut(item, floor) for item in shown], caption, legend)
 
 
-def _draw_shortcuts(shortcuts: Sequence[Shortcut]) -> Figure:
-    """Bars from 0.5, the strongest at the top, coloured by diagnosis."""
-    figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(shortcuts)), layout="constrained")
-    axis = figure.subplots()
-    colours = dict(zip(LABELS, COLOURS, strict=False))
-    for place, item in enumerate(reversed(shortcuts)):
-        colour = colours[item.diagnosis] if item.is_beyond_chance else "#b0b7bf"
-        axis.barh(place, item.auc - 0.5, left=0.5, height=0.62, color=colour)
-        axis.plot([item.low, item.high], [place, place], color="#1b1f24", linewidth=1.2)
-    axis.set_yticks(range(len(shortcuts)), [f"{_name(item)}: {item.diagnosis}" for item in reversed(shortcuts)])
-    axis.axvline(0.5, color="#1b1f24", linewidth=0.8)
-    axis.set_xlim(min(0.5, *(item.low for item in shortcuts)) - 0.02, 1.0)
-    axis.set_xlabel("AUC against the two other diagnoses")
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.tick_params(axis="y", length=0, labelsize=9)
-    return figure
+def _tell_shortcut(item: Shortcut, floor: float) -> list[Cell]:
+    tells = f"{DIRECTION_WORDS[item.direction]} {item.diagnosis}"
+    numbers = [f"{item.auc:.3f}", f"{item.low:.3f} to {item.high:.3f}", "yes" if item.is_beyond_chance else "no"]
+    return [_name(item), tells, _draw_bar(item, floor), *numbers, item.origin, item.num_scans, item.num_patients]
+
+
+def _draw_bar(item: Shortcut, floor: float) -> Bar:
+    """Coloured by diagnosis; grey where it may be chance."""
+    baseline, value, low, high = ((auc - floor) / (1 - floor) for auc in (0.5, item.auc, item.low, item.high))
+    colour = dict(zip(LABELS, COLOURS, strict=False))[item.diagnosis]
+    return Bar(baseline, value, low, high, colour if item.is_beyond_chance else CHANCE_COLOUR)
 
 
 def _describe_duplicates(audit: Audit) -> list[Section]:
@@ -265,7 +255,11 @@ def _describe_duplicates(audit: Audit) -> list[Section]:
         " division above. Keep one scan of each."
     )
     rows = [
-        [", ".join(item["scan_ids"]), item["by"], *(", ".join(item[name]) for name in ("patients", *names[:2]))]
+        [
+            ", ".join(item["scan_ids"]),
+            ", ".join(item["by"]),
+            *(", ".join(item[name]) for name in ("patients", *names[:2])),
+        ]
         for item in audit.duplicates[:MAX_ROWS]
     ]
     header = ["scans", "seen by their", "patients", "diagnoses", "cohorts"]

@@ -264,7 +264,7 @@ class PrepareSettings(Settings):
     """Archive and cohort table -> standard volumes, folds; or, with --audit, a report on the cohort."""
 
     cohort: str
-    """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has one, cohort (train or test)."""
+    """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has them, cohort (train or test) and fold."""
     archive: str = ""
     """Where the scans are: a folder or s3://bucket/prefix. An audit does without."""
     volumes: str = ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import matplotlib
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 NOTICE = "Research use only. Not a medical device: no decision about a patient may rest on it."
@@ -21,21 +22,40 @@ UNDEFINED = "undefined"
 # Okabe and Ito's palette, told apart by colour-blind readers and on grey paper in this order. Source: ours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-_NUMBER = re.compile(rf"[-−+]?\d(?:[-−+±\d., ()%]|to)*|–|{UNDEFINED}|")
+_NUMBER = re.compile(rf"[-−+]?\d(?:[-−+±\d., ()%]|to|of)*|–|{UNDEFINED}|")
 
-Cell = str | int | float | None
+LONG_NAME = 40  # letters from which a row's name may break, lest it push all else off the screen
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A cell drawn as a bar from a baseline, with a line over its interval; its numbers stand in cells beside it.
+
+    Units: shares of the cell's width, from 0 (left) to 1.
+    """
+
+    baseline: float
+    value: float
+    low: float
+    high: float
+    colour: str
+
+
+Cell = str | int | float | Bar | None
 
 
 @dataclass(frozen=True, slots=True)
 class HtmlTable:
     """A table: floats are shown with four decimals, NaN as undefined, None as a dash; columns of numbers stand right.
 
-    The first cell of a row names the row. A header of empty cells is not shown.
+    The first cell of a row names the row. A header of empty cells is not shown. A table with bars is as wide as the
+    page, and `legend` says in words what their colours mean.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str
+    legend: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +115,19 @@ def format_cell(value: Cell) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.4f}" if math.isfinite(value) else UNDEFINED
-    return str(value)
+    return _draw_bar(value) if isinstance(value, Bar) else str(value)
+
+
+def _draw_bar(bar: Bar) -> Markup:
+    """Three boxes: the bar, its interval, the baseline. Not read aloud, as the numbers beside it are."""
+    box = Markup('<i class="{}" style="left:{:.2f}%;width:{:.2f}%;background:{}"></i>')
+    ends = sorted((bar.baseline, bar.value))
+    boxes = [
+        box.format("value", 100 * ends[0], 100 * (ends[1] - ends[0]), bar.colour),
+        box.format("interval", 100 * bar.low, 100 * (bar.high - bar.low), "var(--ink)"),
+        box.format("baseline", 100 * bar.baseline, 0, "var(--ink)"),
+    ]
+    return Markup('<span class="bar" aria-hidden="true">{}</span>').format(Markup("").join(boxes))
 
 
 def _lay_out_table(table: HtmlTable) -> tuple[list[list[str]], list[str]]:
@@ -104,7 +136,13 @@ def _lay_out_table(table: HtmlTable) -> tuple[list[list[str]], list[str]]:
     if any(len(row) != len(table.header) for row in rows):
         raise ValueError(f"table {table.caption!r}: a row is not as long as the header")
     is_number = [all(_NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(table.header))]
-    return rows, ["number" if number else "text" for number in is_number]
+    kinds = ["number" if number else "text" for number in is_number]
+    for column in range(len(kinds)):
+        if any(isinstance(row[column], Bar) for row in table.rows):
+            kinds[column] = "text drawn"
+    if kinds and any(len(row[0]) > LONG_NAME for row in rows):
+        kinds[0] += " long"
+    return rows, kinds
 
 
 def _split_paragraphs(text: str) -> list[str]:
@@ -146,6 +184,19 @@ tbody th { font-weight: 500; white-space: nowrap; }
 .text { text-align: left; }
 .number { text-align: right; white-space: nowrap; }
 td.text { min-width: 8rem; overflow-wrap: anywhere; }
+th.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
+.wide { width: 100%; }
+.wide td.text { min-width: 0; white-space: nowrap; }
+.wide th, .wide td { padding: .3rem .7rem .3rem .3rem; }
+.wide th.long { min-width: 12.5rem; }
+.wide td.drawn { width: 28%; }
+.bar { position: relative; display: block; height: 1rem; min-width: 6rem; margin: .25rem 0; }
+.bar i { position: absolute; height: 100%; }
+.bar .interval { top: calc(50% - 1px); height: 2px; min-width: 1px; }
+.bar .baseline { min-width: 1px; top: -.3rem; height: calc(100% + .6rem); }
+.bar i, .legend i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+.legend b { margin-right: 1rem; font-weight: 400; white-space: nowrap; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; vertical-align: -.05rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 figure { margin: .8rem 0; flex: 1 1 20rem; max-width: 29.5rem; }
 figure.wide { flex-basis: 100%; max-width: none; }
@@ -159,7 +210,7 @@ footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
-  figure, table, .notice { break-inside: avoid; }
+  figure, table, tr, .notice { break-inside: avoid; }
   h2 { break-after: avoid; }
   .table { overflow: visible; }
 }
@@ -182,8 +233,16 @@ footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 {% endfor %}
 {% for table in section.tables %}
 {% set rows, kinds = lay_out(table) %}
-<div class="table"><table>
-<caption><span>{{ table.caption }}</span></caption>
+<div class="table"><table{% if "text drawn" in kinds %} class="wide"{% endif %}>
+<caption><span>{{ table.caption }}</span>
+{% if table.legend %}
+<span class="legend">
+{% for colour, words in table.legend %}
+<b><i style="background:{{ colour }}"></i>{{ words }}</b>
+{% endfor %}
+</span>
+{% endif %}
+</caption>
 {% if table.header | join %}
 <thead><tr>
 {% for name in table.header %}

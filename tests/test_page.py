@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from darnet.page import NOTICE, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
+from darnet.page import NOTICE, Bar, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 VOID = {"meta", "img", "br"}
@@ -68,6 +68,26 @@ def test_no_text_becomes_markup() -> None:
     assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"] == [HOSTILE]
 
 
+def test_a_bar_lies_where_its_numbers_are_and_is_not_read_aloud() -> None:
+    bar = Bar(baseline=0.25, value=0.75, low=0.5, high=0.875, colour="#123456")
+    below = Bar(baseline=0.25, value=0.125, low=0.0, high=0.25, colour="#123456")
+    table = HtmlTable(["name", "bar"], [["a", bar], ["b", below]], "c", [("#123456", HOSTILE)])
+    reader = Reader(render_page("t", "s", [Section("x", tables=[table])]))
+    styles = [str(attributes["style"]) for tag, attributes in reader.tags if tag == "i"]
+    assert styles == [
+        "background:#123456",
+        "left:25.00%;width:50.00%;background:#123456",
+        "left:50.00%;width:37.50%;background:var(--ink)",
+        "left:25.00%;width:0.00%;background:var(--ink)",
+        "left:12.50%;width:12.50%;background:#123456",
+        "left:0.00%;width:25.00%;background:var(--ink)",
+        "left:25.00%;width:0.00%;background:var(--ink)",
+    ]
+    hidden = [attributes["class"] for _, attributes in reader.tags if attributes.get("aria-hidden") == "true"]
+    assert hidden == ["bar", "bar"]
+    assert reader.find("b") == [HOSTILE]
+
+
 def test_a_page_refers_to_nothing_outside_itself() -> None:
     page = render_page("t", "s", [Section("f", figures=[HtmlFigure(figure_to_svg(draw_line()), "a line")])])
     reader = Reader(page)
@@ -91,10 +111,10 @@ def test_the_same_figure_gives_the_same_bytes() -> None:
 
 
 def test_only_columns_of_numbers_stand_right() -> None:
-    table = HtmlTable(["name", "count", "mixed"], [["a", 1, "x"], ["b", 2.5, 3]], "c")
+    table = HtmlTable(["name", "count", "mixed", "share"], [["a", 1, "x", "1 of 20 (5%)"], ["b", 2.5, 3, None]], "c")
     reader = Reader(render_page("t", "s", [Section("x", tables=[table])]))
     kinds = [attributes["class"] for tag, attributes in reader.tags if tag in ("th", "td")]
-    assert kinds == ["text", "number", "text"] * 3
+    assert kinds == ["text", "number", "text", "number"] * 3
 
 
 def test_a_row_of_another_length_than_the_header_is_refused() -> None:
