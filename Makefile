@@ -5,7 +5,7 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo paper-smoke test test-slow bench-resampling lint format clean
+.PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20

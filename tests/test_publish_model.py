@@ -9,7 +9,8 @@ from darnet import results_publish
 from darnet.errors import PutUncertain
 from tests.publish_model import SCENARIOS, PublishModel, walk_all
 
-QUICK = [replace(scenario, num_faults=1, num_crashes=2 - (len(scenario.runs) - 1)) for scenario in SCENARIOS]
+# Less may go wrong than in the whole model, and with three runs at once nothing: their meetings alone are many.
+QUICK = [replace(item, num_faults=int(len(item.runs) == 2), num_crashes=int(len(item.runs) == 2)) for item in SCENARIOS]
 NAMES = [scenario.name for scenario in SCENARIOS]
 
 
@@ -17,7 +18,7 @@ NAMES = [scenario.name for scenario in SCENARIOS]
 def test_no_meeting_of_runs_ends_badly(scenario: Any) -> None:
     walk = PublishModel(scenario).walk()
     assert walk.faults == []
-    assert walk.num_states > 200
+    assert walk.num_states > 100
     assert len(walk.ends) >= 2  # either run may come first, so the walk did branch
 
 
