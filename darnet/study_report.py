@@ -297,9 +297,26 @@ def draw_cases(study: Study) -> Figure:
 def _describe_maps(study: Study) -> list[Section]:
     if not study.maps:
         return [Section("Activation maps measured", UNMEASURED)]
-    text = [MEASURED, *(_judge_depth_attention(maps) for maps in study.maps), _judge_redrawn(study.maps)]
+    text = [
+        MEASURED,
+        _doubt_maps(study),
+        *(_judge_depth_attention(maps) for maps in study.maps),
+        _judge_redrawn(study.maps),
+    ]
     tables = [table for maps in study.maps for table in (tabulate_maps(maps), tabulate_map_differences(maps))]
     return [Section("Activation maps measured", "\n\n".join(filter(None, text)), tables)]
+
+
+def _doubt_maps(study: Study) -> str:
+    """Name the networks whose maps explain nothing, as they were not shown to know NCP from the rest."""
+    intervals = {name: item.intervals["auc_ncp"] for name, item in study.evaluations.items()}
+    doubtful = [name for name, interval in intervals.items() if not interval.low > 0.5]
+    if not doubtful:
+        return ""
+    return (
+        f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest better than chance (the interval of auc_ncp "
+        "reaches 0.5). Where a network has not learnt, its maps say little, and so does a comparison with them."
+    )
 
 
 def tabulate_maps(maps: MapStudy) -> HtmlTable:

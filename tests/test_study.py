@@ -180,6 +180,13 @@ def test_the_report_says_of_depth_attention_what_the_differences_say(
         assert (told in report) == (verdicts == {"not shown"})
 
 
+def test_maps_of_networks_that_know_nothing_are_doubted(places: dict[str, Path], metrics: dict[str, Any]) -> None:
+    report = (places["out"] / "report.html").read_text()
+    doubtful = [name for name, item in metrics["networks"].items() if not item["auc_ncp_ci95"][0] > 0.5]
+    assert doubtful  # the bundles are untrained
+    assert f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest" in report
+
+
 def test_cases_are_the_least_middle_and_most_severe() -> None:
     assert choose_cases([0.5, 0.1, 0.9, 0.3, 0.7]) == [1, 0, 2]
     assert choose_cases([0.5, 0.1]) == [1, 0]
