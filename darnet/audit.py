@@ -32,6 +32,7 @@ from darnet.cohort import (
     LeftOut,
     count_cohort,
     divide_cohort,
+    find_known_order,
     find_leaking_patients,
     find_left_out,
     find_reversed,
@@ -39,7 +40,7 @@ from darnet.cohort import (
     match_cohort,
     name_own_cohorts,
 )
-from darnet.config import PrepareSettings
+from darnet.config import PrepareSettings, digest_json
 from darnet.dataset import VolumesIndex, read_facts, read_index
 from darnet.errors import UsageError
 from darnet.scan import Source
@@ -87,8 +88,9 @@ class Images:
 class Audit:
     """All that was found. `cohorts` are the printed ones where the table has any; `division` is what the settings make.
 
-    `division` is None, and `division_fault` says why, where the cohort cannot be divided so. `division_frame` has a row
-    for every scan of the table: scans that are left out are in no cohort and have a `reason`.
+    `division` is None, and `division_fault` says why, where the cohort cannot be divided so; `division_settings` is
+    what it takes besides the table to divide it so again. `division_frame` is the whole table with the cohorts and
+    folds of the division, `reasons` says of each of its rows why it is left out, if it is.
     """
 
     name: str
@@ -108,7 +110,9 @@ class Audit:
     duplicates: list[dict[str, Any]]
     order_counts: dict[str, dict[str, int]]
     order_findings: list[OrderFinding]
+    division_settings: dict[str, Any]
     division_frame: pd.DataFrame
+    reasons: "pd.Series[str]"
 
 
 def audit_cohort(cohort: pd.DataFrame, settings: PrepareSettings) -> Audit:
@@ -147,7 +151,9 @@ def audit_cohort(cohort: pd.DataFrame, settings: PrepareSettings) -> Audit:
         duplicates=_describe_duplicates(images.duplicates, cohort, divided),
         order_counts=_count_orders(images.looks, cohort),
         order_findings=_list_order_findings(images.looks, cohort),
-        division_frame=_merge_division(cohort, reasons, divided),
+        division_settings=_describe_settings(settings),
+        division_frame=_merge_division(cohort, divided),
+        reasons=reasons,
     )
 
 
@@ -169,13 +175,12 @@ def count_cohorts(frame: pd.DataFrame, by: str) -> CohortCounts:
 def count_findings(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, int]]]:
     """Count the table's own findings: finding -> diagnosis -> scans that have it (`found`) of those known (`known`).
 
-    No order_defect is a finding too, where the scan was looked at (`audited`) or no column says who was.
+    No order_defect is a finding too, where that is known (`find_known_order`).
     """
     marks = {column: frame[column] for column in FLAG_COLUMNS if column in frame}
     findings = {column: (cells == "1", cells != "") for column, cells in marks.items()}
     if "order_defect" in frame:
-        is_audited = frame["audited"] == "1" if "audited" in frame else pd.Series(True, frame.index)
-        is_known = is_audited | (frame["order_defect"] != "")
+        is_known = find_known_order(frame)
         findings |= {f"order {defect}": (frame["order_defect"] == defect, is_known) for defect in ORDER_DEFECTS}
     is_label = {label: frame["diagnosis"] == label for label in LABELS}
     return {
@@ -200,6 +205,7 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
         "patients": audit.num_patients,
         "patients_of_several_diagnoses": audit.patients_of_several_diagnoses,
         "division": division if division is not None else {"fault": audit.division_fault},
+        "division_settings": audit.division_settings,
         "left_out": audit.left_out,
         "reversed_scans": audit.reversed_scans,
         "findings": audit.findings,
@@ -265,12 +271,19 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
     return divided, ""
 
 
-def _merge_division(cohort: pd.DataFrame, reasons: "pd.Series[str]", divided: pd.DataFrame | None) -> pd.DataFrame:
-    """Every scan of the table, in its order, with the cohort and fold it was given, or why it was given none."""
-    frame = cohort[["scan_id", "patient_id", "diagnosis"]].assign(reason=reasons.map(str))
+def _describe_settings(settings: PrepareSettings) -> dict[str, Any]:
+    """What divided the table; the fingerprint is of this and of nothing else."""
+    train = settings.train.model_dump(mode="json", include={"seed", "num_folds"})
+    described = {"cohorts": settings.cohorts.model_dump(mode="json"), "train": train}
+    return described | {"sha256": digest_json(described)}
+
+
+def _merge_division(cohort: pd.DataFrame, divided: pd.DataFrame | None) -> pd.DataFrame:
+    """The whole table, in its order, with the cohort and fold each scan was given, if it was."""
     if divided is None:
-        return frame.assign(cohort="", fold=pd.array([None] * len(frame), dtype="Int64"))
-    return frame.merge(divided[["scan_id", "cohort", "fold"]], on="scan_id", how="left").fillna({"cohort": ""})
+        return cohort.assign(cohort="", fold=pd.array([None] * len(cohort), dtype="Int64"))
+    given = divided.set_index("scan_id").reindex(cohort["scan_id"])
+    return cohort.assign(cohort=given["cohort"].fillna("").to_numpy(), fold=given["fold"].array)
 
 
 def _describe_duplicates(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from darnet.archive import name_format
-from darnet.cohort import COHORT_COLUMNS, NEEDED_COLUMNS
+from darnet.cohort import COHORT_COLUMNS, NEEDED_COLUMNS, find_known_order
 from darnet.dataset import VolumesIndex, read_voxels
 from darnet.scan import FloatArray, Source
 from darnet.shortcuts import Feature, encode_levels, measure_border
@@ -42,11 +42,18 @@ class Duplicate:
 
 
 def list_table_features(frame: pd.DataFrame) -> tuple[list[Feature], list[str]]:
-    """Every further column of a cohort table as a feature; and the columns that are neither numbers nor a category."""
+    """Every further column of a cohort table as a feature; and the columns that are neither numbers nor a category.
+
+    An empty cell is a level of its own in a category, but for an order_defect that nobody looked for.
+    """
     features, unread = [], []
     for column in frame.columns:
         cells = frame[column].astype(object).where(frame[column].notna(), "").astype(str)
         if column in NO_FEATURES or cells.nunique() < 2:
+            continue
+        if column == "order_defect":
+            known = zip(cells, find_known_order(frame), strict=True)
+            features += _make_category(column, "table", [cell if is_known else None for cell, is_known in known])
             continue
         numbers = pd.to_numeric(cells, errors="coerce")
         if (numbers.notna() | (cells == "")).all():

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from darnet.audit import Audit, CohortCounts, summarise_audit
-from darnet.cohort import LABELS, LeftOut
+from darnet.cohort import LABELS, NEEDED_COLUMNS, LeftOut
 from darnet.page import COLOURS, Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.shortcuts import Shortcut
 from darnet.slice_order import SliceOrder
@@ -49,13 +49,14 @@ def write_audit(audit: Audit, out: str) -> dict[str, Any]:
     summary = summarise_audit(audit)
     store.write_bytes("audit.json", (json.dumps(summary, indent=2) + "\n").encode())
     store.write_bytes("audit.html", render_audit(audit).encode())
-    columns = ["scan_id", "patient_id", "diagnosis", "cohort", "fold"]
-    if audit.division is not None:
-        store.write_bytes("division.csv", audit.division_frame[columns].to_csv(index=False).encode())
-    excluded = audit.division_frame[audit.division_frame["reason"] != ""].rename(columns={"reason": "status"})
+    if audit.division is None:
+        store.delete("division.csv")  # an earlier audit's is no record of this one
+    else:
+        store.write_bytes("division.csv", audit.division_frame.to_csv(index=False).encode())
+    is_left_out = audit.reasons != ""
+    excluded = audit.division_frame.loc[is_left_out, list(NEEDED_COLUMNS)].assign(status=audit.reasons[is_left_out])
     excluded = excluded.assign(detail=[LeftOut(status).detail for status in excluded["status"]])
-    named = ["scan_id", "patient_id", "diagnosis", "status", "detail"]
-    store.write_bytes("excluded.csv", excluded[named].to_csv(index=False).encode())
+    store.write_bytes("excluded.csv", excluded.to_csv(index=False).encode())
     told = ("counts", "test_patients", "patients_in_both_cohorts", "test_scans_of_those")
     strong = [item.feature for item in audit.shortcuts if is_strong(item)]
     return {
@@ -168,7 +169,10 @@ def _describe_division(audit: Audit) -> Section:
         [f"fold {fold}", *(int((rows["diagnosis"] == label).sum()) for label in LABELS), len(rows)]
         for fold, rows in train.groupby("fold")
     ]
-    told.append("division.csv holds every scan's cohort and fold, excluded.csv why a scan is left out.")
+    told.append(
+        "division.csv is the whole table with every scan's cohort and fold; given as --cohort, it is divided the same"
+        " again. excluded.csv says why a scan is left out."
+    )
     tables = [
         _tabulate_counts(audit.division, "Scans by cohort and diagnosis"),
         HtmlTable(["training fold", *LABELS, "all scans"], folds, "Scans by training fold"),
@@ -199,9 +203,10 @@ def _describe_shortcuts(audit: Audit) -> Section:
         "Each property alone is asked to tell one diagnosis from the two others. An AUC of 0.5 is a coin, 1 is"
         " certain; it is of the better direction (higher or lower values in that diagnosis). Categories and histograms"
         " are scored by a ridge regression fitted on other patients (fitted), where less than 0.5 means that what was"
-        " fitted did not hold. Intervals hold with 95% confidence and count patients, not scans. Beyond chance are"
-        f" those that luck would not have brought once among all {len(audit.shortcuts)} comparisons, with the same"
-        " confidence: a dozen properties of a few scans always show something."
+        " fitted did not hold; so are numbers, by value or in ten parts of equal size, where that tells surely more."
+        " Intervals hold with 95% confidence and count patients, not scans. Beyond chance are those that luck would not"
+        " have brought once among all comparisons, with the same confidence: a dozen properties of a few scans always"
+        " show something."
     )
     rows: list[list[Cell]] = [
         [_name(item), item.origin, f"{DIRECTION_WORDS[item.direction]} {item.diagnosis}", *_tell_numbers(item)]

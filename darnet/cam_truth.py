@@ -164,15 +164,25 @@ def redraw_last_stage(network: DARNet, seed: int) -> DARNet:
 
 
 @torch.inference_mode()
-def correlate_redrawn(networks: Sequence[DARNet], voxels: Uint8Array, label: int, seed: int) -> float:
-    """Rank correlation, over the cells of the class map, of an ensemble's map before and after `redraw_last_stage`.
+def map_class(networks: Sequence[DARNet], voxels: Uint8Array, label: int) -> FloatArray:
+    """An ensemble's class map of one standard volume, mean over its folds.
 
-    Shape: (D, H, W) of one standard volume.
+    Shape: (D, H, W) -> (d, h, w).
     """
     device = next(networks[0].parameters()).device
     batch = torch.from_numpy(voxels)[None, None].to(device, torch.float32) / 255
-    changed = [redraw_last_stage(network, seed + fold) for fold, network in enumerate(networks)]
-    one, other = (_map_class(item, batch, label) for item in (networks, changed))
+    maps = [class_activation_maps(network.features(batch), network.head.weight)[0, label] for network in networks]
+    mean: FloatArray = torch.stack(maps).mean(dim=0).cpu().numpy()
+    return mean
+
+
+def correlate_maps(one: FloatArray, other: FloatArray) -> float:
+    """Spearman's rank correlation over the cells of two class maps; NaN where a map is the same everywhere.
+
+    Shape: (d, h, w) each.
+    """
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return math.nan
     return float(scipy.stats.spearmanr(one.ravel(), other.ravel()).statistic)
 
 
@@ -199,12 +209,6 @@ def _describe(estimate: Estimate) -> dict[str, Any]:
     values = [estimate.mean, estimate.interval.low, estimate.interval.high]
     mean, low, high = (None if math.isnan(value) else value for value in values)
     return {"mean": mean, "ci95": [low, high]}
-
-
-def _map_class(networks: Sequence[DARNet], batch: torch.Tensor, label: int) -> FloatArray:
-    maps = [class_activation_maps(network.features(batch), network.head.weight)[0, label] for network in networks]
-    mean: FloatArray = torch.stack(maps).mean(dim=0).cpu().numpy()
-    return mean
 
 
 def _subtract(

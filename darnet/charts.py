@@ -97,7 +97,8 @@ def draw_reliability(reliability: Reliability) -> Figure:
     axis.legend(loc="lower right", frameon=False)
     _dress(axis, "", "share called rightly")
     below.bar(confidence, num_scans, width=0.03, color=COLOURS[0])
-    below.set_yscale("log")
+    below.set_yscale("symlog", linthresh=1)
+    below.set_ylim(bottom=0)
     _dress(below, "probability of the called class", "scans")
     return figure
 
@@ -140,6 +141,46 @@ def draw_distributions(probabilities: FloatArray, labels: LabelArray) -> Figure:
         axis.set_title(f"true class {DIAGNOSES[label]}: {len(values)} scans", fontsize=10, loc="left")
         _dress(axis, "", "scans")
     axes[-1].set_xlabel("probability of NCP")
+    return figure
+
+
+def draw_shift(tonight: FloatArray, earlier: FloatArray) -> Figure:
+    """How each class's probability is spread among tonight's scans, filled, and among those of earlier nights, a line.
+
+    Shape: (N, 3), (M, 3); shares of the scans, so that nights of any size lie over each other.
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(len(DIAGNOSES), 1, sharex=True)
+    bins = np.linspace(0, 1, NUM_COLUMNS + 1)
+    for label, axis in enumerate(axes):
+        axis.stairs(_share_bins(tonight[:, label], bins), bins, fill=True, color=COLOURS[label], alpha=0.6)
+        if len(earlier):
+            axis.stairs(_share_bins(earlier[:, label], bins), bins, color="black", linewidth=1.2)
+        axis.set_title(f"probability of {DIAGNOSES[label]}", fontsize=10, loc="left")
+        _dress(axis, "", "share")
+    return figure
+
+
+def _share_bins(values: FloatArray, bins: FloatArray) -> FloatArray:
+    shares: FloatArray = np.histogram(values, bins)[0] / len(values)
+    return shares
+
+
+def draw_nights(nights: Sequence[str], shares: FloatArray) -> Figure:
+    """The share of each class among the scans of each night, the last one marked.
+
+    Shape: (nights, 3).
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axis = figure.subplots()
+    for label, name in enumerate(DIAGNOSES):
+        axis.plot(shares[:, label], color=COLOURS[label], linewidth=1.8, marker=".", label=str(name))
+        axis.plot(len(nights) - 1, shares[-1, label], color=COLOURS[label], marker="o", markersize=8)
+    step = max(1, len(nights) // 5)
+    axis.set_xticks(range(len(nights))[::-step], nights[::-step], rotation=30, ha="right")
+    axis.set_ylim(-0.02, 1.02)
+    axis.legend(loc="upper left", frameon=False, ncols=3)
+    _dress(axis, "night", "share of the scored scans")
     return figure
 
 

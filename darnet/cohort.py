@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from darnet.config import CohortConfig
+from darnet.config import CohortConfig, TrainConfig
 from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES, FloatArray, Source
-from darnet.tables import read_table, refuse_rows, to_text
+from darnet.tables import Rule, list_id_rules, read_table, refuse_rows, to_text
 
+NUM_FOLDS = TrainConfig().num_folds
 NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
 COHORTS = ("train", "test")
 COHORT_COLUMNS = ("cohort", "paper_cohort")
 LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)
 # Findings about a scan that a table may bring: 1, 0, or empty where nobody looked. Source: the lists about CC-CCII.
 FLAG_COLUMNS = ("lung_masked", "duplicate_or_noise_slices", "audited", "discard")
+WHOLE_COLUMNS = (*FLAG_COLUMNS, "fold")  # numbers that a Parquet table may hold as bools, or as floats for their gaps
 ORDER_DEFECTS = ("reversed", "shuffled")
 
 
@@ -44,19 +46,23 @@ class LeftOut(StrEnum):
         }[self]
 
 
-def read_cohort(name: str, data: bytes) -> pd.DataFrame:
+def read_cohort(name: str, data: bytes, *, num_folds: int = NUM_FOLDS) -> pd.DataFrame:
     """Read a cohort table; `name` tells its format (.csv or .parquet) and stands in every complaint.
 
     scan_id and patient_id are opaque text: leading zeros stay. Optional columns `cohort` and `paper_cohort` hold train
-    or test; an empty cell there is a scan in neither. Optional findings are `order_defect` (reversed, shuffled or
-    empty) and the yes-or-no columns of `FLAG_COLUMNS` (1, 0 or empty). Every other column is kept as it is.
+    or test; an empty cell there is a scan in neither. A `fold` (0-based, below `num_folds`) beside `cohort` is that of
+    a training scan. Optional findings are `order_defect` (reversed, shuffled or empty) and the yes-or-no columns of
+    `FLAG_COLUMNS` (1, 0 or empty). Every other column is kept as it is.
     Raises: UsageError naming file, row (from 1; a CSV's header counts) and remedy.
     """
-    frame = read_table(name, data, "cohort table", NEEDED_COLUMNS)
-    for column in (*NEEDED_COLUMNS, *COHORT_COLUMNS, "order_defect", *FLAG_COLUMNS):
+    optional = (*COHORT_COLUMNS, "order_defect", *WHOLE_COLUMNS)
+    frame = read_table(name, data, "cohort table", NEEDED_COLUMNS, optional)
+    for column in (*NEEDED_COLUMNS, *optional):
         if column in frame:
-            frame[column] = to_text(name, _to_whole(frame[column]) if column in FLAG_COLUMNS else frame[column])
+            frame[column] = to_text(name, _to_whole(frame[column]) if column in WHOLE_COLUMNS else frame[column])
     _check_cohort(name, frame)
+    if has_folds(frame):
+        refuse_rows(name, frame, _rules_of_folds(frame, num_folds))
     return frame.reset_index(drop=True)
 
 
@@ -66,11 +72,11 @@ def divide_cohort(
     """Give every scan a cohort, and every training scan a fold (0-based; none for test scans), patient by patient.
 
     A table that brings its own cohorts keeps them, and `paper` takes those of its column `paper_cohort`: scans in
-    neither are left out, a patient in both stays in both, folds divide the training patients. A column `fold` is
-    replaced. Rows keep their order; the division depends on their content and the seed alone, and dividing a divided
-    table again changes nothing.
+    neither are left out, a patient in both stays in both, folds divide the training patients. A column `fold` is kept
+    where it belongs to these cohorts, else replaced. Rows keep their order; the division depends on their content and
+    the seed alone, and dividing a divided table again changes nothing, under any seed.
     Raises: UsageError where a diagnosis has fewer training patients than folds, or none in a test cohort made here;
-            where `paper` is asked of a table without such a column.
+            where a fold of the table's own holds no scan; where `paper` is asked of a table without such a column.
     Source: paper sec. 4.1 (folds on patient level); a test cohort on patient level is ours, the paper's was not.
     """
     frame = frame.reset_index(drop=True)
@@ -85,7 +91,10 @@ def divide_cohort(
         _check_patients(divided[divided["cohort"] == "test"], 1, "the test cohort: raise test_fraction")
     training = divided[divided["cohort"] == "train"]
     _check_patients(training, num_folds, f"{num_folds} training folds: ask for fewer folds")
-    fold = _deal_patients(training, (1 / num_folds,) * num_folds, np.random.default_rng(seed))
+    if own is not None and has_folds(frame) and frame["cohort"].equals(frame[own]):
+        fold = _keep_folds(training, num_folds)
+    else:
+        fold = _deal_patients(training, (1 / num_folds,) * num_folds, np.random.default_rng(seed))
     return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
 
 
@@ -109,23 +118,40 @@ def has_cohorts(frame: pd.DataFrame, column: str) -> bool:
     return column in frame and bool(frame[column].isin(COHORTS).any())
 
 
+def has_folds(frame: pd.DataFrame) -> bool:
+    """Whether the table's column `fold` divides the training scans of its column `cohort`."""
+    if not has_cohorts(frame, "cohort") or "fold" not in frame:
+        return False
+    return bool((frame["fold"].notna() & ~frame["fold"].isin([""])).any())
+
+
 def find_left_out(frame: pd.DataFrame, config: CohortConfig) -> "pd.Series[str]":
     """Say of each row why it is not used, as a `LeftOut`; empty where it is.
 
+    A finding is told before a mere absence from both cohorts: who reads a written division again learns the same.
     Raises: UsageError as `name_own_cohorts`.
     """
     reason = pd.Series("", frame.index, dtype=object)
     own = name_own_cohorts(frame, config.division)
     rules: list[tuple[LeftOut, bool, str, str]] = [
-        (LeftOut.DUPLICATE_SLICES, config.drop_duplicates, "duplicate_or_noise_slices", "1"),
-        (LeftOut.SHUFFLED, config.drop_shuffled, "order_defect", "shuffled"),
-        (LeftOut.DISCARDED, config.drop_discarded, "discard", "1"),
         (LeftOut.NOT_IN_COHORT, own is not None, own or "", ""),
+        (LeftOut.DUPLICATE_SLICES, config.drop_duplicates, "duplicate_or_noise_slices", "1"),
+        (LeftOut.SHUFFLED, config.is_shuffled_dropped, "order_defect", "shuffled"),
+        (LeftOut.DISCARDED, config.is_discarded_dropped, "discard", "1"),
     ]
     for why, is_on, column, value in rules:
         if is_on and column in frame:
             reason[frame[column] == value] = why
     return reason
+
+
+def find_known_order(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether it is known of each scan what its order_defect is; empty is none only where somebody looked.
+
+    That is where `audited` is 1, or in every scan of a table without such a column.
+    """
+    is_audited = frame["audited"] == "1" if "audited" in frame else pd.Series(True, frame.index)
+    return is_audited | (frame["order_defect"] != "")
 
 
 def find_reversed(frame: pd.DataFrame) -> list[str]:
@@ -177,8 +203,9 @@ def _check_cohort(name: str, frame: pd.DataFrame) -> None:
         raise UsageError(f"{name}: no rows below the header; a cohort needs at least one scan")
     rules = [
         ("scan_id", "is empty; name the scan", frame["scan_id"].str.strip() == ""),
-        ("scan_id", "is also in an earlier row; keep one of them", frame["scan_id"].duplicated()),
         ("patient_id", "is empty; without it a patient may end in two folds", frame["patient_id"].str.strip() == ""),
+        *list_id_rules(frame, ("scan_id", "patient_id")),
+        ("scan_id", "is also in an earlier row; keep one of them", frame["scan_id"].duplicated()),
         ("diagnosis", f"is unknown; allowed are {', '.join(LABELS)}", ~frame["diagnosis"].isin(LABELS)),
     ]
     optional = [
@@ -190,6 +217,37 @@ def _check_cohort(name: str, frame: pd.DataFrame) -> None:
         remedy = f"is unknown; allowed are {', '.join(allowed)}, or empty {meaning}"
         rules += [(column, remedy, ~frame[column].isin((*allowed, ""))) for column in columns if column in frame]
     refuse_rows(name, frame, rules)
+
+
+def _rules_of_folds(frame: pd.DataFrame, num_folds: int) -> list[Rule]:
+    """What can be wrong with a fold that the table brings: a leak between folds, or a scan in none or no such fold."""
+    is_training, is_empty = frame["cohort"] == "train", frame["fold"] == ""
+    allowed = [str(number) for number in range(num_folds)]
+    first = frame[is_training].groupby("patient_id")["fold"].first()
+    is_moved = is_training & (frame["fold"] != frame["patient_id"].map(first))
+    remedy = "or empty the whole column to have folds made"
+    out_of_range = f"is out of range; train.num_folds is {num_folds}: 0 to {num_folds - 1}"
+    return [
+        ("fold", f"of a training scan names no fold; name it, {remedy}", is_training & is_empty),
+        ("fold", "of a scan that is not for training; leave it empty", ~is_training & ~is_empty),
+        ("fold", out_of_range, ~frame["fold"].isin(["", *allowed])),
+        ("fold", f"is not that of an earlier scan of this patient; a patient has one fold, {remedy}", is_moved),
+    ]
+
+
+def _keep_folds(training: pd.DataFrame, num_folds: int) -> "pd.Series[int]":
+    """The table's own folds.
+
+    Raises: UsageError naming a fold without scans: its network would have nothing to be chosen by.
+    """
+    folds = pd.to_numeric(training["fold"]).astype("Int64")
+    lacking = sorted(set(range(num_folds)) - set(folds))
+    if lacking:
+        raise UsageError(
+            f"no training scan is in fold {lacking[0]} of the table's column fold; "
+            "set train.num_folds to what it holds, or empty the column to have folds made"
+        )
+    return folds
 
 
 def _check_patients(frame: pd.DataFrame, num_needed: int, purpose: str) -> None:

@@ -14,9 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from pydantic_settings import (
@@ -34,15 +32,8 @@ from darnet.errors import UsageError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 AIR_AND_LUNG_HU = (-950.0, -400.0, -250.0)  # what tells gas, lung and dense lung from tissue. Source: ours (see lung)
-LATER_TRAIN_SETTINGS = (
-    "temperature_scaling",
-    "class_weights",
-    "warmup_epochs",
-    "amp",
-    "gradient_checkpointing",
-    "compile",
-    "sync_batchnorm",
-)
+TILT_DEGREES = 1.0  # of shear, at most; headers round to less. Source: ours
+OBLIQUE_DEGREES = 20.0  # between the axes of a scan and the patient's, at most. Source: ours
 PREPROCESSING_REVISION = 2  # raise when the code between bytes and network input changes what it yields
 
 
@@ -68,14 +59,6 @@ class VolumeConfig(Section):
     mask_outside_lung: bool = False
     """Voxels outside lungs, their hulls and a rim become 0, in every scan; one without lungs is refused. Source: ours,
     against scans that come masked: takes the border from them as a shortcut, not the rim (README)."""
-
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A setting that came later is written only where it is on: what was made before keeps its fingerprint."""
-        written: dict[str, Any] = write(self)
-        if not self.mask_outside_lung:
-            written.pop("mask_outside_lung", None)
-        return written
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -157,13 +140,6 @@ class TrainConfig(Section):
     sync_batchnorm: bool = False
     """Batch norm over all workers' scans in place of each worker's own; GPUs only. Source: ours."""
 
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that came later are written only where they are used, as in `VolumeConfig`."""
-        written: dict[str, Any] = write(self)
-        unused = [name for name in LATER_TRAIN_SETTINGS if not written.get(name) or written[name] == "none"]
-        return {name: value for name, value in written.items() if name not in unused}
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.warmup_epochs >= self.epochs:
@@ -181,12 +157,24 @@ class CohortConfig(Section):
     cohort of the table's column paper_cohort, whose patients may be in both, and folds on patient level."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the scans dealt to a test cohort made here."""
-    drop_discarded: bool = True
-    """Leave out scans whose column discard is 1; else they are used as they are."""
-    drop_shuffled: bool = True
-    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Reversed ones are turned."""
+    drop_discarded: bool | None = None
+    """Leave out scans whose column discard is 1; else they are used as they are. Default: as `division`, on under
+    `patient` and off under `paper`."""
+    drop_shuffled: bool | None = None
+    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Reversed ones are turned.
+    Default: on under `patient`, off under `paper`, which used them."""
     drop_duplicates: bool = False
     """Leave out scans whose duplicate_or_noise_slices is 1: most of such a scan is sound, so they are kept."""
+
+    @property
+    def is_discarded_dropped(self) -> bool:
+        """Whether scans to be discarded are left out; the paper had them in both cohorts."""
+        return self.division == "patient" if self.drop_discarded is None else self.drop_discarded
+
+    @property
+    def is_shuffled_dropped(self) -> bool:
+        """Whether scans in no order are left out; the paper had them in both cohorts."""
+        return self.division == "patient" if self.drop_shuffled is None else self.drop_shuffled
 
 
 class DecodeConfig(Section):
@@ -239,7 +227,12 @@ class ScoreConfig(GateConfig):
 
 def fingerprint(section: BaseModel) -> str:
     """SHA-256 of the settings' canonical JSON."""
-    text = json.dumps(section.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return digest_json(section.model_dump(mode="json"))
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of the canonical JSON of what JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

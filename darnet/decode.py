@@ -3,10 +3,7 @@
 DICOM slices come as Hounsfield units (the rescale is applied here, once), slice images as 8-bit display values.
 """
 
-import gzip
-import math
-import struct
-import zlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +14,15 @@ from natsort import os_sorted
 from numpy.typing import NDArray
 
 from darnet.config import DecodeConfig
+from darnet.dicom import MISSING_RATIO
 from darnet.errors import ScanError, Status, name_file
 from darnet.scan import FloatArray, Intensity, StagedFile
+from darnet.volume_file import check_axes, check_volume_file
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
+VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
 
-MAX_VOXEL_BYTES = 8  # of the widest NIfTI number; limits count two bytes a voxel
-
-# Size of a NIfTI header, and where and as what it holds dim, bitpix and vox_offset. Source: NIfTI-1 and NIfTI-2.
-NIFTI_LAYOUTS = ((348, (40, "8h"), (72, "h"), (108, "f")), (540, (16, "8q"), (14, "h"), (168, "q")))
+EVEN_SHARE = 0.6  # of the steps between numbers, more than which are the same: fewer are a scan thinned out evenly
 
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
@@ -65,7 +62,7 @@ class ImageStack:
 
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
-        with name_file(self.files[index].name):
+        with name_file(self.files[index].label):
             pixels = _read_pixels(self.files[index].path, "")
             if pixels.ndim == 3:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
@@ -107,19 +104,22 @@ def read_dicom_slice(path: Path) -> FloatArray:
 def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
     """Read a NIfTI, NRRD or MetaImage volume whole and turn it to canonical axes.
 
-    Raises: ScanError: BAD_LIMIT, BAD_PIXELS, BAD_GEOMETRY, BAD_INTENSITY, BAD_UNREADABLE.
+    Raises: ScanError: BAD_LIMIT, BAD_PIXELS, BAD_GEOMETRY, BAD_INTENSITY, BAD_TILT, BAD_TRUNCATED, BAD_UNREADABLE,
+            SKIP_FEW_SLICES, SKIP_ORIENTATION.
     """
-    if path.name.endswith((".nii", ".nii.gz")):
-        _check_nifti(path, limits)
+    check_volume_file(path, limits)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(VOLUME_READERS[path.suffix])
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
         size, components = reader.GetSize(), reader.GetNumberOfComponents()
         _check_volume(size, components, reader.GetSpacing(), limits)
         image = reader.Execute()
+        image = image[:, :, :, 0] if len(size) == 4 else image
+        check_axes(np.array(image.GetDirection()).reshape(3, 3))
         # LPS puts x to the patient's left and y to the back; z then rises to the head and is turned last.
-        image = sitk.DICOMOrient(image[:, :, :, 0] if len(size) == 4 else image, "LPS")
+        image = sitk.DICOMOrient(image, "LPS")
     except RuntimeError as error:
         raise _explain(error, Status.BAD_UNREADABLE, "volume file does not decode") from error
     voxels_hu = sitk.GetArrayViewFromImage(image)[::-1].astype(np.float32)
@@ -143,7 +143,8 @@ def write_volume(path: Path, voxels_hu: NDArray[np.int16], spacing_mm: tuple[flo
 def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_first: bool) -> ImageStack:
     """Order slice images by their names, as a person would, and check every header and ending.
 
-    Raises: ScanError: BAD_LIMIT, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE, SKIP_FEW_SLICES.
+    Raises: ScanError: BAD_LIMIT, BAD_MISSING_SLICE, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE,
+            SKIP_FEW_SLICES.
     """
     names = [file.name for file in files]
     file_of = dict(zip(names, files, strict=True))
@@ -158,7 +159,7 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
         raise ScanError(Status.BAD_LIMIT, f"{len(ordered)} slices, at most {limits.max_slices}")
     sizes = set()
     for file in ordered:
-        with name_file(file.name):
+        with name_file(file.label):
             sizes.add(_read_image_size(file.path))
     if len(sizes) > 1:
         raise ScanError(Status.BAD_MIXED_SERIES, f"{len(sizes)} image sizes in one folder")
@@ -167,7 +168,25 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
     if len(ordered) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(ordered)} slices, {limits.min_slices} needed")
+    _check_numbers(names)
     return ImageStack(tuple(ordered), (len(ordered), height, width))
+
+
+def _check_numbers(names: Sequence[str]) -> None:
+    """Refuse a hole in otherwise evenly numbered slices; any number may be the first, and any step the even one.
+
+    Names that differ in more than one number, and numbers without a step of their own, say nothing about holes.
+    """
+    parts = [re.split(r"(\d+)", name.rpartition(".")[0]) for name in names]
+    columns = [set(column) for column in zip(*parts, strict=False)]
+    varying = [index for index, column in enumerate(columns) if len(column) > 1]
+    if len({len(part) for part in parts}) > 1 or len(varying) != 1 or varying[0] % 2 == 0:
+        return
+    steps = np.diff(sorted(int(part[varying[0]]) for part in parts))
+    step = float(np.median(steps))
+    num_holes = int((steps > MISSING_RATIO * step).sum())
+    if num_holes and (steps == step).mean() > EVEN_SHARE:
+        raise ScanError(Status.BAD_MISSING_SLICE, f"{num_holes} holes in the numbers of the slices")
 
 
 def _read_pixels(path: Path, image_io: str) -> FloatArray:
@@ -195,47 +214,6 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
     if not all(0.01 < value < 100 for value in spacing_mm[:3]):
         raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
-
-
-def _check_nifti(path: Path, limits: DecodeConfig) -> None:
-    """Demand every byte the header declares: ITK fills what is missing with zeros and says nothing.
-
-    A gzip stream is read to its end, so that its checksum is compared too.
-    Raises: ScanError: BAD_TRUNCATED, BAD_UNREADABLE, BAD_LIMIT.
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(540)
-            needed = _count_nifti_bytes(header)
-            if needed > MAX_VOXEL_BYTES // 2 * limits.max_scan_bytes:
-                raise ScanError(Status.BAD_LIMIT, f"volume declares {needed} bytes")
-            found = len(header)
-            while chunk := file.read(1 << 20):
-                found += len(chunk)
-                if found > needed + limits.max_scan_bytes:
-                    raise ScanError(Status.BAD_LIMIT, "volume inflates to far more than it declares")
-    except EOFError as error:
-        raise ScanError(Status.BAD_TRUNCATED, "compressed volume ends early") from error
-    except (gzip.BadGzipFile, zlib.error, struct.error) as error:
-        raise ScanError(Status.BAD_UNREADABLE, "volume file is damaged") from error
-    if found < needed:
-        raise ScanError(Status.BAD_TRUNCATED, f"volume ends {needed - found} bytes early")
-
-
-def _count_nifti_bytes(header: bytes) -> int:
-    """Bytes from the file's start to its last voxel."""
-    for size, dim, bitpix, offset in (
-        (348, (40, "8h"), (72, "h"), (108, "f")),
-        (540, (16, "8q"), (14, "h"), (168, "q")),
-    ):
-        for order in "<>":
-            if struct.unpack_from(order + "i", header)[0] == size:
-                extents = struct.unpack_from(order + dim[1], header, dim[0])
-                (bits,) = struct.unpack_from(order + bitpix[1], header, bitpix[0])
-                (start,) = struct.unpack_from(order + offset[1], header, offset[0])
-                num_voxels = math.prod(max(int(extent), 1) for extent in extents[1 : extents[0] + 1])
-                return int(start) + num_voxels * int(bits) // 8
-    raise ScanError(Status.BAD_UNREADABLE, "volume has no NIfTI header")
 
 
 def _read_image_size(path: Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from darnet.config import DecodeConfig
+from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.scan import Manufacturer, StagedFile
 
@@ -26,8 +26,7 @@ from darnet.scan import Manufacturer, StagedFile
 DUPLICATE_MM = 0.01
 MISSING_RATIO = 1.5
 IRREGULAR_RATIO = 0.25
-TILT_DEGREES = 1.0
-MAX_OBLIQUE_COSINE = math.cos(math.radians(20))
+MIN_AXIAL_COSINE = math.cos(math.radians(OBLIQUE_DEGREES))
 MAX_SIDE = 8192
 
 _NEEDED_TAGS = [
@@ -111,9 +110,11 @@ def read_header(file: StagedFile) -> SliceHeader | None:
             dataset = pydicom.dcmread(body, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
             if "SOPClassUID" in dataset:
                 return _describe(dataset, file, body)
-        except (OSError, MemoryError):
-            raise  # trouble of this machine, not of the file
+        except MemoryError:
+            raise
         except Exception as error:  # pydicom raises nearly every built-in exception on hostile input
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # trouble of this machine; pydicom's own for a cut file has no number
             if is_claimed:
                 raise ScanError(Status.BAD_UNREADABLE, f"header does not parse: {type(error).__name__}") from error
     if is_claimed:
@@ -127,15 +128,15 @@ def arrange_series(
     """Put the slices of one series into canonical order; `unreadable` are files of it whose header did not parse.
 
     Raises: ScanError with the first reason, in this order, why the series is not a chest CT volume: kind, limits,
-            mixed content, header, damage, number of slices, orientation, tilt, positions.
+            damage, mixed content, header, number of slices, orientation, tilt, positions.
     """
     _check_kind(headers)
     _check_limits(headers, limits)
+    _check_damage(headers, unreadable)  # first, since a cut header says less than the others
     _check_uniform(headers)
     for header in headers:
-        with name_file(header.file.name):
+        with name_file(header.file.label):
             _check_header(header)
-    _check_damage(headers, unreadable)
     if len(headers) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(headers)} slices, {limits.min_slices} needed")
     return _order_slices(headers)
@@ -271,7 +272,7 @@ def _check_kind(headers: Sequence[SliceHeader]) -> None:
     if any(header.num_frames != 1 for header in headers):
         for header in headers:
             if not 0 < header.num_frames <= 100_000:
-                raise ScanError(Status.BAD_HEADER, f"{header.file.name}: NumberOfFrames is {header.num_frames}")
+                raise ScanError(Status.BAD_HEADER, f"{header.file.label}: NumberOfFrames is {header.num_frames}")
         raise ScanError(Status.SKIP_MULTIFRAME, "several frames in one object")
 
 
@@ -328,7 +329,7 @@ def _check_damage(headers: Sequence[SliceHeader], unreadable: Sequence[ScanError
     damaged = list(unreadable)
     for header in headers:
         if header.damage is not None:
-            damaged.append(ScanError(header.damage.status, f"{header.file.name}: {header.damage.detail}"))
+            damaged.append(ScanError(header.damage.status, f"{header.file.label}: {header.damage.detail}"))
     if damaged:
         more = f"; {len(damaged)} of {len(headers) + len(unreadable)} slices are damaged" if len(damaged) > 1 else ""
         raise ScanError(damaged[0].status, damaged[0].detail + more)
@@ -341,7 +342,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     assert first.pixel_spacing_mm is not None
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     normal = np.cross(row, column)
-    if abs(normal[2]) < MAX_OBLIQUE_COSINE or max(abs(row[0]), abs(row[1])) < MAX_OBLIQUE_COSINE:
+    if abs(normal[2]) < MIN_AXIAL_COSINE or max(abs(row[0]), abs(row[1])) < MIN_AXIAL_COSINE:
         raise ScanError(Status.SKIP_ORIENTATION, "coronal, sagittal or oblique slices")
     normal *= np.sign(normal[2])
     positions_mm = np.array([header.position_mm for header in headers])
@@ -349,6 +350,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     order = np.argsort(-along_mm, kind="stable")
     _check_tilt(positions_mm[order], normal, max(abs(header.tilt_degrees) for header in headers))
     slice_spacing_mm = _measure_spacing(-along_mm[order])
+    _check_line(positions_mm[order], along_mm[order], max(first.pixel_spacing_mm))
     is_transposed = bool(abs(row[0]) < abs(row[1]))
     right_to_left, front_to_back = (column, row) if is_transposed else (row, column)
     height, width = (first.columns, first.rows) if is_transposed else (first.rows, first.columns)
@@ -371,6 +373,15 @@ def _check_tilt(positions_mm: NDArray[np.float64], normal: NDArray[np.float64], 
     degrees = max(math.degrees(math.atan2(across_mm, along_mm)) if along_mm else 0.0, stated_degrees)
     if degrees > TILT_DEGREES:
         raise ScanError(Status.BAD_TILT, f"gantry tilted by {degrees:.1f} degrees")
+
+
+def _check_line(positions_mm: NDArray[np.float64], along_mm: NDArray[np.float64], pixel_mm: float) -> None:
+    """No slice lies a pixel or more beside the line from the first to the last: its content would be moved as well."""
+    share = (along_mm - along_mm[0]) / (along_mm[-1] - along_mm[0])
+    line_mm = positions_mm[0] + share[:, None] * (positions_mm[-1] - positions_mm[0])
+    beside_mm = float(np.linalg.norm(positions_mm - line_mm, axis=1).max())
+    if beside_mm >= pixel_mm:
+        raise ScanError(Status.BAD_GEOMETRY, f"a slice lies {beside_mm:.1f} mm beside the line of the others")
 
 
 def _measure_spacing(ascending_mm: NDArray[np.float64]) -> float:

@@ -15,39 +15,70 @@ class Status(StrEnum):
 
     OK = "OK"
 
-    SKIP_MODALITY = "SKIP_MODALITY"  # not CT, or an object without pixels
-    SKIP_LOCALIZER = "SKIP_LOCALIZER"  # scout view
-    SKIP_SECONDARY = "SKIP_SECONDARY"  # screenshot, dose page or other secondary capture
-    SKIP_MULTIFRAME = "SKIP_MULTIFRAME"  # several frames in one DICOM object (enhanced or perfusion CT)
-    SKIP_ORIENTATION = "SKIP_ORIENTATION"  # coronal or sagittal reformat
-    SKIP_FEW_SLICES = "SKIP_FEW_SLICES"  # fewer than min_slices
-    SKIP_NO_LUNG = "SKIP_NO_LUNG"  # a head, an abdomen
+    SKIP_MODALITY = "SKIP_MODALITY"
+    SKIP_LOCALIZER = "SKIP_LOCALIZER"
+    SKIP_SECONDARY = "SKIP_SECONDARY"
+    SKIP_MULTIFRAME = "SKIP_MULTIFRAME"
+    SKIP_ORIENTATION = "SKIP_ORIENTATION"
+    SKIP_FEW_SLICES = "SKIP_FEW_SLICES"
+    SKIP_NO_LUNG = "SKIP_NO_LUNG"
 
-    BAD_UNREADABLE = "BAD_UNREADABLE"  # claims to be a scan, cannot be parsed
-    BAD_TRUNCATED = "BAD_TRUNCATED"  # shorter than it declares
-    BAD_HEADER = "BAD_HEADER"  # a needed tag is missing or absurd
-    BAD_PIXELS = "BAD_PIXELS"  # colour, 16-bit display image, pixels that do not decode
-    BAD_GEOMETRY = "BAD_GEOMETRY"  # positions or axes that describe no box of voxels
+    BAD_UNREADABLE = "BAD_UNREADABLE"
+    BAD_TRUNCATED = "BAD_TRUNCATED"
+    BAD_HEADER = "BAD_HEADER"
+    BAD_PIXELS = "BAD_PIXELS"
+    BAD_GEOMETRY = "BAD_GEOMETRY"
     BAD_MISSING_SLICE = "BAD_MISSING_SLICE"
     BAD_DUPLICATE_SLICE = "BAD_DUPLICATE_SLICE"
-    BAD_MIXED_SERIES = "BAD_MIXED_SERIES"  # two patients, orientations or image sizes in one series
-    BAD_TILT = "BAD_TILT"  # gantry tilt: slices are sheared
-    BAD_INTENSITY = "BAD_INTENSITY"  # values that cannot be Hounsfield units
-    BAD_LIMIT = "BAD_LIMIT"  # larger than the stated limits
-    BAD_ZIP = "BAD_ZIP"  # encrypted, damaged or hostile zip
-    BAD_GAVE_UP = "BAD_GAVE_UP"  # the same ERR on the same bytes for the third night
+    BAD_MIXED_SERIES = "BAD_MIXED_SERIES"
+    BAD_TILT = "BAD_TILT"
+    BAD_INTENSITY = "BAD_INTENSITY"
+    BAD_LIMIT = "BAD_LIMIT"
+    BAD_ZIP = "BAD_ZIP"
+    BAD_GAVE_UP = "BAD_GAVE_UP"
 
-    ERR_STORAGE = "ERR_STORAGE"  # could not be fetched
-    ERR_GONE = "ERR_GONE"  # deleted between plan and read
-    ERR_INPUT_CHANGED = "ERR_INPUT_CHANGED"  # replaced between plan and read
-    ERR_TIMEOUT = "ERR_TIMEOUT"  # decoding took too long
-    ERR_DECODER_CRASH = "ERR_DECODER_CRASH"  # the decoder's process died
-    ERR_MEMORY = "ERR_MEMORY"  # decoding asked for more memory than allowed
+    ERR_STORAGE = "ERR_STORAGE"
+    ERR_GONE = "ERR_GONE"
+    ERR_INPUT_CHANGED = "ERR_INPUT_CHANGED"
+    ERR_TIMEOUT = "ERR_TIMEOUT"
+    ERR_DECODER_CRASH = "ERR_DECODER_CRASH"
+    ERR_MEMORY = "ERR_MEMORY"
 
     @property
     def is_final(self) -> bool:
         """Whether the next night leaves this scan alone."""
         return not self.value.startswith("ERR_")
+
+
+STATUS_MEANINGS: Mapping[Status, str] = {
+    Status.OK: "scored",
+    Status.SKIP_MODALITY: "not CT, or an object without pixels",
+    Status.SKIP_LOCALIZER: "scout view",
+    Status.SKIP_SECONDARY: "screenshot, dose page or other secondary capture",
+    Status.SKIP_MULTIFRAME: "several frames in one DICOM object (enhanced or perfusion CT)",
+    Status.SKIP_ORIENTATION: "coronal or sagittal reformat",
+    Status.SKIP_FEW_SLICES: "fewer slices than score.decode.min_slices",
+    Status.SKIP_NO_LUNG: "a head, an abdomen",
+    Status.BAD_UNREADABLE: "claims to be a scan, cannot be parsed",
+    Status.BAD_TRUNCATED: "shorter than it declares",
+    Status.BAD_HEADER: "a needed tag is missing or absurd",
+    Status.BAD_PIXELS: "colour, 16-bit display image, pixels that do not decode",
+    Status.BAD_GEOMETRY: "positions or axes that describe no box of voxels",
+    Status.BAD_MISSING_SLICE: "a slice is missing between others",
+    Status.BAD_DUPLICATE_SLICE: "two slices lie at one place",
+    Status.BAD_MIXED_SERIES: "two patients, orientations or image sizes in one series",
+    Status.BAD_TILT: "gantry tilt: slices are sheared",
+    Status.BAD_INTENSITY: "values that cannot be Hounsfield units",
+    Status.BAD_LIMIT: "larger than the stated limits",
+    Status.BAD_ZIP: "encrypted, damaged or hostile zip",
+    Status.BAD_GAVE_UP: "the same ERR on the same bytes for the third night",
+    Status.ERR_STORAGE: "could not be fetched",
+    Status.ERR_GONE: "deleted between plan and read",
+    Status.ERR_INPUT_CHANGED: "replaced between plan and read",
+    Status.ERR_TIMEOUT: "decoding took too long",
+    Status.ERR_DECODER_CRASH: "the decoder's process died",
+    Status.ERR_MEMORY: "decoding asked for more memory than allowed",
+}
 
 
 class ExitCode(IntEnum):

@@ -36,12 +36,13 @@ from darnet.evaluation_report import (
     render_tex,
     round_headlines,
 )
+from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
 from darnet.page import figure_to_png
 from darnet.paper import MODEL_NAMES
 from darnet.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.score import Ensemble, ScanScore
-from darnet.storage import Store, open_store
+from darnet.storage import Store, open_store, read_file
 from darnet.study import NetworkRun, describe_study, make_study
 from darnet.study_maps import CohortScores, add_maps
 from darnet.study_report import draw_cases, render_study, render_study_csv, render_study_tex
@@ -49,7 +50,7 @@ from darnet.terminal import print_table, show_progress
 from darnet.truth import Truth, read_truths
 
 PREDICTIONS_FILE = "predictions.parquet"
-HISTORY_FILE = "metrics.jsonl"
+TABLE = "predictions table"
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -67,7 +68,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
         bundles = find_bundles(open_store(settings.model))
         if len(bundles) > 1:
             return _run_study(settings, bundles, out)
-    second = None if settings.compare is None else _read_table(settings.compare)
+    second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
     predictions, origin = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
     comparison = None if second is None else compare_predictions(predictions, second, resampling)
@@ -214,7 +215,7 @@ def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, b
 
 def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin]:
     if settings.predictions is not None:
-        predictions = _read_table(settings.predictions)
+        predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, {})
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
@@ -267,16 +268,6 @@ def _describe_origin(manifest: BundleManifest, index: VolumesIndex) -> Origin:
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")
-
-
-def _read_table(uri: str) -> Predictions:
-    """Read a predictions table from a local path or s3://bucket/key."""
-    place, _, name = uri.rpartition("/")
-    store = open_store(place or ("/" if uri.startswith("/") else "."))
-    try:
-        return read_predictions_table(name, store.read_bytes(name))
-    except ObjectMissing as error:
-        raise UsageError(f"{uri}: no such file; name a predictions table") from error
 
 
 def _show(evaluation: Evaluation, origin: Origin) -> None:

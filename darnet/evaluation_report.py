@@ -202,7 +202,8 @@ def picture_calibration(evaluation: Evaluation) -> HtmlFigure:
     """How far probabilities mean what they say."""
     caption = (
         f"Calibration: points on the dotted line mean what they say, with 95% intervals. Expected calibration error "
-        f"{evaluation.metrics['ece_3class']:.4f} over {ECE_BINS} bins. Below, scans in each bin, on a log scale."
+        f"{evaluation.metrics['ece_3class']:.4f} over {ECE_BINS} bins. Below, scans in each bin, on a scale that is "
+        "logarithmic above 1."
     )
     reliability = measure_reliability(evaluation.predictions.probabilities, evaluation.predictions.labels)
     return HtmlFigure(figure_to_svg(draw_reliability(reliability)), caption)

@@ -21,7 +21,7 @@ PSI_MIN_SCANS = 200  # Source: ours; chance alone then gives 0.05 on average, an
 
 @dataclass(frozen=True)
 class Measure:
-    """One gate: what was measured tonight, and the most that passes. NaN, for what cannot be measured, passes."""
+    """One gate: what was measured tonight, and the most that passes. NaN, for what cannot be known, passes."""
 
     gate: str
     value: float
@@ -77,8 +77,8 @@ def _measure_err(rows: pd.DataFrame, config: GateConfig) -> Measure:
 
 def _measure_bad(rows: pd.DataFrame, earlier: pd.DataFrame, config: GateConfig) -> Measure:
     tonight, before = (_share(frame["status"].str.startswith("BAD_")) for frame in (rows, earlier))
-    limit = before + config.gate_bad_rise
-    return Measure("share of BAD", tonight, limit, f"{before:.3f} on earlier nights")
+    detail = f"{before:.3f} on earlier nights" if len(earlier) else "no earlier night"
+    return Measure("share of BAD", tonight, before + config.gate_bad_rise, detail)
 
 
 def _measure_drift(rows: pd.DataFrame, earlier: pd.DataFrame, config: GateConfig) -> list[Measure]:

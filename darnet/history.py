@@ -11,10 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from tensorboardX.event_file_writer import EventFileWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
-
 HISTORY_FILE = "metrics.jsonl"
 EVENTS_FILE = "tensorboard/events.out.tfevents.0000000000.darnet"  # TensorBoard knows files by the middle of the name
 
@@ -37,6 +33,10 @@ def render_history(fold: int, history: History) -> bytes:
 
 def render_events(history: History) -> bytes:
     """TensorBoard's event file; undefined metrics have no point."""
+    from tensorboardX.event_file_writer import EventFileWriter  # here, since importing it sets an environment variable
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
     with tempfile.TemporaryDirectory() as folder:
         writer = EventFileWriter(folder)
         for metrics in history:

@@ -5,11 +5,11 @@ This is the one road from bytes to network input: training and scoring both take
 
 import hmac
 import lzma
+import re
 import tempfile
 import time
 import zipfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,23 +22,24 @@ import numpy as np
 from darnet.archive import VOLUME_SUFFIXES, is_stray
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.decode import (
-    IMAGE_SUFFIXES,
     check_size,
     open_images,
     open_volume,
     read_dicom_slice,
     set_decoder_threads,
 )
-from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid, read_header
+from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
 from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.sandbox import Sandbox
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
+from darnet.series import IMAGE_SUFFIXES, sort_files
 from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+# The number of a slice behind two letters at most: too little for a patient's name, number or UID. Source: ours.
+HARMLESS_NAME = re.compile(r"[a-z]{0,2}[-_]?0*[0-9]{1,4}(\.[a-z]{2,5})?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class DicomStack:
         Raises: ScanError(BAD_PIXELS) naming the file.
         """
         file = self.series.files[index]
-        with name_file(file.name):
+        with name_file(file.label):
             pixels = self.series.turn(read_dicom_slice(file.path))
             return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
 
@@ -132,16 +133,26 @@ def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]
     for index, item in enumerate(source.objects):
         suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
         path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
-        file = StagedFile(PurePosixPath(item.key).name, path)
+        file = StagedFile(PurePosixPath(item.key).name, path, _label_object(source, index))
         here = store.local_path(item.key)
         if here is not None:
             path.symlink_to(here)
         else:
-            with name_file(file.name):
+            with name_file(file.label):
                 store.fetch(item, path)
         staged.append(file)
     check_unchanged(store, source)
     return staged
+
+
+def _label_object(source: Source, index: int) -> str:
+    """Name a file by its own name where that is but a number, else by its place in the sorted source."""
+    name = PurePosixPath(source.objects[index].key).name
+    return name if HARMLESS_NAME.fullmatch(name) else f"file {index + 1} of {len(source.objects)}"
+
+
+def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
+    return f"entry {index + 1} of {len(entries)}"
 
 
 def check_unchanged(store: Store, source: Source) -> None:
@@ -149,11 +160,11 @@ def check_unchanged(store: Store, source: Source) -> None:
 
     Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED.
     """
-    for item in source.objects:
+    for index, item in enumerate(source.objects):
         path = store.local_path(item.key)
         if path is None:
             return
-        with name_file(PurePosixPath(item.key).name):
+        with name_file(_label_object(source, index)):
             try:
                 status = path.stat()
             except OSError as error:
@@ -165,13 +176,14 @@ def check_unchanged(store: Store, source: Source) -> None:
 def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
     """Decode all scans of one staged source; runs inside the sandbox."""
     set_decoder_threads(1)
-    if source_key.lower().endswith(".zip"):
+    path = staged[0].path  # its suffix, and not the key's: a prefix may be called like a file
+    if path.name.endswith(".zip"):
         try:
-            return _decode_slices(source_key, _unpack_zip(staged[0].path, folder, road.decode), road)
+            return _decode_slices(source_key, _unpack_zip(path, folder, road.decode), road)
         except ScanError as error:
             return [IngestedScan(source_key, error.status, error.detail, _count(staged))]
-    if source_key.lower().endswith(VOLUME_SUFFIXES):
-        return [_decode_scan(source_key, _count(staged), lambda: open_volume(staged[0].path, road.decode), road)]
+    if path.name.endswith(VOLUME_SUFFIXES):
+        return [_decode_scan(source_key, _count(staged), lambda: open_volume(path, road.decode), road)]
     return _decode_slices(source_key, staged, road)
 
 
@@ -180,50 +192,20 @@ def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) ->
 
     The row named like the source itself is that of the images, or of unreadable files that no series can be blamed for.
     """
-    images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
-    headers, unreadable = _read_headers([file for file in staged if file not in images])
-    by_uid = defaultdict(list)
-    for header in headers:
-        by_uid[header.series_uid].append(header)
-    if by_uid and _are_thumbnails(images, headers, road.decode):
-        images = []
-    spoiling, unreadable = (unreadable, {}) if len(by_uid) == 1 else ({}, unreadable)
+    files = sort_files(staged, road.decode.min_slices)
+    images = files.images
     scans = [
-        _decode_series(f"{source_key}#{hash_series_uid(uid)}", members, tuple(spoiling.values()), road)
-        for uid, members in sorted(by_uid.items())
+        _decode_series(f"{source_key}#{hash_series_uid(uid)}", headers, files.spoiling[uid], road)
+        for uid, headers in sorted(files.series.items())
     ]
-    if unreadable:
-        detail = next(iter(unreadable.values())).detail
-        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, detail, _count([*unreadable, *images])))
+    if files.unplaced:
+        facts = _count([*(fragment.file for fragment in files.unplaced), *images])
+        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
     elif images:
         is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
         open_stack = partial(open_images, images, road.decode, is_head_first=is_head_first)
         scans.append(_decode_scan(source_key, _count(images), open_stack, road))
     return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
-
-
-def _are_thumbnails(images: Sequence[StagedFile], headers: Sequence[SliceHeader], limits: DecodeConfig) -> bool:
-    """Whether images beside DICOM are too few for a scan, or each shows a DICOM file of the same name."""
-    names = {header.file.name for header in headers}
-    names |= {name.rpartition(".")[0] for name in names}
-    return len(images) < limits.min_slices or all(image.name.rpartition(".")[0] in names for image in images)
-
-
-def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], dict[StagedFile, ScanError]]:
-    """Headers of the DICOM files, and an error for each file that claims to be one and is not."""
-    headers, unreadable = [], {}
-    for file in files:
-        try:
-            with name_file(file.name):
-                header = read_header(file)
-                if header is None and (file.name.lower().endswith(DICOM_SUFFIXES) or file.path.stat().st_size == 0):
-                    raise ScanError(Status.BAD_UNREADABLE, "should be DICOM and is not")
-        except ScanError as error:
-            unreadable[file] = error
-            continue
-        if header is not None:
-            headers.append(header)
-    return headers, unreadable
 
 
 def _decode_series(
@@ -311,9 +293,10 @@ def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFi
         for index, entry in enumerate(entries):
             suffix = PurePosixPath(entry.filename).suffix.lower()
             target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
-            with name_file(entry.filename), _zip_errors():
+            label = _label_entry(index, entries)
+            with name_file(label), _zip_errors():
                 target.write_bytes(archive.read(entry))
-            staged.append(StagedFile(entry.filename, target))
+            staged.append(StagedFile(entry.filename, target, label))
     return staged
 
 
@@ -328,8 +311,8 @@ def _zip_errors() -> Iterator[None]:
 
 def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
     seen: set[str] = set()
-    for entry in entries:
-        with name_file(entry.filename):
+    for index, entry in enumerate(entries):
+        with name_file(_label_entry(index, entries)):
             if entry.flag_bits & 1:
                 raise ScanError(Status.BAD_ZIP, "encrypted in the zip")
             if ".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/"):

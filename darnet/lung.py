@@ -34,6 +34,8 @@ CHEST_LITRES = 1.2  # nothing but a chest holds this much, however few slices it
 DENSE_GAIN = 2.0  # from aerated to dense: healthy lung grows by a tenth, bowel by two thirds, ground glass many times
 SLICE_SHARE = 1 / 3  # of the largest lung area in a slice: what counts as a slice of lung
 MIN_TALLNESS = 0.65  # height over width of the lungs: real chests 1.0 to 1.2, cut at the base 0.8; bowel gas up to 0.54
+MAX_DENSE_TALLNESS = 1.8  # ground glass throughout had up to 1.5; colons full of stool, tall and narrow, from 2.2
+MAX_MIDDLE_SHARE = 0.5  # of the fullest column, in the emptiest between: dense lungs had up to 0.17, one mass has 1
 MIN_FILLED = 0.9  # a slab from the middle of a chest shows lung from its first slice to its last
 
 DISPLAY_GAS = 0.06  # above outside air, of its contrast with tissue: what -937 HU is between air and muscle
@@ -51,22 +53,25 @@ IN_3D = ndimage.generate_binary_structure(3, 1)
 def segment_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> BoolArray:
     """Mark the voxels of both lungs, with their vessels and small lesions, without trachea.
 
-    Where there is little aerated lung, a higher threshold may find much that is ground glass throughout. It counts by
-    its volume alone, since stool is as dense as such lung, and as tall.
+    Where there is little aerated lung, a higher threshold may find much that is ground glass throughout. Stool is as
+    dense as such lung, so it counts only where its proportions are those of two lungs.
 
     Shape:  (D, H, W) bool on the volume's grid; all False where there is no lung.
     Raises: ValueError for a display image or a window that cannot tell gas from lung from tissue.
     Source: ours. Limits: a consolidation at the pleura that is both wider and taller than the closing reaches stays
             outside, and so does lung in a slice where the crop leaves neither front and back nor both side walls.
             Of a chest with less than `CHEST_LITRES` between gas and `DENSE_BELOW_HU`, only aerated lung is found: both
-            lungs consolidated throughout, or all of a small child's lung ground glass, look like an abdomen.
+            lungs consolidated throughout, or all of a small child's lung ground glass, look like an abdomen. So does
+            the middle of a chest with both lungs ground glass throughout, or with one so and the other lost; while two
+            masses of stool as large, as wide and as far apart as lungs would be taken for them.
     """
     lung = _segment_below(AIR_BELOW_HU, volume, window_hu)
     litres = _measure_litres(lung, volume)
     if litres >= CHEST_LITRES:
         return lung
     dense = _segment_below(DENSE_BELOW_HU, volume, window_hu)
-    return dense if _measure_litres(dense, volume) >= max(CHEST_LITRES, DENSE_GAIN * litres) else lung
+    is_large = _measure_litres(dense, volume) >= max(CHEST_LITRES, DENSE_GAIN * litres)
+    return dense if is_large and _is_pair_of_lungs(dense, volume) else lung
 
 
 def segment_display_lung(voxels: Uint8Array) -> BoolArray:
@@ -157,14 +162,29 @@ def has_lung(mask: BoolArray, volume: StandardVolume) -> bool:
             phantoms. Limits: ground glass that lifts both lungs as a whole by up to 550 HU, to about -250, leaves all
             three a chest; 650 HU, to about -160, leaves none.
     """
-    spacing_z, spacing_y, spacing_x = _spacing_mm(volume)
-    area_mm2 = mask.sum(axis=(1, 2)) * spacing_y * spacing_x
     litres = _measure_litres(mask, volume)
     if litres < MIN_LITRES:
         return False
+    tallness, filled = _measure_proportions(mask, volume)
+    return litres >= CHEST_LITRES or tallness >= MIN_TALLNESS or filled >= MIN_FILLED
+
+
+def _measure_proportions(mask: BoolArray, volume: StandardVolume) -> tuple[float, float]:
+    """Say how tall a mask that is not empty is to its width, and what share of the slices shows much of it."""
+    spacing_z, spacing_y, spacing_x = _spacing_mm(volume)
+    area_mm2 = mask.sum(axis=(1, 2)) * spacing_y * spacing_x
     is_lung_slice = area_mm2 >= SLICE_SHARE * area_mm2.max()
-    tallness = is_lung_slice.sum() * spacing_z / np.sqrt(area_mm2.max())
-    return bool(litres >= CHEST_LITRES or tallness >= MIN_TALLNESS or is_lung_slice.mean() >= MIN_FILLED)
+    return float(is_lung_slice.sum() * spacing_z / np.sqrt(area_mm2.max())), float(is_lung_slice.mean())
+
+
+def _is_pair_of_lungs(mask: BoolArray, volume: StandardVolume) -> bool:
+    """Say whether a mask that is not empty is neither flat nor slender, and parted in a left and a right half."""
+    tallness, _ = _measure_proportions(mask, volume)
+    num_voxels = mask.sum(axis=(0, 1))
+    middle = _find_middle(mask)
+    fullest = min(num_voxels[:middle].max(initial=0), num_voxels[middle:].max(initial=0))
+    is_parted = num_voxels[middle] <= MAX_MIDDLE_SHARE * fullest
+    return bool(MIN_TALLNESS <= tallness <= MAX_DENSE_TALLNESS and is_parted)
 
 
 def _segment_below(air_below_hu: float, volume: StandardVolume, window_hu: tuple[float, float]) -> BoolArray:

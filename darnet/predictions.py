@@ -12,11 +12,12 @@ import pandas as pd
 from darnet.errors import UsageError
 from darnet.metrics import LabelArray
 from darnet.scan import DIAGNOSES, FloatArray
-from darnet.tables import Rule, read_table, refuse_rows, to_text
+from darnet.tables import Rule, list_id_rules, read_table, refuse_rows, to_text
 
 LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)
 PROBABILITIES = tuple(f"prob_{name.lower()}" for name in LABELS)
 NEEDED_COLUMNS = ("scan_id", "label", *PROBABILITIES)
+OPTIONAL_COLUMNS = ("fold", "patient_id")
 SUM_TOLERANCE = 1e-3  # Source: ours; wider than three decimals printed, narrower than any mistake
 ROUNDING = 1e-6  # what a mean of single-precision probabilities may lie above 1
 
@@ -55,8 +56,8 @@ def read_predictions_table(name: str, data: bytes) -> Predictions:
     Identifiers are opaque text; label is CP, NCP or Normal. Other columns are ignored.
     Raises: UsageError naming file, row (from 1; a CSV's header counts) and remedy.
     """
-    frame = read_table(name, data, "predictions table", NEEDED_COLUMNS)
-    for column in ("scan_id", "label", "fold", "patient_id"):
+    frame = read_table(name, data, "predictions table", NEEDED_COLUMNS, OPTIONAL_COLUMNS)
+    for column in ("scan_id", "label", *OPTIONAL_COLUMNS):
         if column in frame:
             frame[column] = to_text(name, frame[column])
     if frame.empty:
@@ -77,6 +78,7 @@ def _rules_of_cells(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[Rule]:
         if column in frame:
             fault = f"is empty; {remedy}, or leave the whole column out"
             rules.append((column, fault, frame[column].str.strip() == ""))
+    rules += list_id_rules(frame, ("scan_id", *OPTIONAL_COLUMNS))
     for column in PROBABILITIES:
         rules += [
             (column, "is not a finite number; give a probability", ~np.isfinite(numbers[column])),
@@ -94,12 +96,21 @@ def _rules_between_rows(frame: pd.DataFrame) -> list[Rule]:
     keys = ["scan_id", "fold"] if has_folds else ["scan_id"]
     fault = "is also in an earlier row" + (" of this fold; keep one" if has_folds else "; keep one, or add column fold")
     rules: list[Rule] = [("scan_id", fault, frame.duplicated(keys))]
+    if has_folds:
+        rules.append(("fold", "is an earlier fold's number, written otherwise; write it alike", _find_respelt(frame)))
     by_scan = frame.groupby("scan_id")
     for column in ("label", "patient_id"):
         if column in frame:
             fault = "is not what an earlier row says of this scan; correct one of them"
             rules.append((column, fault, frame[column] != by_scan[column].transform("first")))
     return rules
+
+
+def _find_respelt(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Rows whose fold equals another's as a number but not as text, as 0 and 00 do: two folds of one network."""
+    numbers = pd.to_numeric(frame["fold"], errors="coerce")
+    first = frame["fold"].groupby(numbers).transform("first")
+    return numbers.notna() & (frame["fold"] != first)
 
 
 def _refuse_gaps(name: str, frame: pd.DataFrame) -> None:

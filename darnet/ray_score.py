@@ -20,7 +20,8 @@ from darnet.config import ScoreConfig, fingerprint
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
-from darnet.results_hold import refuse_if_held, review_run
+from darnet.ray_metrics import ScanCounters
+from darnet.results_hold import PAGE, refuse_if_held, review_run
 from darnet.results_objects import find_last_commit
 from darnet.results_publish import check_rows, publish
 from darnet.results_runs import PlannedSource, RunFolder, name_part, read_scored_keys
@@ -94,6 +95,7 @@ def score_archive(
         "scans": rows.num_rows,
         "statuses": dict(statuses.most_common()),
         "gates": verdict.describe(),
+        "report": f"{results.uri}/{folder.locate(PAGE)}",
         "published": number,
     }
 
@@ -138,9 +140,11 @@ def name_run(
 def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sources: int) -> None:
     """Run the road of `score_sources` and stage its rows, `part_sources` sources a part, every source whole."""
     finished: dict[str, list[dict[str, Any]]] = {}
+    counters = ScanCounters()
     with show_progress("scoring", num_sources) as meter:
         for source_key, rows in collect_sources(dataset):
             finished[source_key] = rows
+            counters.note(rows)
             meter.advance(1, Counter(row["status"] for row in rows))
             if len(finished) >= part_sources:
                 _write_part(folder, finished)

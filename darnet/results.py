@@ -18,7 +18,9 @@ from darnet.storage import Store, open_store
 
 # What `read_predictions` does, for analysts at a DuckDB prompt, who put their place for RESULTS; the README shows it.
 LATEST_SQL = """\
-WITH rows AS (FROM read_parquet('RESULTS/predictions/*.parquet')),
+CREATE VIEW predictions AS FROM read_parquet('RESULTS/predictions/*.parquet');
+CREATE MACRO latest(day := DATE '9999-12-31') AS TABLE
+WITH rows AS (FROM predictions WHERE night <= day),
 newest AS (
     SELECT source, max(commit) AS newest_commit, arg_max(input_sha256, commit) AS input_sha256,
            arg_max(model_sha256, commit) AS model_sha256,
@@ -27,7 +29,7 @@ newest AS (
 SELECT rows.* FROM rows JOIN newest USING (source, input_sha256, model_sha256, preprocessing_version)
 WHERE NOT starts_with(status, 'ERR_') OR commit = newest_commit
 QUALIFY row_number() OVER (PARTITION BY source, scan_id ORDER BY commit DESC) = 1
-ORDER BY source, scan_id
+ORDER BY source, scan_id;
 """
 
 

@@ -11,7 +11,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from darnet.config import GateConfig, ScoreSettings
 from darnet.errors import FolderMissing, HeldError, UsageError
-from darnet.gates import GATE_COLUMNS, Verdict, judge
+from darnet.gates import Verdict, judge
+from darnet.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, render_nightly
 from darnet.results_objects import NOTICE, list_commits, read_objects
 from darnet.results_publish import check_rows, publish
 from darnet.results_rows import SCHEMA
@@ -19,6 +20,7 @@ from darnet.results_runs import RUNS, RunFolder
 from darnet.storage import Store
 
 HELD, ACCEPTED, DISCARDED = "HELD.json", "ACCEPTED.json", "DISCARDED.json"
+PAGE = "nightly.html"
 
 
 def list_held_runs(store: Store) -> list[str]:
@@ -37,12 +39,14 @@ def refuse_if_held(store: Store) -> None:
 
 
 def review_run(folder: RunFolder, rows: Any, config: GateConfig) -> Verdict:
-    """Judge a run's rows against the nights before.
+    """Judge a run's rows against the nights before, and write the night's page.
 
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
     """
-    earlier = read_earlier_nights(folder.store, rows["night"][0].as_py(), config.gate_nights)
-    verdict = judge(rows.select(GATE_COLUMNS).to_pandas(), earlier.to_pandas(), config)
+    earlier = read_earlier_nights(folder.store, rows["night"][0].as_py(), config.gate_nights).to_pandas()
+    tonight = rows.select(NIGHT_COLUMNS).to_pandas()
+    verdict = judge(tonight, earlier, config)
+    folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict).encode())
     if verdict.breaches:
         hold = _describe_hold(folder.run_id, rows, verdict)
         folder.store.write_bytes(folder.locate(HELD), _to_json(hold))
@@ -51,10 +55,10 @@ def review_run(folder: RunFolder, rows: Any, config: GateConfig) -> Verdict:
 
 
 def read_earlier_nights(store: Store, night: Any, num_nights: int) -> Any:
-    """Of the last nights before this one that are in the table, the columns that gates judge."""
+    """Of the last nights before this one that are in the table, the columns that gates and page need."""
     found: set[Any] = set()
-    tables = [SCHEMA.empty_table().select(GATE_COLUMNS)]
-    for stored in read_objects(store, list_commits(store)[::-1], GATE_COLUMNS):  # a commit is of one night
+    tables = [SCHEMA.empty_table().select(EARLIER_COLUMNS)]
+    for stored in read_objects(store, list_commits(store)[::-1], EARLIER_COLUMNS):  # a commit is of one night
         if not stored.rows.num_rows or (dated := stored.rows["night"][0].as_py()) >= night:
             continue
         if dated not in found and len(found) == num_nights:
@@ -101,7 +105,7 @@ def _explain_hold(store: Store, hold: Mapping[str, Any]) -> HeldError:
     breaches = "; ".join(f"{item['gate']} {item['value']:.3f} (limit {item['limit']:.3f})" for item in hold["breaches"])
     return HeldError(
         f"run {run_id} of {hold['night']} is held by a quality gate: {breaches}. Nothing is published until that is "
-        f"decided: look at {store.uri}/{RUNS}{run_id}/nightly.html, then say python -m jobs.score "
+        f"decided: look at {store.uri}/{RUNS}{run_id}/{PAGE}, then say python -m jobs.score "
         f"--results {store.uri} --accept {run_id} --reason WHY, or --discard in place of --accept",
         {"held": run_id, "breaches": hold["breaches"]},
     )

@@ -190,11 +190,8 @@ class RunFolder:
         return staged
 
     def delete_work(self) -> int:
-        """Remove the parts and then the plan, all that a restart would go on from; the number of objects.
-
-        The plan goes last: parts without one would be taken up again by a run of the same name.
-        """
-        keys = sorted(list_parquet_keys(self.store, f"{RUNS}{self.run_id}/"), key=lambda key: key == self._plan_key)
+        """Remove plan and parts, all that a restart would go on from; the number of objects."""
+        keys = list_parquet_keys(self.store, self.locate(""))
         for key in keys:
             self.store.delete(key)
         return len(keys)

@@ -81,10 +81,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file of a source on this machine's disk. `name` is its key relative to the source, or its name in a zip."""
+    """A file of a source on this machine's disk. `name` is its key relative to the source, or its name in a zip.
+
+    `label` is what a row may call it: names are often made of a patient's name or of UIDs.
+    """
 
     name: str
     path: Path
+    label: str
 
 
 class SliceStack(Protocol):

@@ -17,6 +17,7 @@ from darnet.scan import DIAGNOSES, BoolArray, FloatArray, Uint8Array
 BORDER_SHARE = 32  # the border is this part of the width, all round each slice: 7 voxels of 224
 NUM_BINS = 16
 MAX_LEVELS = 20  # a text column with more values is a name or a date, and no class of scans
+NUM_QUANTILES = 10  # parts of equal size that other numbers are cut into
 NUM_PARTS = 5
 RIDGE = 0.1  # times the number of scans, on standardised columns
 CONFIDENCE = 0.95
@@ -38,9 +39,9 @@ class Feature:
 class Shortcut:
     """How well one feature alone tells one diagnosis from the others.
 
-    `auc` is of the better direction; for a category or a histogram it is of scores fitted on other patients, so that it
-    may lie below 0.5. `low` and `high` bound it with 95% confidence. `is_beyond_chance` holds where not even one of all
-    features and diagnoses looked at together would reach as far by chance, with the same confidence.
+    `auc` is of the better direction; where that is `fitted`, it is of scores fitted on other patients, so that it may
+    lie below 0.5. `low` and `high` bound it with 95% confidence. `is_beyond_chance` holds where not even one of all
+    comparisons made would reach as far by chance, with the same confidence.
     """
 
     feature: str
@@ -68,20 +69,39 @@ def find_shortcuts(
 ) -> list[Shortcut]:
     """Judge every feature against every diagnosis, the strongest first; features without spread are left out.
 
+    Numbers are judged twice, as they are and fitted (`encode_numbers`): a scanner's number, or a count that is in the
+    middle for one diagnosis, has no direction. Both are comparisons that luck had; one of them is told.
     Shape: N diagnoses and patients, as the features.
     """
     labels, groups = np.asarray(diagnoses), np.unique(np.asarray(patients), return_inverse=True)[1]
     judged = []
     for feature in features:
         is_known = np.atleast_1d(np.isfinite(feature.values).reshape(len(labels), -1).all(axis=1))
+        values = feature.values[is_known]
+        forms = [values] if values.ndim == 2 or (fitted := encode_numbers(values)) is None else [values, fitted]
         for diagnosis in DIAGNOSES:
-            rng = np.random.default_rng(seed)
-            item = _judge(feature.values[is_known], labels[is_known] == diagnosis, groups[is_known], rng)
-            if item is not None:
-                judged.append((feature, str(diagnosis), groups[is_known], *item))
-    reach = float(norm.ppf(1 - (1 - CONFIDENCE) / 2 / max(len(judged), 1)))
-    shortcuts = [_describe(*item, reach) for item in judged]
+            found = [
+                _judge(form, labels[is_known] == diagnosis, groups[is_known], np.random.default_rng(seed))
+                for form in forms
+            ]
+            judged.append((feature, str(diagnosis), groups[is_known], [item for item in found if item is not None]))
+    num_comparisons = sum(len(found) for *_, found in judged)
+    reach = float(norm.ppf(1 - (1 - CONFIDENCE) / 2 / max(num_comparisons, 1)))
+    shortcuts = [
+        _choose_form([_describe(feature, diagnosis, known, *item, reach) for item in found])
+        for feature, diagnosis, known, found in judged
+        if found
+    ]
     return sorted(shortcuts, key=lambda item: (not item.is_beyond_chance, -item.auc, item.feature, item.diagnosis))
+
+
+def _choose_form(forms: Sequence[Shortcut]) -> Shortcut:
+    """Of one feature's forms the plainest, unless a later one tells the diagnosis surely better."""
+    chosen = forms[0]
+    for item in forms[1:]:
+        if (item.is_beyond_chance and not chosen.is_beyond_chance) or item.low > chosen.auc:
+            chosen = item
+    return chosen
 
 
 def _describe(
@@ -140,6 +160,20 @@ def encode_levels(levels: Sequence[str]) -> FloatArray | None:
     if not 2 <= len(names) <= MAX_LEVELS:
         return None
     return np.eye(len(names))[codes]
+
+
+def encode_numbers(values: FloatArray) -> FloatArray | None:
+    """Numbers as columns of 0 and 1: one a value where there are at most MAX_LEVELS, else one a part of equal size.
+
+    None where fewer than three are left: two have a direction, and nothing besides.
+    Shape: (N,) -> (N, K).
+    """
+    edges = np.unique(values)
+    if len(edges) > MAX_LEVELS:
+        edges = np.unique(np.quantile(values, np.arange(NUM_QUANTILES) / NUM_QUANTILES))
+    if len(edges) < 3:
+        return None
+    return np.eye(len(edges))[np.searchsorted(edges, values, side="right") - 1]
 
 
 def measure_border(voxels: Uint8Array) -> dict[str, FloatArray]:

@@ -102,6 +102,19 @@ def open_store(uri: str, *, create: bool = False) -> Store:
     return S3Store(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
 
 
+def read_file(uri: str, kind: str) -> tuple[str, bytes]:
+    """Name and bytes of the one file that a person named: a local path, or s3://bucket/key.
+
+    Raises: UsageError saying that it should be a `kind`, if there is no file; StorageError, CredentialsError.
+    """
+    place, _, name = uri.rpartition("/")
+    store = open_store(place or ("/" if uri.startswith("/") else "."))
+    try:
+        return name, store.read_bytes(name)
+    except ObjectMissing as error:
+        raise UsageError(f"{uri}: no such file; name a {kind}") from error
+
+
 def connect_s3() -> Any:
     """A client from boto3's own chain (environment, profile, instance role), with bounded waiting."""
     settings = Config(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from darnet.cam_truth import MapStudy, correlate_redrawn, estimate_mean, study_maps
+from darnet.cam_truth import MapStudy, correlate_maps, estimate_mean, map_class, redraw_last_stage, study_maps
 from darnet.dataset import VolumesIndex
 from darnet.intervals import resample_scans
 from darnet.model import DARNet
@@ -19,7 +19,7 @@ from darnet.study import Study
 from darnet.truth import Truth
 
 NUM_CASES = 3  # Source: paper Fig. 2: mild, moderate, severe
-NUM_REDRAWN = 12  # scans of the sanity check: it asks whether maps change at all, and costs two forward passes a fold
+NUM_REDRAWN = 12  # scans of the sanity check: it asks whether maps change at all, and costs a forward pass a fold
 REDRAW_SEED = 1_000_000  # far from the seeds that networks are trained from
 # What depth attention adds, without and with channel attention, and what both add. Source: paper sec. 4.4 and 4.5
 MAP_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"), ("DA+CA", "ResNet18"))
@@ -50,6 +50,11 @@ class CohortScores:
         (name,) = frame.loc[frame["scan_id"] == scan_id, "array"]
         voxels: Uint8Array = np.load(self.index.folder / name)
         return voxels
+
+    def read_map(self, network: str, scan_id: str, label: int) -> FloatArray:
+        """The class map as it was scored; shape: (d, h, w)."""
+        class_map: FloatArray = self.scores[network][self.scan_ids.index(scan_id)].class_maps[label]
+        return class_map
 
     def draw_cam(self, network: str, scan_id: str, diagnosis: Diagnosis) -> FloatArray:
         """Shape: (D, H, W)."""
@@ -109,8 +114,11 @@ def _measure(
         some = known[:NUM_REDRAWN]
         label, fewer = DIAGNOSES.index(diagnosis), resample_scans(len(some), None, rng, num_replicates)
         for name in scans.scores:
-            networks = scans.networks(name)
-            values = [correlate_redrawn(networks, scans.read_voxels(item), label, REDRAW_SEED) for item in some]
+            changed = [redraw_last_stage(item, REDRAW_SEED + fold) for fold, item in enumerate(scans.networks(name))]
+            values = [
+                correlate_maps(scans.read_map(name, item, label), map_class(changed, scans.read_voxels(item), label))
+                for item in some
+            ]
             redrawn[name] = estimate_mean(np.array(values), fewer)
     pairs = [pair for pair in MAP_PAIRS if set(pair) <= set(scans.scores)]
     truths = [scans.truths[scan_id] for scan_id in known]

@@ -195,13 +195,12 @@ def tabulate_fold_pairs(pair: Pair) -> HtmlTable:
 
 def _summarise(study: Study) -> str:
     full, predictions = study.evaluations[study.full], study.runs[study.full].predictions
-    shown = [
-        _name_pair(pair)
-        for pair in study.pairs
-        if any(item.verdict == "shown" for name, item in pair.comparison.folds.items() if name in TABLE_2)
-    ]
+    shown = []
+    for pair in study.pairs:
+        names = [name for name in TABLE_2 if name in pair.comparison.folds and _is_shown(pair, name)]
+        shown += [f"{_name_pair(pair)} in {', '.join(names)}"] if names else []
     verdict = (
-        f"Paired by fold, a difference in a metric of Table 2 is shown for {', '.join(shown)}"
+        f"Paired by fold, these differences are shown, for this training seed: {'; '.join(shown)}"
         if shown
         else "Paired by fold, no difference between the networks compared is shown in any metric of Table 2"
     )
@@ -377,6 +376,10 @@ def _judge_redrawn(studies: Sequence[MapStudy]) -> str:
 def _spread(study: Study, name: str, metric: str) -> str:
     evaluation = study.evaluations[name]
     return format_metric(evaluation.fold_means[metric], evaluation.fold_stds[metric])
+
+
+def _is_shown(pair: Pair, metric: str) -> bool:
+    return pair.comparison.folds[metric].verdict == "shown"
 
 
 def _name_pair(pair: Pair) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
@@ -14,16 +15,21 @@ Rule: TypeAlias = "tuple[str, str, pd.Series[bool]]"
 """A column, what is wrong with its value and what to do, and the rows that are wrong so."""
 
 
-def read_table(name: str, data: bytes, kind: str, needed: Sequence[str]) -> pd.DataFrame:
+INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp"})  # Unicode's controls and formats (NUL, zero width), its line breaks
+
+
+def read_table(name: str, data: bytes, kind: str, needed: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
     """Read a table; `name` tells its format (.csv or .parquet), and stands in every complaint as `kind` does in one.
 
     A CSV's cells are all text; its index holds line numbers, that of a Parquet table row numbers from 1.
-    Raises: UsageError for another format, a damaged file, or a needed column that is missing or there twice.
+    Raises: UsageError for another format, a damaged file, a column whose name is nearly that of a needed or `optional`
+            one (it would be passed over in silence), or a needed column that is missing or there twice.
     """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in (".csv", ".parquet"):
         raise UsageError(f"{name}: a {kind} is a .csv or .parquet file")
     frame = _parse_csv(name, data, needed) if suffix == ".csv" else _parse_parquet(name, data)
+    _check_names(name, frame, (*needed, *optional))
     _check_columns(name, frame, needed)
     return frame
 
@@ -37,6 +43,22 @@ def to_text(name: str, column: "pd.Series[Any]") -> "pd.Series[str]":
     if not (is_text or pd.api.types.is_integer_dtype(column.dtype)):
         raise UsageError(f"{name}: column {column.name} is of type {column.dtype}; store it as text")
     return column.astype(object).where(column.notna(), "").astype(str)
+
+
+def list_id_rules(frame: pd.DataFrame, columns: Sequence[str]) -> list[Rule]:
+    """What makes two of one identifier without anybody seeing it: space around it, or a letter that is not shown.
+
+    The columns are text; those that the table lacks are passed over.
+    """
+    rules: list[Rule] = []
+    for column in columns:
+        if column in frame:
+            cells = frame[column]
+            rules += [
+                (column, "holds a character that is not shown; remove it", cells.map(_has_invisible)),
+                (column, "begins or ends with white space; remove it", cells != cells.str.strip()),
+            ]
+    return rules
 
 
 def refuse_rows(name: str, frame: pd.DataFrame, rules: Sequence[Rule]) -> None:
@@ -59,6 +81,8 @@ def _parse_csv(name: str, data: bytes, needed: Sequence[str]) -> pd.DataFrame:
         raise UsageError(f"{name}: the file is empty; it needs a header with {', '.join(needed)}")
     header = numbered[0][1]
     for row, cells in numbered:
+        if any("\0" in cell for cell in cells):
+            raise UsageError(f"{name} row {row}: a cell holds a NUL byte, so the file is damaged; export it again")
         if len(cells) != len(header):
             raise UsageError(f"{name} row {row}: {len(cells)} cells, but the header has {len(header)}; align them")
     records = [cells for _, cells in numbered[1:]]
@@ -73,6 +97,20 @@ def _parse_parquet(name: str, data: bytes) -> pd.DataFrame:
         raise UsageError(f"{name}: not a Parquet file ({error})") from error
     frame.index = pd.RangeIndex(1, len(frame) + 1)
     return frame
+
+
+def _check_names(name: str, frame: pd.DataFrame, known: Sequence[str]) -> None:
+    """Raises: UsageError naming a column that differs from a known one in case, space or invisible letters alone."""
+    meant = {column.casefold(): column for column in known}
+    for column in frame.columns:
+        shown = "".join(letter for letter in str(column) if not _has_invisible(letter))
+        near = meant.get(shown.strip().casefold())
+        if near is not None and column != near:
+            raise UsageError(f"{name}: column {column!r} is nearly {near}; rename it to {near}, or to something else")
+
+
+def _has_invisible(text: str) -> bool:
+    return any(unicodedata.category(letter) in INVISIBLE for letter in text)
 
 
 def _check_columns(name: str, frame: pd.DataFrame, needed: Sequence[str]) -> None:

@@ -15,6 +15,10 @@ from darnet.scan import BoolArray, CropBox, FloatArray, Intensity, SliceStack, S
 CROP_FRACTION = 48 / 512
 # Source: ours. Air fills at least the lungs of any chest; a scan without a voxel this dark is not in HU.
 AIR_HU = -200.0
+# Source: ours. Bone and 12-bit metal end at 3071, and a 16-bit number with its intercept below -33000; a hundredth of a
+# slice may be metal of an extended range. Where more lies outside, the voxels are damaged or no HU.
+PLAUSIBLE_HU = (-34_000.0, 4_000.0)
+MAX_IMPLAUSIBLE_SHARE = 0.02
 # Source: ours. Skin against air, and the couch's foam falls below it.
 BODY_HU = -400.0
 NUM_BODY_SAMPLES = 9
@@ -39,17 +43,18 @@ def make_standard_volume(stack: SliceStack, config: VolumeConfig) -> StandardVol
     depth, height, width = config.shape
     box = find_crop(stack, config)
     grid = np.zeros((depth, height, width), np.float32)
-    darkest, brightest = np.inf, -np.inf
+    darkest, brightest, implausible_share = np.inf, -np.inf, 0.0
     by_source = defaultdict(list)
     for item in list_contributions(stack.shape[0], depth, config.depth_resampling):
         by_source[item.source].append(item)
     for source, items in sorted(by_source.items()):
         pixels = stack.read_slice(source)
         darkest, brightest = min(darkest, float(pixels.min())), max(brightest, float(pixels.max()))
+        implausible_share += _measure_implausible(pixels) / len(by_source)
         small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), (height, width))
         for item in items:
             grid[item.target] += np.float32(item.weight) * small
-    _check_intensity(stack.intensity, darkest, brightest)
+    _check_intensity(stack.intensity, darkest, brightest, implausible_share)
     voxels = np.rint(grid * 255).clip(0, 255).astype(np.uint8)
     return StandardVolume(voxels, stack.intensity, _grid_spacing(stack, box, config.shape), box)
 
@@ -164,11 +169,19 @@ def _find_body(pixels: FloatArray, intensity: Intensity) -> BoolArray:
     return largest
 
 
-def _check_intensity(intensity: Intensity, darkest: float, brightest: float) -> None:
+def _measure_implausible(pixels_hu: FloatArray) -> float:
+    """The share of a slice that no scanner gives."""
+    low, high = PLAUSIBLE_HU
+    return float(((pixels_hu < low) | (pixels_hu > high)).mean())
+
+
+def _check_intensity(intensity: Intensity, darkest: float, brightest: float, implausible_share: float) -> None:
     if darkest == brightest:
         raise ScanError(Status.BAD_INTENSITY, "every voxel has the same value")
     if intensity is Intensity.HU and darkest > AIR_HU:
         raise ScanError(Status.BAD_INTENSITY, f"darkest value is {darkest:.0f}: no air, so this is not HU")
+    if intensity is Intensity.HU and implausible_share > MAX_IMPLAUSIBLE_SHARE:
+        raise ScanError(Status.BAD_INTENSITY, f"{implausible_share:.0%} of the voxels cannot be HU")
 
 
 def _grid_spacing(stack: SliceStack, box: CropBox, shape: tuple[int, int, int]) -> tuple[float, float, float] | None:

@@ -1,21 +1,15 @@
 """python -m jobs.evaluate: predictions table, or bundle + test cohort -> metrics, tables, report."""
 
 import sys
-from typing import Any
 
 from darnet.config import EvaluateSettings
 from darnet.evaluate import run_evaluation
 from darnet.job import run_job
 
 
-def work(settings: EvaluateSettings) -> dict[str, Any]:
-    """Evaluate."""
-    return run_evaluation(settings)
-
-
 def main() -> int:
     """Run the job and return its exit code."""
-    return run_job("evaluate", EvaluateSettings, work, sys.argv[1:])
+    return run_job("evaluate", EvaluateSettings, run_evaluation, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ import functools
 import sys
 from typing import Any
 
-import jobs.evaluate
 import jobs.prepare
 import jobs.train
 from darnet.bundle import NETWORKS, name_model
 from darnet.config import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
 from darnet.job import run_job
+from darnet.ray_evaluate import evaluate_on_cluster
 from darnet.steps import Step, claim_folder, run_steps
 
 
@@ -41,7 +41,7 @@ def work(settings: PaperSettings) -> dict[str, Any]:
         replicates=settings.replicates,
         **tree,
     )
-    steps.append(Step("evaluation", report / "report.html", lambda: jobs.evaluate.work(evaluate)))
+    steps.append(Step("evaluation", report / "report.html", lambda: evaluate_on_cluster(evaluate)))
     return {"out": str(out), "done": run_steps(steps), "report": str(report / "report.html")}
 
 

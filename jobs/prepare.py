@@ -9,13 +9,12 @@ from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
 from darnet.job import run_job
 from darnet.ray_prepare import prepare_volumes
-from darnet.storage import open_store
+from darnet.storage import open_store, read_file
 
 
 def work(settings: PrepareSettings) -> dict[str, Any]:
     """Prepare the volumes folder, or audit what it would be made of."""
-    place, _, name = settings.cohort.rpartition("/")
-    cohort = read_cohort(name, open_store(place or ".").read_bytes(name))
+    cohort = read_cohort(*read_file(settings.cohort, "cohort table"), num_folds=settings.train.num_folds)
     if settings.audit:
         return write_audit(audit_cohort(cohort, settings), settings.out)
     return prepare_volumes(open_store(settings.archive), cohort, open_store(settings.volumes, create=True), settings)

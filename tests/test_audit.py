@@ -85,7 +85,7 @@ def make_table(num_patients: int = 60) -> pd.DataFrame:
     is_cp = (frame["diagnosis"] == "CP") ^ (rng.random(len(frame)) < 1 / 6)
     frame["hospital"] = np.where(is_cp, "north", rng.choice(["south", "east"], len(frame)))
     frame["age"] = rng.integers(20, 90, num_patients)[patients]
-    frame["kvp"] = np.where(frame["diagnosis"] == "Normal", rng.integers(90, 121, len(frame)), 110)
+    frame["kvp"] = rng.integers(90, 121, len(frame)) + np.where(frame["diagnosis"] == "Normal", 8, 0)
     frame["name"] = [f"n{number}" for number in range(len(frame))]
     return frame
 
@@ -112,23 +112,60 @@ def test_a_shuffled_column_is_no_shortcut(tmp_path: Path) -> None:
     assert "No property of the scans that was looked at is a strong shortcut" in (tmp_path / "audit.html").read_text()
 
 
+def test_an_order_defect_nobody_looked_for_is_not_none(tmp_path: Path) -> None:
+    """NCP alone was not audited: by that, not by the order of slices, it differs."""
+    frame = make_table()
+    frame["audited"] = np.where(frame["diagnosis"] == "NCP", "0", "1")
+    frame["order_defect"] = np.where(frame["audited"] == "1", np.resize(["", "", "reversed"], len(frame)), "")
+    shortcuts = audit_text(frame.to_csv(index=False), tmp_path)["shortcuts"]
+    told = [(item["diagnosis"], item["num_scans"]) for item in shortcuts if item["feature"] == "order_defect"]
+    assert sorted(told) == [("CP", 80), ("Normal", 80)]
+    frame["audited"] = "1"
+    shortcuts = audit_text(frame.to_csv(index=False), tmp_path)["shortcuts"]
+    assert {item["num_scans"] for item in shortcuts if item["feature"] == "order_defect"} == {120}
+
+
+def read_text_table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
 def test_the_division_is_written_down_and_read_back_as_a_table_makes_it_again(tmp_path: Path) -> None:
-    frame = make_table().assign(discard=["1", *["0"] * 119])
+    frame = make_table().assign(discard=["1", *["0"] * 119], order_defect=["", "reversed", *[""] * 118], reason="mine")
     found = audit_text(frame.to_csv(index=False), tmp_path)
-    division = pd.read_csv(tmp_path / "division.csv", dtype=str, keep_default_na=False)
-    assert list(division.columns) == ["scan_id", "patient_id", "diagnosis", "cohort", "fold"]
-    assert division["scan_id"].tolist() == frame["scan_id"].tolist()
+    division = read_text_table(tmp_path / "division.csv")
+    assert list(division.columns) == [*frame.columns, "cohort", "fold"]
+    pd.testing.assert_frame_equal(division[list(frame.columns)], frame.astype(str))
     assert (division["cohort"].iloc[0], division["fold"].iloc[0]) == ("", "")
     assert set(division.loc[division["cohort"] == "train", "fold"]) == set("01234")
     assert division.groupby("patient_id")["cohort"].agg(lambda cells: len(set(cells) - {""})).max() == 1
-    excluded = pd.read_csv(tmp_path / "excluded.csv", dtype=str)
+    excluded = read_text_table(tmp_path / "excluded.csv")
     assert excluded[["scan_id", "status"]].to_numpy().tolist() == [["s000", "DISCARDED"]]
-    assert found["left_out"] == {"DISCARDED": 1}
-    again = audit_text((tmp_path / "division.csv").read_text(), tmp_path / "again")
+    assert (found["left_out"], found["reversed_scans"]) == ({"DISCARDED": 1}, 1)
+    again = audit_text((tmp_path / "division.csv").read_text(), tmp_path / "again", train={"seed": 77})
     assert again["counts"] == found["division"]["counts"]
-    pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "again" / "division.csv", dtype=str, keep_default_na=False), division
-    )
+    assert (again["left_out"], again["reversed_scans"]) == ({"DISCARDED": 1}, 1)
+    for name in ("division.csv", "excluded.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_the_audit_says_what_its_division_was_made_with(tmp_path: Path) -> None:
+    table = make_table().to_csv(index=False)
+    told = audit_text(table, tmp_path / "a", train={"seed": 3, "num_folds": 4}, cohorts={"test_fraction": 0.3})
+    settings = told["division_settings"]
+    assert settings["train"] == {"seed": 3, "num_folds": 4}
+    assert (settings["cohorts"]["division"], settings["cohorts"]["test_fraction"]) == ("patient", 0.3)
+    digests = [
+        audit_text(table, tmp_path / name, **changed)["division_settings"]["sha256"]
+        for name, changed in (("b", {"train": {"seed": 3}}), ("c", {"train": {"seed": 3}}), ("d", {}))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_division_of_an_earlier_audit_does_not_outlive_one_that_cannot_divide(tmp_path: Path) -> None:
+    audit_text(make_table().to_csv(index=False), tmp_path)
+    assert (tmp_path / "division.csv").exists()
+    audit_text(LEAKY, tmp_path)
+    assert not (tmp_path / "division.csv").exists()
 
 
 @needs_ccii
@@ -141,17 +178,22 @@ def test_what_is_known_of_cc_ccii_is_found(tmp_path: Path) -> None:
     }
     assert (found["test_patients"], found["patients_in_both_cohorts"], found["test_scans_of_those"]) == (436, 231, 255)
     assert found["findings"]["lung_masked"]["Normal"] == {"found": 606, "known": 966}
-    first = found["shortcuts"][0]
-    assert (first["feature"], first["diagnosis"], first["direction"]) == ("lung_masked", "Normal", "higher")
+    shortcuts = {(item["feature"], item["diagnosis"]): item for item in found["shortcuts"]}
+    masked, slices = shortcuts["lung_masked", "Normal"], shortcuts["slices", "NCP"]
+    assert (masked["direction"], slices["direction"]) == ("higher", "fitted")
+    whole = pd.read_csv(CCII)
+    plain = roc_auc_score(whole["diagnosis"] == "NCP", whole["slices"])
+    assert slices["low"] > max(plain, 1 - plain) + 0.05  # NCP is in the middle
     frame = pd.read_csv(CCII, dtype={"lung_masked": "Int64"}).dropna(subset="lung_masked")
     auc = roc_auc_score(frame["diagnosis"] == "Normal", frame["lung_masked"].astype(int))
-    assert first["auc"] == pytest.approx(auc, abs=1e-4)
+    assert masked["auc"] == pytest.approx(auc, abs=1e-4)
     assert found["division"]["patients_in_both_cohorts"] == 0
     assert "lung_masked tells Normal" in (tmp_path / "audit.html").read_text()
     assert "606 of 966 (63%)" in (tmp_path / "audit.html").read_text()
     paper = audit_text(CCII.read_text(), tmp_path / "paper", cohorts={"division": "paper"})
-    assert paper["division"]["patients_in_both_cohorts"] > 200
-    assert paper["counts"] == found["counts"]
+    assert paper["division"]["counts"] == paper["counts"] == found["counts"]
+    assert (paper["division"]["test_scans"], paper["division"]["patients_in_both_cohorts"]) == (472, 231)
+    assert sum(paper["division"]["counts"]["train"].values()) == 3600
 
 
 def make_display(number: int) -> tuple[Uint8Array, np.ndarray]:

@@ -9,8 +9,9 @@ import torch
 from darnet.cam_truth import (
     MEASURES,
     MapDifference,
-    correlate_redrawn,
+    correlate_maps,
     estimate_mean,
+    map_class,
     measure_chance,
     measure_map,
     redraw_last_stage,
@@ -42,10 +43,10 @@ def make_cam(**voxels: float) -> np.ndarray:
 
 
 def test_measures_are_what_a_hand_counts() -> None:
-    cam = make_cam(v111=4.0, v112=2.0, v236=1.0, v000=1.0)  # two voxels in the lesion, one in lung, one outside
+    cam = make_cam(v111=4.0, v112=2.0, v236=1.5, v000=0.5)  # two voxels in the lesion, one in lung, one outside
     measured = measure_map(cam, make_truth())
     assert measured == {
-        "cam_in_lung": 7 / 8,
+        "cam_in_lung": 7.5 / 8,
         "peak_in_lesion": 1.0,
         "peak_within_20_mm": 1.0,
         "dice_half_maximum": 2 * 2 / (2 + 4),
@@ -125,5 +126,9 @@ def test_only_last_stage_and_head_are_drawn_anew() -> None:
 def test_maps_of_other_weights_differ_and_of_the_same_weights_do_not() -> None:
     voxels = np.random.default_rng(0).integers(0, 256, NETWORK.volume_shape, dtype=np.uint8)
     networks = [build_network(NETWORK, seed).eval() for seed in (0, 1)]
-    assert correlate_redrawn(networks, voxels, 1, 0) == pytest.approx(1)  # drawn anew from their own seeds
-    assert abs(correlate_redrawn(networks, voxels, 1, 77)) < 0.9
+    before = map_class(networks, voxels, 1)
+    same, other = ([redraw_last_stage(net, seed + fold) for fold, net in enumerate(networks)] for seed in (0, 77))
+    assert correlate_maps(before, map_class(same, voxels, 1)) == pytest.approx(1)  # from the seeds they had
+    assert abs(correlate_maps(before, map_class(other, voxels, 1))) < 0.9
+    assert correlate_maps(before, -before) == pytest.approx(-1)
+    assert math.isnan(correlate_maps(before, np.zeros_like(before)))

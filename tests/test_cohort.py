@@ -1,6 +1,7 @@
 """The cohort table against hand-counted tables, the paper's Table 1 and loops over seeds."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from darnet.errors import UsageError
 
 CCII = Path(__file__).parents[2] / "shared" / "data" / "ccii" / "scans.csv"
 HEADER = "scan_id,patient_id,diagnosis,cohort\n"
+
+NOTE = "scan_id,patient_id,diagnosis,note\n"
 
 needs_ccii = pytest.mark.skipif(not CCII.is_file(), reason=f"no CC-CCII lists at {CCII}")
 
@@ -87,14 +90,38 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm() -> None:
         (HEADER + " ,1,CP,train\n", "table.csv row 2: scan_id ' ' is empty"),
         (HEADER + "a,1,CP,train\nb,1,CP,train\na,2,CP,test\n", "row 4: scan_id 'a' is also in an earlier row"),
         (HEADER + "a,1,CP,train\n\nb,,CP,train\n", "row 4: patient_id '' is empty"),
-        (HEADER + '"a\nb",1,CP,train\nc,1,covid,\nd,1,ncp,\n', r"row 4: diagnosis 'covid' .* CP, NCP, Normal \(1 more"),
+        (NOTE + 'a,1,CP,"x\ny"\nc,1,covid,\nd,1,ncp,\n', r"row 4: diagnosis 'covid' .* CP, NCP, Normal \(1 more"),
         (HEADER + "a,1,CP,train\nb,1,CP,valid\n", "row 3: cohort 'valid' is unknown; allowed are train, test"),
+        (HEADER + "a,1,CP,train\nb,p1 ,CP,train\n", "row 3: patient_id 'p1 ' begins or ends with white space; rem"),
+        (HEADER + "a,1,CP,train\n\u00a0b,1,CP,train\n", r"row 3: scan_id '\\xa0b' begins or ends with white space"),
+        (HEADER + "a,p\u200b1,CP,train\n", r"row 2: patient_id 'p\\u200b1' holds a character that is not shown"),
+        (HEADER + '"a\nb",1,CP,train\n', r"row 3: scan_id 'a\\nb' holds a character that is not shown"),
+        (HEADER + "a,1,CP,train\nb,1\0,CP,train\n", "row 3: a cell holds a NUL byte"),
         (HEADER + 'a,1,"CP,train\n', "table.csv: not a CSV file"),
     ],
 )
 def test_a_wrong_table_is_refused_by_file_and_row(text: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         read_csv(text)
+
+
+@pytest.mark.parametrize(
+    ("column", "near"),
+    [
+        (" discard", "discard"),
+        ("Cohort", "cohort"),
+        ("Patient_ID", "patient_id"),
+        ("FOLD", "fold"),
+        ("\u200bscan_id", "scan_id"),
+        ("order_defect\t", "order_defect"),
+    ],
+)
+def test_a_column_that_is_nearly_a_known_one_is_refused(column: str, near: str) -> None:
+    complaint = re.escape(f"table.csv: column {column!r} is nearly {near}; rename it")
+    for header in (f"scan_id,patient_id,diagnosis,{column}", f"{column},patient_id,diagnosis,site"):
+        with pytest.raises(UsageError, match=complaint):
+            read_csv(header + "\n1,2,CP,x\n")
+    assert "sites" in read_csv("scan_id,patient_id,diagnosis,sites\n1,2,CP,x\n")
 
 
 def test_files_of_other_kinds_are_refused() -> None:
@@ -239,6 +266,20 @@ def test_each_setting_leaves_out_its_scans_and_no_others() -> None:
     assert find_reversed(frame) == ["b", "f"]
 
 
+def test_the_paper_s_division_uses_damaged_scans_as_the_paper_did_unless_told_otherwise() -> None:
+    frame = read_csv(QUALITY_HEADER + QUALITY_ROWS.replace("e,4,Normal,,", "e,4,Normal,train,"))
+
+    def list_left_out(**changed: object) -> list[str]:
+        reasons = find_left_out(frame, CohortConfig.model_validate(changed))
+        return frame["scan_id"][reasons != ""].tolist()
+
+    assert list_left_out() == ["c", "e", "f"]
+    assert list_left_out(division="paper") == ["g"]
+    assert list_left_out(division="paper", drop_discarded=True) == ["e", "f", "g"]
+    assert list_left_out(division="paper", drop_shuffled=True) == ["c", "g"]
+    assert list_left_out(drop_discarded=False, drop_shuffled=False) == []
+
+
 def test_a_table_without_findings_leaves_nothing_out() -> None:
     frame = make_cohort(0)
     assert set(find_left_out(frame, CohortConfig())) == {""}
@@ -299,6 +340,63 @@ def test_a_divided_table_read_again_is_divided_alike() -> None:
     pd.testing.assert_frame_equal(again, divided)
 
 
+FOLDS_HEADER = "scan_id,patient_id,diagnosis,cohort,fold\n"
+FOLDS_ROWS = "a,1,CP,train,1\nb,1,CP,train,1\nc,2,CP,train,0\nd,3,CP,test,\ne,4,CP,,\n"
+
+
+def make_folds(seed: int) -> pd.DataFrame:
+    """A table with cohorts and folds of its own, dealt by somebody else."""
+    divided = divide_cohort(make_cohort(seed), num_folds=5, seed=seed + 100)
+    return divided.assign(fold=(divided["fold"] + 2) % 5, site="x")
+
+
+def test_a_table_s_own_folds_are_kept_whatever_the_seed_and_in_csv_and_parquet_alike() -> None:
+    own = make_folds(0)
+    buffer = io.BytesIO()
+    own.astype({"fold": "float64"}).to_parquet(buffer)
+    for table in (
+        own,
+        read_cohort("t.csv", own.to_csv(index=False).encode()),
+        read_cohort("t.parquet", buffer.getvalue()),
+    ):
+        pd.testing.assert_frame_equal(divide_cohort(table, num_folds=5, seed=9), own)
+
+
+def test_folds_of_other_cohorts_are_replaced() -> None:
+    own = make_folds(1)
+    without = own.drop(columns="fold")
+    expected = divide_cohort(without, num_folds=5, seed=3)
+    pd.testing.assert_frame_equal(divide_cohort(own.assign(fold=""), num_folds=5, seed=3)[list(expected)], expected)
+    paper = own.assign(paper_cohort=np.where(own.index % 3 == 0, "test", "train"))
+    fresh = divide_cohort(paper.drop(columns="fold"), num_folds=5, seed=3, division="paper")
+    divided = divide_cohort(paper, num_folds=5, seed=3, division="paper")
+    pd.testing.assert_frame_equal(divided[list(fresh)], fresh)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("f,1,CP,train,0", "row 7: fold '0' is not that of an earlier scan of this patient"),
+        ("f,5,CP,train,2", "row 7: fold '2' is out of range; train.num_folds is 2: 0 to 1"),
+        ("f,5,CP,train,00", "row 7: fold '00' is out of range"),
+        ("f,5,CP,train,-1", "row 7: fold '-1' is out of range"),
+        ("f,5,CP,train,", "row 7: fold '' of a training scan names no fold; name it, or empty the whole column"),
+        ("f,5,CP,test,1", "row 7: fold '1' of a scan that is not for training; leave it empty"),
+        ("f,5,CP,,1", "row 7: fold '1' of a scan that is not for training"),
+    ],
+)
+def test_a_wrong_fold_is_refused_by_row(row: str, complaint: str) -> None:
+    assert len(read_cohort("t.csv", (FOLDS_HEADER + FOLDS_ROWS).encode(), num_folds=2)) == 5
+    with pytest.raises(UsageError, match=rf"t\.csv {complaint}"):
+        read_cohort("t.csv", (FOLDS_HEADER + FOLDS_ROWS + row + "\n").encode(), num_folds=2)
+
+
+def test_a_fold_without_scans_is_refused() -> None:
+    own = make_folds(2)
+    with pytest.raises(UsageError, match="no training scan is in fold 5 of the table"):
+        divide_cohort(own, num_folds=6, seed=0)
+
+
 @needs_ccii
 def test_the_published_lists_give_table_1() -> None:
     """Source: paper Table 1."""
@@ -333,7 +431,8 @@ def test_the_defects_of_cc_ccii_are_counted_and_its_default_division_leaks_no_pa
     frame = read_ccii()
     reasons = find_left_out(frame, CohortConfig())
     assert reasons.value_counts().to_dict() == {"": 4078, "SHUFFLED": 61, "DISCARDED": 39}
-    assert (find_left_out(frame, CohortConfig(division="paper")) == "NOT_IN_COHORT").sum() == 106
+    as_printed = find_left_out(frame, CohortConfig(division="paper"))
+    assert as_printed.value_counts().to_dict() == {"": 4072, "NOT_IN_COHORT": 106}
     assert len(find_reversed(frame)) == 98
     divided = divide_cohort(frame[reasons == ""], num_folds=5, seed=0)
     assert len(divided) == 4078

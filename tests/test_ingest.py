@@ -255,6 +255,30 @@ def test_slice_images_are_taken_in_natural_order(suffix: str, ingest: Ingest, tm
     assert np.abs(scan.volume.voxels.mean(axis=(1, 2)) - expected).max() <= 1
 
 
+NUMBERS: dict[str, tuple[Sequence[str], Status]] = {
+    "a gap": ([f"{n:04d}" for n in range(24) if not 8 <= n < 14], Status.BAD_MISSING_SLICE),
+    "one lost": ([f"IM-0001-{n}" for n in range(1, 25) if n != 5], Status.BAD_MISSING_SLICE),
+    "three holes": ([f"{n}" for n in range(70, 94) if n not in (75, 80, 91)], Status.BAD_MISSING_SLICE),
+    "one lost of every third": ([f"{n}" for n in range(4, 76, 3) if n != 31], Status.BAD_MISSING_SLICE),
+    "from 113 on": ([f"{n}" for n in range(113, 137)], Status.OK),
+    "every third": ([f"{n:03d}" for n in range(4, 76, 3)], Status.OK),
+    "two in three": ([f"{n}" for n in range(36) if n % 3], Status.OK),
+    "numbers at random": ([f"{n * n * 31 + 7}" for n in range(24)], Status.OK),
+    "letters": ([f"slice_{chr(97 + n)}" for n in range(24)], Status.OK),
+    "two numbers": ([f"{n // 12}-{n % 12}" for n in range(24)], Status.OK),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_images_with_a_hole_in_their_numbers_are_refused(name: str, ingest: Ingest, tmp_path: Path) -> None:
+    """How the numbers of a whole scan run is free, as in CC-CCII."""
+    numbers, expected = NUMBERS[name]
+    (tmp_path / "archive" / "a").mkdir(parents=True)
+    _add_images(tmp_path / "archive" / "a", [f"{number}.png" for number in numbers])
+    (scan,) = ingest()
+    assert scan.status is expected, scan.status_detail
+
+
 def test_feet_first_images_are_turned_round_by_the_setting(ingest: Ingest, tmp_path: Path) -> None:
     display = np.repeat(np.arange(24, dtype=np.uint8) * 10, 64 * 64).reshape(24, 64, 64)
     _write_images(tmp_path / "archive" / "a", ".png", display)
@@ -287,6 +311,19 @@ def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest
         (scan,) = ingest(Road(VOLUME.model_copy(update=update), DecodeConfig()))
         assert scan.volume is not None
         assert not np.array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+def test_a_prefix_called_like_a_file_is_read_as_a_prefix(
+    reference: IngestedScan, ingest: Ingest, tmp_path: Path
+) -> None:
+    for name in ("case1.zip", "case2.nii", "case4.mha"):
+        write_chest(tmp_path / "archive" / name)
+    _write_images(tmp_path / "archive" / "case3.nii.gz", ".png", DISPLAY)
+    rows = {scan.scan_id.split("#")[0]: scan for scan in ingest()}
+    assert [rows[key].status for key in sorted(rows)] == [Status.OK] * 5
+    assert reference.volume is not None
+    for name in ("case1.zip", "case2.nii", "case4.mha"):
+        np.testing.assert_array_equal(rows[name].volume.voxels, reference.volume.voxels)  # type: ignore[union-attr]
 
 
 # Several scans in a source, strays, damage
@@ -487,6 +524,11 @@ def _nan_chest() -> np.ndarray:
     return voxels
 
 
+def _make_noise() -> np.ndarray:
+    """What a reader hands out that never filled its memory."""
+    return np.random.default_rng(0).integers(-32768, 32768, (24, 64, 64)).astype(np.int16)
+
+
 def _make_abdomen() -> np.ndarray:
     """A body of soft tissue in air."""
     body = np.where(np.hypot(*np.mgrid[-1:1:64j, -1:1:64j]) < 0.8, 40, -1000)
@@ -530,15 +572,28 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], Status]] = {
     "two pixel sizes": (_one(5, PixelSpacing=[5.0, 5.0]), Status.BAD_MIXED_SERIES),
     "two orientations": (_one(5, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), Status.BAD_MIXED_SERIES),
     "sheared by a tilt": (_edit(_shear), Status.BAD_TILT),
+    "a slice moved in plane": (
+        _one(10, ImagePositionPatient=[-110.0, -250.0, 500.0 - 10 * SPACING_MM[0]]),
+        Status.BAD_GEOMETRY,
+    ),
+    "the last slice moved a little": (
+        _one(23, ImagePositionPatient=[-196.5, -190.0, 500.0 - 23 * SPACING_MM[0]]),
+        Status.BAD_TILT,
+    ),
+    "the slice before the last moved a little": (
+        _one(22, ImagePositionPatient=[-196.5, -190.0, 500.0 - 22 * SPACING_MM[0]]),
+        Status.BAD_GEOMETRY,
+    ),
     "tilt stated": (_tag(GantryDetectorTilt=15.0), Status.BAD_TILT),
     "encrypted zip": (lambda folder: _write_zip(folder, flag=1), Status.BAD_ZIP),
     "zip with path traversal": (lambda folder: _write_zip(folder, "../x.dcm"), Status.BAD_ZIP),
     "no zip at all": (lambda folder: (folder.mkdir(), (folder / "a.zip").write_bytes(b"PK\3\4junk")), Status.BAD_ZIP),
     "volume with NaN": (lambda folder: _write_volume(folder, _nan_chest()), Status.BAD_INTENSITY),
-    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_UNREADABLE),
+    "mha cut": (lambda folder: _write_volume(folder, make_chest(), cut=0.6), Status.BAD_TRUNCATED),
     "nii cut": (lambda folder: _write_volume(folder, make_chest(), ".nii", cut=0.95), Status.BAD_TRUNCATED),
     "nii.gz cut": (lambda folder: _write_volume(folder, make_chest(), ".nii.gz", cut=0.95), Status.BAD_TRUNCATED),
     "nii.gz garbled": (lambda folder: _garble(_write_volume(folder, make_chest(), ".nii.gz")), Status.BAD_UNREADABLE),
+    "volume of noise": (lambda folder: _write_volume(folder, _make_noise()), Status.BAD_INTENSITY),
     "volume of six slices": (lambda folder: _write_volume(folder, make_chest()[:6]), Status.SKIP_FEW_SLICES),
     "zip garbled": (lambda folder: _garble(_write_big_zip(folder)), Status.BAD_ZIP),
     "zip of two image folders": (lambda folder: _zip_images(folder), Status.BAD_MIXED_SERIES),
@@ -591,9 +646,9 @@ NAMED = {
     "colour": "000.dcm",
     "garbled codestream": "000.dcm",
     "skewed orientation": "000.dcm",
-    "zip with path traversal": "../x.dcm",
-    "encrypted zip": "x.dcm",
-    "zip garbled": "x.dcm",
+    "zip with path traversal": "entry 1 of 1",
+    "encrypted zip": "entry 1 of 1",
+    "zip garbled": "entry 1 of 1",
     "16-bit images": "1.png",
     "coloured images": "1.png",
 }
@@ -617,7 +672,45 @@ def test_a_slice_in_a_zip_is_named_by_its_place_in_the_zip(ingest: Ingest, tmp_p
         for path in paths:
             file.write(path, f"inside/{path.name}")
     (scan,) = ingest()
-    assert scan.status_detail == f"inside/021.dcm: pixel data ends {missing_bytes} bytes early"
+    assert scan.status_detail == f"entry 4 of 24: pixel data ends {missing_bytes} bytes early"
+
+
+IDENTIFYING = {
+    "a patient's name": lambda index: f"DOE^JANE 1960-01-01 {index}.dcm",
+    "a short name": lambda index: f"DOE{index}.dcm",
+    "a patient's number": lambda index: f"{4711000 + index}.dcm",
+    "a UID": lambda index: f"1.2.3.{index}",
+}
+
+
+@pytest.mark.parametrize("naming", IDENTIFYING)
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.8])
+def test_a_file_name_that_may_identify_is_not_in_the_row(
+    keep: float, is_zipped: bool, naming: str, ingest: Ingest, tmp_path: Path
+) -> None:
+    folder = tmp_path / "archive" / "a"
+    for index, path in enumerate(write_chest(folder)):
+        path.rename(folder / f"x{IDENTIFYING[naming](index)}")
+    names = sorted(path.rename(folder / path.name[1:]).name for path in folder.iterdir())
+    _cut(folder / names[2], keep)
+    if is_zipped:
+        with zipfile.ZipFile(tmp_path / "archive" / "a.zip", "w") as file:
+            for name in names:
+                file.write(folder / name, f"DOE^JANE/{name}")
+        shutil.rmtree(folder)
+    (scan,) = ingest()
+    assert scan.status.startswith("BAD_")
+    assert scan.status_detail.startswith(f"{'entry' if is_zipped else 'file'} 3 of 24: ")
+    assert names[2] not in scan.status_detail
+
+
+def test_a_zip_of_a_hostile_entry_does_not_say_its_name(ingest: Ingest, tmp_path: Path) -> None:
+    for flag, name in ((1, "DOE^JANE/3.dcm"), (0, "../DOE^JANE.dcm")):
+        _write_zip(tmp_path / "archive", name, flag)
+        (scan,) = ingest()
+        assert (scan.status, "DOE" in scan.status_detail) == (Status.BAD_ZIP, False)
+        shutil.rmtree(tmp_path / "archive")
 
 
 def test_several_damaged_slices_are_counted_and_the_first_is_named(ingest: Ingest, tmp_path: Path) -> None:
@@ -658,6 +751,104 @@ def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ing
     statuses = {scan.scan_id: scan.status for scan in ingest()}
     assert statuses.pop("a") is Status.BAD_UNREADABLE
     assert list(statuses.values()) == [Status.OK, Status.OK]
+
+
+def test_a_last_slice_cut_anywhere_spoils_its_series(ingest: Ingest, tmp_path: Path) -> None:
+    """Nothing but the cut slice itself tells that the series had one more at its end."""
+    path = write_chest(tmp_path / "archive" / "a")[-1]
+    data = path.read_bytes()
+    body = data.index(SERIES_UID.encode())
+    for length in {*range(0, 1000, 20), *range(body - 12, body + 8), *range(1000, len(data), 500), len(data) - 1}:
+        path.write_bytes(data[:length])
+        (scan,) = ingest()
+        assert scan.scan_id == f"a#{_digest(SERIES_UID)}", length
+        assert scan.status in (Status.BAD_UNREADABLE, Status.BAD_TRUNCATED), (length, scan.status_detail)
+        assert path.name in scan.status_detail
+
+
+@pytest.mark.parametrize("length", [0, 100, 420])
+def test_a_cut_slice_spoils_of_two_series_the_one_it_is_named_like(length: int, ingest: Ingest, tmp_path: Path) -> None:
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    os.truncate(tmp_path / "archive" / "a" / "000.dcm", length)
+    statuses = {scan.scan_id: scan.status for scan in ingest()}
+    assert statuses.pop(f"a#{_digest('1.2.3.4.6')}") is Status.OK
+    assert statuses.pop(f"a#{_digest(SERIES_UID)}") in (Status.BAD_UNREADABLE, Status.BAD_TRUNCATED)
+    assert statuses == {}
+
+
+def test_a_cut_slice_spoils_every_series_that_may_have_lost_it(ingest: Ingest, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    write_chest(tmp_path / "elsewhere", SeriesInstanceUID="1.2.3.4.6")
+    for path in (tmp_path / "elsewhere").iterdir():
+        path.rename(tmp_path / "archive" / "a" / f"1{path.name}")
+    os.truncate(tmp_path / "archive" / "a" / "000.dcm", 420)
+    assert {scan.status for scan in ingest()} == {Status.BAD_TRUNCATED}
+
+
+def _cut_in_sequence(path: Path) -> None:
+    """Leave a slice that ends between an item of a sequence of undefined length and its end."""
+    dataset = pydicom.dcmread(path)
+    item = pydicom.Dataset()
+    item.ReferencedSOPInstanceUID = "1.2.3"
+    item.is_undefined_length_sequence_item = True
+    dataset.ReferencedImageSequence = [item]
+    dataset["ReferencedImageSequence"].is_undefined_length = True
+    dataset.save_as(path)
+    os.truncate(path, path.read_bytes().index(b"\x08\x00\x40\x11") + 40)
+
+
+def test_a_slice_cut_inside_a_sequence_is_no_trouble_of_the_machine(ingest: Ingest, tmp_path: Path) -> None:
+    test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
+    _cut_in_sequence(tmp_path / "archive" / "a" / "000.dcm")
+    statuses = {scan.scan_id: scan.status for scan in ingest()}
+    assert statuses == {
+        f"a#{_digest(SERIES_UID)}": Status.BAD_UNREADABLE,
+        f"a#{_digest('1.2.3.4.6')}": Status.OK,
+    }
+
+
+SPOILT_FILES = {"zeros": bytes(9000), "a web page": b"<html>503</html>", "a stub": b"version 1\n", "nothing": b""}
+NAMINGS: dict[str, Callable[[int], str]] = {
+    "IM0007": lambda index: f"IM{index:04d}",
+    "7": lambda index: f"{index}",
+    "a UID": lambda index: f"1.2.840.113.{index * 7919}",
+    "a UID and .dcm": lambda index: f"1.2.840.113.{index * 7919}.dcm",
+    "a suffix of its own": lambda index: f"slice{index}.ct",
+}
+
+
+@pytest.mark.parametrize("content", SPOILT_FILES)
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_end_slices_that_are_no_dicom_any_more_spoil_their_series(
+    naming: str, content: str, ingest: Ingest, tmp_path: Path
+) -> None:
+    for index, path in enumerate(write_chest(tmp_path / "archive" / "a")):
+        renamed = path.rename(path.with_name(NAMINGS[naming](index)))
+        if index < 6:
+            renamed.write_bytes(SPOILT_FILES[content])
+    (scan,) = ingest()
+    assert (scan.scan_id, scan.status) == (f"a#{_digest(SERIES_UID)}", Status.BAD_UNREADABLE)
+    assert scan.status_detail.endswith("6 of 24 slices are damaged")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: _cut(path, 0), lambda path: path.write_bytes(bytes(99))])
+def test_thumbnails_of_a_damaged_series_are_still_no_scan(
+    change: Callable[[Path], object], ingest: Ingest, tmp_path: Path
+) -> None:
+    paths = write_chest(tmp_path / "archive" / "a")
+    _add_images(tmp_path / "archive" / "a", [f"{index:03d}.jpg" for index in range(24)])
+    change(paths[10])
+    (scan,) = ingest()
+    assert scan.scan_id == f"a#{_digest(SERIES_UID)}"
+    assert scan.status.startswith("BAD_")
+
+
+def test_thumbnails_of_slices_that_are_all_unreadable_are_no_scan(ingest: Ingest, tmp_path: Path) -> None:
+    for path in write_chest(tmp_path / "archive" / "a"):
+        path.write_bytes(bytes(99))
+    _add_images(tmp_path / "archive" / "a", [f"{index:03d}.jpg" for index in range(24)])
+    (scan,) = ingest()
+    assert (scan.scan_id, scan.status, scan.facts.num_files) == ("a", Status.BAD_UNREADABLE, 24)
 
 
 def _add_images(folder: Path, names: Sequence[str]) -> None:

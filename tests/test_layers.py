@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors config scan",
-    "storage_local history decode dicom volume lung model augment metrics shortcuts page paper sandbox tables terminal "
-    "phantom_canvas results_rows",
-    "storage archive cohort cam calibration charts intervals predictions report job steps slice_order gates "
-    "phantom_body phantom_findings phantom_files",
-    "bundle results_objects ingest dataset evaluation phantom phantom_decoys truth",
-    "train score prepared volumes_cache evaluation_report cam_truth audit_features results results_runs "
-    "results_publish",
-    "ray_cluster model_card demo study audit results_hold",
-    "results_check ray_prepare ray_train ray_score phantom_study study_report study_maps audit_report",
+    "archive augment cam dicom history job lung metrics model page paper phantom_canvas ray_metrics report "
+    "results_rows sandbox shortcuts storage_local tables terminal volume volume_file",
+    "calibration charts cohort decode gates intervals phantom_body phantom_files phantom_findings predictions "
+    "series slice_order steps storage",
+    "bundle dataset evaluation ingest nightly_report phantom phantom_decoys results_objects truth",
+    "audit_features cam_truth evaluation_report prepared ray_cluster results results_publish results_runs "
+    "score train volumes_cache",
+    "audit demo model_card ray_prepare results_hold study",
+    "audit_report phantom_study ray_score ray_train results_check study_maps study_report",
     "evaluate",
+    "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}

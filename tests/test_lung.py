@@ -237,6 +237,32 @@ def test_an_abdomen_with_bowel_gas_and_lung_bases_has_no_lung(shape: tuple[int, 
     assert not has_lung(mask, volume)
 
 
+def draw_stool(shape: tuple[int, int, int], radius: float, half_height: float) -> Scene:
+    """An abdomen without lung: an upright colon full of stool on each side, and a full rectum."""
+    scene = Scene(shape, (400, 360, 400))
+    scene.paint((0, 0, 0), (9e9, 118, 165), 40)
+    for side in (-1, 1):
+        is_colon = (np.hypot(scene.y, scene.x - side * 105) < radius) & (np.abs(scene.z) < half_height)
+        scene.hu[is_colon] = -305 + 45 * np.sin(scene.z[is_colon] / 20)
+    scene.paint((150, 40, 0), (45, 35, 35), -300)
+    return scene
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+@pytest.mark.parametrize(("radius", "half_height"), [(28, 140), (30, 180), (35, 150), (40, 120)])
+def test_more_than_a_litre_of_stool_is_no_chest(radius: float, half_height: float, shape: tuple[int, int, int]) -> None:
+    scene = draw_stool(shape, radius, half_height)
+    assert not judge(scene)
+
+
+@pytest.mark.parametrize("radii", [(70, 65, 70), (60, 65, 90)])
+def test_one_mass_of_stool_in_the_middle_is_no_chest(radii: tuple[int, int, int]) -> None:
+    scene = Scene((24, 96, 96), (400, 360, 400))
+    scene.paint((0, 0, 0), (9e9, 118, 165), 40)
+    scene.paint((60, 20, 0), radii, -300)
+    assert not judge(scene)
+
+
 def test_a_slab_from_the_middle_of_a_small_chest_has_lungs() -> None:
     volume = draw_chest(extent_mm=(60, 360, 360))[0].to_volume()
     small = replace(volume, spacing_mm=tuple(0.6 * step for step in volume.spacing_mm or ()))

@@ -33,6 +33,7 @@ def read_csv(*rows: str, header: str = HEADER) -> Predictions:
         (["a,CP,0,1.1,0"], "row 2: prob_ncp '1.1' is above 1"),
         ([f"a,CP,{GOOD}", "b,CP,0.2,0.7,0.102"], "row 3: prob_cp '0.2' and the other two do not add up to 1"),
         ([f"a,CP,{GOOD}", f"b,CP,{GOOD}", f"a,CP,{GOOD}"], "row 4: scan_id 'a' is also in an earlier row; keep one"),
+        ([f"a,CP,{GOOD}", f"a ,CP,{GOOD}"], "row 3: scan_id 'a ' begins or ends with white space"),
         (["a,CP,0.2,0.7"], "row 2: 4 cells, but the header has 5"),
     ],
 )
@@ -48,6 +49,11 @@ def test_a_missing_column_is_named(column: str) -> None:
         read_csv(f"a,CP,{GOOD}", header=header)
 
 
+def test_a_column_that_is_nearly_an_optional_one_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"t\.csv: column 'Patient_id' is nearly patient_id; rename it"):
+        read_csv(f"a,CP,{GOOD},1", header=f"{HEADER},Patient_id")
+
+
 FOLDS = f"{HEADER},fold,patient_id"
 
 
@@ -59,6 +65,10 @@ FOLDS = f"{HEADER},fold,patient_id"
         ([f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},0,1"], "row 3: scan_id 'a' is also in an earlier row of this fold"),
         ([f"a,CP,{GOOD},0,1", f"a,NCP,{GOOD},1,1"], "row 3: label 'NCP' is not what an earlier row says of this scan"),
         ([f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},1,2"], "row 3: patient_id '2' is not what an earlier row says"),
+        ([f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},00,1"], "row 3: fold '00' is an earlier fold's number, written otherwise"),
+        ([f"a,CP,{GOOD},x,1", f"a,CP,{GOOD},1,1", f"a,CP,{GOOD},1.0,1"], r"row 4: fold '1\.0' is an earlier fold's"),
+        ([f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},0 ,1"], "row 3: fold '0 ' begins or ends with white space"),
+        ([f"a,CP,{GOOD},0,1", f"b,CP,{GOOD},0,1\t"], "row 3: patient_id '1.t' holds a character that is not shown"),
         (
             [f"a,CP,{GOOD},0,1", f"b,CP,{GOOD},0,1", f"a,CP,{GOOD},1,1"],
             "row 3: scan_id 'b' is in fold '0' but not in fold '1'",

@@ -17,20 +17,25 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from ray.data import Dataset
 
 from darnet.bundle import read_bundle
-from darnet.config import DecodeConfig, ScoreConfig
-from darnet.errors import CredentialsError, UsageError
+from darnet.config import DecodeConfig, ScoreConfig, ScoreSettings
+from darnet.errors import CredentialsError, HeldError, UsageError
+from darnet.page import NOTICE
 from darnet.ray_cluster import connect
+from darnet.ray_metrics import ScanCounters
 from darnet.ray_score import name_run, score_archive, score_sources
 from darnet.results import read_predictions
+from darnet.results_hold import decide_hold
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
+from tests.results_fixtures import make_row
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).parents[1]
@@ -120,6 +125,64 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
         "c00000001.parquet",
         "c00000002.parquet",
     ]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_night_of_spoiled_scans_is_held_until_it_is_accepted(model: str, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "good")
+    results = open_store(str(tmp_path / "results"), create=True)
+    stores = open_store(str(tmp_path / "archive")), open_store(model), results
+    config = CONFIG.model_copy(update={"gate_min_scans": 1, "gate_min_nights": 1})
+    first = score_archive(*stores, config, NIGHT)
+    assert first["gates"] == "not judged: 0 earlier nights, the gates need 1"
+    assert NOTICE in Path(first["report"]).read_text()
+    write_chest(tmp_path / "archive" / "gap")[7].unlink()
+    with pytest.raises(HeldError, match=r"share of BAD 1\.000 \(limit 0\.050\)") as caught:
+        score_archive(*stores, config, date(2026, 1, 2))
+    with pytest.raises(HeldError, match=caught.value.facts["held"]):
+        score_archive(*stores, config, date(2026, 1, 3))
+    assert len(read_predictions(results.uri)) == 1
+
+    settings = ScoreSettings(results=results.uri, accept=caught.value.facts["held"], reason="seen")
+    assert decide_hold(results, settings)["published"] == 2
+    assert set(read_predictions(results.uri)["status"]) == {"OK", "BAD_MISSING_SLICE"}
+    assert score_archive(*stores, config, date(2026, 1, 3))["published"] is None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_prometheus_hears_of_scans_bytes_and_seconds() -> None:
+    import ray
+
+    rows = [make_row("a", fetch_s=1.5, decode_s=2.0, model_s=0.25), make_row("b", "BAD_TILT", fetch_s=0.5)]
+    counters = ScanCounters()
+    counters.note(rows)
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    expected = {
+        "scans OK": 1,
+        "scans BAD_TILT": 1,
+        "bytes ": 2000,
+        "stage_seconds fetch": 2,
+        "stage_seconds model": 0.25,
+    }
+    deadline_s = time.monotonic() + 60
+    counted: dict[str, float] = {}
+    while time.monotonic() < deadline_s and any(counted.get(name, 0) < least for name, least in expected.items()):
+        time.sleep(1)
+        counted = _read_counters(address)
+    assert all(counted[name] >= least for name, least in expected.items())  # more if other tests scored before
+
+
+def _read_counters(address: str) -> dict[str, float]:
+    """What Ray's metrics agent says of our counters, each by its name and tag."""
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples if sample.name.startswith("ray_darnet_")]
+    counted: dict[str, float] = {}
+    for sample in samples:
+        tag = sample.labels.get("status", sample.labels.get("stage", ""))
+        name = f"{sample.name.removeprefix('ray_darnet_').removesuffix('_total')} {tag}"
+        counted[name] = counted.get(name, 0) + sample.value
+    return counted
 
 
 @pytest.mark.s3

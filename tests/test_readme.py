@@ -1,16 +1,103 @@
-"""The README keeps its promises: its SQL is the one that is tested, and what it names is there."""
+"""The README keeps its promises: what it says to analysts runs as it stands, and what it names is there."""
 
 import re
 from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pytest
 
 from darnet.results import LATEST_SQL
+from darnet.storage import Store
+from tests.results_fixtures import make_row, publish_rows
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+SQL = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DAY_1, DAY_2 = pd.Timestamp(2030, 1, 1), pd.Timestamp(2030, 1, 2)
+SCAN = "ct/0001#0a1b2c3d"
+
+# Both answers to each question, in the README's order, worked out by hand from `publish_two_nights`.
+ANSWERS: dict[str, list[tuple[Any, ...]]] = {
+    "As of a date": [
+        (SCAN, "ERR_TIMEOUT", None),
+        ("ct/0002", "OK", "NCP"),
+        ("ct/0003", "OK", "CP"),
+        ("ct/0004", "BAD_TILT", None),
+    ],
+    "The history of one scan": [
+        (DAY_1, "ERR_TIMEOUT", "what happened", "1", None, None),
+        (DAY_2, "OK", "", "2", "NCP", 0.7),
+    ],
+    "Agreement between model versions": [("1", "2", 2, 0.5, 0.25)],
+    "Positives per night": [(DAY_1, 2, 1, 0.5), (DAY_2, 3, 3, 1.0)],
+    "Scans that failed, and why": [
+        ("ct/0004", "BAD_TILT", "what happened", DAY_1),
+        ("ct/0005", "ERR_STORAGE", "what happened", DAY_2),
+    ],
+}
 
 
-def test_the_sql_is_the_tested_one_to_the_letter() -> None:
+def publish_two_nights(store: Store) -> None:
+    """Night one under model version 1; night two under version 2, which scores three scans, and one source is new."""
+    cp = {"prediction": "CP", "probability_cp": 0.6, "probability_ncp": 0.2, "probability_normal": 0.2}
+    first = [
+        make_row(SCAN, "ERR_TIMEOUT"),
+        make_row("ct/0002"),
+        make_row("ct/0003", **cp),
+        make_row("ct/0004", "BAD_TILT"),
+    ]
+    publish_rows(store, "one", *first)
+    new = {"night": 2, "model_version": "2", "model_sha256": "n" * 64}
+    second = [make_row(name, **new) for name in (SCAN, "ct/0002", "ct/0003")]
+    publish_rows(store, "two", *second, make_row("ct/0005", "ERR_STORAGE", **new))
+
+
+def list_answer(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """Rows as tuples, dates and nulls spelled one way."""
+    if "night" in frame:
+        frame = frame.assign(night=pd.to_datetime(frame["night"]))
+    return [tuple(None if pd.isna(cell) else cell for cell in row) for row in frame.itertuples(index=False, name=None)]
+
+
+def assert_answers(given: list[tuple[Any, ...]], expected: list[tuple[Any, ...]]) -> None:
+    assert len(given) == len(expected)
+    for row, expected_row in zip(given, expected, strict=True):
+        for cell, expected_cell in zip(row, expected_row, strict=True):
+            is_number = isinstance(expected_cell, float)
+            assert cell == (pytest.approx(expected_cell) if is_number else expected_cell)
+
+
+def test_each_question_is_answered_in_sql_and_pandas() -> None:
+    assert len(SQL) == len(PYTHON) == len(ANSWERS) + 1
+    assert all(f"**{question}" in README for question in ANSWERS)
+
+
+def test_the_sql_of_the_latest_is_the_tested_one_to_the_letter() -> None:
     """`tests/test_results.py` holds it against `read_predictions`."""
-    assert re.findall(r"```sql\n(.*?)```", README, re.DOTALL) == [LATEST_SQL]
+    assert SQL[0] == LATEST_SQL
+
+
+def test_the_sql_of_the_readme_answers_as_a_hand_does(local: Store) -> None:
+    publish_two_nights(local)
+    with duckdb.connect() as connection:
+        connection.execute(SQL[0].replace("RESULTS", local.uri))
+        scans = connection.sql("SELECT scan_id FROM latest()").fetchall()
+        assert scans == [(name,) for name in (SCAN, "ct/0002", "ct/0003", "ct/0004", "ct/0005")]
+        for query, expected in zip(SQL[1:], ANSWERS.values(), strict=True):
+            assert_answers(list_answer(connection.sql(query).df()), expected)
+
+
+def test_the_pandas_of_the_readme_answers_as_a_hand_does(local: Store) -> None:
+    publish_two_nights(local)
+    names: dict[str, Any] = {}
+    exec(PYTHON[0].replace("s3://hospital/darnet", local.uri), names)
+    assert list(names["latest"]["scan_id"]) == [SCAN, "ct/0002", "ct/0003", "ct/0004", "ct/0005"]
+    assert len(names["everything"]) == 8
+    for code, expected in zip(PYTHON[1:], ANSWERS.values(), strict=True):
+        exec(code.replace("s3://hospital/darnet", local.uri), names)
+        assert_answers(list_answer(names["answer"]), expected)
 
 
 def test_every_file_and_job_the_readme_names_exists() -> None:

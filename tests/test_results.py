@@ -1,6 +1,7 @@
 """What an analyst reads: frame, SQL and a loop by hand agree on the latest rows."""
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import duckdb
@@ -34,6 +35,19 @@ def test_latest_keeps_finals_of_earlier_commits_of_the_same_bytes(local: Store) 
     assert sorted(read_predictions(local.uri)["commit"]) == [1, 2]
 
 
+def test_as_of_a_night_nothing_later_counts(local: Store) -> None:
+    publish_rows(local, "one", make_row("a", "ERR_TIMEOUT", night=1), make_row("b", night=1))
+    publish_rows(local, "two", make_row("a", night=3), make_row("c", night=3))
+    statuses = {
+        day: read_predictions(local.uri, as_of=date(2030, 1, day)).set_index("scan_id")["status"].to_dict()
+        for day in range(4)
+        if day
+    }
+    assert statuses[1] == statuses[2] == {"a": "ERR_TIMEOUT", "b": "OK"}
+    assert statuses[3] == {"a": "OK", "b": "OK", "c": "OK"}
+    assert read_predictions(local.uri, as_of=date(2029, 12, 31)).empty
+
+
 def find_latest_by_hand(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     latest = []
     for source in {row["source"] for row in rows}:
@@ -56,7 +70,8 @@ def test_frame_duckdb_and_a_loop_agree_on_the_latest_rows(local: Store, seed: in
     frame = read_predictions(local.uri)
     assert list(zip(frame["scan_id"], frame["commit"], strict=True)) == find_latest_by_hand(rows)
     with duckdb.connect() as connection:
-        queried = connection.sql(LATEST_SQL.replace("RESULTS", local.uri)).arrow().read_all()
+        connection.execute(LATEST_SQL.replace("RESULTS", local.uri))
+        queried = connection.sql("FROM latest()").arrow().read_all()
     assert queried.column_names == SCHEMA.names
     columns = [name for name in SCHEMA.names if name != "scored_at"]  # DuckDB names UTC otherwise
     pd.testing.assert_frame_equal(queried.select(columns).to_pandas(), frame[columns], check_dtype=False)

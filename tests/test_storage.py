@@ -26,7 +26,7 @@ from darnet.errors import (
     UsageError,
 )
 from darnet.scan import StoredObject
-from darnet.storage import S3Store, Store, open_store
+from darnet.storage import S3Store, Store, open_store, read_file
 from darnet.storage_local import LocalStore
 
 TRICKY_KEYS = ["a-b/c", "a.b", "a/b", "a/c.d", "a/c/d", "a0", "a b/ü+%20&.dcm", "A", "z", "é/x", "日本/1", "\U0001f600"]
@@ -42,6 +42,30 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 def list_keys(store: Store, prefix: str = "") -> list[str]:
     return [item.key for item in store.list_objects(prefix)]
+
+
+# One file that a person named
+
+
+def test_a_named_file_is_read_wherever_it_lies(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_bytes("in/t.csv", b"1")
+    assert read_file(f"{store.uri}/in/t.csv", "table") == ("t.csv", b"1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_bytes(b"2")
+    assert read_file("t.csv", "table") == read_file("./t.csv", "table") == ("t.csv", b"2")
+
+
+def test_a_name_without_a_file_is_wrong_use_and_says_what_was_wanted(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_bytes("in/t.csv", b"1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unlikely-name.csv").touch()
+    for uri in (f"{store.uri}/in/other.csv", f"{store.uri}/in", "/unlikely-name.csv"):
+        with pytest.raises(UsageError, match=f"{uri}: no such file; name a cohort table"):
+            read_file(uri, "cohort table")
+    with pytest.raises(UsageError):
+        read_file(f"{tmp_path}/", "cohort table")
 
 
 # Both stores

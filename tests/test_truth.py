@@ -78,6 +78,8 @@ def test_the_truth_of_a_phantom_lies_where_its_ingested_scan_is_opaque(tmp_path:
     assert ingested.volume is not None
     assert ingested.lung is not None
     (truth,) = read_truths(open_store(str(tmp_path / "truth")), [scan.source_key], VOLUME.shape).values()
+    assert not (truth.lesion & ~truth.lung).any()
+    assert (truth.lung & ingested.lung).sum() > 0.8 * max(truth.lung.sum(), ingested.lung.sum())
     voxels = ingested.volume.voxels.astype(float)
     contrast = voxels[truth.lesion].mean() - voxels[truth.lung & ~truth.lesion].mean()
     assert contrast > 80  # of 255

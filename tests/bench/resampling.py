@@ -97,7 +97,7 @@ def list_series(root: Path) -> Iterator[Series]:
         for item in source.objects:
             path = store.local_path(item.key)
             assert path is not None
-            file = StagedFile(path.name, path)
+            file = StagedFile(path.name, path, path.name)
             try:
                 header = read_header(file)
             except ScanError:

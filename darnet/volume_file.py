@@ -1,0 +1,243 @@
+"""A volume file's bytes in; a refusal out, unless it holds its own voxels, all of them and undamaged, in a known pose.
+
+Decoders forgive too much: MetaIO hands out memory that it never filled, ITK puts zeros for what is missing and takes
+any orientation for a sheared one, and both read the other file that a header names as its pixels.
+"""
+
+import gzip
+import math
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
+from darnet.errors import ScanError, Status
+
+MAX_VOXEL_BYTES = 8  # of the widest number; limits count two bytes a voxel
+MAX_HEADER_BYTES = 1 << 16
+MAX_LINE_BYTES = 1 << 12
+CHUNK_BYTES = 1 << 20
+
+# Size of a header, and where and as what it holds dim, bitpix, vox_offset, pixdim, the codes of qform and sform, the
+# quaternion of qform and the rows of sform. Source: NIfTI-1 and NIfTI-2.
+NIFTI_LAYOUTS = (
+    (348, (40, "8h"), (72, "h"), (108, "f"), (76, "8f"), (252, "2h"), (256, "3f"), (280, "12f")),
+    (540, (16, "8q"), (14, "h"), (168, "q"), (104, "8d"), (344, "2i"), (352, "3d"), (400, "12d")),
+)
+
+# Bytes of a number by its name in a header. Source: MetaIO's and teem's documentation.
+META_BYTES = {
+    f"MET_{sign}{name}": size
+    for name, size in (("CHAR", 1), ("SHORT", 2), ("INT", 4), ("LONG", 4), ("LONG_LONG", 8))
+    for sign in ("", "U")
+} | {"MET_FLOAT": 4, "MET_DOUBLE": 8}
+NRRD_NAMES = {
+    1: "char|signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t",
+    2: "short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned short int|uint16"
+    "|uint16_t",
+    4: "int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float",
+    8: "longlong|long long|int64|int64_t|ulonglong|unsigned long long|uint64|uint64_t|double",
+}
+NRRD_BYTES = {name: size for size, names in NRRD_NAMES.items() for name in names.split("|")}
+META_POSES = ("TransformMatrix", "Orientation", "Rotation")
+
+Axes: TypeAlias = NDArray[np.float64]
+Stream: TypeAlias = BinaryIO | gzip.GzipFile
+Body: TypeAlias = tuple[int, Iterator[bytes]]  # how many bytes there must be, and what there is
+
+
+@dataclass(frozen=True)
+class NiftiHeader:
+    """What places a NIfTI file's voxels in the file and in the patient. Units: `steps_mm` along the stored axes."""
+
+    start_bytes: int
+    voxel_bytes: int
+    codes: tuple[int, int]
+    steps_mm: tuple[float, ...]
+    quaternion: tuple[float, ...]
+    sform: Axes
+
+
+def check_volume_file(path: Path, limits: DecodeConfig) -> None:
+    """Demand every byte the header declares and not one more, to the end and checksum of a compressed stream.
+
+    Raises: ScanError: BAD_TRUNCATED, BAD_UNREADABLE, BAD_LIMIT; BAD_GEOMETRY or BAD_TILT for an unknown or sheared
+            orientation.
+    """
+    try:
+        with path.open("rb") as file:
+            _check_length(*_OPENERS[path.suffix](file), limits)
+    except EOFError as error:
+        raise ScanError(Status.BAD_TRUNCATED, "compressed volume ends early") from error
+    except (gzip.BadGzipFile, zlib.error, struct.error) as error:
+        raise ScanError(Status.BAD_UNREADABLE, "volume file is damaged") from error
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ScanError(Status.BAD_UNREADABLE, "volume's header lacks a field or holds an unknown value") from error
+
+
+def check_axes(axes: Axes) -> None:
+    """Refuse axes that are not perpendicular, or none of the patient's, in whatever order and direction.
+
+    Shape:  (3, 3), a column for each axis; of any length.
+    Raises: ScanError: BAD_GEOMETRY, BAD_TILT, SKIP_ORIENTATION.
+    Source: ours; the limits are those of DICOM series.
+    """
+    lengths = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(axes).all() or not lengths.all():
+        raise ScanError(Status.BAD_GEOMETRY, "axes of the volume have no direction")
+    unit = axes / lengths
+    shear = np.abs(unit.T @ unit - np.eye(3)).max()
+    degrees = math.degrees(math.asin(min(float(shear), 1.0)))
+    if degrees > TILT_DEGREES:
+        raise ScanError(Status.BAD_TILT, f"axes of the volume are sheared by {degrees:.1f} degrees")
+    if np.abs(unit).max(axis=0).min() < math.cos(math.radians(OBLIQUE_DEGREES)):
+        raise ScanError(Status.SKIP_ORIENTATION, "oblique volume")
+
+
+def _check_length(needed: int, chunks: Iterator[bytes], limits: DecodeConfig) -> None:
+    if not 0 < needed <= MAX_VOXEL_BYTES // 2 * limits.max_scan_bytes:
+        raise ScanError(Status.BAD_LIMIT, f"volume declares {needed} bytes")
+    found = 0
+    for chunk in chunks:
+        found += len(chunk)
+        if found > needed:
+            raise ScanError(Status.BAD_UNREADABLE, f"volume is longer than the {needed} bytes it declares")
+    if found < needed:
+        raise ScanError(Status.BAD_TRUNCATED, f"volume ends {needed - found} bytes early")
+
+
+def _read_chunks(file: Stream, num_bytes: int) -> Iterator[bytes]:
+    """The file in pieces, to its end or as many bytes."""
+    while chunk := file.read(min(CHUNK_BYTES, num_bytes)):
+        num_bytes -= len(chunk)
+        yield chunk
+
+
+def _inflate(file: Stream, num_bytes: int) -> Iterator[bytes]:
+    """A zlib or gzip stream within so many bytes; its checksum is compared at its end.
+
+    Raises: EOFError if it does not end there, zlib.error if it is damaged.
+    """
+    stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    for packed in _read_chunks(file, num_bytes):
+        while packed and not stream.eof:
+            yield stream.decompress(packed, CHUNK_BYTES)
+            packed = stream.unconsumed_tail
+    yield stream.flush()
+    if not stream.eof:
+        raise EOFError
+
+
+def _open_nifti(file: Stream) -> Body:
+    """Raises: ScanError: BAD_UNREADABLE, BAD_GEOMETRY, BAD_TILT, SKIP_ORIENTATION."""
+    head = file.read(NIFTI_LAYOUTS[-1][0])
+    header = _parse_nifti(head)
+    _check_nifti_pose(header)
+    return header.start_bytes + header.voxel_bytes, chain([head], _read_chunks(file, sys.maxsize))
+
+
+def _open_nifti_gz(file: BinaryIO) -> Body:
+    return _open_nifti(gzip.GzipFile(fileobj=file))
+
+
+def _parse_nifti(head: bytes) -> NiftiHeader:
+    for size, *fields in NIFTI_LAYOUTS:
+        for order in "<>":
+            if struct.unpack_from(order + "i", head)[0] == size:
+                values = [struct.unpack_from(order + kind, head, offset) for offset, kind in fields]
+                dim, (bits,), (start,), pixdim, codes, quaternion, sform = values
+                num_voxels = math.prod(max(int(extent), 1) for extent in dim[1 : dim[0] + 1])
+                rows = np.array(sform, np.float64).reshape(3, 4)
+                return NiftiHeader(int(start), num_voxels * bits // 8, codes, pixdim[:4], quaternion, rows[:, :3])
+    raise ScanError(Status.BAD_UNREADABLE, "volume has no NIfTI header")
+
+
+def _check_nifti_pose(header: NiftiHeader) -> None:
+    """ITK takes qform for an sform that it cannot represent, and any pose for none."""
+    has_qform, has_sform = (code > 0 for code in header.codes)
+    if not has_qform and not has_sform:
+        raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: neither qform nor sform is set")
+    if has_sform:
+        check_axes(header.sform)
+    if has_qform and has_sform:
+        unit = header.sform / np.linalg.norm(header.sform, axis=0)
+        cosine = float((unit * _find_qform(header)).sum(axis=0).min())
+        degrees = math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
+        if degrees > TILT_DEGREES:
+            raise ScanError(Status.BAD_GEOMETRY, f"qform and sform differ by {degrees:.1f} degrees")
+
+
+def _find_qform(header: NiftiHeader) -> Axes:
+    """Unit axes of qform, a column each. Source: NIfTI-1 specification, method 2."""
+    b, c, d = header.quaternion
+    a = math.sqrt(max(1 - b * b - c * c - d * d, 0))
+    axes: Axes = Rotation.from_quat((b, c, d, a)).as_matrix()
+    return axes * (1, 1, -1 if header.steps_mm[0] < 0 else 1)
+
+
+def _open_metaimage(file: Stream) -> Body:
+    """Raises: ScanError(BAD_UNREADABLE) for voxels in another file, BAD_GEOMETRY for an unknown orientation."""
+    fields: dict[str, str] = {}
+    while "ElementDataFile" not in fields:
+        key, value = re.split(r"\s*[=:]\s*", _read_line(file), maxsplit=1)
+        fields[key] = value
+    if fields["ElementDataFile"].upper() != "LOCAL":
+        raise ScanError(Status.BAD_UNREADABLE, "voxels lie in another file")
+    if fields["BinaryData"].lower() != "true" or int(fields.get("HeaderSize", 0)):
+        raise ScanError(Status.BAD_UNREADABLE, "voxels are stored as text or behind a header of their own")
+    if not any(key in fields for key in META_POSES):
+        raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: no TransformMatrix")
+    sizes = [int(size) for size in fields["DimSize"].split()]
+    needed = math.prod(sizes) * META_BYTES[fields["ElementType"]] * int(fields.get("ElementNumberOfChannels", 1))
+    if fields.get("CompressedData", "False").lower() != "true":
+        return needed, _read_chunks(file, sys.maxsize)
+    return needed, _inflate(file, int(fields.get("CompressedDataSize", 0)) or sys.maxsize)
+
+
+def _open_nrrd(file: Stream) -> Body:
+    """Raises: ScanError(BAD_UNREADABLE) for voxels in another file, BAD_GEOMETRY for an unknown orientation."""
+    fields: dict[str, str] = {}
+    magic = _read_line(file)
+    while line := _read_line(file):
+        if not line.startswith("#") and ":=" not in line:
+            key, value = line.split(":", 1)
+            fields[key.lower().replace(" ", "")] = value.strip()
+    if not magic.startswith("NRRD") or "datafile" in fields:
+        raise ScanError(Status.BAD_UNREADABLE, "voxels lie in another file, or it is no NRRD")
+    if int(fields.get("byteskip", 0)) or int(fields.get("lineskip", 0)):
+        raise ScanError(Status.BAD_UNREADABLE, "voxels lie behind a header of their own")
+    if "space" not in fields or "spacedirections" not in fields:
+        raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: no space or no space directions")
+    sizes = [int(size) for size in fields["sizes"].split()]
+    needed = math.prod(sizes) * NRRD_BYTES[fields["type"].lower()]
+    open_body = {"raw": _read_chunks, "gzip": _inflate, "gz": _inflate}[fields["encoding"].lower()]
+    return needed, open_body(file, sys.maxsize)
+
+
+def _read_line(file: Stream) -> str:
+    """One line of a header, without its end.
+
+    Raises: ValueError for a header without end.
+    """
+    line = file.readline(MAX_LINE_BYTES)
+    if not line.endswith(b"\n") or file.tell() > MAX_HEADER_BYTES:
+        raise ValueError("header does not end")
+    return line.decode("latin-1").strip()
+
+
+_OPENERS: dict[str, Callable[[BinaryIO], Body]] = {
+    ".nii": _open_nifti,
+    ".gz": _open_nifti_gz,
+    ".mha": _open_metaimage,
+    ".nrrd": _open_nrrd,
+}
