@@ -5,7 +5,8 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing lint format clean
+.PHONY: help demo paper-smoke test test-slow bench-resampling bench-workers bench-loading walk-publishing lint
+.PHONY: format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +46,12 @@ bench-resampling: $(ENVIRONMENT) ## linear against area depth resampling; SCANS=
 
 walk-publishing: $(ENVIRONMENT) ## every way two or three runs can meet in the results table, with the code that publishes
 	@$(BIN)/python -m tests.publish_model
+
+bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its scans
+	@$(BIN)/python -m tests.bench.loading
+
+bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
+	@$(BIN)/python -m tests.bench.workers
 
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"

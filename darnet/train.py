@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
 from darnet.calibration import fit_temperature
 from darnet.config import TrainConfig
-from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable
+from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable, load_batches
 from darnet.errors import RunError, UsageError
 from darnet.metrics import compute_metrics
 from darnet.model import DARNet
@@ -284,8 +283,8 @@ def infer_logits(
     """Shape: (len(rows), classes) float64."""
     network.eval()
     batches = [rows[start : start + batch_size].tolist() for start in range(0, len(rows), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches)
-    logits = [network(volumes.to(device)).cpu().double().numpy() for volumes, _ in loader]
+    loaded = load_batches(dataset, batches)
+    logits = [network(volumes.to(device)).cpu().double().numpy() for volumes, _ in loaded]
     return np.concatenate([np.empty((0, 3)), *logits])
 
 
@@ -304,7 +303,7 @@ def _run_epoch(
     losses = train_steps(
         learner.network,
         learner.optimizer,
-        DataLoader(dataset, batch_sampler=batches),
+        load_batches(dataset, batches),
         gang.device,
         weigh_classes(index, fold, config),
         config.amp,

@@ -1,5 +1,6 @@
 """DDP ranks by torch alone: what training on a cluster is compared with. Imports no Ray."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,39 @@ from torch.nn.parallel import DistributedDataParallel
 
 from darnet.config import ModelConfig, TrainConfig
 from darnet.dataset import read_index
-from darnet.model import build_network
+from darnet.model import DARNet, build_network
 from darnet.train import FoldResult, Gang, fit_fold
 
 
+def keep_network(network: DARNet) -> DARNet:
+    """The network as it is."""
+    return network
+
+
 def train_with_torch_alone(
-    volumes: Path, network: ModelConfig, config: TrainConfig, workers: int, scratch: Path
+    volumes: Path,
+    network: ModelConfig,
+    config: TrainConfig,
+    workers: int,
+    scratch: Path,
+    equip: Callable[[DARNet], DARNet] = keep_network,
 ) -> list[FoldResult]:
-    """All folds, one after the other, in `workers` processes of this machine."""
-    arguments = (volumes, network, config, workers, scratch)
+    """All folds, one after the other, in `workers` processes of this machine; `equip` changes networks beforehand."""
+    arguments = (volumes, network, config, workers, scratch, equip)
     torch.multiprocessing.start_processes(run_rank, arguments, nprocs=workers, start_method="spawn")
     states = [torch.load(scratch / f"fold{fold}.pt", weights_only=True) for fold in range(config.num_folds)]
     return [FoldResult(fold, *state) for fold, state in enumerate(states)]
 
 
-def run_rank(rank: int, volumes: Path, network: ModelConfig, config: TrainConfig, workers: int, scratch: Path) -> None:
+def run_rank(
+    rank: int,
+    volumes: Path,
+    network: ModelConfig,
+    config: TrainConfig,
+    workers: int,
+    scratch: Path,
+    equip: Callable[[DARNet], DARNet],
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{scratch / 'meeting'}", rank=rank, world_size=workers)
 
@@ -34,7 +53,7 @@ def run_rank(rank: int, volumes: Path, network: ModelConfig, config: TrainConfig
         return items
 
     for fold in range(config.num_folds):
-        wrapped = DistributedDataParallel(build_network(network, config.seed, config.head_init_std))
+        wrapped = DistributedDataParallel(equip(build_network(network, config.seed, config.head_init_std)))
         gang = Gang(rank, workers, gather, torch.device("cpu"))
         result = fit_fold(wrapped, read_index(volumes), fold, config, lambda *_: None, gang)
         if rank == 0:

@@ -2,15 +2,25 @@
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from darnet.config import AugmentConfig, VolumeConfig
-from darnet.dataset import Augmentation, VolumeDataset, digest_cohort, read_index, write_array, write_index
+from darnet.dataset import (
+    Augmentation,
+    VolumeDataset,
+    digest_cohort,
+    load_batches,
+    read_index,
+    write_array,
+    write_index,
+)
 from darnet.errors import UsageError
 from darnet.storage import open_store
 from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes, make_voxels
@@ -167,3 +177,25 @@ def test_the_cohort_digest_changes_with_what_matters_only(tmp_path: Path) -> Non
     assert digest_cohort(spoil(frame, 2, array="elsewhere.npy")) == digest
     for column, value in {"fold": 1, "diagnosis": "NCP", "patient_id": "p", "sha256": "0", "scan_id": "s"}.items():
         assert digest_cohort(spoil(frame, 2, **{column: value})) != digest
+
+
+def test_batches_read_ahead_are_those_of_torchs_loader(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path, 12, 2)
+    dataset = VolumeDataset(index, Augmentation(AugmentConfig(), 0, 0, 0))
+    batches = [[3, 1, 7, 5], [0, 11, 2, 4], [9, 8], [6], [10]]
+    expected = list(DataLoader(dataset, batch_sampler=batches))
+    loaded = list(load_batches(dataset, batches))
+    assert len(loaded) == len(expected)
+    for (volumes, labels), (wanted, wanted_labels) in zip(loaded, expected, strict=True):
+        assert torch.equal(volumes, wanted)
+        assert torch.equal(labels, wanted_labels)
+    assert list(load_batches(dataset, [])) == []
+
+
+def test_a_row_that_cannot_be_read_stops_its_batch_and_no_thread_stays(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path, 6, 2)
+    (tmp_path / index.frame["array"][4]).unlink()
+    before = threading.active_count()
+    with pytest.raises(FileNotFoundError):
+        list(load_batches(VolumeDataset(index), [[0, 1], [2, 4], [3, 5]]))
+    assert threading.active_count() == before
