@@ -425,7 +425,7 @@ class DemoSettings(Settings):
 
     out: Path = Path(".demo")
     """Folder for everything the demo makes; emptied first."""
-    volume: VolumeConfig = VolumeConfig(shape=(24, 96, 128), crop="body", window_hu=(-1000.0, -200.0))
+    volume: VolumeConfig = VolumeConfig(shape=(18, 88, 120), crop="body", window_hu=(-1000.0, -200.0))
     """Small, and in a window of lung and ground glass alone: a few minutes of training see nothing fainter."""
     network: ModelConfig = ModelConfig(base_channels=8)
     train: TrainConfig = TrainConfig(epochs=8, learning_rate=2e-3, head_init_std=0.1)

@@ -22,6 +22,7 @@ __all__ = [
     "FeatureTrace",
     "ModelConfig",
     "ResidualBlock",
+    "RowwiseLinear",
     "build_network",
     "count_parameters",
 ]
@@ -42,6 +43,19 @@ class FeatureTrace(NamedTuple):
     depth_gates: Tensor | None
 
 
+class RowwiseLinear(nn.Linear):
+    """A linear layer that gives a scan the same bits wherever it stands in a batch.
+
+    One product for the whole batch does not: some processors (AVX-512) sum odd rows in another order than even ones.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, in) -> (B, out)."""
+        if self.training:
+            return super().forward(x)
+        return torch.stack([F.linear(row, self.weight, self.bias) for row in x])
+
+
 class ChannelAttention(nn.Module):
     """Gate each channel by all channels' means.
 
@@ -51,8 +65,8 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(1, channels // CHANNEL_REDUCTION)
-        self.squeeze = nn.Linear(channels, hidden)
-        self.excite = nn.Linear(hidden, channels)
+        self.squeeze = RowwiseLinear(channels, hidden)
+        self.excite = RowwiseLinear(hidden, channels)
 
     def forward(self, means: Tensor) -> Tensor:
         """Gates in (0, 1) from the means over D, H and W.
@@ -71,8 +85,8 @@ class DepthAttention(nn.Module):
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
         self.channels, self.depth = channels, depth
-        self.squeeze = nn.Linear(channels * depth, depth)
-        self.excite = nn.Linear(depth, channels * depth)
+        self.squeeze = RowwiseLinear(channels * depth, depth)
+        self.excite = RowwiseLinear(depth, channels * depth)
 
     def forward(self, means: Tensor) -> Tensor:
         """Gates of eq. 2, in (0, 1), from the means over H and W, eq. 1.
@@ -169,7 +183,7 @@ class DARNet(nn.Module):
             stages.append(_build_stage(in_channels, width * base, depth, stride, config))
             in_channels = width * base
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(in_channels, config.num_classes)
+        self.head = RowwiseLinear(in_channels, config.num_classes)
         if not self.head.weight.is_meta:  # nothing to fill there, and torch loads its compiler (2 s) to pretend
             self.apply(_initialize)
         # The layout that small 3D convolutions are fastest in; the values are the same.

@@ -19,6 +19,8 @@ from darnet.config import ScoreConfig
 from darnet.model import DARNet
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, IngestedScan, StandardVolume, Uint8Array
 
+CPU_FORWARD_SCANS = 2
+
 
 @dataclass(frozen=True)
 class ScanScore:
@@ -62,9 +64,9 @@ class RunFacts:
 class Ensemble:
     """The folds' networks on one device, behind a forward pass of fixed shape.
 
-    A GPU takes a batch at a time, a CPU one scan: on some processors the last bits of a matrix product depend on a
-    scan's place in the batch, and a CPU gains nothing from more. The number of threads of this process is set, since
-    it is part of the numbers.
+    A GPU takes a batch at a time, a CPU two scans: it gains nothing from more, and of one scan on one thread torch
+    takes a convolution eight times slower. The number of threads of this process is set, since it is part of the
+    numbers.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Ensemble:
         self._networks = [network.to(device).eval() for network in networks]
         self._temperatures = [1.0] * len(networks) if temperatures is None else temperatures
         self._batch_size = batch_size
-        self._forward_size = 1 if device == "cpu" else batch_size
+        self._forward_size = CPU_FORWARD_SCANS if device == "cpu" else batch_size
         self._device = device
 
     @classmethod

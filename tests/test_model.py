@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from darnet.model import ChannelAttention, DARNet, DepthAttention, ModelConfig, build_network, count_parameters
+from darnet.model import (
+    ChannelAttention,
+    DARNet,
+    DepthAttention,
+    ModelConfig,
+    RowwiseLinear,
+    build_network,
+    count_parameters,
+)
 
 TINY = ModelConfig(volume_shape=(16, 32, 32), base_channels=4)
 
@@ -235,3 +243,13 @@ def test_recomputed_blocks_keep_less_and_give_the_same_bits() -> None:
     assert all(torch.equal(gradients[name], again[name]) for name in gradients)
     assert all(torch.equal(buffers[name], moved[name]) for name in buffers)
     assert num_kept_again < num_kept / 2
+
+
+@pytest.mark.parametrize("features", [7, 64, 192, 512])
+def test_a_linear_layer_gives_a_row_the_same_bits_at_any_place(features: int) -> None:
+    layer = RowwiseLinear(features, 24).eval()
+    rows = _random(5, features)
+    alone = torch.cat([layer(row[None]) for row in rows])
+    assert torch.equal(layer(rows), alone)
+    assert torch.equal(layer(rows.flip(0)), alone.flip(0))
+    torch.testing.assert_close(layer.train()(rows), alone)
