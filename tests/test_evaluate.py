@@ -124,7 +124,7 @@ def test_a_bundle_is_measured_on_the_test_cohort_fold_by_fold(
     summary, told = run(capsys, "--model", model, "--volumes", volumes, "--out", out)
     assert (summary["exit_code"], summary["num_scans"]) == (0, 7)
     assert {path.name for path in out.iterdir()} == FILES | {"predictions.parquet"}
-    assert "scoring the test cohort: 7/7" in told
+    assert "scoring the test cohort, darnet-da-ca: 7/7" in told
 
     table = pd.read_parquet(out / "predictions.parquet")
     assert sorted(table["scan_id"].unique()) == [f"scan-{number:03d}" for number in range(10, 17)]
