@@ -25,7 +25,7 @@ demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two ni
 	@$(BIN)/python -m jobs.demo --out .demo
 
 paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four networks of five folds, a report in .paper
-	@echo "DARNet: the paper's evaluation on phantoms, twenty minutes or so on two cores; everything it makes goes to .paper"
+	@echo "DARNet: the paper's evaluation on phantoms, the longest target here; everything it makes goes to .paper"
 	@test -e .paper/phantoms/cohort.csv || $(BIN)/python -m jobs.phantoms --config jobs/paper-smoke.toml --out .paper/phantoms
 	@$(BIN)/python -m jobs.paper --config jobs/paper-smoke.toml --archive .paper/phantoms/archive \
 		--cohort .paper/phantoms/cohort.csv --truth .paper/phantoms/truth --out .paper/study
