@@ -222,36 +222,34 @@ def _measure_distances(phantom: Phantom) -> FloatArray:
 
 
 def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Path, bundle: Path, path: Path) -> None:
-    """Write a picture: of each class the test scan that is surest, its most telling slice beside its CAM."""
+    """Write a picture: of each class the test scan that is surest, the slice of its CAM's peak beside the CAM."""
     rows = predictions.set_index("source")
     model, store, panels = read_bundle(open_store(str(bundle))), open_store(str(archive)), []
     settings, config = model.manifest.settings, ScoreConfig()
     ensemble = Ensemble.from_bundle(model, config)
     ingester = Ingester(store, Road(settings.volume, config.decode))
     for diagnosis in DIAGNOSES:
-        probability = rows[f"probability_{diagnosis.lower()}"].astype(float)
+        probability, peak = rows[f"probability_{diagnosis.lower()}"].astype(float), rows["cam_peak_slice"]
         test = [scan for scan in scans if (scan.cohort, scan.diagnosis) == ("test", diagnosis)]
         scan = max(test, key=lambda scan: probability[scan.source_key])
         (source,) = list_sources(store.list_objects(scan.source_key))
         (ingested,) = ingester.ingest(source)
         assert ingested.volume is not None
         (score,) = ensemble.score(ingested.volume.voxels[None])
-        panels.append(_make_panel(scan, ingested.volume, score))
+        panels.append(_make_panel(scan, ingested.volume, score, int(peak[scan.source_key])))
     ingester.close()
     draw_cam_figure(panels, "DARNet demo: synthetic chests, planted lesions outlined in blue", path)
 
 
-def _make_panel(scan: DemoScan, volume: StandardVolume, score: ScanScore) -> CamPanel:
-    """The slice of a phantom that holds most of its map, in full resolution."""
+def _make_panel(scan: DemoScan, volume: StandardVolume, score: ScanScore, number: int) -> CamPanel:
+    """A slice of a phantom in full resolution, under its map."""
     cam = score.draw_cam(score.prediction, volume.voxels.shape)
-    telling = int(cam.sum(axis=(1, 2)).argmax())
     phantom = build_phantom(scan)
-    number = (2 * telling + 1) * volume.crop.num_slices // (2 * len(cam))
     return CamPanel(
         title=f"{scan.diagnosis} phantom, slice {number + 1} of {len(phantom.voxels_hu)}",
         caption=f"map of {score.prediction}, probability {score.probability.max():.2f}",
         image=np.rint(255 * apply_window(phantom.voxels_hu[number], WINDOW_HU)).astype(np.uint8),
-        cam=cam[telling] / max(float(cam.max()), np.finfo(np.float32).tiny),
+        cam=cam[number * len(cam) // volume.crop.num_slices] / max(float(cam.max()), np.finfo(np.float32).tiny),
         box=volume.crop,
         lesion=phantom.lesion[number],
         pixel_aspect=phantom.spacing_mm[1] / phantom.spacing_mm[2],
