@@ -14,10 +14,10 @@ from natsort import os_sorted
 from numpy.typing import NDArray
 
 from darnet.config import DecodeConfig
-from darnet.dicom import MISSING_RATIO
 from darnet.errors import ScanError, Status, name_file
+from darnet.reading.dicom import MISSING_RATIO
+from darnet.reading.volume_file import check_axes, check_volume_file
 from darnet.scan import FloatArray, Intensity, StagedFile
-from darnet.volume_file import check_axes, check_volume_file
 
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}

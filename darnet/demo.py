@@ -23,9 +23,9 @@ from darnet.decode import write_volume
 from darnet.ingest import Ingester, Road
 from darnet.metrics import compute_metrics
 from darnet.phantom import make_phantom
-from darnet.phantom_canvas import Phantom
-from darnet.phantom_decoys import make_abdomen, make_head
-from darnet.phantom_files import WINDOW_HU, DicomStyle, write_dicom, write_slice_images, write_zip
+from darnet.phantoms.canvas import Phantom
+from darnet.phantoms.decoys import make_abdomen, make_head
+from darnet.phantoms.files import WINDOW_HU, DicomStyle, write_dicom, write_slice_images, write_zip
 from darnet.report import CamPanel, draw_cam_figure
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, StandardVolume
 from darnet.score import Ensemble, ScanScore

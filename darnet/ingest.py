@@ -28,12 +28,12 @@ from darnet.decode import (
     read_dicom_slice,
     set_decoder_threads,
 )
-from darnet.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
 from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
-from darnet.sandbox import Sandbox
+from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
+from darnet.reading.sandbox import Sandbox
+from darnet.reading.series import IMAGE_SUFFIXES, sort_files
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
-from darnet.series import IMAGE_SUFFIXES, sort_files
 from darnet.storage import Store
 from darnet.volume import make_standard_volume
 

@@ -1,6 +1,6 @@
 """Synthetic chest CT in Hounsfield units, with or without findings, from a seed.
 
-In goes a diagnosis and a seed, out comes a `Phantom` with its true lung and lesion; `phantom_files` writes it.
+In goes a diagnosis and a seed, out comes a `Phantom` with its true lung and lesion; `phantoms.files` writes it.
 Anatomy, protocol, findings and noise draw from separate streams: two diagnoses of one seed differ in findings alone.
 Lengths are mm in body coordinates: x to the patient's left, y backwards, z towards the feet, 0 at the lungs' apex.
 Sizes and HU are textbook values for adults, tuned by eye against real chest CT.
@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from darnet.phantom_body import AIR_HU, BLOOD_HU, FAT_HU, MUSCLE_HU, paint_couch, paint_spine, paint_wall
-from darnet.phantom_canvas import (
+from darnet.phantoms.body import AIR_HU, BLOOD_HU, FAT_HU, MUSCLE_HU, paint_couch, paint_spine, paint_wall
+from darnet.phantoms.canvas import (
     ANGLE,
     Canvas,
     Grid,
@@ -27,7 +27,7 @@ from darnet.phantom_canvas import (
     ramp,
     ring,
 )
-from darnet.phantom_findings import LungSpace, add_lesion, place_lesions
+from darnet.phantoms.findings import LungSpace, add_lesion, place_lesions
 from darnet.scan import Diagnosis, FloatArray
 
 Nodes: TypeAlias = Sequence[tuple[float, float, float, float]]

@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from darnet.config import EvaluateSettings
 from darnet.errors import RunError
-from darnet.evaluate import run_evaluation
+from darnet.evaluation.evaluate import run_evaluation
 from darnet.ray_cluster import connect, count_resource
 
 

@@ -19,12 +19,12 @@ from darnet.bundle import Bundle, read_bundle
 from darnet.config import ScoreConfig, fingerprint
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
+from darnet.publishing.commit import check_rows, publish
+from darnet.publishing.hold import PAGE, refuse_if_held, review_run
+from darnet.publishing.objects import find_last_commit
+from darnet.publishing.runs import PlannedSource, RunFolder, name_part, read_scored_keys
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
 from darnet.ray_metrics import ScanCounters
-from darnet.results_hold import PAGE, refuse_if_held, review_run
-from darnet.results_objects import find_last_commit
-from darnet.results_publish import check_rows, publish
-from darnet.results_runs import PlannedSource, RunFolder, name_part, read_scored_keys
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store

@@ -43,9 +43,9 @@ from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
+from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.history import render_files
 from darnet.model import build_network
-from darnet.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.score import Ensemble
 from darnet.storage import Store, open_store
 from darnet.storage_local import explain_os_errors

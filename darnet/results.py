@@ -1,6 +1,6 @@
 """What analysts read: the place of a results table goes in, a frame of predictions and its documentation come out.
 
-`results_rows` holds the columns, `results_runs` a run's work in progress, `results_publish` how it becomes a commit.
+`publishing.rows` holds the columns, `publishing.runs` a run's work, `publishing.commit` the way it is published.
 """
 
 import json
@@ -12,8 +12,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from darnet.results_objects import NOTICE, list_commits, read_objects
-from darnet.results_rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
+from darnet.publishing.objects import NOTICE, list_commits, read_objects
+from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
 from darnet.storage import Store, open_store
 
 # What `read_predictions` does, for analysts at a DuckDB prompt, who put their place for RESULTS; the README shows it.

@@ -3,7 +3,7 @@
 import sys
 
 from darnet.config import EvaluateSettings
-from darnet.evaluate import run_evaluation
+from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
 
 

@@ -7,7 +7,7 @@ from darnet.config import PhantomsSettings
 from darnet.demo import write_cohort
 from darnet.errors import UsageError
 from darnet.job import run_job
-from darnet.phantom_study import plan_study, write_study
+from darnet.phantoms.study import plan_study, write_study
 from darnet.terminal import show_progress
 
 

@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-from darnet.audit import audit_cohort
-from darnet.audit_report import write_audit
+from darnet.auditing.audit import audit_cohort
+from darnet.auditing.report import write_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
 from darnet.job import run_job

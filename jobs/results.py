@@ -4,7 +4,7 @@ import sys
 
 from darnet.config import ResultsSettings
 from darnet.job import run_job
-from darnet.results_check import care_for_results
+from darnet.publishing.check import care_for_results
 
 
 def main() -> int:

@@ -7,8 +7,8 @@ from typing import Any
 from darnet.config import ScoreSettings
 from darnet.errors import UsageError
 from darnet.job import run_job
+from darnet.publishing.hold import decide_hold
 from darnet.ray_score import score_archive
-from darnet.results_hold import decide_hold
 from darnet.storage import open_store
 
 

@@ -15,6 +15,7 @@ import boto3.session
 import pytest
 
 from darnet.storage import Store, open_store
+from tests.places import ROOT
 
 ATTEMPTS = 300  # times 0.1 s
 SERVER_ENVIRONMENT = {
@@ -32,7 +33,7 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less a fold; nobody preempts this machine
     # Workers start in a folder of Ray's own and must find the code all the same.
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from darnet.results_rows import PROBABILITIES
+from darnet.publishing.rows import PROBABILITIES
 from darnet.scan import DIAGNOSES
 from tests.results_fixtures import make_row
 

@@ -1,6 +1,6 @@
 """Every way two or three runs can meet in the results table, walked through with the code that publishes.
 
-`python -m tests.publish_model` prints how many states it saw. A driver is `darnet.results_publish.publish` itself: it
+`python -m tests.publish_model` prints how many states it saw. A driver is `darnet.publishing.commit.publish` itself: it
 is a function of what the store answers, so it is started again with the answers so far, and stopped at the first
 question that has none yet. Between two questions of one driver any other may go on, a put may stay in flight, and
 drivers may die and start again.
@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from darnet.errors import ObjectMissing, PutUncertain
-from darnet.results_publish import publish
-from darnet.results_rows import MODEL_KEY, SCAN_KEY, is_error, make_table
+from darnet.publishing.commit import publish
+from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, is_error, make_table
 from darnet.scan import StoredObject
 from tests.results_fixtures import make_row
 

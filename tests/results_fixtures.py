@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from darnet.publishing.commit import publish
+from darnet.publishing.rows import SCHEMA, make_table
 from darnet.results import read_predictions
-from darnet.results_publish import publish
-from darnet.results_rows import SCHEMA, make_table
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
 

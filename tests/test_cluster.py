@@ -6,7 +6,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.places import ROOT
 
 
 def _read() -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +19,9 @@ from darnet.cohort import (
 )
 from darnet.config import CohortConfig
 from darnet.errors import UsageError
+from tests.places import SHARED
 
-CCII = Path(__file__).parents[2] / "shared" / "data" / "ccii" / "scans.csv"
+CCII = SHARED / "data" / "ccii" / "scans.csv"
 HEADER = "scan_id,patient_id,diagnosis,cohort\n"
 
 NOTE = "scan_id,patient_id,diagnosis,note\n"

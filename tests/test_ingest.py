@@ -30,13 +30,14 @@ from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
 from darnet.ingest import DECODE_TARGET, Ingester, Road
-from darnet.sandbox import Sandbox
+from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Intensity, Source, StoredObject
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.ct_fixtures import SERIES_UID, SPACING_MM, make_chest, write_chest
+from tests.places import SHARED
 
-CT_DATA = Path(__file__).parents[2] / "shared" / "data" / "ct"
+CT_DATA = SHARED / "data" / "ct"
 VOLUME = VolumeConfig(shape=(16, 32, 32))
 ROAD = Road(VOLUME, DecodeConfig(), b"a secret of thirty-two bytes ....")
 Ingest = Callable[..., list[IngestedScan]]

@@ -7,24 +7,32 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.places import ROOT
+
 ROWS = (
     "errors config scan",
-    "archive augment cam dicom history job lung metrics model page paper phantom_canvas ray_metrics report "
-    "results_rows sandbox shortcuts storage_local tables terminal volume volume_file",
-    "calibration charts cohort decode gates intervals phantom_body phantom_files phantom_findings predictions "
-    "series slice_order steps storage",
-    "bundle dataset evaluation ingest nightly_report phantom phantom_decoys results_objects truth",
-    "audit_features cam_truth evaluation_report prepared ray_cluster results results_publish results_runs "
-    "score train volumes_cache",
-    "audit demo model_card ray_prepare results_hold study",
-    "audit_report phantom_study ray_score ray_train results_check study_maps study_report",
-    "evaluate",
+    "archive auditing.shortcuts augment cam evaluation.paper history job lung metrics model page phantoms.canvas "
+    "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report storage_local tables "
+    "terminal volume",
+    "calibration charts cohort decode evaluation.intervals evaluation.predictions phantoms.body phantoms.files "
+    "phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
+    "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
+    "publishing.objects",
+    "auditing.features evaluation.cam_truth evaluation.report prepared publishing.commit publishing.runs "
+    "ray_cluster results score train volumes_cache",
+    "auditing.audit demo evaluation.model_card evaluation.study publishing.hold ray_prepare",
+    "auditing.report evaluation.study_maps evaluation.study_report phantoms.study publishing.check ray_score ray_train",
+    "evaluation.evaluate",
     "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
-MODULES = sorted(path.stem for path in (ROOT / "darnet").glob("*.py") if path.stem != "__init__")
+FILES = {
+    ".".join(path.relative_to(ROOT / "darnet").with_suffix("").parts): path
+    for path in sorted((ROOT / "darnet").rglob("*.py"))
+    if path.stem != "__init__"
+}
+MODULES = list(FILES)
 
 
 def _imports(path: Path) -> list[str]:
@@ -34,7 +42,7 @@ def _imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
+            names += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
     return names
 
 
@@ -44,13 +52,13 @@ def test_every_module_has_a_row() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_lower_rows_only(module: str) -> None:
-    inside = [name.split(".")[1] for name in _imports(ROOT / "darnet" / f"{module}.py") if name.startswith("darnet.")]
+    inside = {name.removeprefix("darnet.") for name in _imports(FILES[module])} & set(MODULES)
     assert [name for name in inside if ROW_OF[name] >= ROW_OF[module] > 0] == []
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_foreign_library_lives_in_one_module(module: str) -> None:
-    roots = {name.split(".")[0] for name in _imports(ROOT / "darnet" / f"{module}.py")}
+    roots = {name.split(".")[0] for name in _imports(FILES[module])}
     assert [name for name, home in FOREIGN.items() if name in roots and home != module] == []
     assert "ray" not in roots or module.startswith("ray_")
 

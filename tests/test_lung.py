@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,21 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from darnet.auditing.shortcuts import measure_border
 from darnet.config import VolumeConfig
 from darnet.lung import has_lung, is_masked, mask_outside_lung, segment_display_lung, segment_lung
 from darnet.phantom import make_phantom
-from darnet.phantom_canvas import Phantom
-from darnet.phantom_decoys import make_abdomen, make_head
+from darnet.phantoms.canvas import Phantom
+from darnet.phantoms.decoys import make_abdomen, make_head
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity, StandardVolume
-from darnet.shortcuts import measure_border
 from darnet.volume import make_standard_volume
+from tests.places import SHARED
 
 WINDOW = (-1350.0, 150.0)
 GRIDS = [(64, 224, 224), (32, 96, 96), (24, 64, 64)]
 SMALL_TO_LARGE = [(16, 64, 64), (24, 96, 96), (64, 224, 224)]
 CHEST_MM = (300.0, 360.0, 360.0)
-SERIES = Path(__file__).parents[2] / "shared" / "data" / "ct"
+SERIES = SHARED / "data" / "ct"
 CHESTS = ("weasis-chest-rt", "lung-pet-ct-dx/A0002-B40f-8mm", "lidc-idri-0314")
 
 needs_ct = pytest.mark.skipif(not SERIES.is_dir(), reason=f"no real CT at {SERIES}")

@@ -1,7 +1,6 @@
 """Metrics against hand-counted tables, scikit-learn and the authors' published predictions."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,8 +24,9 @@ from darnet.metrics import (
     trace_roc,
 )
 from darnet.scan import DIAGNOSES
+from tests.places import SHARED
 
-CCII = Path(__file__).parents[2] / "shared" / "data" / "ccii"
+CCII = SHARED / "data" / "ccii"
 
 # Columns CP, NCP, Normal. Called: NCP, NCP, CP, CP, NCP, Normal.
 TABLE = np.array([[0.1, 0.8, 0.1], [0.3, 0.6, 0.1], [0.5, 0.4, 0.1], [0.9, 0.0, 0.1], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7]])

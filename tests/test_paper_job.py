@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.places import ROOT
+
 TINY = (
     *("--volume.shape", "[16,64,64]", "--network.volume-shape", "[16,64,64]", "--network.base-channels", "4"),
     *("--volume.crop", "body", "--train.epochs", "1", "--train.num-folds", "2"),

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from darnet.phantom import make_phantom
-from darnet.phantom_canvas import Phantom
+from darnet.phantoms.canvas import Phantom
 from darnet.scan import DIAGNOSES, Diagnosis
 
 SHAPE = (28, 112, 112)

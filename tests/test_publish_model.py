@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from darnet import results_publish
 from darnet.errors import PutUncertain
+from darnet.publishing import commit
 from tests.publish_model import SCENARIOS, PublishModel, walk_all
 
 # Less may go wrong than in the whole model, and with three runs at once nothing: their meetings alone are many.
@@ -50,7 +50,7 @@ def _settle_nothing(rows: Any, _: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "mutant"), [("_claim", _claim_believing), ("_settle", _settle_nothing)])
 def test_a_program_that_forgets_a_step_is_found_out(monkeypatch: pytest.MonkeyPatch, name: str, mutant: Any) -> None:
-    monkeypatch.setattr(results_publish, name, mutant)
+    monkeypatch.setattr(commit, name, mutant)
     assert PublishModel(QUICK[1]).walk().faults
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from darnet.audit import audit_cohort, summarise_audit
+from darnet.auditing.audit import audit_cohort, summarise_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings
 from darnet.dataset import read_facts, read_index

@@ -24,21 +24,22 @@ from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig, ScoreSettings
 from darnet.errors import CredentialsError, HeldError, UsageError
 from darnet.page import NOTICE
+from darnet.publishing.hold import decide_hold
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_score import name_run, score_archive, score_sources
 from darnet.results import read_predictions
-from darnet.results_hold import decide_hold
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
+from tests.places import ROOT
 from tests.results_fixtures import make_row
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
-ROOT = Path(__file__).parents[1]
+
 CONFIG = ScoreConfig(part_scans=2)
 NUMBERS = ["probability_cp", "probability_ncp", "probability_normal", "fold_std_ncp", "cam_in_lung_fraction"]
 NIGHT = date(2026, 1, 1)

@@ -37,13 +37,14 @@ from darnet.ray_train import (
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
 from tests.gloo_ranks import train_with_torch_alone
+from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
 CONFIG = TrainConfig(epochs=6, num_folds=2, learning_rate=3e-3)
 WORKERS = 2
 DAY = date(2020, 3, 1)
-ROOT = Path(__file__).parents[1]
+
 
 # Ray Train touches Ray Data's context, which warns of its own settings.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")

@@ -1,7 +1,6 @@
 """The README keeps its promises: what it says to analysts runs as it stands, and what it names is there."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -10,9 +9,10 @@ import pytest
 
 from darnet.results import LATEST_SQL
 from darnet.storage import Store
+from tests.places import ROOT
 from tests.results_fixtures import make_row, publish_rows
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DAY_1, DAY_2 = pd.Timestamp(2030, 1, 1), pd.Timestamp(2030, 1, 2)
@@ -101,16 +101,13 @@ def test_the_pandas_of_the_readme_answers_as_a_hand_does(local: Store) -> None:
 
 
 def test_every_file_and_job_the_readme_names_exists() -> None:
-    root = Path(__file__).parents[1]
     for name in re.findall(r"`((?:jobs|darnet|tests)/[\w/]+\.py)", README):
-        assert (root / name).is_file(), name
+        assert (ROOT / name).is_file(), name
     for job in set(re.findall(r"jobs\.(\w+)", README)) - {"X"}:
-        assert (root / "jobs" / f"{job}.py").is_file(), job
+        assert (ROOT / "jobs" / f"{job}.py").is_file(), job
 
 
 def test_the_house_table_names_every_module() -> None:
-    root = Path(__file__).parents[1]
     house = README.partition("## The house")[2].partition("|---|---|")[2]
-    named = re.findall(r"`(\w+)`", house)
-    modules = sorted(path.stem for path in (root / "darnet").glob("*.py") if path.stem != "__init__")
-    assert sorted(named) == modules
+    modules = [path.relative_to(ROOT / "darnet") for path in (ROOT / "darnet").rglob("*.py") if path.stem != "__init__"]
+    assert sorted(re.findall(r"`([\w.]+)`", house)) == sorted(".".join(path.with_suffix("").parts) for path in modules)

@@ -8,8 +8,8 @@ import duckdb
 import pandas as pd
 import pytest
 
+from darnet.publishing.rows import SCHEMA
 from darnet.results import LATEST_SQL, read_predictions
-from darnet.results_rows import SCHEMA
 from darnet.storage import Store
 from tests.results_fixtures import make_row, publish_history, publish_rows, read_statuses
 

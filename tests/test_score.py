@@ -11,8 +11,8 @@ import torch
 from darnet.bundle import Bundle, load_networks
 from darnet.config import ScoreConfig
 from darnet.errors import Status
-from darnet.results_publish import check_rows
-from darnet.results_rows import SCHEMA, make_table
+from darnet.publishing.commit import check_rows
+from darnet.publishing.rows import SCHEMA, make_table
 from darnet.scan import CropBox, IngestedScan, Intensity, ScanFacts, StandardVolume, Uint8Array
 from darnet.score import Ensemble, RunFacts, ScanScore, make_row
 from tests.bundle_fixtures import SHAPE, write_random_bundle

@@ -9,8 +9,9 @@ import pytest
 from darnet.config import PaperSettings, PhantomsSettings, read_settings
 from darnet.errors import UsageError
 from darnet.steps import Step, claim_folder, run_steps
+from tests.places import ROOT
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = ROOT / "jobs"
 PLACES = ["--archive", "a", "--cohort", "c.csv", "--out", "o"]
 
 
@@ -52,7 +53,7 @@ def test_the_papers_settings_are_the_defaults() -> None:
 def test_both_smoke_jobs_read_the_same_file(settings: Any) -> None:
     places = PLACES if settings is PaperSettings else ["--out", "o"]
     told = read_settings(settings, [*places, "--config", str(JOBS / "paper-smoke.toml")], "x")
-    assert told.volume.shape == told.network.volume_shape == (24, 96, 128)
+    assert told.volume.shape == told.network.volume_shape == (18, 88, 120)
 
 
 @pytest.mark.parametrize("name", ["paper.toml", "paper-smoke.toml"])

@@ -22,12 +22,12 @@ import numpy as np
 from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
-from darnet.dicom import arrange_series, read_header
 from darnet.errors import ScanError, UsageError
 from darnet.ingest import DicomStack
 from darnet.phantom import make_phantom
-from darnet.phantom_files import write_dicom
-from darnet.sandbox import Sandbox
+from darnet.phantoms.files import write_dicom
+from darnet.reading.dicom import arrange_series, read_header
+from darnet.reading.sandbox import Sandbox
 from darnet.scan import DIAGNOSES, StagedFile, Uint8Array
 from darnet.score import Ensemble
 from darnet.storage import open_store

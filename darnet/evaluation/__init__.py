@@ -1,0 +1,1 @@
+"""What predictions are worth: measures with intervals, comparisons, maps held against the truth, reports."""

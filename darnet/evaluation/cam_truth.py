@@ -1,0 +1,227 @@
+"""Class activation maps held against planted disease: maps and truth enter, measures with intervals leave.
+
+A map that peaks in a lesion shows that it can, not why: each measure stands beside what a map that knows nothing but
+the lungs would reach, and beside maps of networks whose last stage was drawn anew.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+from scipy import ndimage
+
+from darnet.cam import class_activation_maps, find_peak
+from darnet.evaluation.intervals import Interval, Resampling, take_interval
+from darnet.evaluation.truth import Truth
+from darnet.model import DARNet, build_network
+from darnet.scan import FloatArray, Uint8Array
+
+NEAR_MM = 20.0  # Source: ours; a cell of the last feature map is 20 to 40 mm wide
+MEASURES = {
+    "cam_in_lung": "share of the map that lies in the lungs",
+    "peak_in_lesion": "share of maps whose peak lies in a lesion (the pointing game)",
+    "peak_within_20_mm": "share of maps whose peak lies within 20 mm of a lesion",
+    "dice_half_maximum": "Dice overlap of the map at half its maximum with the lesions",
+}
+CHANGED_BELOW = 0.5  # rank correlation. Source: ours; maps that ignore what was learnt stay near 1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over scans with its percentile bootstrap interval."""
+
+    mean: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class MapDifference:
+    """First minus second network in one measure, on the same scans."""
+
+    first: str
+    second: str
+    measure: str
+    estimate: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """`shown` where the interval leaves 0 out; else, also where there is none, `not shown`."""
+        low, high = self.estimate.interval.low, self.estimate.interval.high
+        return "shown" if low > 0 or high < 0 else "not shown"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MapStudy:
+    """The maps of several networks on the scans of one diagnosis.
+
+    `measured` is network -> measure; `chance` is measure, see `measure_chance`; `redrawn` is network -> rank
+    correlation with the map of the same network after its last stage and head were drawn anew.
+    """
+
+    diagnosis: str
+    num_scans: int
+    measured: Mapping[str, Mapping[str, Estimate]]
+    chance: Mapping[str, float]
+    differences: Sequence[MapDifference]
+    redrawn: Mapping[str, Estimate]
+
+
+def measure_map(cam: FloatArray, truth: Truth) -> dict[str, float]:
+    """One scan's map against its truth; a map that is nowhere positive points at nothing, and lies nowhere (NaN).
+
+    Shape:  (D, H, W), nowhere negative.
+    Source: pointing game, Zhang et al. 2018, "Top-down neural attention"; the others ours.
+    """
+    if not cam.max() > 0:
+        return dict.fromkeys(MEASURES, 0.0) | {"cam_in_lung": math.nan}
+    peak = find_peak(cam)
+    return {
+        "cam_in_lung": float(cam[truth.lung].sum(dtype=np.float64) / cam.sum(dtype=np.float64)),
+        "peak_in_lesion": float(truth.lesion[peak]),
+        "peak_within_20_mm": float(measure_distances(truth)[peak] <= NEAR_MM),
+        "dice_half_maximum": _dice(cam >= cam.max() / 2, truth.lesion),
+    }
+
+
+def measure_chance(truth: Truth) -> dict[str, float]:
+    """What ignorance reaches: a map spread evenly over the scan, a peak at any voxel of the lungs, both whole lungs."""
+    return {
+        "cam_in_lung": float(truth.lung.mean()),
+        "peak_in_lesion": float(truth.lesion[truth.lung].mean()),
+        "peak_within_20_mm": float((measure_distances(truth)[truth.lung] <= NEAR_MM).mean()),
+        "dice_half_maximum": _dice(truth.lung, truth.lesion),
+    }
+
+
+def measure_distances(truth: Truth) -> FloatArray:
+    """Distance in mm of each voxel to the nearest lesion, 0 inside; shape of the truth, which must hold a lesion."""
+    distances_mm: FloatArray = ndimage.distance_transform_edt(~truth.lesion, sampling=truth.spacing_mm)
+    return distances_mm
+
+
+def estimate_mean(values: FloatArray, resampling: Resampling) -> Estimate:
+    """Mean over scans; those that leave the value undefined (NaN) are left out of mean and replicates.
+
+    Shape: (scans,).
+    """
+    is_defined = ~np.isnan(values)
+    if not is_defined.any():
+        return Estimate(math.nan, Interval(math.nan, math.nan))
+    weights = resampling.weights[:, is_defined]
+    totals = weights.sum(axis=1)
+    replicates = np.divide(weights @ values[is_defined], totals, out=np.full(len(totals), np.nan), where=totals > 0)
+    return Estimate(float(values[is_defined].mean()), take_interval(replicates))
+
+
+def study_maps(
+    diagnosis: str,
+    maps: Mapping[str, Sequence[FloatArray]],
+    truths: Sequence[Truth],
+    pairs: Sequence[tuple[str, str]],
+    redrawn: Mapping[str, Estimate],
+    resampling: Resampling,
+) -> MapStudy:
+    """Measure every network's maps of the same scans, and the pairs' differences.
+
+    Shape: `maps` network -> one (D, H, W) a truth.
+    """
+    values = {
+        name: _tabulate([measure_map(*pair) for pair in zip(cams, truths, strict=True)]) for name, cams in maps.items()
+    }
+    chance = _tabulate([measure_chance(truth) for truth in truths])
+    return MapStudy(
+        diagnosis=diagnosis,
+        num_scans=len(truths),
+        measured={
+            name: {measure: estimate_mean(column, resampling) for measure, column in columns.items()}
+            for name, columns in values.items()
+        },
+        chance={measure: float(column.mean()) for measure, column in chance.items()},
+        differences=[
+            _subtract(first, second, measure, values, resampling) for first, second in pairs for measure in MEASURES
+        ],
+        redrawn=redrawn,
+    )
+
+
+def redraw_last_stage(network: DARNet, seed: int) -> DARNet:
+    """The same network with its last stage and head as before any training; all before them stays as it was learnt.
+
+    Source: Adebayo et al. 2018, "Sanity checks for saliency maps".
+    """
+    fresh, changed = build_network(network.config, seed), copy.deepcopy(network)
+    last = f"stages.{len(network.stages) - 1}."
+    state = changed.state_dict()
+    for name, tensor in fresh.state_dict().items():
+        if name.startswith((last, "head.")):
+            state[name].copy_(tensor)
+    return changed.eval()
+
+
+@torch.inference_mode()
+def map_class(networks: Sequence[DARNet], voxels: Uint8Array, label: int) -> FloatArray:
+    """An ensemble's class map of one standard volume, mean over its folds.
+
+    Shape: (D, H, W) -> (d, h, w).
+    """
+    device = next(networks[0].parameters()).device
+    batch = torch.from_numpy(voxels)[None, None].to(device, torch.float32) / 255
+    maps = [class_activation_maps(network.features(batch), network.head.weight)[0, label] for network in networks]
+    mean: FloatArray = torch.stack(maps).mean(dim=0).cpu().numpy()
+    return mean
+
+
+def correlate_maps(one: FloatArray, other: FloatArray) -> float:
+    """Spearman's rank correlation over the cells of two class maps; NaN where a map is the same everywhere.
+
+    Shape: (d, h, w) each.
+    """
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return math.nan
+    return float(scipy.stats.spearmanr(one.ravel(), other.ravel()).statistic)
+
+
+def describe_maps(study: MapStudy) -> dict[str, Any]:
+    """What metrics.json says of the maps; NaN as None."""
+    return {
+        "diagnosis": study.diagnosis,
+        "num_scans": study.num_scans,
+        "chance": dict(study.chance),
+        "networks": {
+            name: {measure: _describe(item) for measure, item in measured.items()}
+            for name, measured in study.measured.items()
+        },
+        "differences": [
+            {"first": item.first, "second": item.second, "measure": item.measure, "verdict": item.verdict}
+            | _describe(item.estimate)
+            for item in study.differences
+        ],
+        "redrawn_rank_correlation": {name: _describe(item) for name, item in study.redrawn.items()},
+    }
+
+
+def _describe(estimate: Estimate) -> dict[str, Any]:
+    values = [estimate.mean, estimate.interval.low, estimate.interval.high]
+    mean, low, high = (None if math.isnan(value) else value for value in values)
+    return {"mean": mean, "ci95": [low, high]}
+
+
+def _subtract(
+    first: str, second: str, measure: str, values: Mapping[str, Mapping[str, FloatArray]], resampling: Resampling
+) -> MapDifference:
+    difference = values[first][measure] - values[second][measure]
+    return MapDifference(first, second, measure, estimate_mean(difference, resampling))
+
+
+def _tabulate(rows: Sequence[Mapping[str, float]]) -> dict[str, FloatArray]:
+    return {measure: np.array([row[measure] for row in rows]) for measure in MEASURES}
+
+
+def _dice(one: Any, other: Any) -> float:
+    total = int(one.sum() + other.sum())
+    return float(2 * (one & other).sum() / total) if total else math.nan

@@ -1,0 +1,283 @@
+"""One evaluation, from settings to files: a predictions table, or a bundle and a test cohort, enters; a report leaves.
+
+Both take the same road: the bundle's predictions are written as a table, and that table is evaluated. No Ray: a test
+cohort is hundreds of scans that are already resampled.
+"""
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, load_networks, read_bundle
+from darnet.cohort import count_cohort, find_leaking_patients
+from darnet.config import EvaluateSettings, ScoreConfig
+from darnet.dataset import VolumesIndex, read_index
+from darnet.errors import ObjectMissing, UsageError
+from darnet.evaluation.measures import (
+    Evaluation,
+    Origin,
+    compare_predictions,
+    describe_evaluation,
+    evaluate_predictions,
+    find_warnings,
+    resample_predictions,
+)
+from darnet.evaluation.paper import MODEL_NAMES
+from darnet.evaluation.predictions import PROBABILITIES, Predictions, read_predictions_table
+from darnet.evaluation.report import (
+    format_interval,
+    format_metric,
+    render_csv,
+    render_report,
+    render_tex,
+    round_headlines,
+)
+from darnet.evaluation.study import NetworkRun, describe_study, make_study
+from darnet.evaluation.study_maps import CohortScores, add_maps
+from darnet.evaluation.study_report import draw_cases, render_study, render_study_csv, render_study_tex
+from darnet.evaluation.truth import Truth, read_truths
+from darnet.history import HISTORY_FILE
+from darnet.model import DARNet
+from darnet.page import figure_to_png
+from darnet.score import Ensemble, ScanScore
+from darnet.storage import Store, open_store, read_file
+from darnet.terminal import print_table, show_progress
+
+PREDICTIONS_FILE = "predictions.parquet"
+TABLE = "predictions table"
+UNKNOWN_TRAINING = (
+    "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
+    "these figures flatter the model."
+)
+
+
+def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
+    """Evaluate, and write metrics.json, tables.csv, tables.tex and report.html; returns the job's summary.
+
+    A folder of several bundles is evaluated as the paper's comparison, each network on the same test cohort.
+    Raises: UsageError naming file and row; StorageError.
+    """
+    out = open_store(settings.out, create=True)
+    if settings.model is not None:
+        bundles = find_bundles(open_store(settings.model))
+        if len(bundles) > 1:
+            return _run_study(settings, bundles, out)
+    second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
+    predictions, origin = _open_predictions(settings, out)
+    resampling = resample_predictions(predictions, settings.seed, settings.replicates)
+    comparison = None if second is None else compare_predictions(predictions, second, resampling)
+    evaluation = evaluate_predictions(predictions, resampling)
+    described = describe_evaluation(evaluation, origin, comparison)
+    files = {
+        "tables.csv": render_csv(evaluation).encode(),
+        "tables.tex": render_tex(evaluation).encode(),
+        "report.html": render_report(evaluation, origin, comparison).encode(),
+    }
+    _show(evaluation, origin)
+    return _publish(out, described, files, evaluation)
+
+
+def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) -> dict[str, Any]:
+    if settings.compare is not None:
+        raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
+    index = _open_volumes(settings)
+    truths = _read_truths(settings, index)
+    runs, scores, bundles = [], {}, {}
+    for place in places:
+        bundle = read_bundle(place)
+        _check_fit(settings, bundle.manifest, index)
+        name = MODEL_NAMES[bundle.manifest.model_name]
+        bundles[name], scores[name] = bundle, _score_test(settings, bundle, index)
+        runs.append(_describe_run(name, bundle, read_history(place), scores[name], index, out))
+    study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
+    cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
+    study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
+    files = {
+        "tables.csv": render_study_csv(study).encode(),
+        "tables.tex": render_study_tex(study).encode(),
+        **({"fig2.png": figure_to_png(draw_cases(study))} if study.cases else {}),
+        "report.html": render_study(study).encode(),
+    }
+    for name, run in study.runs.items():
+        _show(study.evaluations[name], run.origin)
+    return _publish(out, describe_study(study), files, study.evaluations[study.full])
+
+
+def _describe_run(
+    name: str, bundle: Bundle, history: pd.DataFrame, scores: Sequence[ScanScore], index: VolumesIndex, out: Store
+) -> NetworkRun:
+    """What one network says of the test cohort, kept as a table, and what is known of it."""
+    manifest = bundle.manifest
+    return NetworkRun(
+        name=name,
+        origin=_describe_origin(manifest, index),
+        predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores),
+        num_parameters=count_network_parameters(manifest.settings.network),
+        history=history,
+    )
+
+
+def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, Truth]:
+    if settings.truth is None:
+        return {}
+    scan_ids = index.frame.loc[index.frame["cohort"] == "test", "scan_id"].tolist()
+    return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
+
+
+def _load_on_device(bundle: Bundle) -> list[DARNet]:
+    return [network.to(_name_device()) for network in load_networks(bundle)]
+
+
+def _name_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_history(bundle: Store) -> pd.DataFrame:
+    """The metrics of every epoch and fold that a bundle keeps of its training; empty where it keeps none.
+
+    Raises: UsageError if the file is damaged.
+    """
+    try:
+        lines = bundle.read_bytes(HISTORY_FILE).decode().splitlines()
+        return pd.DataFrame([json.loads(line) for line in lines])
+    except ObjectMissing:
+        return pd.DataFrame()
+    except ValueError as error:
+        place = f"{bundle.uri}/{HISTORY_FILE}"
+        raise UsageError(f"{place}: not a line of JSON an epoch ({error}); copy the bundle again") from error
+
+
+def _publish(
+    out: Store, described: Mapping[str, Any], files: Mapping[str, bytes], evaluation: Evaluation
+) -> dict[str, Any]:
+    """Write metrics.json, then the files, report.html the last; returns the job's summary."""
+    metrics = json.dumps(described, indent=2, allow_nan=False) + "\n"
+    for name, data in {"metrics.json": metrics.encode(), **files}.items():
+        out.write_bytes(name, data)
+    return {
+        "out": out.uri,
+        "num_scans": len(evaluation.predictions.scan_ids),
+        **round_headlines(evaluation.metrics),
+        "warnings": described["warnings"],
+        "notice": described["notice"],
+    }
+
+
+def score_cohort(
+    bundle: Bundle, index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
+) -> list[ScanScore]:
+    """Score the index's test scans, in the order of its rows; `advance` hears of each batch."""
+    ensemble = Ensemble.from_bundle(bundle, config, _name_device())
+    arrays = index.frame.loc[index.frame["cohort"] == "test", "array"].tolist()
+    scores = []
+    for start in range(0, len(arrays), config.batch_size):
+        batch = np.stack([np.load(index.folder / name) for name in arrays[start : start + config.batch_size]])
+        scores += ensemble.score(batch)
+        advance(len(batch))
+    return scores
+
+
+def tabulate_predictions(index: VolumesIndex, scores: Sequence[ScanScore]) -> pd.DataFrame:
+    """The predictions table of a scored test cohort, one row a fold and scan."""
+    test = index.frame[index.frame["cohort"] == "test"]
+    facts = pd.DataFrame(
+        {"scan_id": test["scan_id"], "patient_id": test["patient_id"], "label": test["diagnosis"]}
+    ).reset_index(drop=True)
+    folds = [
+        pd.concat([facts.assign(fold=fold), pd.DataFrame(values, columns=list(PROBABILITIES))], axis=1)
+        for fold, values in enumerate(np.stack([score.fold_probability for score in scores], axis=1))
+    ]
+    return pd.concat(folds, ignore_index=True)
+
+
+def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, bool]:
+    """Say whether the bundle knows patients of the test cohort, and whether that is something to be warned of."""
+    test = index.frame[index.frame["cohort"] == "test"]
+    leaking = find_leaking_patients(index.frame)
+    num_scans = int(test["patient_id"].isin(leaking).sum())
+    if leaking:
+        told = (
+            f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) "
+            "also have scans in the training cohort: these figures flatter the model."
+        )
+    else:
+        told = "No patient of the test cohort has a scan in the training cohort."
+    if manifest.cohort_sha256 == index.cohort_sha256:
+        return told, bool(leaking)
+    return f"The bundle was trained on another cohort than the volumes folder declares; by the latter: {told}", True
+
+
+def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin]:
+    if settings.predictions is not None:
+        predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
+        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, {})
+    assert settings.model is not None, "the settings have checked it"
+    (place,) = find_bundles(open_store(settings.model))
+    bundle, index = read_bundle(place), _open_volumes(settings)
+    _check_fit(settings, bundle.manifest, index)
+    scores = _score_test(settings, bundle, index)
+    return _keep_predictions(out, PREDICTIONS_FILE, index, scores), _describe_origin(bundle.manifest, index)
+
+
+def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
+    assert settings.volumes is not None, "the settings have checked it"
+    if "://" in settings.volumes:
+        raise UsageError(f"--volumes {settings.volumes}: give a folder on this machine; volumes are read as files")
+    return read_index(Path(settings.volumes).absolute())
+
+
+def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex) -> list[ScanScore]:
+    num_test = int((index.frame["cohort"] == "test").sum())
+    with show_progress(f"scoring the test cohort, {bundle.manifest.model_name}", num_test) as meter:
+        return score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
+
+
+def _keep_predictions(out: Store, name: str, index: VolumesIndex, scores: Sequence[ScanScore]) -> Predictions:
+    """Write the predictions table and read it as anybody's."""
+    buffer = io.BytesIO()
+    tabulate_predictions(index, scores).to_parquet(buffer, index=False)
+    out.write_bytes(name, buffer.getvalue())
+    return read_predictions_table(name, buffer.getvalue())
+
+
+def _check_fit(settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex) -> None:
+    """Raises: UsageError if the bundle cannot be measured on these volumes."""
+    if manifest.preprocessing_version != index.volume.preprocessing_version:
+        raise UsageError(
+            f"{settings.volumes}: prepared as {index.volume.preprocessing_version}, but {settings.model} was trained "
+            f"on volumes of {manifest.preprocessing_version}; run jobs.prepare with the bundle's volume settings"
+        )
+    if not (index.frame["cohort"] == "test").any():
+        raise UsageError(f"{settings.volumes}: no scan is in the test cohort; run jobs.prepare with one")
+
+
+def _describe_origin(manifest: BundleManifest, index: VolumesIndex) -> Origin:
+    told, is_warning = describe_leak(index, manifest)
+    facts = {
+        "model_name": manifest.model_name,
+        "model_version": manifest.model_version,
+        "model_sha256": manifest.model_sha256,
+        "preprocessing_version": manifest.preprocessing_version,
+        "cohort_sha256": index.cohort_sha256,
+    }
+    subject = f"{manifest.model_name} {manifest.model_version}"
+    return Origin(subject, told, facts, warning=told if is_warning else "")
+
+
+def _show(evaluation: Evaluation, origin: Origin) -> None:
+    """Print the metrics, and what a reader has to know of them."""
+    rows = [
+        [name, format_metric(value), format_interval(evaluation.intervals[name])]
+        for name, value in evaluation.metrics.items()
+    ]
+    title = f"{origin.subject}: {len(evaluation.predictions.scan_ids)} scans (research use only)"
+    print_table(title, ["metric", "value", f"95% interval by {evaluation.clustered_by}"], rows)
+    warnings = find_warnings(evaluation, origin)
+    if warnings:
+        print_table("Before you believe these figures", ["mind"], [[warning] for warning in warnings])

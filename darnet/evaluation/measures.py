@@ -1,0 +1,265 @@
+"""What a set of predictions is worth: a checked table enters; metrics, their intervals and a comparison leave.
+
+The figures of the ensemble (mean probability over the folds) carry the intervals; those of the single folds are given
+as mean and standard deviation, the way of the paper's Tables 2 and 3.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from darnet.errors import UsageError
+from darnet.evaluation.intervals import (
+    AucDifference,
+    AucEstimate,
+    DecisionDifference,
+    FoldDifference,
+    Interval,
+    Resampling,
+    bootstrap_differences,
+    bootstrap_intervals,
+    bootstrap_roc,
+    compare_aucs,
+    compare_decisions,
+    compare_folds,
+    delong_auc,
+    resample_scans,
+)
+from darnet.evaluation.predictions import LABELS, Predictions
+from darnet.metrics import ECE_BINS, compute_all_metrics, count_confusion
+from darnet.page import NOTICE
+from darnet.scan import FloatArray
+
+FALSE_RATES = np.linspace(0, 1, 101)  # where the ROC band is measured
+FEW_SCANS = 30  # of a class. Source: ours; below, percentile intervals are known to be too narrow
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the numbers are numbers of: a title, what is known of the model's training, and facts for metrics.json.
+
+    `warning` says what flatters the model, if anything is known to.
+    """
+
+    subject: str
+    training: str
+    facts: Mapping[str, Any]
+    warning: str = ""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Evaluation:
+    """Metrics of the ensemble with their intervals, and of each fold.
+
+    Shape: `confusion` (3, 3); `roc_band` false positive rates, lower and upper true positive rates (points,).
+    """
+
+    predictions: Predictions
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    auc: AucEstimate
+    fold_metrics: Sequence[Mapping[str, float]]
+    confusion: FloatArray
+    roc_band: tuple[FloatArray, FloatArray, FloatArray]
+    clustered_by: str
+    num_replicates: int
+
+    @property
+    def fold_means(self) -> dict[str, float]:
+        """Each metric's mean over the folds; NaN where one fold's is undefined."""
+        return {name: float(np.mean([fold[name] for fold in self.fold_metrics])) for name in self.metrics}
+
+    @property
+    def fold_stds(self) -> dict[str, float]:
+        """Each metric's standard deviation over the folds, of a sample (n - 1); NaN with a single fold."""
+        if len(self.fold_metrics) < 2:
+            return dict.fromkeys(self.metrics, math.nan)
+        return {name: float(np.std([fold[name] for fold in self.fold_metrics], ddof=1)) for name in self.metrics}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Comparison:
+    """First against second model on the same scans; `differences` are first minus second, `folds` only where both
+    have the same ones."""
+
+    second: Predictions
+    second_metrics: Mapping[str, float]
+    differences: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    aucs: AucDifference
+    decisions: DecisionDifference
+    folds: Mapping[str, FoldDifference]
+
+
+def evaluate_predictions(predictions: Predictions, resampling: Resampling) -> Evaluation:
+    """Measure the ensemble and each fold."""
+    probabilities, labels = predictions.probabilities, predictions.labels
+    return Evaluation(
+        predictions=predictions,
+        metrics=compute_all_metrics(probabilities, labels),
+        intervals=bootstrap_intervals(probabilities, labels, resampling),
+        auc=delong_auc(probabilities, labels),
+        fold_metrics=[compute_all_metrics(fold, labels) for fold in predictions.fold_probabilities],
+        confusion=count_confusion(probabilities, labels),
+        roc_band=(FALSE_RATES, *bootstrap_roc(probabilities, labels, resampling, FALSE_RATES)),
+        clustered_by=resampling.clustered_by,
+        num_replicates=len(resampling.weights),
+    )
+
+
+def resample_predictions(predictions: Predictions, seed: int, num_replicates: int) -> Resampling:
+    """Draw the sets that all intervals of an evaluation and its comparison are taken from."""
+    rng = np.random.default_rng(seed)
+    return resample_scans(len(predictions.scan_ids), predictions.patient_ids, rng, num_replicates)
+
+
+def compare_predictions(first: Predictions, second: Predictions, resampling: Resampling) -> Comparison:
+    """Compare two models scan by scan.
+
+    Raises: UsageError naming a scan that only one table has, or that they label differently.
+    """
+    second = _align(second, first)
+    ours, theirs, labels = first.probabilities, second.probabilities, first.labels
+    metrics, second_metrics = compute_all_metrics(ours, labels), compute_all_metrics(theirs, labels)
+    return Comparison(
+        second=second,
+        second_metrics=second_metrics,
+        differences={name: metrics[name] - second_metrics[name] for name in metrics},
+        intervals=bootstrap_differences(ours, theirs, labels, resampling),
+        aucs=compare_aucs(ours, theirs, labels),
+        decisions=compare_decisions(ours, theirs, labels),
+        folds=_compare_folds(first, second),
+    )
+
+
+def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
+    """What a reader of the numbers has to know before believing them."""
+    warnings = [origin.warning] if origin.warning else []
+    if evaluation.clustered_by == "scan":
+        warnings.append(
+            "The table has no column patient_id: the intervals take every scan as independent of the others, and are "
+            "too narrow if patients have several scans."
+        )
+    counts = evaluation.confusion.sum(axis=1)
+    few = [f"{count:.0f} {name}" for name, count in zip(LABELS, counts, strict=True) if count < FEW_SCANS]
+    if few:
+        warnings.append(f"Few scans ({', '.join(few)}): intervals of so few are too narrow.")
+    if evaluation.auc.variance == 0:
+        warnings.append(
+            "No pair of scans is ranked wrongly: the interval of auc_ncp by DeLong has no width and no use."
+        )
+    undefined = [name for name, value in evaluation.metrics.items() if math.isnan(value)]
+    if undefined:
+        warnings.append(f"Undefined on this cohort, as a class is absent: {', '.join(undefined)}.")
+    return warnings
+
+
+def describe_evaluation(evaluation: Evaluation, origin: Origin, comparison: Comparison | None) -> dict[str, Any]:
+    """What metrics.json says; NaN as None, which JSON has."""
+    predictions = evaluation.predictions
+    described: dict[str, Any] = {
+        "notice": NOTICE,
+        "subject": origin.subject,
+        **evaluation.metrics,
+        **{f"{name}_ci95": [item.low, item.high] for name, item in evaluation.intervals.items()},
+        "auc_ncp_ci95_delong": [evaluation.auc.interval.low, evaluation.auc.interval.high],
+        "ci95_clustered_by": evaluation.clustered_by,
+        "ci95_replicates": evaluation.num_replicates,
+        "ece_bins": ECE_BINS,
+        "classes": list(LABELS),
+        "confusion_matrix": evaluation.confusion.astype(int).tolist(),
+        "confusion_matrix_axes": ["true", "called"],
+        "num_scans": len(predictions.scan_ids),
+        "num_patients": predictions.num_patients,
+        "num_folds": len(predictions.folds),
+        "folds": [
+            {"fold": fold, **metrics} for fold, metrics in zip(predictions.folds, evaluation.fold_metrics, strict=True)
+        ],
+        "folds_mean": evaluation.fold_means,
+        "folds_std": evaluation.fold_stds,
+        "input": predictions.name,
+        "input_sha256": predictions.sha256,
+        "training": origin.training,
+        **origin.facts,
+        "warnings": find_warnings(evaluation, origin),
+        "comparison": None if comparison is None else describe_comparison(comparison),
+    }
+    cleaned: dict[str, Any] = _null_nan(described)
+    return cleaned
+
+
+def describe_comparison(comparison: Comparison) -> dict[str, Any]:
+    """What metrics.json says of two models; NaN as None."""
+    aucs, decisions = comparison.aucs, comparison.decisions
+    described = {
+        "input": comparison.second.name,
+        "input_sha256": comparison.second.sha256,
+        "metrics": dict(comparison.second_metrics),
+        "differences": dict(comparison.differences),
+        "differences_ci95": {name: [item.low, item.high] for name, item in comparison.intervals.items()},
+        "auc_ncp_delong": {
+            "difference": aucs.difference,
+            "ci95": [aucs.interval.low, aucs.interval.high],
+            "p_value": aucs.p_value,
+        },
+        "decisions_mcnemar": {
+            "num_only_first_right": decisions.num_only_first_right,
+            "num_only_second_right": decisions.num_only_second_right,
+            "p_value": decisions.p_value,
+        },
+        "folds": {
+            name: {"mean": item.mean, "ci95": [item.interval.low, item.interval.high], "verdict": item.verdict}
+            for name, item in comparison.folds.items()
+        },
+    }
+    cleaned: dict[str, Any] = _null_nan(described)
+    return cleaned
+
+
+def _align(second: Predictions, first: Predictions) -> Predictions:
+    """The second table with its scans in the order of the first."""
+    place = {scan_id: row for row, scan_id in enumerate(second.scan_ids)}
+    for one, other in ((first, second), (second, first)):
+        lacking = sorted(set(one.scan_ids) - set(other.scan_ids))
+        if lacking:
+            raise UsageError(
+                f"{other.name}: no scan {lacking[0]!r}, which {one.name} has ({len(lacking)} such scans); a comparison "
+                "needs the same scans in both tables"
+            )
+    rows = [place[scan_id] for scan_id in first.scan_ids]
+    differs = np.flatnonzero(second.labels[rows] != first.labels)
+    if len(differs):
+        scan_id = first.scan_ids[differs[0]]
+        raise UsageError(f"{second.name}: scan {scan_id!r} has another label than in {first.name}; correct one of them")
+    return Predictions(
+        name=second.name,
+        sha256=second.sha256,
+        scan_ids=first.scan_ids,
+        patient_ids=first.patient_ids,
+        labels=first.labels,
+        folds=second.folds,
+        fold_probabilities=second.fold_probabilities[:, rows],
+    )
+
+
+def _compare_folds(first: Predictions, second: Predictions) -> dict[str, FoldDifference]:
+    if first.folds != second.folds or len(first.folds) < 2:
+        return {}
+    ours, theirs = (
+        [compute_all_metrics(fold, table.labels) for fold in table.fold_probabilities] for table in (first, second)
+    )
+    return {
+        name: compare_folds(np.array([[fold[name] for fold in ours]]), np.array([[fold[name] for fold in theirs]]))
+        for name in ours[0]
+    }
+
+
+def _null_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _null_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_null_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

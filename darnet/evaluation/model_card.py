@@ -1,0 +1,108 @@
+"""What a model card says of the data: tables of a volumes folder and an ensemble enter, Markdown leaves.
+
+Counts and metrics only; no patient or scan is named.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from darnet.cohort import COHORTS, find_leaking_patients
+from darnet.dataset import VolumesIndex, VolumesTable
+from darnet.evaluation.intervals import NUM_REPLICATES
+from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
+from darnet.evaluation.predictions import LABELS, Predictions
+from darnet.evaluation.report import format_interval, format_metric
+from darnet.score import Ensemble
+
+NO_TEST = "The volumes hold no test cohort: nothing was measured on scans that training has not seen."
+
+
+def describe_cohort(table: VolumesTable) -> str:
+    """Scans of each cohort, fold and diagnosis, how they were divided, and who is in both cohorts."""
+    rows = table.frame[table.frame["cohort"] == "train"]
+    return "\n\n".join(
+        [
+            f"{len(rows)} scans of {rows['patient_id'].nunique()} patients in {table.num_folds} folds, divided by "
+            "patient: no patient is in two folds.",
+            _render_table([["", *LABELS, "scans", "patients"], *_count_parts(table)]),
+            describe_leak(table),
+        ]
+    )
+
+
+def describe_leak(table: VolumesTable) -> str:
+    """Whether patients of the test cohort are in training too."""
+    test = table.frame[table.frame["cohort"] == "test"]
+    leaking = find_leaking_patients(table.frame)
+    if test.empty:
+        return NO_TEST
+    if not leaking:
+        return "No patient of the test cohort has a scan in the training cohort."
+    num_scans = int(test["patient_id"].isin(leaking).sum())
+    return (
+        f"**{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) "
+        "also have scans in the training cohort: figures on the test cohort flatter the model.**"
+    )
+
+
+def evaluate_test(ensemble: Ensemble, index: VolumesIndex, batch_size: int, seed: int) -> Evaluation:
+    """Score the test cohort of the volumes and measure it; intervals count patients."""
+    test = index.frame[index.frame["cohort"] == "test"]
+    arrays, scores = test["array"].tolist(), []
+    for start in range(0, len(arrays), batch_size):
+        batch = np.stack([np.load(index.folder / name) for name in arrays[start : start + batch_size]])
+        scores += [score.fold_probability for score in ensemble.score(batch)]
+    probabilities = np.stack(scores, axis=1)  # (folds, N, classes)
+    predictions = Predictions(
+        name="test cohort",
+        sha256=index.cohort_sha256,
+        scan_ids=tuple(test["scan_id"]),
+        patient_ids=tuple(test["patient_id"]),
+        labels=index.labels[test.index],
+        folds=tuple(str(fold) for fold in range(len(probabilities))),
+        fold_probabilities=probabilities.astype(np.float64),
+    )
+    return evaluate_predictions(predictions, resample_predictions(predictions, seed, NUM_REPLICATES))
+
+
+def describe_test(evaluation: Evaluation) -> str:
+    """Metrics on the test cohort with 95% intervals, each fold's mean and deviation, and what to mind."""
+    rows = [
+        [
+            name,
+            format_metric(value),
+            format_interval(evaluation.intervals[name]),
+            format_metric(evaluation.fold_means[name], evaluation.fold_stds[name]),
+        ]
+        for name, value in evaluation.metrics.items()
+    ]
+    head = ["metric", "ensemble", f"95% interval by {evaluation.clustered_by}", "folds, mean ± deviation"]
+    warnings = find_warnings(evaluation, Origin("", "", {}))
+    return "\n\n".join(
+        [
+            f"{len(evaluation.predictions.scan_ids)} scans of {evaluation.predictions.num_patients} patients, measured "
+            f"when training ended; intervals from {evaluation.num_replicates} bootstrap replicates. Research use only.",
+            _render_table([head, *rows]),
+            *(f"- {warning}" for warning in warnings),
+        ]
+    )
+
+
+def _count_parts(table: VolumesTable) -> list[list[str]]:
+    """Rows of counts: each fold, then each cohort."""
+    frame = table.frame
+    parts = {f"fold {fold}": (frame["fold"] == fold).fillna(False) for fold in range(table.num_folds)}
+    parts |= {cohort: frame["cohort"] == cohort for cohort in COHORTS}
+    rows = []
+    for name, is_in in parts.items():
+        part = frame[is_in]
+        counts = [int((part["diagnosis"] == label).sum()) for label in LABELS]
+        rows.append([name, *map(str, [*counts, len(part), part["patient_id"].nunique()])])
+    return rows
+
+
+def _render_table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the header."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, f"|{'---|' * len(rows[0])}", *body])

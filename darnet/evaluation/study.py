@@ -1,0 +1,126 @@
+"""The paper's comparison: predictions of several networks on one test cohort enter; tables, tests and facts leave.
+
+Every network is measured on the same resampled sets, so that differences are paired. The full network (the last in
+the order of Table 3) speaks for the study where one has to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from darnet.errors import UsageError
+from darnet.evaluation.cam_truth import MapStudy, describe_maps
+from darnet.evaluation.measures import (
+    Comparison,
+    Evaluation,
+    Origin,
+    compare_predictions,
+    describe_comparison,
+    describe_evaluation,
+    evaluate_predictions,
+    resample_predictions,
+)
+from darnet.evaluation.paper import NETWORKS
+from darnet.evaluation.predictions import Predictions
+from darnet.report import CamPanel
+
+Counts = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NetworkRun:
+    """One network's predictions of the test cohort, and what is known of it.
+
+    `name` is the paper's; `history` has one row an epoch and fold, or none where the bundle keeps none.
+    """
+
+    name: str
+    origin: Origin
+    predictions: Predictions
+    num_parameters: int
+    history: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pair:
+    """First against second network, and why these two."""
+
+    first: str
+    second: str
+    reason: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Study:
+    """Networks in the order of Table 3, each with its evaluation; `counts` is cohort -> diagnosis -> scans.
+
+    `maps` are the activation maps measured, one study a diagnosis with known lesions; `cases` those that are shown, in
+    the order of their severity, each with a panel a network.
+    """
+
+    runs: Mapping[str, NetworkRun]
+    evaluations: Mapping[str, Evaluation]
+    pairs: Sequence[Pair]
+    counts: Counts
+    maps: Sequence[MapStudy] = ()
+    cases: Sequence[Sequence[CamPanel]] = ()
+
+    @property
+    def full(self) -> str:
+        """The network that speaks for the study."""
+        return list(self.runs)[-1]
+
+
+def make_study(runs: Sequence[NetworkRun], counts: Counts, *, seed: int, num_replicates: int) -> Study:
+    """Evaluate every network and compare those that the paper's claims are about.
+
+    Raises: UsageError for a network that comes twice, or predictions of other scans.
+    """
+    ordered = sorted(runs, key=lambda run: NETWORKS.index(run.name))
+    by_name = {run.name: run for run in ordered}
+    if len(by_name) < len(ordered):
+        raise UsageError("two of the bundles are of the same network; keep one bundle a network")
+    resampling = resample_predictions(ordered[0].predictions, seed, num_replicates)
+    evaluations = {name: evaluate_predictions(run.predictions, resampling) for name, run in by_name.items()}
+    pairs = []
+    for first, second, reason in choose_pairs(evaluations):
+        ours, theirs = by_name[first].predictions, by_name[second].predictions
+        pairs.append(Pair(first, second, reason, compare_predictions(ours, theirs, resampling)))
+    return Study(by_name, evaluations, pairs, counts)
+
+
+def choose_pairs(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, str, str]]:
+    """Every other network against the first, and the two that are most accurate here if that is not among them.
+
+    Source: ours. Of equally accurate ones the first in Table 3's order. Choosing two by the scans that they are then
+            compared on flatters the first.
+    """
+    baseline, *others = evaluations
+    pairs = [(name, baseline, "against the baseline") for name in others]
+    ranked = sorted(
+        evaluations, key=lambda name: -evaluations[name].metrics["accuracy_3class"]
+    )  # ties: Table 3's order
+    if len(ranked) > 1 and baseline not in ranked[:2]:
+        pairs.append((ranked[0], ranked[1], "the two most accurate here"))
+    return pairs
+
+
+def describe_study(study: Study) -> dict[str, Any]:
+    """What metrics.json says: at its top level what it says of the full network alone, then every network."""
+    described = {
+        name: describe_evaluation(study.evaluations[name], run.origin, None) | {"num_parameters": run.num_parameters}
+        for name, run in study.runs.items()
+    }
+    return described[study.full] | {
+        "network": study.full,
+        "networks": described,
+        "cohort_counts": {cohort: dict(counts) for cohort, counts in study.counts.items()},
+        "comparisons": [
+            {"first": pair.first, "second": pair.second, "reason": pair.reason} | describe_comparison(pair.comparison)
+            for pair in study.pairs
+        ],
+        "activation_maps": [describe_maps(maps) for maps in study.maps],
+    }

@@ -1,0 +1,163 @@
+"""The activation maps of a study: scores of several networks and the truth, where it is known, enter; a `Study` leaves.
+
+The map is always that of the true class, right or wrong as the decision may be: so every network has one of each scan.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from darnet.dataset import VolumesIndex
+from darnet.evaluation.cam_truth import (
+    MapStudy,
+    correlate_maps,
+    estimate_mean,
+    map_class,
+    redraw_last_stage,
+    study_maps,
+)
+from darnet.evaluation.intervals import resample_scans
+from darnet.evaluation.study import Study
+from darnet.evaluation.truth import Truth
+from darnet.model import DARNet
+from darnet.report import CamPanel
+from darnet.scan import DIAGNOSES, CropBox, Diagnosis, FloatArray, Uint8Array
+from darnet.score import ScanScore
+
+NUM_CASES = 3  # Source: paper Fig. 2: mild, moderate, severe
+NUM_REDRAWN = 12  # scans of the sanity check: it asks whether maps change at all, and costs a forward pass a fold
+REDRAW_SEED = 1_000_000  # far from the seeds that networks are trained from
+# What depth attention adds, without and with channel attention, and what both add. Source: paper sec. 4.4 and 4.5
+MAP_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"), ("DA+CA", "ResNet18"))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CohortScores:
+    """The test cohort of a study: its rows of the index, and what every network says of each.
+
+    `scores` is network -> one score a row; `networks` gives a network's folds; `truths` is by scan_id.
+    """
+
+    index: VolumesIndex
+    scores: Mapping[str, Sequence[ScanScore]]
+    networks: Callable[[str], Sequence[DARNet]]
+    truths: Mapping[str, Truth]
+
+    @property
+    def scan_ids(self) -> list[str]:
+        """In the order of the scores."""
+        frame = self.index.frame
+        ids: list[str] = frame.loc[frame["cohort"] == "test", "scan_id"].tolist()
+        return ids
+
+    def read_voxels(self, scan_id: str) -> Uint8Array:
+        """Shape: (D, H, W)."""
+        frame = self.index.frame
+        (name,) = frame.loc[frame["scan_id"] == scan_id, "array"]
+        voxels: Uint8Array = np.load(self.index.folder / name)
+        return voxels
+
+    def read_map(self, network: str, scan_id: str, label: int) -> FloatArray:
+        """The class map as it was scored; shape: (d, h, w)."""
+        class_map: FloatArray = self.scores[network][self.scan_ids.index(scan_id)].class_maps[label]
+        return class_map
+
+    def draw_cam(self, network: str, scan_id: str, diagnosis: Diagnosis) -> FloatArray:
+        """Shape: (D, H, W)."""
+        score = self.scores[network][self.scan_ids.index(scan_id)]
+        return score.draw_cam(diagnosis, self.index.volume.shape)
+
+    def list_scans(self, diagnosis: Diagnosis) -> list[str]:
+        """Those of a diagnosis."""
+        frame = self.index.frame
+        is_wanted = (frame["cohort"] == "test") & (frame["diagnosis"] == str(diagnosis))
+        ids: list[str] = frame.loc[is_wanted, "scan_id"].tolist()
+        return ids
+
+
+def add_maps(study: Study, scans: CohortScores, *, seed: int, num_replicates: int) -> Study:
+    """The study with the cases that are shown, and the maps measured where lesions are known."""
+    studies = []
+    for diagnosis in (Diagnosis.NCP, Diagnosis.CP):
+        known = [scan_id for scan_id in scans.list_scans(diagnosis) if _has_lesion(scans.truths.get(scan_id))]
+        if known:
+            studies.append(_measure(scans, diagnosis, known, seed, num_replicates))
+    return replace(study, maps=studies, cases=draw_cases(scans, study.full))
+
+
+def draw_cases(scans: CohortScores, full: str) -> list[list[CamPanel]]:
+    """The NCP cases of least, middle and most severity, under the map of each network.
+
+    Severity is the lesions' share of the lungs where the truth is known of every case, else the NCP probability of the
+    full network: how ill a patient is, or only how sure the network.
+    """
+    cases = scans.list_scans(Diagnosis.NCP)
+    is_known = all(scan_id in scans.truths for scan_id in cases)
+    ncp, ids = DIAGNOSES.index(Diagnosis.NCP), scans.scan_ids
+    severity = [
+        scans.truths[case].lesion_share if is_known else float(scans.scores[full][ids.index(case)].probability[ncp])
+        for case in cases
+    ]
+    what = "lesions {:.0%} of the lungs" if is_known else "NCP probability {:.2f}"
+    return [_draw_case(scans, cases[place], what.format(severity[place])) for place in choose_cases(severity)]
+
+
+def choose_cases(severity: Sequence[float]) -> list[int]:
+    """Places of the least, the middle and the most severe; fewer where there are fewer."""
+    order = np.argsort(severity, kind="stable").tolist()
+    chosen = np.linspace(0, len(order) - 1, min(NUM_CASES, len(order))).round().astype(int)
+    return [int(order[place]) for place in chosen]
+
+
+def _measure(
+    scans: CohortScores, diagnosis: Diagnosis, known: Sequence[str], seed: int, num_replicates: int
+) -> MapStudy:
+    maps = {name: [scans.draw_cam(name, scan_id, diagnosis) for scan_id in known] for name in scans.scores}
+    rng = np.random.default_rng(seed)
+    resampling = resample_scans(len(known), None, rng, num_replicates)
+    redrawn = {}
+    if diagnosis is Diagnosis.NCP:
+        some = known[:NUM_REDRAWN]
+        label, fewer = DIAGNOSES.index(diagnosis), resample_scans(len(some), None, rng, num_replicates)
+        for name in scans.scores:
+            changed = [redraw_last_stage(item, REDRAW_SEED + fold) for fold, item in enumerate(scans.networks(name))]
+            values = [
+                correlate_maps(scans.read_map(name, item, label), map_class(changed, scans.read_voxels(item), label))
+                for item in some
+            ]
+            redrawn[name] = estimate_mean(np.array(values), fewer)
+    pairs = [pair for pair in MAP_PAIRS if set(pair) <= set(scans.scores)]
+    truths = [scans.truths[scan_id] for scan_id in known]
+    return study_maps(str(diagnosis), maps, truths, pairs, redrawn, resampling)
+
+
+def _draw_case(scans: CohortScores, scan_id: str, severity: str) -> list[CamPanel]:
+    """One case's most telling slice: that with most lesion, or where the networks' maps are strongest."""
+    cams = {name: _normalise(scans.draw_cam(name, scan_id, Diagnosis.NCP)) for name in scans.scores}
+    truth, voxels = scans.truths.get(scan_id), scans.read_voxels(scan_id)
+    known = _has_lesion(truth)
+    weight = truth.lesion if truth is not None and known else np.mean(list(cams.values()), axis=0)
+    telling = int(weight.sum(axis=(1, 2)).argmax())
+    ncp, place = DIAGNOSES.index(Diagnosis.NCP), scans.scan_ids.index(scan_id)
+    return [
+        CamPanel(
+            title=f"{severity}\nslice {telling + 1} of {len(voxels)}",
+            caption=f"{name}\nNCP probability {scans.scores[name][place].probability[ncp]:.2f}",
+            image=voxels[telling],
+            cam=cam[telling],
+            box=CropBox(len(voxels), 0, 0, *voxels.shape[1:]),
+            lesion=None if truth is None else truth.lesion[telling],
+            pixel_aspect=1.0 if truth is None else truth.spacing_mm[1] / truth.spacing_mm[2],
+        )
+        for name, cam in cams.items()
+    ]
+
+
+def _normalise(cam: FloatArray) -> FloatArray:
+    """To a share of its maximum; a map that is nowhere positive stays 0."""
+    return cam / max(float(cam.max()), float(np.finfo(np.float32).tiny))
+
+
+def _has_lesion(truth: Truth | None) -> bool:
+    return truth is not None and bool(truth.lesion.any())

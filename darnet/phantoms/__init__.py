@@ -1,0 +1,1 @@
+"""Synthetic chests, piece by piece, and the files they are stored in."""

@@ -1,0 +1,139 @@
+"""A results table looked after: its place goes in; what is wrong with it, room, or a copy for others comes out."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from darnet.config import ResultsSettings
+from darnet.errors import FolderMissing, RunError, UsageError
+from darnet.publishing.hold import list_held_runs
+from darnet.publishing.objects import NOTICE, Stored, list_commits, make_commit_key, parse_stored
+from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
+from darnet.publishing.runs import RUNS, RunFolder
+from darnet.results import describe_schema, export_latest
+from darnet.storage import Store, open_store
+
+NUM_NAMED = 5  # Source: ours; faults told in full, of which one usually explains the rest
+
+
+def care_for_results(settings: ResultsSettings) -> dict[str, Any]:
+    """Check, clean, copy or document a results table; returns the job's summary.
+
+    Raises: UsageError if there is no table; RunError if the check finds it damaged; StorageError.
+    """
+    if settings.verb == "schema":
+        _write_out(settings.out, describe_schema().encode())
+        return {"columns": len(SCHEMA), "notice": NOTICE}
+    store = open_store(settings.results)
+    if not list_commits(store):
+        raise UsageError(f"{store.uri}: no results table here (predictions/c00000001.parquet); correct the address")
+    if settings.verb == "check":
+        return _report_check(store, settings.out)
+    if settings.verb == "clean":
+        return clean_runs(store, settings.keep_commits)
+    assert settings.out is not None
+    data, num_scans = export_latest(store, settings.out)
+    _write_out(settings.out, data)
+    return {"out": settings.out, "scans": num_scans, "notice": NOTICE}
+
+
+def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
+    """Read the whole table: the SHA-256 of each object by its key, and all that is wrong.
+
+    Raises: StorageError if the store itself cannot be read.
+    """
+    keys = list_commits(store)
+    expected = [make_commit_key(number) for number in range(1, len(keys) + 1)]
+    faults = [f"{key} is missing" for key in expected if key not in keys]
+    digests: dict[str, str] = {}
+    final = [SCHEMA.empty_table().select(KEY_COLUMNS)]
+    for key in keys:
+        data = store.read_bytes(key)
+        digests[key] = hashlib.sha256(data).hexdigest()
+        try:
+            stored = parse_stored(store, key, data, [*KEY_COLUMNS, "run_id"])
+        except RunError as error:
+            faults.append(str(error))
+            continue
+        faults += _check_object(stored)
+        final.append(stored.rows.filter(pc.invert(pc.starts_with(stored.rows["status"], "ERR_"))).select(KEY_COLUMNS))
+    return digests, faults + _find_doubles(pa.concat_tables(final))
+
+
+def _check_object(stored: Stored) -> list[str]:
+    """What is wrong with one object by itself."""
+    faults = []
+    if stored.rows["commit"].unique().to_pylist() != [stored.commit]:
+        faults.append(f"{stored.key}: its rows carry another number")
+    if stored.rows["run_id"].unique().to_pylist() != [stored.run_id]:
+        faults.append(f"{stored.key}: its rows are not all of run {stored.run_id}")
+    scans = stored.rows.group_by(["source", "scan_id"]).aggregate([([], "count_all")])
+    if len(scans) < stored.rows.num_rows:
+        faults.append(f"{stored.key}: a scan has two rows")
+    return faults
+
+
+def _find_doubles(final: Any) -> list[str]:
+    counted = final.group_by([*SCAN_KEY, *MODEL_KEY]).aggregate([([], "count_all"), ("commit", "max")])
+    doubles = counted.filter(pc.greater(counted["count_all"], 1))
+    return [
+        f"{make_commit_key(row['commit_max'])}: scan {row['scan_id']!r} has {row['count_all']} final rows"
+        for row in doubles.to_pylist()
+    ]
+
+
+def _report_check(store: Store, out: str | None) -> dict[str, Any]:
+    digests, faults = check_table(store)
+    lines = [f"{digest}  {key}\n" for key, digest in digests.items()]
+    _write_out(out, "".join(lines).encode())
+    for fault in faults:
+        print(f"wrong: {fault}", file=sys.stderr)
+    if faults:
+        raise RunError(f"{store.uri}: {_count(faults)}; restore the named objects from a copy")
+    return {"objects": len(digests), "held": list_held_runs(store)}
+
+
+def _count(faults: Sequence[str]) -> str:
+    more = f" and {len(faults) - NUM_NAMED} more" if len(faults) > NUM_NAMED else ""
+    return "; ".join(faults[:NUM_NAMED]) + more
+
+
+def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
+    """Remove plan and parts of the runs that at least `keep_commits` later objects follow; reports and decisions stay.
+
+    Work that was never published is left alone and counted: it may be a run in progress.
+    """
+    published = {read_run_id(store, key): index for index, key in enumerate(reversed(list_commits(store)))}
+    found = _list_runs_with_work(store)
+    long_ago = [run_id for run_id in found if published.get(run_id, -1) >= keep_commits]
+    num_removed = sum(RunFolder(store, run_id).delete_work() for run_id in long_ago)
+    unpublished = [run_id for run_id in found if run_id not in published]
+    return {"cleaned_runs": len(long_ago), "removed_objects": num_removed, "unpublished_runs": unpublished}
+
+
+def read_run_id(store: Store, key: str) -> str:
+    """The run that published an object."""
+    return parse_stored(store, key, store.read_bytes(key), []).run_id
+
+
+def _list_runs_with_work(store: Store) -> list[str]:
+    try:
+        keys = [item.key for item in store.list_objects(RUNS)]
+    except FolderMissing:
+        return []
+    return sorted({key.split("/")[1] for key in keys if key.endswith(".parquet")})
+
+
+def _write_out(place: str | None, data: bytes) -> None:
+    """Write to a file here or in a store, or to the screen where none is given."""
+    if place is None:
+        sys.stdout.write(data.decode())
+        return
+    folder, _, name = place.rpartition("/")
+    if not name:
+        raise UsageError(f"{place}: give the name of a file")
+    open_store(folder or ".", create=True).write_bytes(name, data)

@@ -1,0 +1,175 @@
+"""The rows of a whole run go in; the next numbered, immutable object of the results table comes out, or nothing.
+
+One conditional put decides which of several runs takes a number; whoever loses drops what the winner made final.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from darnet.errors import ObjectMissing, PutUncertain, RunError, Status, StorageError
+from darnet.publishing.objects import list_commits, make_commit_key, open_parquet, read_objects, read_stored, to_parquet
+from darnet.publishing.rows import (
+    KEY_COLUMNS,
+    MODEL_KEY,
+    PROBABILITIES,
+    SCAN_KEY,
+    SCHEMA,
+    SOURCE_KEY,
+    is_among,
+    is_error,
+    select_model,
+    spell_key,
+)
+from darnet.scan import DIAGNOSES
+from darnet.storage import Store
+
+GIVE_UP_NIGHTS = 3  # Source: design: the same ERR on the same bytes for the third night is final
+PUT_ATTEMPTS = 6  # Source: ours; with doubling pauses from 0.2 s this spans about 12 s of a store's trouble
+PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three classes sums to 1 within 2e-7
+
+
+# The gate before publishing
+
+
+def check_rows(planned_sources: Iterable[str], table: Any) -> None:
+    """Demand of a run's rows that nothing was lost, doubled or made up.
+
+    Raises: RunError naming a source that is without rows, not planned, has a scan twice, an unknown status,
+        probabilities that are none, or another model than the rest.
+    """
+    planned = {spell_key(key) for key in planned_sources}
+    frame = table.select(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]).to_pandas()
+    found = set(frame["source"])
+    _demand_none("planned, but has no row", planned - found)
+    _demand_none("has rows, but was not planned", found - planned)
+    _demand_none("has a scan twice", frame.loc[frame.duplicated(["source", "scan_id"]), "source"])
+    _demand_none("has an unknown status", frame.loc[~frame["status"].isin(list(Status)), "source"])
+    _demand_none(
+        "has another model than the first row", frame.loc[pd.factorize(frame["model_sha256"])[0] > 0, "source"]
+    )
+    _check_probabilities(frame)
+
+
+def _check_probabilities(frame: pd.DataFrame) -> None:
+    is_ok = frame["status"] == Status.OK.value
+    scored, others = frame[is_ok], frame[~is_ok]
+    given = others[[*PROBABILITIES, "prediction"]].notna().any(axis=1)
+    _demand_none("has a probability or a prediction without being OK", others.loc[given, "source"])
+    probability = scored[PROBABILITIES].to_numpy(dtype=np.float64)
+    is_sound = np.isfinite(probability).all(axis=1) & (probability >= 0).all(axis=1)
+    is_sound &= np.abs(probability.sum(axis=1) - 1) <= PROBABILITY_TOLERANCE
+    _demand_none("is OK, but its probabilities do not sum to 1", scored.loc[~is_sound, "source"])
+    labels = np.array(DIAGNOSES)[:, None] == scored["prediction"].to_numpy()
+    is_highest = (labels.T & (probability == probability.max(axis=1, initial=0, keepdims=True))).any(axis=1)
+    _demand_none("predicts another class than its highest probability", scored.loc[~is_highest, "source"])
+
+
+def _demand_none(complaint: str, sources: Iterable[str]) -> None:
+    if offending := sorted(set(sources)):
+        more = f" (and {len(offending) - 1} more)" if len(offending) > 1 else ""
+        raise RunError(f"results rows are wrong: source {offending[0]!r} {complaint}{more}; nothing is published")
+
+
+# Publishing
+
+
+def publish(store: Store, run_id: str, rows: Any, pause: Callable[[float], None] = time.sleep) -> int | None:
+    """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
+
+    Rows that another run made final meanwhile are left out; the third night of the same ERR becomes BAD_GAVE_UP.
+    A run that was published before, but never heard of it, gets its number and publishes nothing.
+
+    Raises: RunError if the rows are not of this run, one model and one preprocessing; StorageError, CredentialsError.
+    """
+    if not rows.num_rows:
+        return None
+    for name, expected in (("run_id", run_id), *((name, rows[name][0].as_py()) for name in MODEL_KEY)):
+        if rows[name].unique().to_pylist() != [expected]:
+            raise RunError(f"publish: rows of more than one {name}, or not of {expected}")
+    known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
+    number = 1
+    for stored in read_objects(store, list_commits(store), KEY_COLUMNS):
+        if stored.run_id == run_id:
+            return stored.commit
+        known.append(_select_related(stored.rows, rows))
+        number = stored.commit + 1
+    while True:
+        settled = _settle(rows, pa.concat_tables(known))
+        if not settled.num_rows:
+            return None
+        key = make_commit_key(number)
+        if _claim(store, key, to_parquet(_finish(settled, number), run_id), run_id, pause) == run_id:
+            return number
+        known.append(_select_related(read_stored(store, key, KEY_COLUMNS).rows, rows))
+        number += 1
+
+
+def _claim(store: Store, key: str, data: bytes, run_id: str, pause: Callable[[float], None]) -> str:
+    """Put until somebody holds this key; the run that does.
+
+    Reads the holder after a refusal too: a repeated request may have been refused because of its own first try.
+    """
+    for attempt in range(PUT_ATTEMPTS):
+        try:
+            if store.put_if_absent(key, data):
+                return run_id
+        except PutUncertain:
+            pass
+        try:
+            return open_parquet(store, key)[1]
+        except ObjectMissing:
+            pause(0.2 * 2**attempt)
+    raise StorageError(f"{store.uri}/{key}: no clear answer to {PUT_ATTEMPTS} puts; start the same run again later")
+
+
+def _select_related(past: Any, rows: Any) -> Any:
+    """Of another commit, the rows that concern our sources under our model and preprocessing."""
+    model_key = (rows[name][0].as_py() for name in MODEL_KEY)
+    return select_model(past.filter(pc.is_in(past["source"], rows["source"])), *model_key)
+
+
+def _settle(rows: Any, known: Any) -> Any:
+    """Our rows without what is final already, and with the last ERR of too many turned final."""
+    if not known.num_rows:
+        return rows
+    mine = rows.select([*SCAN_KEY, "status", "night"]).to_pandas()
+    past = known.to_pandas()
+    is_settled = is_among(mine, past[~is_error(past)], SCAN_KEY) | is_among(mine, _done_sources(past), SOURCE_KEY)
+    kept = rows.filter(pa.array(~is_settled))
+    return _give_up(kept, _count_nights(mine[~is_settled], past) >= GIVE_UP_NIGHTS)
+
+
+def _done_sources(past: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the sources whose newest commit holds no ERR."""
+    is_newest = past["commit"] == past.groupby(SOURCE_KEY)["commit"].transform("max")
+    return past[~is_among(past, past[is_newest & is_error(past)], SOURCE_KEY)]
+
+
+def _count_nights(mine: pd.DataFrame, past: pd.DataFrame) -> Any:
+    """For each of our rows, tonight included, on how many nights this scan ended in this ERR; 0 if it did not."""
+    columns = [*SCAN_KEY, "status"]
+    both = pd.concat([past, mine])[[*columns, "night"]]
+    counts = both[is_error(both)].groupby(columns)["night"].nunique().rename("num_nights").reset_index()
+    return mine.merge(counts, how="left", on=columns)["num_nights"].fillna(0).to_numpy()
+
+
+def _give_up(rows: Any, is_last: Any) -> Any:
+    reasons = pc.binary_join_element_wise(rows["status"], rows["status_detail"], f", {GIVE_UP_NIGHTS} nights: ")
+    for name, replacement in (("status_detail", reasons), ("status", Status.BAD_GAVE_UP.value)):
+        column = pc.if_else(pa.array(is_last), replacement, rows[name])
+        rows = rows.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
+    return rows
+
+
+def _finish(rows: Any, number: int) -> Any:
+    """The rows as published: numbered, and in an order that does not depend on who finished first."""
+    numbered = rows.set_column(
+        SCHEMA.get_field_index("commit"), SCHEMA.field("commit"), pa.array(np.full(rows.num_rows, number))
+    )
+    return numbered.sort_by([("source", "ascending"), ("scan_id", "ascending")])

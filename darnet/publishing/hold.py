@@ -1,0 +1,120 @@
+"""The gate between a run's rows and the table: a run unlike the nights before is held until a person has decided.
+
+Rows of a run and the table go in; a verdict and the night's page come out, or `HELD.json` and an error.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from darnet.config import GateConfig, ScoreSettings
+from darnet.errors import FolderMissing, HeldError, UsageError
+from darnet.publishing.commit import check_rows, publish
+from darnet.publishing.gates import Verdict, judge
+from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, render_nightly
+from darnet.publishing.objects import NOTICE, list_commits, read_objects
+from darnet.publishing.rows import SCHEMA
+from darnet.publishing.runs import RUNS, RunFolder
+from darnet.storage import Store
+
+HELD, ACCEPTED, DISCARDED = "HELD.json", "ACCEPTED.json", "DISCARDED.json"
+PAGE = "nightly.html"
+
+
+def list_held_runs(store: Store) -> list[str]:
+    """Runs that wait for a person's decision."""
+    try:
+        keys = [item.key for item in store.list_objects(RUNS)]
+    except FolderMissing:
+        return []
+    return [key.split("/")[1] for key in keys if key.count("/") == 2 and key.endswith(f"/{HELD}")]
+
+
+def refuse_if_held(store: Store) -> None:
+    """Raises: HeldError naming the run that an earlier night left held, and what to do."""
+    if held := list_held_runs(store):
+        raise _explain_hold(store, _read_hold(store, held[0]))
+
+
+def review_run(folder: RunFolder, rows: Any, config: GateConfig) -> Verdict:
+    """Judge a run's rows against the nights before, and write the night's page.
+
+    Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
+    """
+    earlier = read_earlier_nights(folder.store, rows["night"][0].as_py(), config.gate_nights).to_pandas()
+    tonight = rows.select(NIGHT_COLUMNS).to_pandas()
+    verdict = judge(tonight, earlier, config)
+    folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict).encode())
+    if verdict.breaches:
+        hold = _describe_hold(folder.run_id, rows, verdict)
+        folder.store.write_bytes(folder.locate(HELD), _to_json(hold))
+        raise _explain_hold(folder.store, hold)
+    return verdict
+
+
+def read_earlier_nights(store: Store, night: Any, num_nights: int) -> Any:
+    """Of the last nights before this one that are in the table, the columns that gates and page need."""
+    found: set[Any] = set()
+    tables = [SCHEMA.empty_table().select(EARLIER_COLUMNS)]
+    for stored in read_objects(store, list_commits(store)[::-1], EARLIER_COLUMNS):  # a commit is of one night
+        if not stored.rows.num_rows or (dated := stored.rows["night"][0].as_py()) >= night:
+            continue
+        if dated not in found and len(found) == num_nights:
+            break
+        found.add(dated)
+        tables.append(stored.rows)
+    return pa.concat_tables(tables)
+
+
+def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
+    """Carry out a person's decision on a held run, and keep the reason beside it; again after a kill is harmless.
+
+    Raises: UsageError naming what is held, if that run is not; RunError of `publish`.
+    """
+    run_id = settings.accept or settings.discard or ""
+    held = list_held_runs(store)
+    if run_id not in held:
+        raise UsageError(f"run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
+    folder = RunFolder(store, run_id)
+    decision = _read_hold(store, run_id) | {"reason": settings.reason, "published": None}
+    if settings.accept is not None:
+        rows = folder.read_parts()
+        check_rows(folder.list_planned_sources(), rows)
+        decision["published"] = publish(store, run_id, rows)
+    else:
+        folder.delete_work()
+    store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
+    store.delete(folder.locate(HELD))  # last: until here the decision can be carried out again
+    return {"decision": "accepted" if settings.accept else "discarded", **decision}
+
+
+def _describe_hold(run_id: str, rows: Any, verdict: Verdict) -> dict[str, Any]:
+    """What `HELD.json` says."""
+    breaches = [
+        {"gate": item.gate, "value": item.value, "limit": item.limit, "detail": item.detail}
+        for item in verdict.breaches
+    ]
+    night = rows["night"][0].as_py().isoformat()
+    return {"run_id": run_id, "night": night, "scans": rows.num_rows, "breaches": breaches, "notice": NOTICE}
+
+
+def _explain_hold(store: Store, hold: Mapping[str, Any]) -> HeldError:
+    run_id = hold["run_id"]
+    breaches = "; ".join(f"{item['gate']} {item['value']:.3f} (limit {item['limit']:.3f})" for item in hold["breaches"])
+    return HeldError(
+        f"run {run_id} of {hold['night']} is held by a quality gate: {breaches}. Nothing is published until that is "
+        f"decided: look at {store.uri}/{RUNS}{run_id}/{PAGE}, then say python -m jobs.score "
+        f"--results {store.uri} --accept {run_id} --reason WHY, or --discard in place of --accept",
+        {"held": run_id, "breaches": hold["breaches"]},
+    )
+
+
+def _read_hold(store: Store, run_id: str) -> dict[str, Any]:
+    hold: dict[str, Any] = json.loads(store.read_bytes(RunFolder(store, run_id).locate(HELD)))
+    return hold
+
+
+def _to_json(facts: Mapping[str, Any]) -> bytes:
+    return (json.dumps(facts, indent=2) + "\n").encode()

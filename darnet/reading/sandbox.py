@@ -1,0 +1,145 @@
+"""Runs one importable function again and again in a child process with limits on time and memory.
+
+A crash, a hang or a hunger for memory ends the child, not its owner: it becomes a `ScanError`, and a new child follows.
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+import resource
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from darnet.errors import ScanError, Status
+
+_LENGTH = struct.Struct("<Q")
+_ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1], int(sys.argv[2]))"
+
+
+@dataclass
+class Sandbox:
+    """Calls `target` ("package.module:function") in a child process, started at the first call and kept."""
+
+    target: str
+    memory_bytes: int
+    timeout_s: float
+    _child: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
+
+    def call(self, *arguments: Any) -> Any:
+        """The function's return value; arguments and value travel by pickle.
+
+        Raises: ScanError: ERR_TIMEOUT, ERR_DECODER_CRASH, ERR_MEMORY; and whatever the function raises.
+        """
+        child = self._start()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        deadline_s = time.monotonic() + self.timeout_s
+        try:
+            _write(child.stdin, (arguments, self.timeout_s))
+            is_fine, value = pickle.loads(_read_until(child.stdout, deadline_s))
+        except TimeoutError:
+            self.close()
+            raise ScanError(Status.ERR_TIMEOUT, f"decoding took more than {self.timeout_s:g} s") from None
+        except (EOFError, BrokenPipeError):
+            raise self._explain_death() from None
+        if is_fine:
+            return value
+        if isinstance(value, MemoryError):
+            self.close()  # what it left behind may starve the next scan
+            raise ScanError(Status.ERR_MEMORY, f"decoding needs more than {self.memory_bytes} bytes") from None
+        raise value
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        if self._child is None:
+            return
+        self._child.kill()
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._child = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        if self._child is None:
+            command = [sys.executable, "-c", _ENTRY, self.target, str(self.memory_bytes)]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
+            )
+        return self._child
+
+    def _explain_death(self) -> ScanError:
+        assert self._child is not None
+        code = self._child.wait()
+        self.close()
+        if code == -signal.SIGKILL:
+            return ScanError(Status.ERR_MEMORY, "decoder was killed, most likely for memory")
+        if code == -signal.SIGXCPU:
+            return ScanError(Status.ERR_TIMEOUT, "decoder used up its processor time")
+        name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return ScanError(Status.ERR_DECODER_CRASH, f"decoder died: {name}")
+
+
+def serve(target: str, memory_bytes: int) -> None:
+    """The child's loop: read arguments, call, write (True, value) or (False, exception), until the pipe closes."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever a decoder prints must not enter the answers
+    module, name = target.split(":")
+    function = getattr(importlib.import_module(module), name)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while head := requests.read(_LENGTH.size):
+        arguments, timeout_s = pickle.loads(requests.read(_LENGTH.unpack(head)[0]))
+        _limit_cpu(timeout_s)
+        try:
+            answer = True, function(*arguments)
+        except Exception as error:  # travels to the owner, who raises it there
+            error.__cause__ = error.__context__ = None  # a cause may not pickle, and may hold DICOM text
+            answer = False, error.with_traceback(None)
+        _write(answers, answer)
+
+
+def _limit_cpu(timeout_s: float) -> None:
+    """A hang in native code must end even if the owner is gone."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + 4 * timeout_s) + 1, hard))
+
+
+def _write(pipe: IO[bytes], value: Any) -> None:
+    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    view = memoryview(_LENGTH.pack(len(data)) + data)
+    while view:
+        view = view[pipe.write(view) :]
+
+
+def _read_until(pipe: IO[bytes], deadline_s: float) -> bytes:
+    """One message, or TimeoutError at the deadline, or EOFError where the other side ended."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        (length,) = _LENGTH.unpack(_read_exactly(pipe, _LENGTH.size, selector, deadline_s))
+        return _read_exactly(pipe, length, selector, deadline_s)
+
+
+def _read_exactly(pipe: IO[bytes], count: int, selector: selectors.BaseSelector, deadline_s: float) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        if not selector.select(max(deadline_s - time.monotonic(), 0)):
+            raise TimeoutError
+        part = os.read(pipe.fileno(), min(count - len(parts), 1 << 20))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)

@@ -1,0 +1,134 @@
+"""Maps against truth: measures counted by hand and by loops, and maps that do and do not depend on what was learnt."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from darnet.config import ModelConfig
+from darnet.evaluation.cam_truth import (
+    MEASURES,
+    MapDifference,
+    correlate_maps,
+    estimate_mean,
+    map_class,
+    measure_chance,
+    measure_map,
+    redraw_last_stage,
+    study_maps,
+)
+from darnet.evaluation.intervals import resample_scans
+from darnet.evaluation.truth import Truth
+from darnet.model import build_network
+
+SHAPE = (4, 6, 8)
+SPACING_MM = (10.0, 5.0, 4.0)
+
+
+def make_truth() -> Truth:
+    """Lungs of 2 x 4 x 6 = 48 voxels; in them a lesion of 1 x 2 x 2 = 4."""
+    lung, lesion = np.zeros(SHAPE, np.bool_), np.zeros(SHAPE, np.bool_)
+    lung[1:3, 1:5, 1:7] = True
+    lesion[1, 1:3, 1:3] = True
+    return Truth("a", lesion, lung, SPACING_MM)
+
+
+def make_cam(**voxels: float) -> np.ndarray:
+    """A map that is 0 but at voxels named zyx."""
+    cam = np.zeros(SHAPE, np.float32)
+    for place, value in voxels.items():
+        cam[tuple(int(digit) for digit in place[1:])] = value
+    return cam
+
+
+def test_measures_are_what_a_hand_counts() -> None:
+    cam = make_cam(v111=4.0, v112=2.0, v236=1.5, v000=0.5)  # two voxels in the lesion, one in lung, one outside
+    measured = measure_map(cam, make_truth())
+    assert measured == {
+        "cam_in_lung": 7.5 / 8,
+        "peak_in_lesion": 1.0,
+        "peak_within_20_mm": 1.0,
+        "dice_half_maximum": 2 * 2 / (2 + 4),
+    }
+
+
+@pytest.mark.parametrize(("place", "near"), [("v127", 1.0), ("v133", 1.0), ("v311", 1.0), ("v157", 0.0)])
+def test_a_peak_is_near_within_twenty_mm(place: str, near: float) -> None:
+    """Nearest lesion voxels: 5 voxels of 4 mm; 1 of 5 and 1 of 4; 2 slices of 10; 3 of 5 and 5 of 4 = 25 mm."""
+    measured = measure_map(make_cam(**{place: 1.0}), make_truth())
+    assert (measured["peak_in_lesion"], measured["peak_within_20_mm"]) == (0.0, near)
+
+
+def test_a_map_that_is_nowhere_positive_finds_nothing_and_lies_nowhere() -> None:
+    measured = measure_map(make_cam(), make_truth())
+    assert math.isnan(measured.pop("cam_in_lung"))
+    assert set(measured.values()) == {0.0}
+
+
+def test_chance_is_what_a_loop_over_the_lungs_finds() -> None:
+    truth, near, inside = make_truth(), 0, 0
+    lesion = np.argwhere(truth.lesion) * SPACING_MM
+    for voxel in np.argwhere(truth.lung):
+        distance = min(math.dist(voxel * np.array(SPACING_MM), other) for other in lesion)
+        near += distance <= 20
+        inside += distance == 0
+    assert measure_chance(truth) == {
+        "cam_in_lung": 48 / (4 * 6 * 8),
+        "peak_in_lesion": pytest.approx(inside / 48),
+        "peak_within_20_mm": pytest.approx(near / 48),
+        "dice_half_maximum": 2 * 4 / (48 + 4),
+    }
+    assert inside == 4
+    assert near < 48
+
+
+def test_a_mean_leaves_undefined_scans_out_and_its_interval_is_the_bootstraps() -> None:
+    values = np.array([0.1, np.nan, 0.5, 0.9, 0.3])
+    rng = np.random.default_rng(5)
+    resampling = resample_scans(5, None, rng, 4000)
+    found = estimate_mean(values, resampling)
+    assert found.mean == pytest.approx((0.1 + 0.5 + 0.9 + 0.3) / 4)
+    drawn = np.random.default_rng(6).choice(values, (4000, 5))
+    low, high = np.nanquantile(np.nanmean(drawn[~np.isnan(drawn).all(axis=1)], axis=1), [0.025, 0.975])
+    assert (found.interval.low, found.interval.high) == pytest.approx((low, high), abs=0.03)
+    assert math.isnan(estimate_mean(np.full(5, np.nan), resampling).mean)
+
+
+def test_a_network_that_points_better_is_shown_to_and_equals_are_not() -> None:
+    truths = [make_truth() for _ in range(20)]
+    good, bad = make_cam(v111=1.0, v112=1.0, v121=1.0, v122=1.0), make_cam(v357=1.0)
+    maps = {"good": [good] * 20, "bad": [bad] * 20}
+    resampling = resample_scans(20, None, np.random.default_rng(0), 2000)
+    study = study_maps("NCP", maps, truths, [("good", "bad"), ("good", "good")], {}, resampling)
+    assert study.measured["good"]["dice_half_maximum"].mean == 1
+    assert study.measured["bad"]["cam_in_lung"].mean == 0
+    verdicts = {(item.second, item.measure): item.verdict for item in study.differences}
+    assert [verdicts["bad", measure] for measure in MEASURES] == ["shown"] * 4
+    assert [verdicts["good", measure] for measure in MEASURES] == ["not shown"] * 4
+    assert isinstance(study.differences[0], MapDifference)
+    assert study.chance == pytest.approx(measure_chance(truths[0]))
+
+
+NETWORK = ModelConfig(base_channels=4, volume_shape=(16, 64, 64))
+
+
+def test_only_last_stage_and_head_are_drawn_anew() -> None:
+    network = build_network(NETWORK, 0)
+    changed = redraw_last_stage(network, 99).state_dict()
+    fresh = build_network(NETWORK, 99).state_dict()
+    for name in network.state_dict():
+        expected = fresh if name.startswith(("stages.3.", "head.")) else network.state_dict()
+        assert torch.equal(changed[name], expected[name]), name
+    assert not torch.equal(changed["head.weight"], network.state_dict()["head.weight"])
+
+
+def test_maps_of_other_weights_differ_and_of_the_same_weights_do_not() -> None:
+    voxels = np.random.default_rng(0).integers(0, 256, NETWORK.volume_shape, dtype=np.uint8)
+    networks = [build_network(NETWORK, seed).eval() for seed in (0, 1)]
+    before = map_class(networks, voxels, 1)
+    same, other = ([redraw_last_stage(net, seed + fold) for fold, net in enumerate(networks)] for seed in (0, 77))
+    assert correlate_maps(before, map_class(same, voxels, 1)) == pytest.approx(1)  # from the seeds they had
+    assert abs(correlate_maps(before, map_class(other, voxels, 1))) < 0.9
+    assert correlate_maps(before, -before) == pytest.approx(-1)
+    assert math.isnan(correlate_maps(before, np.zeros_like(before)))

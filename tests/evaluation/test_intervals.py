@@ -1,0 +1,219 @@
+"""Intervals and tests against slow loops over pairs, hand-summed binomials and cases of known coverage."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from darnet.evaluation.intervals import (
+    AucEstimate,
+    bootstrap_differences,
+    bootstrap_intervals,
+    bootstrap_roc,
+    compare_aucs,
+    compare_decisions,
+    compare_folds,
+    delong_auc,
+    resample_scans,
+    take_interval,
+)
+from darnet.metrics import compute_all_metrics
+
+
+def _draw(seed: int, num_scans: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities that know something of the labels; rounded, so that there are ties."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, num_scans)
+    logits = rng.normal(0, 1, (num_scans, 3)) + sharpness * np.eye(3)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return probabilities.round(2), labels
+
+
+def _win(one: float, other: float) -> float:
+    return 1.0 if one > other else 0.5 if one == other else 0.0
+
+
+def _loop_components(probabilities: np.ndarray, labels: np.ndarray) -> tuple[list[float], list[float]]:
+    """DeLong's V10 and V01 as printed: means over all pairs."""
+    ncp = [row[1] for row, label in zip(probabilities, labels, strict=True) if label == 1]
+    rest = [row[1] for row, label in zip(probabilities, labels, strict=True) if label != 1]
+    first = [sum(_win(x, y) for y in rest) / len(rest) for x in ncp]
+    second = [sum(_win(x, y) for x in ncp) / len(ncp) for y in rest]
+    return first, second
+
+
+def _loop_covariance(ours: list[float], theirs: list[float]) -> float:
+    mean, other_mean = sum(ours) / len(ours), sum(theirs) / len(theirs)
+    products = [(one - mean) * (other - other_mean) for one, other in zip(ours, theirs, strict=True)]
+    return sum(products) / (len(ours) - 1) / len(ours)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_delong_equals_the_loop_over_all_pairs(seed: int) -> None:
+    probabilities, labels = _draw(seed, 60)
+    first, second = _loop_components(probabilities, labels)
+    variance = _loop_covariance(first, first) + _loop_covariance(second, second)
+    found = delong_auc(probabilities, labels)
+    assert found.auc == pytest.approx(sum(first) / len(first), abs=1e-12)
+    assert found.variance == pytest.approx(variance, abs=1e-12)
+    assert found.interval.low == pytest.approx(found.auc - 1.959964 * math.sqrt(variance), abs=1e-6)
+    assert found.interval.high == pytest.approx(min(1, found.auc + 1.959964 * math.sqrt(variance)), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_paired_test_equals_the_loop_with_covariances(seed: int) -> None:
+    first, labels = _draw(seed, 60)
+    second = _draw(seed, 60, 0.5)[0]
+    ours, theirs = _loop_components(first, labels), _loop_components(second, labels)
+    variance = sum(
+        _loop_covariance(a, a) + _loop_covariance(b, b) - 2 * _loop_covariance(a, b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    found = compare_aucs(first, second, labels)
+    z = (sum(ours[0]) / len(ours[0]) - sum(theirs[0]) / len(theirs[0])) / math.sqrt(variance)
+    assert found.p_value == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=1e-12)
+    assert found.interval.high - found.interval.low == pytest.approx(2 * 1.959964 * math.sqrt(variance), abs=1e-6)
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    probabilities, labels = _draw(0, 50)
+    assert (compare_aucs(probabilities, probabilities, labels).p_value) == 1
+    assert compare_decisions(probabilities, probabilities, labels).p_value == 1
+    differences = bootstrap_differences(
+        probabilities, probabilities, labels, resample_scans(50, None, np.random.default_rng(0), 100)
+    )
+    assert {(item.low, item.high) for item in differences.values()} == {(0, 0)}
+
+
+@pytest.mark.parametrize("labels", [[0, 2, 0, 2], [1, 1, 1, 1], [1, 0, 2, 0]])
+def test_delong_is_undefined_with_fewer_than_two_scans_of_a_kind(labels: list[int]) -> None:
+    probabilities = _draw(0, 4)[0]
+    found = delong_auc(probabilities, np.array(labels))
+    assert math.isnan(found.variance)
+    assert math.isnan(found.interval.low)
+    assert math.isnan(found.auc) == (len(set(labels)) == 1 or 1 not in labels)
+    assert math.isnan(compare_aucs(probabilities, probabilities, np.array(labels)).p_value)
+
+
+def test_delong_holds_the_true_auc_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(11)
+    truth = float(scipy.stats.norm.cdf(1 / math.sqrt(2)))  # two normals of distance 1
+    labels = np.repeat([1, 0], 60)
+
+    def estimate() -> AucEstimate:
+        scores = rng.normal(labels == 1, 1)
+        return delong_auc(np.stack([-scores, scores, 0 * scores], axis=1), labels)
+
+    intervals = [estimate().interval for _ in range(600)]
+    assert 0.92 < np.mean([item.low <= truth <= item.high for item in intervals]) < 0.98
+
+
+def test_mcnemar_equals_the_sum_of_binomial_terms() -> None:
+    # Right: first 0 1 2 3 4 5 6 7 8 and 9 wrong; second wrong on 0 to 6, right on 7, 8, 9.
+    labels = np.zeros(10, int)
+    first, second = np.tile([0.8, 0.1, 0.1], (10, 1)), np.tile([0.8, 0.1, 0.1], (10, 1))
+    first[9], second[:7] = [0.1, 0.1, 0.8], [0.1, 0.8, 0.1]
+    found = compare_decisions(first, second, labels)
+    assert (found.num_only_first_right, found.num_only_second_right) == (7, 1)
+    assert found.p_value == pytest.approx(2 * (math.comb(8, 0) + math.comb(8, 1)) / 2**8)
+
+
+def test_two_wrong_decisions_of_different_kind_are_not_discordant() -> None:
+    first, second = np.array([[0.8, 0.1, 0.1]]), np.array([[0.1, 0.8, 0.1]])
+    found = compare_decisions(first, second, np.array([2]))
+    assert (found.num_only_first_right, found.num_only_second_right, found.p_value) == (0, 0, 1)
+
+
+def test_the_bootstrap_holds_a_known_share_about_as_often_as_it_says() -> None:
+    """Accuracy of 150 independent scans that are right with probability 0.8."""
+    rng = np.random.default_rng(5)
+    labels = np.zeros(150, int)
+    is_covered = []
+    for _ in range(300):
+        probabilities = np.where((rng.random(150) < 0.8)[:, None], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8])
+        item = bootstrap_intervals(probabilities, labels, resample_scans(150, None, rng, 300))["accuracy_3class"]
+        is_covered.append(item.low <= 0.8 <= item.high)
+    assert 0.90 < np.mean(is_covered) < 0.98
+
+
+def test_patients_of_many_like_scans_widen_the_interval_as_they_should() -> None:
+    """Nine copies of a scan tell no more than one: clustering knows it, drawing single scans is 3 times too sure."""
+    probabilities, labels = _draw(1, 60)
+    copies, copied_labels = np.repeat(probabilities, 9, axis=0), np.repeat(labels, 9)
+    patients = [f"p{number // 9}" for number in range(540)]
+    widths = {}
+    for name, (values, truth, whose) in {
+        "single": (probabilities, labels, None),
+        "patient": (copies, copied_labels, patients),
+        "scan": (copies, copied_labels, None),
+    }.items():
+        drawn = resample_scans(len(truth), whose, np.random.default_rng(0), 2000)
+        item = bootstrap_intervals(values, truth, drawn)["accuracy_3class"]
+        widths[name] = item.high - item.low
+    assert widths["patient"] == pytest.approx(widths["single"], rel=0.1)
+    assert widths["single"] / widths["scan"] == pytest.approx(3, rel=0.15)
+
+
+def test_a_patient_is_drawn_with_all_scans_or_not_at_all() -> None:
+    patients = ["b", "a", "b", "c"]
+    drawn = resample_scans(4, patients, np.random.default_rng(0), 50)
+    assert drawn.clustered_by == "patient"
+    assert (drawn.weights[:, 0] == drawn.weights[:, 2]).all()
+    assert (drawn.weights[:, [0, 1, 3]].sum(axis=1) == 3).all()
+    assert resample_scans(4, None, np.random.default_rng(0), 50).clustered_by == "scan"
+
+
+def test_intervals_depend_on_the_seed_alone() -> None:
+    probabilities, labels = _draw(2, 80)
+    first, again, other = (
+        bootstrap_intervals(probabilities, labels, resample_scans(80, None, np.random.default_rng(seed), 200))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+    point = compute_all_metrics(probabilities, labels)
+    assert {name for name in point if not first[name].low <= point[name] <= first[name].high} <= {"ece_3class"}
+
+
+def test_a_metric_that_too_many_sets_leave_undefined_has_no_interval() -> None:
+    values = np.linspace(0, 1, 101)
+    values[:5] = np.nan
+    assert not math.isnan(take_interval(values).low)
+    values[:6] = np.nan
+    assert math.isnan(take_interval(values).low)
+
+
+def test_the_roc_band_holds_the_curve() -> None:
+    probabilities, labels = _draw(3, 200)
+    rates = np.linspace(0, 1, 11)
+    low, high = bootstrap_roc(probabilities, labels, resample_scans(200, None, np.random.default_rng(0), 300), rates)
+    assert (low <= high).all()
+    assert (low[-1], high[-1]) == (1, 1)
+    assert 0.05 < (high - low)[3] < 0.4
+
+
+def test_two_thousand_sets_of_472_scans_take_seconds() -> None:
+    probabilities, labels = _draw(4, 472)
+    start_s = time.perf_counter()
+    bootstrap_intervals(probabilities, labels, resample_scans(472, None, np.random.default_rng(0)))
+    assert time.perf_counter() - start_s < 5
+
+
+def test_fold_differences_equal_the_t_interval_with_the_raised_variance() -> None:
+    first = np.array([[0.90, 0.92, 0.91, 0.93, 0.94], [0.91, 0.90, 0.93, 0.92, 0.95]])
+    second = np.array([[0.88, 0.91, 0.90, 0.90, 0.92], [0.90, 0.89, 0.90, 0.91, 0.93]])
+    differences = [0.02, 0.01, 0.01, 0.03, 0.02, 0.01, 0.01, 0.03, 0.01, 0.02]
+    mean = sum(differences) / 10
+    variance = sum((value - mean) ** 2 for value in differences) / 9
+    reach = 2.262157 * math.sqrt(variance * (1 / 10 + 1 / 4))  # t of 9 degrees of freedom at 0.975
+    found = compare_folds(first, second)
+    assert (found.num_pairs, found.mean) == (10, pytest.approx(mean))
+    assert (found.interval.low, found.interval.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
+    assert found.verdict == "shown"
+    assert compare_folds(first, second + 0.01).verdict == "not shown"
+
+
+def test_one_fold_shows_nothing() -> None:
+    assert compare_folds(np.array([[0.9]]), np.array([[0.1]])).verdict == "not shown"

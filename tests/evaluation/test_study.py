@@ -1,0 +1,254 @@
+"""The paper's comparison from the command line: each network as if alone, pairs by scikit-learn, tables counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, roc_auc_score
+
+from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
+from darnet.cam import upsample_cam
+from darnet.config import EvaluateSettings, ModelConfig, VolumeConfig
+from darnet.dataset import write_index
+from darnet.evaluation.evaluate import run_evaluation
+from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
+from darnet.evaluation.paper import NETWORKS as PAPER_NETWORKS
+from darnet.evaluation.study_maps import choose_cases
+from darnet.evaluation.truth import Truth, write_truth
+from darnet.job import run_job
+from darnet.model import DARNet, count_parameters
+from darnet.page import NOTICE
+from darnet.storage import open_store
+from tests.browser_fixtures import list_requests, read_dom
+from tests.bundle_fixtures import SHAPE, write_four_bundles, write_random_bundle
+from tests.volumes_fixtures import make_cohort
+
+VOLUME = VolumeConfig(shape=SHAPE)
+NUM_TRAIN, NUM_TEST = 10, 12
+
+
+def run(*arguments: Any) -> int:
+    return run_job("evaluate", EvaluateSettings, run_evaluation, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Volumes, four bundles (one with a history), and the report on them."""
+    home = tmp_path_factory.mktemp("study")
+    cohort = make_cohort(home / "volumes", NUM_TRAIN, 2, NUM_TEST, VOLUME)
+    write_index(open_store(str(home / "volumes")), cohort, VOLUME)
+    bundles = write_four_bundles(home / "bundles")
+    lines = [
+        {"fold": fold, "epoch": epoch, "train_loss": 1 / (epoch + 1), "validation_loss": 1.0, "accuracy_3class": 0.5}
+        for fold in range(5)
+        for epoch in range(3)
+    ]
+    (bundles / "darnet-da" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store = open_store(str(home / "truth"), create=True)
+    for number in range(NUM_TRAIN, NUM_TRAIN + NUM_TEST):
+        lung, lesion = np.zeros(SHAPE, np.bool_), np.zeros(SHAPE, np.bool_)
+        lung[2:14, 4:28, 4:28] = True
+        if number % 3 != 2:  # the third is Normal
+            lesion[4 : 6 + number % 5, 8:16, 8:16] = True
+        write_truth(store, Truth(f"scan-{number:03d}", lesion, lung, (5.0, 4.0, 4.0)))
+    places = ("--model", bundles, "--volumes", home / "volumes", "--out", home / "out")
+    assert run(*places, "--truth", home / "truth") == 0
+    return {name: home / name for name in ("volumes", "bundles", "out", "truth")}
+
+
+@pytest.fixture(scope="module")
+def metrics(places: dict[str, Path]) -> dict[str, Any]:
+    return json.loads((places["out"] / "metrics.json").read_text())
+
+
+def test_names_are_those_of_the_bundles_in_the_papers_order() -> None:
+    assert tuple(MODEL_NAMES) == tuple(name_model(ModelConfig(**attentions)) for attentions in NETWORKS)
+    assert tuple(MODEL_NAMES.values()) == PAPER_NETWORKS == tuple(TABLE_3["auc_ncp"])
+    assert {name: sum(counts.values()) for name, counts in TABLE_1.items()} == {"train": 3600, "test": 472}
+
+
+def test_the_full_network_speaks_at_the_top_level(metrics: dict[str, Any]) -> None:
+    assert metrics["network"] == "DA+CA"
+    assert list(metrics["networks"]) == ["ResNet18", "CA", "DA", "DA+CA"]
+    full = metrics["networks"]["DA+CA"]
+    assert {name: metrics[name] for name in full} == full
+    assert metrics["model_name"] == "darnet-da-ca"
+    assert metrics["notice"] == NOTICE
+
+
+@pytest.mark.parametrize("attentions", NETWORKS)
+def test_each_network_is_measured_as_if_alone(
+    attentions: dict[str, bool], places: dict[str, Path], metrics: dict[str, Any], tmp_path: Path
+) -> None:
+    model = name_model(ModelConfig(**attentions))
+    run("--model", places["bundles"] / model, "--volumes", places["volumes"], "--out", tmp_path)
+    alone = json.loads((tmp_path / "metrics.json").read_text())
+    found = dict(metrics["networks"][MODEL_NAMES[model]])
+    config = ModelConfig(volume_shape=SHAPE, base_channels=4, **attentions)
+    assert found.pop("num_parameters") == count_parameters(DARNet(config))
+    assert found.pop("input") == f"predictions-{model}.parquet"
+    alone.pop("input")
+    assert found == alone
+
+
+def test_a_pair_has_the_differences_of_its_networks(places: dict[str, Path], metrics: dict[str, Any]) -> None:
+    pairs = {(pair["first"], pair["second"]): pair for pair in metrics["comparisons"]}
+    assert {("CA", "ResNet18"), ("DA", "ResNet18"), ("DA+CA", "ResNet18")} <= set(pairs)
+    values = {}
+    for name, model in (("DA", "darnet-da"), ("ResNet18", "darnet-plain")):
+        table = pd.read_parquet(places["out"] / f"predictions-{model}.parquet")
+        mean = table.groupby("scan_id")[["prob_cp", "prob_ncp", "prob_normal"]].mean()
+        labels = table.groupby("scan_id")["label"].first().to_numpy()
+        called = np.array(["CP", "NCP", "Normal"])[mean.to_numpy().argmax(axis=1)]
+        values[name] = accuracy_score(labels, called), roc_auc_score(labels == "NCP", mean["prob_ncp"])
+    found = pairs["DA", "ResNet18"]
+    assert found["differences"]["accuracy_3class"] == pytest.approx(values["DA"][0] - values["ResNet18"][0])
+    assert found["auc_ncp_delong"]["difference"] == pytest.approx(values["DA"][1] - values["ResNet18"][1])
+    assert found["reason"] == "against the baseline"
+
+
+def test_the_two_most_accurate_are_compared_unless_one_is_the_baseline(metrics: dict[str, Any]) -> None:
+    accuracy = {name: item["accuracy_3class"] for name, item in metrics["networks"].items()}
+    best = sorted(accuracy, key=lambda name: -accuracy[name])[:2]
+    pairs = [(pair["first"], pair["second"]) for pair in metrics["comparisons"]]
+    assert (tuple(best) in pairs) == ("ResNet18" not in best or best[1] == "ResNet18")
+    assert len(pairs) == (3 if "ResNet18" in best else 4)
+
+
+def test_the_report_has_the_papers_tables_beside_this_run(places: dict[str, Path]) -> None:
+    report = (places["out"] / "report.html").read_text()
+    for part in ("Table 1", "Table 2", "Table 3", "ROC curves", "Training curves", "Networks compared"):
+        assert f"<h2>{part}" in report, part
+    assert "paper: DA+CA" in report
+    assert "0.9470 ± 0.0054" in report
+    assert '<td class="number">35.15</td>' in report
+    assert '<td class="number">1320</td>' in report
+    assert NOTICE in report
+    assert "not shown" in report
+    for name in ("tables.csv", "tables.tex"):
+        assert "Research use only" in (places["out"] / name).read_text()
+    assert set(pd.read_csv(places["out"] / "tables.csv")["network"]) == set(PAPER_NETWORKS)
+
+
+def test_cohorts_are_counted(metrics: dict[str, Any]) -> None:
+    assert metrics["cohort_counts"] == {
+        "train": {"CP": 4, "NCP": 3, "Normal": 3},
+        "test": {"CP": 4, "NCP": 4, "Normal": 4},
+    }
+
+
+def test_maps_are_measured_on_scans_with_lesions_against_their_truth(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    ncp, cp = metrics["activation_maps"]
+    assert [(item["diagnosis"], item["num_scans"]) for item in (ncp, cp)] == [("NCP", 4), ("CP", 4)]
+    assert set(ncp["networks"]) == set(PAPER_NETWORKS)
+    assert {(item["first"], item["second"]) for item in ncp["differences"]} == {
+        ("DA", "ResNet18"),
+        ("DA+CA", "CA"),
+        ("DA+CA", "ResNet18"),
+    }
+    networks = load_networks(read_bundle(open_store(str(places["bundles"] / "darnet-da"))))
+    frame = pd.read_parquet(places["volumes"] / "cohort.parquet")
+    frame = frame[(frame["cohort"] == "test") & (frame["diagnosis"] == "NCP")]
+    shares = []
+    for name in frame["array"]:
+        voxels = torch.from_numpy(np.load(places["volumes"] / name))[None, None].float() / 255
+        with torch.inference_mode():
+            maps = [torch.einsum("cdhw,c->dhw", item.features(voxels)[0], item.head.weight[1]) for item in networks]
+        cam = upsample_cam(torch.stack(maps).mean(0), SHAPE)
+        shares.append(cam[2:14, 4:28, 4:28].sum() / cam.sum() if cam.max() > 0 else np.nan)
+    found = ncp["networks"]["DA"]["cam_in_lung"]["mean"]
+    assert (found is None) == bool(np.isnan(shares).all())
+    assert found is None or found == pytest.approx(np.nanmean(shares), abs=1e-4)
+    assert set(ncp["redrawn_rank_correlation"]) == set(PAPER_NETWORKS)
+
+
+def test_the_report_says_of_depth_attention_what_the_differences_say(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    report = (places["out"] / "report.html").read_text()
+    pairs = {("DA", "ResNet18"), ("DA+CA", "CA")}
+    for maps in metrics["activation_maps"]:
+        verdicts = {item["verdict"] for item in maps["differences"] if (item["first"], item["second"]) in pairs}
+        told = f"<p>{maps['diagnosis']}: that depth attention helps maps find lesions is not shown"
+        assert (told in report) == (verdicts == {"not shown"})
+
+
+def test_maps_of_networks_that_know_nothing_are_doubted(places: dict[str, Path], metrics: dict[str, Any]) -> None:
+    report = (places["out"] / "report.html").read_text()
+    doubtful = [name for name, item in metrics["networks"].items() if not item["auc_ncp_ci95"][0] > 0.5]
+    assert doubtful  # the bundles are untrained
+    assert f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest" in report
+
+
+def test_cases_are_the_least_middle_and_most_severe() -> None:
+    assert choose_cases([0.5, 0.1, 0.9, 0.3, 0.7]) == [1, 0, 2]
+    assert choose_cases([0.5, 0.1]) == [1, 0]
+    assert choose_cases([]) == []
+
+
+def test_figure_two_is_a_picture_of_its_own_too(places: dict[str, Path]) -> None:
+    image = cv2.imread(str(places["out"] / "fig2.png")).astype(int)
+    assert image.shape[1] > image.shape[0] > 500
+    assert ((image[..., 0] - image[..., 2]) > 60).sum() > 100  # the outline of a known lesion
+
+
+def test_without_truth_maps_are_shown_and_not_measured(places: dict[str, Path], tmp_path: Path) -> None:
+    run("--model", places["bundles"], "--volumes", places["volumes"], "--out", tmp_path)
+    report = (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text())["activation_maps"] == []
+    assert "No truth about lesions was given (--truth)" in report
+    assert "NCP test cases of least, middle and most severity" in report
+
+
+def test_truth_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--predictions", "t.csv", "--truth", tmp_path, "--out", tmp_path / "out") == 2
+    assert "truth needs model" in capsys.readouterr().err
+
+
+def test_a_folder_without_bundles_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bundles").mkdir()
+    assert run("--model", tmp_path / "bundles", "--volumes", tmp_path, "--out", tmp_path / "out") == 2
+    assert "nor in darnet-plain, darnet-ca, darnet-da, darnet-da-ca" in capsys.readouterr().err
+
+
+def test_a_second_table_has_no_place_beside_several_networks(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = places["out"] / "predictions-darnet-da.parquet"
+    arguments = ("--model", places["bundles"], "--volumes", places["volumes"], "--out", tmp_path, "--compare", table)
+    assert run(*arguments) == 2
+    assert "holds several networks" in capsys.readouterr().err
+
+
+def test_two_bundles_of_one_network_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("darnet-da", "darnet-ca"):
+        write_random_bundle(tmp_path / "bundles" / name)
+    write_index(open_store(str(tmp_path / "volumes")), make_cohort(tmp_path / "volumes", 4, 2, 3, VOLUME), VOLUME)
+    arguments = ("--model", tmp_path / "bundles", "--volumes", tmp_path / "volumes", "--out", tmp_path / "out")
+    assert run(*arguments) == 2
+    assert "of the same network" in capsys.readouterr().err
+
+
+def test_a_damaged_history_is_refused_by_name(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = write_four_bundles(tmp_path / "bundles")
+    (bundles / "darnet-ca" / "metrics.jsonl").write_text("{half")
+    assert run("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
+    assert "darnet-ca/metrics.jsonl: not a line of JSON an epoch" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_study_and_asks_the_network_for_nothing(places: dict[str, Path]) -> None:
+    page = places["out"] / "report.html"
+    dom = read_dom(page)
+    assert '<th scope="row" class="text">auc_ncp, this run</th>' in dom
+    assert dom.count("<img") == 1 + 8 + 3 + 1  # ROC; confusion and calibration of four networks; curves; figure 2
+    assert list_requests(page) == []

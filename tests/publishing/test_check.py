@@ -1,0 +1,138 @@
+"""What `python -m jobs.results` finds, removes, copies and documents."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from darnet.config import ResultsSettings
+from darnet.job import run_job
+from darnet.publishing.check import care_for_results
+from darnet.publishing.objects import to_parquet
+from darnet.publishing.rows import SCHEMA, make_table
+from darnet.publishing.runs import PlannedSource, Reason, RunFolder
+from darnet.storage import Store
+from tests.results_fixtures import make_row, make_source, publish_rows
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
+    """The job's summary and what it printed before."""
+    code = run_job("results", ResultsSettings, care_for_results, list(arguments))
+    *printed, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    assert summary["exit_code"] == code
+    return summary, "".join(f"{line}\n" for line in printed)
+
+
+def put_object(store: Store, number: int, run_id: str, *rows: dict[str, Any], numbered: int | None = None) -> None:
+    """An object as no program of ours would publish it."""
+    table = make_table([{**row, "run_id": run_id} for row in rows])
+    numbers = pa.array([numbered or number] * len(rows), pa.int64())
+    table = table.set_column(SCHEMA.get_field_index("commit"), SCHEMA.field("commit"), numbers)
+    store.write_bytes(f"predictions/c{number:08d}.parquet", to_parquet(table, run_id))
+
+
+def test_a_sound_table_passes_and_its_digests_are_sha256sums(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_rows(store, "one", make_row("a", "ERR_TIMEOUT"), make_row("b"))
+    publish_rows(store, "two", make_row("a"))
+    summary, printed = run(capsys, "check", "--results", store.uri)
+    assert (summary["exit_code"], summary["objects"], summary["held"]) == (0, 2, [])
+    keys = ["predictions/c00000001.parquet", "predictions/c00000002.parquet"]
+    assert printed == "".join(f"{hashlib.sha256(store.read_bytes(key)).hexdigest()}  {key}\n" for key in keys)
+    run(capsys, "check", "--results", store.uri, "--out", str(tmp_path / "sums"))
+    assert (tmp_path / "sums").read_text() == printed
+
+
+def test_each_kind_of_damage_is_named(local: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    publish_rows(local, "one", make_row("a"))
+    sound = local.read_bytes("predictions/c00000001.parquet")
+    for spoil, complaint in (
+        (lambda: put_object(local, 3, "three", make_row("c")), "c00000002.parquet is missing"),
+        (lambda: put_object(local, 2, "two", make_row("a")), "c00000002.parquet: scan 'a' has 2 final rows"),
+        (lambda: put_object(local, 2, "two", make_row("b"), make_row("b")), "a scan has two rows"),
+        (lambda: put_object(local, 2, "two", make_row("b"), numbered=7), "its rows carry another number"),
+        (lambda: local.write_bytes("predictions/c00000002.parquet", sound[:-200]), "not a results file of ours"),
+        (lambda: local.write_bytes("predictions/c00000002.parquet", b"\0" * 99 + sound[99:]), "c00000002.parquet"),
+    ):
+        spoil()
+        summary, _ = run(capsys, "check", "--results", local.uri)
+        assert summary["exit_code"] == 1
+        assert complaint in summary["error"]
+        local.delete("predictions/c00000002.parquet")
+        local.delete("predictions/c00000003.parquet")
+    assert run(capsys, "check", "--results", local.uri)[0]["exit_code"] == 0
+
+
+def test_other_keys_or_an_error_before_make_no_double(local: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, change in enumerate([{}, {"input_sha256": "j" * 64}, {"model_sha256": "n" * 64}]):
+        publish_rows(local, f"run{number}", make_row("a", **change))
+    assert run(capsys, "check", "--results", local.uri)[0]["objects"] == 3
+
+
+def test_only_the_work_of_runs_long_published_is_removed(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_id in ("r1", "r2", "r3", "unpublished"):
+        folder = RunFolder(store, run_id)
+        folder.write_plan([PlannedSource(make_source(run_id), Reason.NEW)])
+        folder.write_part("p", [make_row(run_id, run_id=run_id)])
+        store.write_bytes(folder.locate("nightly.html"), b"page")
+        if run_id != "unpublished":
+            publish_rows(store, run_id, make_row(run_id))
+    summary, _ = run(capsys, "clean", "--results", store.uri, "--keep-commits", "2")
+    assert (summary["cleaned_runs"], summary["removed_objects"]) == (1, 2)
+    assert summary["unpublished_runs"] == ["unpublished"]
+    assert [item.key for item in store.list_objects("_runs/r1/")] == ["_runs/r1/nightly.html"]
+    assert [RunFolder(store, run_id).has_plan() for run_id in ("r2", "r3", "unpublished")] == [True] * 3
+    assert run(capsys, "clean", "--results", store.uri, "--keep-commits", "2")[0]["removed_objects"] == 0
+    assert run(capsys, "check", "--results", store.uri)[0]["objects"] == 3
+
+
+def test_latest_is_one_row_a_scan_in_both_formats(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_rows(store, "one", make_row("a", "ERR_TIMEOUT"), make_row("b"))
+    publish_rows(store, "two", make_row("a"))
+    for name in ("latest.csv", "latest.parquet"):
+        summary, _ = run(capsys, "latest", "--results", store.uri, "--out", str(tmp_path / name))
+        assert summary["scans"] == 2
+    table = pq.read_table(tmp_path / "latest.parquet")
+    assert table["scan_id"].to_pylist() == ["a", "b"]
+    assert table["status"].to_pylist() == ["OK", "OK"]
+    assert table.schema.metadata[b"notice"] == b"research use only"
+    assert table.schema.field("commit").metadata[b"description"].startswith(b"Number of the object")
+    frame = pd.read_csv(io.BytesIO((tmp_path / "latest.csv").read_bytes()))
+    assert list(frame.columns) == [*SCHEMA.names, "notice"]
+    assert frame["probability_ncp"].tolist() == [0.7, 0.7]
+    assert json.loads(frame["cam_depth_profile"][0]) == [0.25] * 4
+    assert set(frame["notice"]) == {"research use only"}
+
+
+def test_the_schema_describes_every_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary, printed = run(capsys, "schema")
+    lines = printed.splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == SCHEMA.names
+    assert summary["columns"] == len(lines) - 2
+    run(capsys, "schema", "--out", str(tmp_path / "columns.md"))
+    assert (tmp_path / "columns.md").read_text() == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["check"], "results: Field required"),
+        (["latest", "--results", "r", "--out", "x.xlsx"], "ending in .parquet or .csv"),
+        (["mend", "--results", "r"], "'check', 'clean', 'latest' or 'schema'"),
+        (["check", "--results", "/nowhere"], "no results table here"),
+    ],
+)
+def test_wrong_use_says_what_to_do(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    summary, _ = run(capsys, *arguments)
+    assert summary["exit_code"] == 2
+    assert complaint in summary["error"]

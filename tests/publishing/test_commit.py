@@ -1,0 +1,293 @@
+"""Nothing lost, nothing doubled, whole commits only, whoever else is publishing."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darnet.errors import PutUncertain, RunError, StorageError
+from darnet.publishing.commit import check_rows, publish
+from darnet.publishing.rows import make_table
+from darnet.results import read_predictions
+from darnet.scan import StoredObject
+from darnet.storage import Store
+from tests.results_fixtures import (
+    list_commit_numbers,
+    make_row,
+    publish_history,
+    publish_rows,
+    read_statuses,
+)
+
+
+def test_commits_are_numbered_from_one_and_rows_carry_the_number(store: Store) -> None:
+    assert publish_rows(store, "one", make_row("a"), make_row("b", "BAD_TILT")) == 1
+    assert publish_rows(store, "two", make_row("c")) == 2
+    frame = read_predictions(store.uri)
+    assert list(zip(frame["scan_id"], frame["commit"], frame["run_id"], strict=True)) == [
+        ("a", 1, "one"),
+        ("b", 1, "one"),
+        ("c", 2, "two"),
+    ]
+
+
+def test_nothing_new_publishes_nothing(store: Store) -> None:
+    assert publish(store, "none", make_table([])) is None
+    publish_rows(store, "one", make_row("a"))
+    assert publish_rows(store, "two", make_row("a", probability_ncp=0.6)) is None
+    assert list_commit_numbers(store) == [1]
+
+
+def test_a_restart_after_a_lost_acknowledgement_finds_its_commit(store: Store) -> None:
+    publish_rows(store, "one", make_row("a"))
+    publish_rows(store, "two", make_row("b"))
+    assert publish_rows(store, "one", make_row("a")) == 1
+    assert list_commit_numbers(store) == [1, 2]
+
+
+def test_rows_of_another_run_or_of_two_models_are_refused(local: Store) -> None:
+    with pytest.raises(RunError, match="run_id"):
+        publish(local, "mine", make_table([make_row("a", run_id="other")]))
+    with pytest.raises(RunError, match="model_sha256"):
+        publish_rows(local, "mine", make_row("a"), make_row("b", model_sha256="other"))
+
+
+def test_what_another_run_made_final_is_left_out(store: Store) -> None:
+    publish_rows(store, "one", make_row("a#1"), make_row("a#2", "ERR_TIMEOUT"), make_row("b"))
+    publish_rows(store, "two", make_row("a#1", "BAD_TILT"), make_row("a#2"), make_row("b", "ERR_STORAGE"))
+    frame = read_predictions(store.uri, latest=False)
+    assert sorted(zip(frame["scan_id"], frame["status"], frame["commit"], strict=True)) == [
+        ("a#1", "OK", 1),
+        ("a#2", "ERR_TIMEOUT", 1),
+        ("a#2", "OK", 2),
+        ("b", "OK", 1),
+    ]
+
+
+def test_a_source_that_is_done_gets_no_error_row_from_a_slower_run(local: Store) -> None:
+    publish_rows(local, "fast", make_row("a#1"), make_row("a#2"))
+    assert publish_rows(local, "slow", make_row("a", "ERR_STORAGE")) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"input_sha256": "j" * 64}, {"model_sha256": "n" * 64}, {"preprocessing_version": "2-abc"}]
+)
+def test_other_bytes_or_another_model_are_scored_anew(local: Store, change: dict[str, str]) -> None:
+    publish_rows(local, "one", make_row("a"))
+    assert publish_rows(local, "two", make_row("a", **change)) == 2
+
+
+def test_the_third_night_of_the_same_error_is_final(store: Store) -> None:
+    for night in (1, 2):
+        publish_rows(store, f"run{night}", make_row("a", "ERR_TIMEOUT", night=night))
+        assert read_statuses(store) == {"a": "ERR_TIMEOUT"}
+    publish_rows(store, "run3", make_row("a", "ERR_TIMEOUT", night=3), make_row("b", "ERR_TIMEOUT", night=3))
+    assert read_statuses(store) == {"a": "BAD_GAVE_UP", "b": "ERR_TIMEOUT"}
+    detail = read_predictions(store.uri).set_index("scan_id")["status_detail"]
+    assert detail["a"] == "ERR_TIMEOUT, 3 nights: what happened"
+    assert detail["b"] == "what happened"
+    assert publish_rows(store, "run4", make_row("a", "ERR_TIMEOUT", night=4)) is None
+
+
+@pytest.mark.parametrize(
+    "third",
+    [
+        make_row("a", "ERR_TIMEOUT", night=2),  # a second run of the same night
+        make_row("a", "ERR_MEMORY", night=3),
+        make_row("a", "ERR_TIMEOUT", night=3, input_sha256="j" * 64),
+        make_row("a", "ERR_TIMEOUT", night=3, model_sha256="n" * 64),
+    ],
+)
+def test_only_the_same_error_on_the_same_bytes_on_three_nights_gives_up(local: Store, third: dict[str, Any]) -> None:
+    for night in (1, 2):
+        publish_rows(local, f"run{night}", make_row("a", "ERR_TIMEOUT", night=night))
+    publish_rows(local, "run3", third)
+    assert read_statuses(local) == {"a": third["status"]}
+
+
+@dataclass
+class TroubledStore:
+    """A real store whose first conditional puts end as `ends` says: done or lost, and never acknowledged."""
+
+    real: Store
+    ends: list[str]
+    puts: list[str] = field(default_factory=list)
+    before_put: Callable[[], object] = lambda: None
+
+    @property
+    def uri(self) -> str:
+        return self.real.uri
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        return self.real.list_objects(prefix)
+
+    def read_bytes(self, key: str) -> bytes:
+        return self.real.read_bytes(key)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self.before_put()
+        self.puts.append(key)
+        end = self.ends.pop(0) if self.ends else "answered"
+        is_created = end != "lost" and self.real.put_if_absent(key, data)
+        if end != "answered":
+            raise PutUncertain(end)
+        return is_created
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        self.real.fetch(item, path)
+
+    def local_path(self, key: str) -> Path | None:
+        return self.real.local_path(key)
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        self.real.write_bytes(key, data)
+
+    def delete(self, key: str) -> None:
+        self.real.delete(key)
+
+    def child(self, prefix: str) -> Store:
+        return self.real.child(prefix)
+
+
+@pytest.mark.parametrize(
+    ("ends", "num_puts"), [(["done"], 1), (["lost"], 2), (["lost", "lost", "done"], 3), (["lost"] * 5, 6)]
+)
+def test_an_unacknowledged_put_ends_in_exactly_one_commit(store: Store, ends: list[str], num_puts: int) -> None:
+    troubled = TroubledStore(store, list(ends))
+    assert publish_rows(troubled, "run", make_row("a")) == 1
+    assert troubled.puts == ["predictions/c00000001.parquet"] * num_puts
+    assert list_commit_numbers(store) == [1]
+
+
+def test_a_store_that_never_answers_ends_the_run(local: Store) -> None:
+    with pytest.raises(StorageError, match="no clear answer"):
+        publish_rows(TroubledStore(local, ["lost"] * 6), "run", make_row("a"))
+
+
+def test_the_slot_taken_by_another_run_is_not_taken_for_ours(local: Store) -> None:
+    rivals = iter([lambda: publish_rows(local, "rival", make_row("a"), make_row("r"))])
+    troubled = TroubledStore(local, ["done"], before_put=lambda: next(rivals, lambda: None)())
+    assert publish_rows(troubled, "run", make_row("a"), make_row("b")) == 2
+    frame = read_predictions(local.uri, latest=False)
+    assert list(zip(frame["scan_id"], frame["run_id"], frame["commit"], strict=True)) == [
+        ("a", "rival", 1),
+        ("r", "rival", 1),
+        ("b", "run", 2),
+    ]
+
+
+def test_a_lost_race_with_nothing_left_publishes_nothing(local: Store) -> None:
+    rivals = iter([lambda: publish_rows(local, "rival", make_row("a"))])
+    troubled = TroubledStore(local, [], before_put=lambda: next(rivals, lambda: None)())
+    assert publish_rows(troubled, "run", make_row("a")) is None
+    assert list_commit_numbers(local) == [1]
+
+
+def start_together(*works: Callable[[], object]) -> list[BaseException]:
+    """Run all at once in threads; what they raised."""
+    barrier = threading.Barrier(len(works))
+    raised: list[BaseException] = []
+
+    def work_on(work: Callable[[], object]) -> None:
+        barrier.wait()
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=work_on, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_racing_runs_leave_no_gap_and_no_second_final_row(store: Store) -> None:
+    def publish_series(name: str) -> None:
+        for night in range(1, 4):
+            scans = [f"shared{night}", f"shared{night + 1}", f"{name}{night}"]
+            publish_rows(store, f"{name}-{night}", *[make_row(scan, night=night) for scan in scans])
+
+    assert start_together(*[lambda name=name: publish_series(name) for name in ("x", "y", "z")]) == []
+    numbers = list_commit_numbers(store)
+    assert numbers == list(range(1, len(numbers) + 1))
+    everything = read_predictions(store.uri, latest=False)
+    expected = {f"shared{number}" for number in range(1, 5)}
+    expected |= {f"{name}{night}" for name in "xyz" for night in range(1, 4)}
+    assert sorted(everything["scan_id"]) == sorted(expected)
+    assert everything.groupby("commit")["run_id"].nunique().eq(1).all()
+
+
+def test_one_run_published_by_two_drivers_is_one_commit(store: Store) -> None:
+    numbers: list[int | None] = []
+    works = [lambda: numbers.append(publish_rows(store, "run", make_row("a"), make_row("b")))] * 2
+    assert start_together(*works) == []
+    assert numbers == [1, 1]
+    assert list_commit_numbers(store) == [1]
+
+
+def test_a_reader_never_sees_half_a_commit(store: Store) -> None:
+    stop = threading.Event()
+    sizes: set[int] = set()
+
+    def poll() -> None:
+        while not stop.is_set():
+            frame = read_predictions(store.uri, latest=False)
+            sizes.update(frame.groupby("commit").size())
+
+    def publish_many() -> None:
+        try:
+            for number in range(8):
+                publish_rows(store, f"run{number}", *[make_row(f"{number}/{scan}") for scan in range(50)])
+        finally:
+            stop.set()
+
+    assert start_together(poll, publish_many) == []
+    assert len(read_predictions(store.uri)) == 400
+    assert sizes <= {50}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_published_scan_and_key_has_one_final_row(local: Store, seed: int) -> None:
+    publish_history(local, seed)
+    rows = read_predictions(local.uri, latest=False)
+    final = rows[~rows["status"].str.startswith("ERR_")]
+    assert not final.duplicated(["source", "scan_id", "input_sha256", "model_sha256"]).any()
+
+
+# The gate before publishing
+
+
+def test_sound_rows_pass() -> None:
+    rows = [make_row("a#1"), make_row("a#2", "ERR_TIMEOUT"), make_row("caf\udce9", "SKIP_NO_LUNG")]
+    check_rows(["a", "caf\udce9"], make_table(rows))
+    check_rows([], make_table([]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([make_row("a")], "'b' planned, but has no row"),
+        ([make_row("a"), make_row("b"), make_row("c")], "'c' has rows, but was not planned"),
+        ([make_row("a"), make_row("b"), make_row("b")], "'b' has a scan twice"),
+        ([make_row("a"), make_row("b", "FINE")], "'b' has an unknown status"),
+        ([make_row("a"), make_row("b", model_sha256="n")], "'b' has another model"),
+        ([make_row("a"), make_row("b", probability_cp=None)], "'b' is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=math.nan)], "'b' is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=math.inf)], "'b' is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=0.21)], "'b' is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=-0.2, probability_normal=0.5)], "'b' is OK, but"),
+        ([make_row("a"), make_row("b", prediction="CP")], "'b' predicts another class"),
+        ([make_row("a"), make_row("b", prediction=None)], "'b' predicts another class"),
+        ([make_row("a"), make_row("b", "BAD_TILT", probability_ncp=0.5)], "'b' has a probability"),
+        ([make_row("a"), make_row("b", "SKIP_NO_LUNG", prediction="CP")], "'b' has a probability"),
+    ],
+)
+def test_unsound_rows_name_their_source(rows: list[dict[str, Any]], complaint: str) -> None:
+    with pytest.raises(RunError, match=complaint):
+        check_rows(["a", "b"], make_table(rows))

@@ -1,0 +1,166 @@
+"""A held run publishes nothing, stops the nights after it, and ends as a person decides."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darnet.config import ScoreSettings
+from darnet.errors import ExitCode, HeldError, UsageError
+from darnet.job import run_job
+from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
+from darnet.publishing.runs import PlannedSource, Reason, RunFolder
+from darnet.storage import Store, open_store
+from tests.results_fixtures import list_commit_numbers, make_row, make_source, publish_rows, read_statuses
+
+CONFIG = ScoreSettings(archive="a", model="m", results="r").score.model_copy(
+    update={"gate_min_scans": 4, "gate_min_nights": 2, "gate_nights": 3}
+)
+
+
+class KillingStore:
+    """A real store whose user is killed before one write more than `num_writes`."""
+
+    def __init__(self, real: Store, num_writes: int) -> None:
+        self._real, self._num_left = real, num_writes
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("write_bytes", "put_if_absent", "delete"):
+            if not self._num_left:
+                raise KeyboardInterrupt
+            self._num_left -= 1
+        return getattr(self._real, name)
+
+
+def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, Any]:
+    """Plan and parts of a run, as scoring leaves them; its sources are new."""
+    folder = RunFolder(store, f"run{night}")
+    keys = [f"{night}-{index}" for index in range(len(statuses))]
+    folder.write_plan([PlannedSource(make_source(key), Reason.NEW) for key in keys])
+    rows = [
+        make_row(key, status, night=night, run_id=folder.run_id) for key, status in zip(keys, statuses, strict=True)
+    ]
+    folder.write_part("part", rows)
+    return folder, folder.read_parts()
+
+
+def hold_night(store: Store) -> RunFolder:
+    """Two good nights, and a third of which half is ERR."""
+    for night in (1, 2):
+        publish_rows(store, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
+    folder, rows = stage_night(store, 3, "OK", "OK", "ERR_TIMEOUT", "ERR_STORAGE")
+    with pytest.raises(HeldError, match=r"run run3 of 2030-01-03 .*: share of ERR 0\.500 \(limit 0\.050\)"):
+        review_run(folder, rows, CONFIG)
+    return folder
+
+
+def decide(store: Store, verb: str, run_id: str) -> dict[str, Any]:
+    return decide_hold(store, ScoreSettings(results=store.uri, reason="looked at it", **{verb: run_id}))
+
+
+def test_a_breach_publishes_nothing_and_says_why(store: Store) -> None:
+    folder = hold_night(store)
+    held = json.loads(store.read_bytes("_runs/run3/HELD.json"))
+    assert (held["run_id"], held["night"], held["scans"]) == ("run3", "2030-01-03", 4)
+    assert [(item["gate"], item["value"]) for item in held["breaches"]] == [("share of ERR", 0.5)]
+    assert held["notice"] == "research use only"
+    assert list_commit_numbers(store) == [1, 2]
+    assert list_held_runs(folder.store) == ["run3"]
+
+
+def test_a_hold_stops_later_nights_with_exit_code_3(local: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse_if_held(local)
+    hold_night(local)
+
+    def work(_: ScoreSettings) -> dict[str, Any]:
+        refuse_if_held(local)
+        return {}
+
+    arguments = ["--archive", "a", "--model", "m", "--results", local.uri]
+    assert run_job("score", ScoreSettings, work, arguments) == ExitCode.HELD == 3
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["exit_code"], summary["held"]) == (3, "run3")
+    assert "--accept run3" in summary["error"]
+
+
+def test_an_accepted_run_is_published_with_its_reason(store: Store) -> None:
+    hold_night(store)
+    assert decide(store, "accept", "run3")["published"] == 3
+    assert read_statuses(store)["3-2"] == "ERR_TIMEOUT"
+    accepted = json.loads(store.read_bytes("_runs/run3/ACCEPTED.json"))
+    assert (accepted["reason"], accepted["published"]) == ("looked at it", 3)
+    assert accepted["breaches"][0]["gate"] == "share of ERR"
+    refuse_if_held(store)
+
+
+def test_a_discarded_run_leaves_nothing_to_go_on_from(store: Store) -> None:
+    folder = hold_night(store)
+    assert decide(store, "discard", "run3")["decision"] == "discarded"
+    assert list_commit_numbers(store) == [1, 2]
+    assert not folder.has_plan()
+    assert folder.list_staged_sources() == set()
+    assert json.loads(store.read_bytes("_runs/run3/DISCARDED.json"))["reason"] == "looked at it"
+    refuse_if_held(store)
+
+
+@pytest.mark.parametrize("verb", ["accept", "discard"])
+def test_a_decision_killed_at_any_step_is_carried_out_again(tmp_path: Path, verb: str) -> None:
+    """Kill it before its first write, its second, ... until it gets through."""
+    for num_writes in range(10):
+        store = open_store(str(tmp_path / str(num_writes)))
+        hold_night(store)
+        try:
+            decide(KillingStore(store, num_writes), verb, "run3")
+        except KeyboardInterrupt:
+            with pytest.raises(HeldError):
+                refuse_if_held(store)
+            decide(store, verb, "run3")
+        else:
+            break
+        assert list_commit_numbers(store) == ([1, 2, 3] if verb == "accept" else [1, 2])
+        assert RunFolder(store, "run3").has_plan() == (verb == "accept")
+        refuse_if_held(store)
+    assert num_writes > 2
+
+
+def test_only_held_runs_can_be_decided_on(local: Store) -> None:
+    hold_night(local)
+    with pytest.raises(UsageError, match="'run2' is not held; held here: run3"):
+        decide(local, "accept", "run2")
+    decide(local, "discard", "run3")
+    with pytest.raises(UsageError, match="held here: none"):
+        decide(local, "discard", "run3")
+
+
+def test_a_good_or_small_run_is_let_through(local: Store) -> None:
+    for night in (1, 2):
+        publish_rows(local, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
+    assert review_run(*stage_night(local, 3, "OK", "OK", "OK", "OK"), CONFIG).describe() == "passed"
+    small = review_run(*stage_night(local, 4, "ERR_TIMEOUT"), CONFIG)
+    assert small.describe() == "not judged: 1 scans, the gates need 4"
+    assert list_held_runs(local) == []
+
+
+def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:
+    for number, night in enumerate([1, 2, 2, 5, 3, 7, 4]):  # accepted late, and two runs on one night
+        publish_rows(store, f"run{number}", make_row(f"{number}", night=night))
+
+    def read_days(night: int, num_nights: int) -> list[int]:
+        rows = read_earlier_nights(store, datetime.date(2030, 1, night), num_nights)
+        return sorted(day.day for day in rows["night"].to_pylist())
+
+    assert read_days(7, 9) == [1, 2, 2, 3, 4, 5]
+    assert read_days(5, 3) == [2, 2, 3, 4]
+    assert read_days(1, 3) == []
+
+
+def test_a_decision_needs_a_reason_and_scoring_its_places(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, complaint in (
+        (["--results", "r", "--accept", "x"], "need a reason"),
+        (["--results", "r", "--accept", "x", "--discard", "y", "--reason", "z"], "either accept or discard"),
+        (["--results", "r", "--archive", "a"], "model: Field required"),
+    ):
+        assert run_job("score", ScoreSettings, lambda _: {}, arguments) == ExitCode.WRONG_USE
+        assert complaint in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""The decoding child: what it survives, and that its owner survives everything."""
+
+import ctypes
+import os
+import time
+
+import pytest
+
+from darnet.errors import ScanError, Status
+from darnet.reading.sandbox import Sandbox
+
+MEMORY_BYTES = 1 << 30
+
+
+def act(order: str) -> object:
+    """What the tests have the child do."""
+    if order == "crash":
+        ctypes.string_at(0)
+    if order == "exit":
+        os._exit(3)
+    if order == "hang":
+        time.sleep(60)
+    if order == "eat":
+        return bytearray(4 * MEMORY_BYTES)[0]
+    if order == "scan error":
+        raise ScanError(Status.BAD_PIXELS, "said so")
+    if order == "print":
+        print("decoders print what they like", flush=True)
+    return order, os.getpid()
+
+
+@pytest.fixture
+def sandbox():  # type: ignore[no-untyped-def]
+    sandbox = Sandbox("tests.reading.test_sandbox:act", MEMORY_BYTES, timeout_s=20)
+    yield sandbox
+    sandbox.close()
+
+
+def test_one_child_serves_many_calls(sandbox: Sandbox) -> None:
+    answers = {sandbox.call("fine") for _ in range(3)}
+    assert len(answers) == 1
+    assert answers.pop()[1] != os.getpid()
+
+
+def test_what_a_decoder_prints_does_not_enter_the_answer(sandbox: Sandbox) -> None:
+    assert sandbox.call("print")[0] == "print"
+
+
+@pytest.mark.parametrize(
+    ("order", "status"),
+    [
+        ("crash", Status.ERR_DECODER_CRASH),
+        ("exit", Status.ERR_DECODER_CRASH),
+        ("eat", Status.ERR_MEMORY),
+        ("scan error", Status.BAD_PIXELS),
+    ],
+)
+def test_a_bad_scan_is_an_error_and_the_next_one_is_served(sandbox: Sandbox, order: str, status: Status) -> None:
+    with pytest.raises(ScanError) as caught:
+        sandbox.call(order)
+    assert caught.value.status is status
+    assert sandbox.call("fine")[0] == "fine"
+
+
+def test_a_hang_ends_at_the_time_limit_and_leaves_no_child() -> None:
+    sandbox = Sandbox("tests.reading.test_sandbox:act", MEMORY_BYTES, timeout_s=20)
+    _, child = sandbox.call("fine")
+    sandbox.timeout_s = 0.2
+    with pytest.raises(ScanError) as caught:
+        sandbox.call("hang")
+    assert caught.value.status is Status.ERR_TIMEOUT
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
