@@ -1,31 +1,166 @@
-"""The cluster file is one that Ray accepts."""
+"""The files that start clusters and nights are ones that Ray and KubeRay accept."""
 
 import json
+import re
+import shlex
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jsonschema
+import pytest
 import yaml
 
+from darnet.config import ScoreSettings, read_settings
 from tests.places import ROOT
 
+CLUSTER_TEXT = (ROOT / "cluster.yaml").read_text()
+NIGHTLY: dict[str, Any] = yaml.safe_load((ROOT / "jobs" / "nightly.yaml").read_text())
+JOB = NIGHTLY["spec"]["jobTemplate"]
+WORKERS = {group["groupName"]: group for group in JOB["rayClusterSpec"]["workerGroupSpecs"]}
 
-def _read() -> dict[str, object]:
-    document: dict[str, object] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+# Source: KubeRay 1.6, API reference of ray.io/v1: what may stand where, and what must (first).
+JOB_FIELDS = (
+    {"rayClusterSpec": dict},
+    {
+        "entrypoint": str,
+        "runtimeEnvYAML": str,
+        "backoffLimit": int,
+        "activeDeadlineSeconds": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "submissionMode": str,
+        "submitterConfig": dict,
+        "submitterPodTemplate": dict,
+        "entrypointNumCpus": float,
+    },
+)
+CLUSTER_FIELDS = (
+    {"headGroupSpec": dict},
+    {
+        "rayVersion": str,
+        "authOptions": dict,
+        "enableInTreeAutoscaling": bool,
+        "autoscalerOptions": dict,
+        "workerGroupSpecs": list,
+    },
+)
+HEAD_FIELDS = {"template": dict}, {"rayStartParams": dict, "serviceType": str}
+WORKER_FIELDS = (
+    {"groupName": str, "template": dict, "minReplicas": int, "maxReplicas": int},
+    {
+        "replicas": int,
+        "rayStartParams": dict,
+        "numOfHosts": int,
+    },
+)
+
+
+def _read_cluster() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load(CLUSTER_TEXT)
     return document
 
 
-def test_cluster_file_follows_rays_schema() -> None:
-    from importlib.util import find_spec
+def _read_own_machines() -> dict[str, Any]:
+    """The cluster file with its last comment in place of what the comment says it replaces."""
+    block = re.split(r"^#\n", CLUSTER_TEXT, flags=re.M)[-1]
+    replaced = ("max_workers", "provider", "auth", "available_node_types", "head_node_type")
+    document = {key: value for key, value in _read_cluster().items() if key not in replaced}
+    return document | yaml.safe_load(re.sub(r"^# ?", "", block, flags=re.M))
 
+
+def _assert_fields(given: dict[str, Any], fields: tuple[dict[str, type], dict[str, type]]) -> None:
+    required, optional = fields
+    assert set(required) <= set(given) <= set(required) | set(optional)
+    assert {name for name, value in given.items() if type(value) is not (required | optional)[name]} == set()
+
+
+@pytest.mark.parametrize("read", [_read_cluster, _read_own_machines])
+def test_cluster_file_follows_rays_schema(read: Any) -> None:
     spec = find_spec("ray")
     assert spec is not None
     assert spec.origin is not None
     schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
-    jsonschema.validate(_read(), schema)
+    jsonschema.validate(read(), schema)
 
 
-def test_the_head_does_no_work_and_gpu_nodes_are_spot() -> None:
-    nodes = _read()["available_node_types"]
-    assert isinstance(nodes, dict)
+def test_the_head_does_no_work_and_other_nodes_are_spot() -> None:
+    nodes = _read_cluster()["available_node_types"]
     assert nodes["head"]["resources"] == {"CPU": 0}
-    assert nodes["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert nodes["decode"]["resources"].get("GPU", 0) == 0
+    assert nodes["gpu"]["resources"]["GPU"] == 1
+    for name in ("decode", "gpu"):
+        assert nodes[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert _read_cluster()["max_workers"] >= nodes["decode"]["max_workers"] + nodes["gpu"]["max_workers"]
+
+
+def test_own_machines_are_counted() -> None:
+    document = _read_own_machines()
+    assert document["provider"]["type"] == "local"
+    assert document["max_workers"] == len(document["provider"]["worker_ips"])
+
+
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_every_node_asks_for_a_token(commands: str) -> None:
+    assert all("RAY_AUTH_MODE=token" in line for line in _read_cluster()[commands] if "ray start" in line)
+
+
+def test_the_night_has_kuberays_fields() -> None:
+    assert (NIGHTLY["apiVersion"], NIGHTLY["kind"]) == ("ray.io/v1", "RayCronJob")
+    _assert_fields(NIGHTLY["spec"], ({"schedule": str, "jobTemplate": dict}, {"suspend": bool}))
+    _assert_fields(JOB, JOB_FIELDS)
+    _assert_fields(JOB["submitterConfig"], ({}, {"backoffLimit": int}))
+    _assert_fields(JOB["rayClusterSpec"], CLUSTER_FIELDS)
+    _assert_fields(JOB["rayClusterSpec"]["headGroupSpec"], HEAD_FIELDS)
+    for group in WORKERS.values():
+        _assert_fields(group, WORKER_FIELDS)
+    assert JOB["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
+
+
+def test_the_night_starts_once_a_day() -> None:
+    minute, hour, *rest = NIGHTLY["spec"]["schedule"].split()
+    assert minute.isdigit()
+    assert hour.isdigit()
+    assert rest == ["*", "*", "*"]
+
+
+def test_the_night_runs_a_command_that_the_job_understands() -> None:
+    python, flag, module, *flags = shlex.split(JOB["entrypoint"])
+    assert (python, flag, module) == ("python", "-m", "jobs.score")
+    settings = read_settings(ScoreSettings, flags, "x")
+    assert settings.archive.startswith("s3://")
+
+
+def test_the_night_tries_again_on_a_new_cluster_and_only_there() -> None:
+    assert JOB["backoffLimit"] > 0
+    assert JOB["submitterConfig"]["backoffLimit"] == 0
+    assert JOB["shutdownAfterJobFinishes"] is True
+
+
+def test_the_nights_cluster_is_the_pinned_ray_behind_a_token() -> None:
+    cluster = JOB["rayClusterSpec"]
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["authOptions"] == {"mode": "token"}
+
+
+def test_no_work_lands_on_the_nights_head_and_one_gpu_group_is_up() -> None:
+    assert JOB["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    limits = {name: _find_container(group)["resources"]["limits"] for name, group in WORKERS.items()}
+    assert "nvidia.com/gpu" not in limits["decode"]
+    assert limits["gpu"]["nvidia.com/gpu"] == 1
+    assert WORKERS["gpu"]["minReplicas"] >= 1
+
+
+def test_the_key_of_pseudonyms_is_in_every_pod_and_in_no_file() -> None:
+    for group in (JOB["rayClusterSpec"]["headGroupSpec"], *WORKERS.values()):
+        (entry,) = _find_container(group)["env"]
+        assert entry["name"] == "DARNET_PSEUDONYM_KEY"
+        assert set(entry["valueFrom"]["secretKeyRef"]) == {"name", "key"}
+        assert "value" not in entry
+
+
+def _find_container(group: dict[str, Any]) -> dict[str, Any]:
+    (container,) = group["template"]["spec"]["containers"]
+    found: dict[str, Any] = container
+    return found
