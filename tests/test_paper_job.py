@@ -34,7 +34,7 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(tmp_path:
     run("phantoms", "--out", phantoms, *sizes)
     places = ("--archive", phantoms / "archive", "--cohort", phantoms / "cohort.csv", "--truth", phantoms / "truth")
     study = tmp_path / "study"
-    assert len(run("paper", *places, "--out", study, *TINY)["done"]) == 7  # volumes, audit, four networks, evaluation
+    assert len(run("paper", *places, "--out", study, *TINY)["done"]) == 4  # volumes, audit, training, evaluation
     metrics = json.loads((study / "report" / "metrics.json").read_text())
     assert list(metrics["networks"]) == ["ResNet18", "CA", "DA", "DA+CA"]
     assert metrics["cohort_counts"]["test"] == {"CP": 2, "NCP": 2, "Normal": 2}

@@ -1,12 +1,10 @@
 """The scoring road on a real Ray cluster: every scan accounted for, the same bits wherever it lies, published once."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -14,7 +12,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,6 +32,7 @@ from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
+from tests.night_jobs import PollingReader, count_parts, finish_job, start_job, write_archive
 from tests.places import ROOT
 from tests.results_fixtures import make_row
 
@@ -54,18 +52,6 @@ class LockedStore(LocalStore):
 
     def fetch(self, item: StoredObject, path: Path) -> None:  # noqa: ARG002
         raise CredentialsError("nobody enters")
-
-
-def _write_archive(folder: Path, num_chests: int) -> None:
-    """Chests that differ, one of them spoiled, one source of two series, and strays."""
-    for index in range(num_chests):
-        write_chest(folder / f"chest{index:02d}", np.roll(make_chest(), index, axis=2))
-    write_chest(folder / "gap")[7].unlink()
-    write_chest(folder / "two", SeriesInstanceUID="1.2.3.7")
-    for path in write_chest(folder / "second", make_chest()[:, ::-1]):
-        path.rename(folder / "two" / f"second-{path.name}")
-    (folder / "second").rmdir()
-    (folder / "chest00" / "LICENSE").write_text("a stray")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +91,7 @@ def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) ->
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
-    _write_archive(archive, 3)
+    write_archive(archive, 3)
     first = _score(archive, model, results)
     assert first["published"] == 1
     assert first["statuses"] == {"OK": 5, "BAD_MISSING_SLICE": 1}
@@ -189,13 +175,13 @@ def _read_counters(address: str) -> dict[str, float]:
 @pytest.mark.s3
 def test_a_bucket_gives_the_bits_of_a_folder(model: str, s3: Callable[[], str], tmp_path: Path) -> None:
     """Jobs of their own, since workers of the shared cluster do not know this server."""
-    _write_archive(tmp_path / "archive", 3)
+    write_archive(tmp_path / "archive", 3)
     bucket = s3()
     local, remote = open_store(str(tmp_path / "archive")), open_store(f"{bucket}/archive/with space")
     for item in local.list_objects():
         remote.write_bytes(item.key, local.read_bytes(item.key))
     for archive, results in ((str(tmp_path / "archive"), str(tmp_path / "results")), (remote.uri, f"{bucket}/results")):
-        summary = _finish_job(_start_job(archive, model, results))
+        summary = finish_job(start_job(archive, model, results))
         assert (summary["exit_code"], summary["published"]) == (0, 1)
     here, there = read_predictions(str(tmp_path / "results")), read_predictions(f"{bucket}/results")
     assert list(here["scan_id"]) == list(there["scan_id"])
@@ -230,76 +216,23 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
     assert len(names) == 2
 
 
-def _start_job(archive: Path | str, model: str, results: Path | str) -> "subprocess.Popen[str]":
-    """`python -m jobs.score` as a person starts it, in a process group of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.score",
-        "--archive",
-        str(archive),
-        "--model",
-        model,
-        "--results",
-        str(results),
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [*command, "--score.part-scans", "2", "--night", "2026-01-01"],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def _finish_job(job: "subprocess.Popen[str]") -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads(job.communicate(timeout=300)[0].splitlines()[-1])
-    assert job.returncode == summary["exit_code"]
-    return summary
-
-
-def _count_parts(results: Path) -> int:
-    return len(list(results.glob("_runs/*/parts/*.parquet")))
-
-
-class PollingReader(threading.Thread):
-    """An analyst who counts the published rows every 20 ms."""
-
-    def __init__(self, results: Path) -> None:
-        super().__init__(daemon=True)
-        self.counts: list[int] = []
-        self._results, self._is_over = results, threading.Event()
-
-    def run(self) -> None:
-        while not self._is_over.wait(0.02):
-            files = sorted(self._results.glob("predictions/*.parquet"))
-            self.counts.append(sum(pq.read_table(path).num_rows for path in files))
-
-    def stop(self) -> None:
-        self._is_over.set()
-        self.join(timeout=10)
-
-
 def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
-    _write_archive(archive, 30)
+    write_archive(archive, 30)
     (results / "predictions").mkdir(parents=True)
     reader = PollingReader(results)
     reader.start()
-    job = _start_job(archive, model, results)
+    job = start_job(archive, model, results)
     deadline_s = time.monotonic() + 180
-    while _count_parts(results) < 2 and time.monotonic() < deadline_s and job.poll() is None:
+    while count_parts(results) < 2 and time.monotonic() < deadline_s and job.poll() is None:
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
-    num_parts = _count_parts(results)
+    num_parts = count_parts(results)
     assert num_parts >= 2
     assert list((results / "predictions").iterdir()) == []
 
-    summary = _finish_job(_start_job(archive, model, results))
+    summary = finish_job(start_job(archive, model, results))
     time.sleep(0.2)
     reader.stop()
     assert (summary["exit_code"], summary["published"]) == (0, 1)
@@ -323,7 +256,7 @@ def test_real_chests_have_the_same_bits_from_a_bucket(s3: Callable[[], str], tmp
     for item in local.list_objects():
         remote.write_bytes(item.key, local.read_bytes(item.key))
     for archive, results in ((str(REAL_CT), str(tmp_path / "results")), (remote.uri, f"{bucket}/results")):
-        summary = _finish_job(_start_job(archive, str(model), results))
+        summary = finish_job(start_job(archive, str(model), results))
         assert (summary["exit_code"], summary["published"]) == (0, 1)
     here, there = read_predictions(str(tmp_path / "results")), read_predictions(f"{bucket}/results")
     assert list(here["scan_id"]) == list(there["scan_id"])
@@ -379,7 +312,7 @@ def _wait_for_dashboard(head: "subprocess.Popen[bytes]") -> None:
 
 def test_a_submitted_job_scores_on_a_running_cluster(head_node: Any, model: str, tmp_path: Path) -> None:
     ray, environment = head_node
-    _write_archive(tmp_path / "archive", 2)
+    write_archive(tmp_path / "archive", 2)
     places = ["--archive", str(tmp_path / "archive"), "--model", model, "--results", str(tmp_path / "results")]
     command = [ray, "job", "submit", "--working-dir", str(ROOT), "--submission-id", "night-2026-01-01-a1", "--"]
     done = subprocess.run(

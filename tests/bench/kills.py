@@ -1,0 +1,136 @@
+"""What a night loses when its driver is killed at any moment, or started twice, and what a reader sees of it: a table.
+
+`make bench-kills` runs real jobs on small chests. A quiet night is the truth; every other must end in its rows, each
+once, with the same bits, and a reader that polls every 20 ms must see none of them or all.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from darnet.terminal import print_table
+from tests.bundle_fixtures import write_random_bundle
+from tests.night_jobs import PollingReader, finish_job, start_job, write_archive
+
+Row = tuple[Any, ...]
+KEYS = ["source", "scan_id"]
+FACTS = [
+    *("source", "scan_id", "status", "input_sha256", "model_sha256"),
+    *("probability_cp", "probability_ncp", "probability_normal", "fold_std_ncp", "cam_in_lung_fraction"),
+]
+
+
+def read_rows(results: Path) -> list[Row]:
+    """What was published, without what a clock or a run's name changes."""
+    files = sorted((results / "predictions").glob("*.parquet"))
+    return [tuple(row.values()) for path in files for row in pq.read_table(path, columns=FACTS).to_pylist()]
+
+
+def judge(truth: Sequence[Row], rows: Sequence[Row], seen: Sequence[int]) -> tuple[int, int, int, int]:
+    """Rows lost, rows doubled, rows with other bits, and polls that saw part of a night."""
+    expected, given = {row[:2]: row for row in truth}, Counter(row[:2] for row in rows)
+    other = sum(row != expected.get(row[:2]) for row in rows)
+    return (
+        len(expected.keys() - given.keys()),
+        given.total() - len(given),
+        other,
+        sum(count not in (0, len(truth)) for count in seen),
+    )
+
+
+def kill_and_resume(archive: Path, model: str, results: Path, after_s: float) -> None:
+    """SIGKILL the driver and all it started, then start it again as a scheduler would."""
+    job = start_job(archive, model, results)
+    time.sleep(after_s)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    finish_job(start_job(archive, model, results))
+
+
+def start_two(archive: Path, model: str, results: Path, apart_s: float) -> None:
+    """Two drivers of the same night, so long apart."""
+    first = start_job(archive, model, results)
+    time.sleep(apart_s)
+    second = start_job(archive, model, results)
+    finish_job(first)
+    finish_job(second)
+
+
+def watch(
+    truth: Sequence[Row], results: Path, disturb: Callable[[Path], None]
+) -> tuple[tuple[int, int, int, int], int]:
+    """A disturbed night in an empty results table, judged, and how often it was polled."""
+    (results / "predictions").mkdir(parents=True)
+    reader = PollingReader(results)
+    reader.start()
+    disturb(results)
+    time.sleep(0.1)
+    reader.stop()
+    verdict = judge(truth, read_rows(results), reader.counts)
+    shutil.rmtree(results)
+    return verdict, len(reader.counts)
+
+
+def main() -> int:
+    """Run the benchmark; 1 if anything was lost, doubled, changed or seen in part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chests", type=int, default=30)
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        archive, model = place / "archive", str(place / "bundle")
+        write_archive(archive, arguments.chests)
+        write_random_bundle(Path(model))
+        started = time.monotonic()
+        if (summary := finish_job(start_job(archive, model, place / "quiet")))["exit_code"]:
+            raise RuntimeError(f"the undisturbed night failed: {summary}")
+        quiet_s = time.monotonic() - started
+        truth = read_rows(place / "quiet")
+        lines = [
+            (
+                "driver killed",
+                arguments.moments,
+                [
+                    lambda results, after_s=quiet_s * (moment + 0.5) / arguments.moments: kill_and_resume(
+                        archive, model, results, after_s
+                    )
+                    for moment in range(arguments.moments)
+                ],
+            ),
+            (
+                "two drivers at once",
+                arguments.rounds,
+                [
+                    lambda results, apart_s=0.3 * number: start_two(archive, model, results, apart_s)
+                    for number in range(arguments.rounds)
+                ],
+            ),
+        ]
+        table, is_bad = [], False
+        for title, times, disturbances in lines:
+            outcomes = [watch(truth, place / "results", disturb) for disturb in disturbances]
+            sums = [sum(values) for values in zip(*(verdict for verdict, _ in outcomes), strict=True)]
+            is_bad |= any(sums)
+            table.append([title, times, times * len(truth), *sums, sum(polls for _, polls in outcomes)])
+    print_table(
+        f"A night of {len(truth)} scans, {quiet_s:.0f} s undisturbed",
+        ["", "times", "rows due", "lost", "doubled", "other bits", "polls in part", "polls"],
+        table,
+    )
+    return int(is_bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

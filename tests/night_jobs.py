@@ -1,0 +1,82 @@
+"""Nights as an operator starts them, on small real DICOM files, and an analyst who looks on."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tests.ct_fixtures import make_chest, write_chest
+from tests.places import ROOT
+
+
+def write_archive(folder: Path, num_chests: int) -> None:
+    """Chests that differ, one of them spoiled, one source of two series, and strays."""
+    for index in range(num_chests):
+        write_chest(folder / f"chest{index:02d}", np.roll(make_chest(), index, axis=2))
+    write_chest(folder / "gap")[7].unlink()
+    write_chest(folder / "two", SeriesInstanceUID="1.2.3.7")
+    for path in write_chest(folder / "second", make_chest()[:, ::-1]):
+        path.rename(folder / "two" / f"second-{path.name}")
+    (folder / "second").rmdir()
+    (folder / "chest00" / "LICENSE").write_text("a stray")
+
+
+def start_job(archive: Path | str, model: str, results: Path | str) -> "subprocess.Popen[str]":
+    """`python -m jobs.score` as a person starts it, in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.score",
+        "--archive",
+        str(archive),
+        "--model",
+        model,
+        "--results",
+        str(results),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [*command, "--score.part-scans", "2", "--night", "2026-01-01"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def finish_job(job: "subprocess.Popen[str]") -> dict[str, Any]:
+    """Its summary; raises if the exit code in it is not the one that came."""
+    summary: dict[str, Any] = json.loads(job.communicate(timeout=300)[0].splitlines()[-1])
+    assert job.returncode == summary["exit_code"]
+    return summary
+
+
+def count_parts(results: Path) -> int:
+    """Parts staged so far."""
+    return len(list(results.glob("_runs/*/parts/*.parquet")))
+
+
+class PollingReader(threading.Thread):
+    """An analyst who counts the published rows every 20 ms."""
+
+    def __init__(self, results: Path) -> None:
+        super().__init__(daemon=True)
+        self.counts: list[int] = []
+        self._results, self._is_over = results, threading.Event()
+
+    def run(self) -> None:
+        while not self._is_over.wait(0.02):
+            files = sorted(self._results.glob("predictions/*.parquet"))
+            self.counts.append(sum(pq.read_table(path).num_rows for path in files))
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self.join(timeout=10)
