@@ -1,147 +1,59 @@
 """A small archive of phantoms in every format, some spoiled; and what a person wants to see of its scores."""
 
-import functools
-import multiprocessing
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 from scipy import ndimage
 
 from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
-from darnet.decode import write_volume
 from darnet.ingest import Ingester, Road
 from darnet.metrics import compute_metrics
 from darnet.phantom import make_phantom
+from darnet.phantoms.archive import SHAPE, PhantomScan, WindowHU, build_phantom, store_phantom, write_scan
 from darnet.phantoms.canvas import Phantom
 from darnet.phantoms.decoys import make_abdomen, make_head
-from darnet.phantoms.files import WINDOW_HU, DicomStyle, write_dicom, write_slice_images, write_zip
+from darnet.phantoms.files import WINDOW_HU, write_dicom
 from darnet.report import CamPanel, draw_cam_figure
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, StandardVolume
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import open_store
 from darnet.volume import apply_window
 
-WindowHU: TypeAlias = tuple[float, float]
-
 NUM_TRAIN, NUM_TEST = 30, 8  # scans of each diagnosis
-SHAPE = (32, 144, 144)
 NEAR_MM = 20.0
-LAYOUTS: tuple[str, ...] = (
-    "dicom",
-    "png",
-    "nii.gz",
-    "jpeg2000",
-    "jpg",
-    "mha",
-    "jpegls",
-    "zip",
-    "tif",
-    "rle",
-    "nrrd",
-    "nii",
-)
+LAYOUTS = tuple("dicom png nii.gz jpeg2000 jpg mha jpegls zip tif rle nrrd nii".split())
 SPOILED_COPIES = ("missing-slice", "truncated", "few-slices", "two-patients")
 PROBABILITIES = [f"probability_{diagnosis.lower()}" for diagnosis in DIAGNOSES]
-STYLES = {
-    "dicom": DicomStyle(),
-    "zip": DicomStyle(manufacturer="Philips"),
-    "jpeg2000": DicomStyle(JPEG2000Lossless, rescale_intercept=0, manufacturer="GE MEDICAL SYSTEMS"),
-    "jpegls": DicomStyle(JPEGLSLossless, feet_first=True, manufacturer="Philips"),
-    "rle": DicomStyle(RLELossless, manufacturer="TOSHIBA"),
-}
 
 
-@dataclass(frozen=True)
-class DemoScan:
-    """One phantom of the demo: what it shows, how it is stored, and in which cohort it is."""
-
-    diagnosis: Diagnosis
-    seed: int
-    layout: str
-    cohort: str
-
-    @property
-    def source_key(self) -> str:
-        """Where it lies in the archive."""
-        if self.layout in ("png", "jpg", "tif"):
-            return f"images/{self.diagnosis}/{self.patient_id}/1"
-        if self.layout in STYLES and self.layout != "zip":
-            return f"{self.layout}/{self.patient_id}"
-        return f"files/{self.patient_id}.{self.layout}"
-
-    @property
-    def patient_id(self) -> str:
-        """One patient a phantom."""
-        return f"P{self.seed:05d}"
-
-    @property
-    def severity(self) -> float:
-        """Plain disease, 0.8 to 1 by seed: a few minutes of training do not teach more than that."""
-        return 0.8 + 0.02 * (self.seed * 7 % 10)
-
-
-def plan_scans() -> list[DemoScan]:
+def plan_scans() -> list[PhantomScan]:
     """The demo's cohort: every diagnosis in every layout, so that no layout tells the diagnosis."""
     scans = []
     for label, diagnosis in enumerate(DIAGNOSES):
         for index in range(NUM_TRAIN + NUM_TEST):
             cohort = "train" if index < NUM_TRAIN else "test"
-            scans.append(DemoScan(diagnosis, 1000 * (label + 1) + index, LAYOUTS[index % len(LAYOUTS)], cohort))
+            seed, layout = 1000 * (label + 1) + index, LAYOUTS[index % len(LAYOUTS)]
+            scans.append(PhantomScan(diagnosis, seed, layout, cohort, _choose_severity(seed)))
     return scans
 
 
-def plan_arrivals() -> list[DemoScan]:
+def plan_arrivals() -> list[PhantomScan]:
     """Three scans that arrive before the second night."""
-    return [DemoScan(diagnosis, 9000 + label, "dicom", "none") for label, diagnosis in enumerate(DIAGNOSES)]
+    seeds = {diagnosis: 9000 + label for label, diagnosis in enumerate(DIAGNOSES)}
+    return [PhantomScan(name, seed, "dicom", "none", _choose_severity(seed)) for name, seed in seeds.items()]
 
 
-def write_archive(
-    scans: Sequence[DemoScan], archive: Path, window_hu: WindowHU, on_written: Callable[[], None]
-) -> None:
-    """Write the scans, two at a time; those of 8-bit images in this window."""
-    context = multiprocessing.get_context("spawn")
-    write = functools.partial(write_scan, archive=archive, window_hu=window_hu)
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        for _ in pool.map(write, scans):
-            on_written()
-
-
-def write_scan(scan: DemoScan, archive: Path, window_hu: WindowHU) -> None:
-    """Write one phantom at its place."""
-    store_phantom(build_phantom(scan), scan, archive, window_hu)
-
-
-def store_phantom(phantom: Phantom, scan: DemoScan, archive: Path, window_hu: WindowHU) -> None:
-    """Write a phantom at a scan's place, in the scan's layout."""
-    path = archive / scan.source_key
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if scan.layout == "zip":
-        slices = path.with_suffix(".slices")
-        write_dicom(phantom, slices, style=STYLES["zip"], patient_id=scan.patient_id)
-        write_zip(slices, path)
-        shutil.rmtree(slices)
-    elif scan.layout in STYLES:
-        write_dicom(phantom, path, style=STYLES[scan.layout], patient_id=scan.patient_id)
-    elif scan.layout in ("png", "jpg", "tif"):
-        write_slice_images(phantom, path, f".{scan.layout}", window_hu)
-    else:
-        write_volume(path, phantom.voxels_hu, phantom.spacing_mm)
-
-
-def build_phantom(scan: DemoScan) -> Phantom:
-    """The phantom behind a scan, the same every time."""
-    return make_phantom(scan.diagnosis, scan.seed, severity=scan.severity, shape=SHAPE)
+def _choose_severity(seed: int) -> float:
+    """Plain disease, 0.8 to 1 by seed: a few minutes of training do not teach more than that."""
+    return 0.8 + 0.02 * (seed * 7 % 10)
 
 
 def write_spoiled(archive: Path) -> None:
@@ -165,14 +77,7 @@ def write_spoiled(archive: Path) -> None:
     )
 
 
-def write_cohort(scans: Sequence[DemoScan], path: Path) -> None:
-    """The cohort table, as a research group would bring it."""
-    columns = ("source_key", "patient_id", "diagnosis", "cohort")
-    frame = pd.DataFrame([[str(getattr(scan, name)) for name in columns] for scan in scans], columns=columns)
-    frame.rename(columns={"source_key": "scan_id"}).to_csv(path, index=False)
-
-
-def change_archive(archive: Path, replaced: DemoScan, window_hu: WindowHU) -> None:
+def change_archive(archive: Path, replaced: PhantomScan, window_hu: WindowHU) -> None:
     """What happens to an archive between two nights: three scans arrive, one is replaced by another of its patient."""
     for scan in plan_arrivals():
         write_scan(scan, archive, window_hu)
@@ -181,7 +86,7 @@ def change_archive(archive: Path, replaced: DemoScan, window_hu: WindowHU) -> No
     store_phantom(stranger, replaced, archive, window_hu)
 
 
-def measure_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan]) -> dict[str, Any]:
+def measure_demo(predictions: pd.DataFrame, scans: Sequence[PhantomScan]) -> dict[str, Any]:
     """How the test cohort fared, and how far the CAM peaks of its NCP scans are from a planted lesion, in mm."""
     rows = predictions.set_index("source")
     test = [scan for scan in scans if scan.cohort == "test"]
@@ -204,12 +109,12 @@ def measure_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan]) -> dict[s
     return {"test_scans": len(test), **{name: round(value, 4) for name, value in metrics.items()}, **near}
 
 
-def measure_distance(scan: DemoScan, voxel: NDArray[np.int64]) -> float:
+def measure_distance(scan: PhantomScan, voxel: NDArray[np.int64]) -> float:
     """Distance in mm from a voxel (slice, y, x) to the nearest voxel of the planted lesion; 0 inside it."""
     return float(_measure_distances(build_phantom(scan))[tuple(voxel)])
 
 
-def measure_chance(scan: DemoScan) -> float:
+def measure_chance(scan: PhantomScan) -> float:
     """How often a voxel picked blindly from the lungs is near the planted lesion: what a CAM peak has to beat."""
     phantom = build_phantom(scan)
     return float((_measure_distances(phantom)[phantom.lung] <= NEAR_MM).mean())
@@ -221,7 +126,7 @@ def _measure_distances(phantom: Phantom) -> FloatArray:
     return distances_mm
 
 
-def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Path, bundle: Path, path: Path) -> None:
+def draw_demo(predictions: pd.DataFrame, scans: Sequence[PhantomScan], archive: Path, bundle: Path, path: Path) -> None:
     """Write a picture: of each class the test scan that is surest, the slice of its CAM's peak beside the CAM."""
     rows = predictions.set_index("source")
     model, store, panels = read_bundle(open_store(str(bundle))), open_store(str(archive)), []
@@ -241,7 +146,7 @@ def draw_demo(predictions: pd.DataFrame, scans: Sequence[DemoScan], archive: Pat
     draw_cam_figure(panels, "DARNet demo: synthetic chests, planted lesions outlined in blue", path)
 
 
-def _make_panel(scan: DemoScan, volume: StandardVolume, score: ScanScore, number: int) -> CamPanel:
+def _make_panel(scan: PhantomScan, volume: StandardVolume, score: ScanScore, number: int) -> CamPanel:
     """A slice of a phantom in full resolution, under its map."""
     cam = score.draw_cam(score.prediction, volume.voxels.shape)
     phantom = build_phantom(scan)

@@ -10,6 +10,7 @@ import jobs.train
 from darnet import demo
 from darnet.config import DemoSettings, PrepareSettings, ScoreSettings, TrainSettings
 from darnet.job import run_job
+from darnet.phantoms.archive import write_archive, write_cohort
 from darnet.results import read_predictions
 from darnet.terminal import print_heading, print_table, show_progress
 
@@ -22,9 +23,9 @@ def work(settings: DemoSettings) -> dict[str, Any]:
     scans = demo.plan_scans()
     print_heading("1  Synthetic chest CTs in every format, and some spoiled ones")
     with show_progress("writing phantoms", len(scans)) as meter:
-        demo.write_archive(scans, archive, settings.volume.window_hu, lambda: meter.advance(1, {}))
+        write_archive(scans, archive, settings.volume.window_hu, lambda: meter.advance(1, {}))
     demo.write_spoiled(archive)
-    demo.write_cohort(scans, out / "cohort.csv")
+    write_cohort(scans, out / "cohort.csv")
     tree: dict[str, Any] = {
         name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score")
     }

@@ -18,10 +18,10 @@ ROWS = (
     "phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
     "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
     "publishing.objects",
-    "auditing.features evaluation.cam_truth evaluation.report prepared publishing.commit publishing.runs "
-    "ray_cluster results score train volumes_cache",
-    "auditing.audit demo evaluation.model_card evaluation.study publishing.hold ray_prepare",
-    "auditing.report evaluation.study_maps evaluation.study_report phantoms.study publishing.check ray_score ray_train",
+    "auditing.features evaluation.cam_truth evaluation.report phantoms.archive prepared publishing.commit "
+    "publishing.runs ray_cluster results score train volumes_cache",
+    "auditing.audit demo evaluation.model_card evaluation.study phantoms.study publishing.hold ray_prepare",
+    "auditing.report evaluation.study_maps evaluation.study_report publishing.check ray_score ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
 )

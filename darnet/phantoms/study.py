@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darnet.config import VolumeConfig
-from darnet.demo import DemoScan, build_phantom, store_phantom
 from darnet.evaluation.truth import Truth, write_truth
+from darnet.phantoms.archive import PhantomScan, build_phantom, store_phantom
 from darnet.phantoms.canvas import Phantom
 from darnet.scan import DIAGNOSES, FloatArray, Intensity
 from darnet.storage import open_store
@@ -22,18 +22,6 @@ from darnet.volume import find_crop, resample_mask
 SEVERITIES = (0.4, 0.7, 1.0)  # mild, moderate, severe. Source: ours; below 0.4 a training of minutes sees nothing
 LAYOUTS = ("dicom", "nii.gz", "mha")  # that keep Hounsfield units and spacing
 FIRST_SEED = 20_000  # of patients; the demo's lie below
-
-
-@dataclass(frozen=True)
-class StudyScan(DemoScan):
-    """One phantom of the study; `degree` is how much of its disease it shows, 0 to 1."""
-
-    degree: float
-
-    @property
-    def severity(self) -> float:
-        """What `build_phantom` asks for."""
-        return self.degree
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,7 @@ class PhantomStack:
         return pixels
 
 
-def plan_study(num_train: int, num_test: int) -> list[StudyScan]:
+def plan_study(num_train: int, num_test: int) -> list[PhantomScan]:
     """The cohort, so many scans of each diagnosis: neither layout nor severity nor cohort tells the diagnosis."""
     scans = []
     for label, diagnosis in enumerate(DIAGNOSES):
@@ -68,12 +56,12 @@ def plan_study(num_train: int, num_test: int) -> list[StudyScan]:
             seed = FIRST_SEED + 1000 * label + index
             layout = LAYOUTS[index // len(SEVERITIES) % len(LAYOUTS)]
             cohort = "train" if index < num_train else "test"
-            scans.append(StudyScan(diagnosis, seed, layout, cohort, SEVERITIES[index % len(SEVERITIES)]))
+            scans.append(PhantomScan(diagnosis, seed, layout, cohort, SEVERITIES[index % len(SEVERITIES)]))
     return scans
 
 
 def write_study(
-    scans: Sequence[StudyScan], archive: Path, truth: Path, volume: VolumeConfig, on_written: Callable[[], None]
+    scans: Sequence[PhantomScan], archive: Path, truth: Path, volume: VolumeConfig, on_written: Callable[[], None]
 ) -> None:
     """Write the scans and, of those for test, the truth; two at a time."""
     context = multiprocessing.get_context("spawn")
@@ -83,7 +71,7 @@ def write_study(
             on_written()
 
 
-def write_study_scan(scan: StudyScan, archive: Path, truth: Path, volume: VolumeConfig) -> None:
+def write_study_scan(scan: PhantomScan, archive: Path, truth: Path, volume: VolumeConfig) -> None:
     """Write one phantom at its place, and what is known of it."""
     phantom = build_phantom(scan)
     store_phantom(phantom, scan, archive, volume.window_hu)
