@@ -1,7 +1,7 @@
 """An audit in; the files a colleague reads before training out: audit.html, audit.json, division.csv, excluded.csv."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from darnet.auditing.audit import Audit, CohortCounts, summarise_audit
 from darnet.auditing.shortcuts import Shortcut
 from darnet.cohort import LABELS, NEEDED_COLUMNS, LeftOut
+from darnet.errors import UsageError
 from darnet.page import COLOURS, Bar, Cell, HtmlTable, Section, render_page
 from darnet.reading.slice_order import SliceOrder
 from darnet.storage import open_store
@@ -45,7 +46,7 @@ COHORT_WORDS = {
 def write_audit(audit: Audit, out: str) -> dict[str, Any]:
     """Write the audit to a folder or prefix; a summary for people and schedulers."""
     store = open_store(out, create=True)
-    summary = summarise_audit(audit)
+    summary = summarise_audit(audit) | {"told": _summarise(audit)}
     store.write_bytes("audit.json", (json.dumps(summary, indent=2) + "\n").encode())
     store.write_bytes("audit.html", render_audit(audit).encode())
     if audit.division is None:
@@ -65,6 +66,19 @@ def write_audit(audit: Audit, out: str) -> dict[str, Any]:
         "duplicates": len(audit.duplicates),
         "order_findings": len(audit.order_findings),
     }
+
+
+def describe_audit(summary: Mapping[str, Any]) -> Section:
+    """What audit.json says, for the report of a model that was trained on the cohort: the page's own first words.
+
+    Raises: UsageError if it is none of this version's.
+    """
+    try:
+        strong = [item for item in (Shortcut(**fields) for fields in summary["shortcuts"]) if is_strong(item)]
+        text = f"By {summary['table']}. {summary['told']}"
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"audit.json: not written by this version ({error}); run jobs.prepare --audit again") from None
+    return Section("The audit of the data", text, [_tabulate_shortcuts(strong)] if strong else [])
 
 
 def is_strong(shortcut: Shortcut) -> bool:

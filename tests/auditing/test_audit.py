@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from darnet.auditing.audit import audit_cohort, describe_duplicates, summarise_audit
 from darnet.auditing.features import Duplicate
-from darnet.auditing.report import render_audit, write_audit
+from darnet.auditing.report import describe_audit, render_audit, write_audit
 from darnet.cohort import read_cohort
 from darnet.config import PrepareSettings, VolumeConfig
 from darnet.dataset import write_array, write_facts, write_index
@@ -68,6 +68,13 @@ def test_a_hand_counted_leak_is_found(column: str, tmp_path: Path) -> None:
     assert "2 of the 3 test patients (3 of 4 test scans) also have scans in the training cohort" in page
     assert "1 patient with scans of more than one diagnosis" in page
     assert "Research use only" in page
+    section = describe_audit(found)
+    assert section.text.startswith("By table.csv. 10 scans of 6 patients. 2 of the 3 test patients")
+
+
+def test_an_audit_of_another_version_is_refused_in_a_report() -> None:
+    with pytest.raises(UsageError, match=r"run jobs\.prepare --audit again"):
+        describe_audit({"counts": {}})
 
 
 def test_a_cohort_too_small_to_divide_is_audited_all_the_same(tmp_path: Path) -> None:
