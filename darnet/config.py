@@ -336,6 +336,17 @@ class ScoreSettings(Settings):
         return self
 
 
+class DoctorSettings(Settings):
+    """Is this installation fit for a night? Machine and cluster are always tried, a place where it is named."""
+
+    archive: str = ""
+    """Where the scans are: a folder or s3://bucket/prefix. Only read."""
+    model: str = ""
+    """Model bundle, a local folder or s3://bucket/prefix. Only read."""
+    results: str = ""
+    """Where the results table is or will be: a folder or s3://bucket/prefix. Tried below _runs/, and cleaned up."""
+
+
 class ResultsSettings(Settings):
     """A results table -> is it whole (check), room (clean), one row a scan (latest), or its columns (schema)."""
 

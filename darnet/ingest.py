@@ -38,6 +38,7 @@ from darnet.storage import Store
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
+PSEUDONYM_VARIABLE = "DARNET_PSEUDONYM_KEY"
 # The number of a slice behind two letters at most: too little for a patient's name, number or UID. Source: ours.
 HARMLESS_NAME = re.compile(r"[a-z]{0,2}[-_]?0*[0-9]{1,4}(\.[a-z]{2,5})?", re.IGNORECASE)
 

@@ -16,14 +16,13 @@ from ray.exceptions import RayError
 
 from darnet.config import VolumeConfig
 from darnet.errors import RunError, Status, UsageError
-from darnet.ingest import Ingester, Road
+from darnet.ingest import PSEUDONYM_VARIABLE, Ingester, Road
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
 
 DECODE_CPUS = 1.0
 # Less than DECODE_CPUS, or Ray fuses an actor of one CPU with decoding and the two never overlap.
 CPU_MARGIN = 0.01
-PSEUDONYM_VARIABLE = "DARNET_PSEUDONYM_KEY"
 SOURCES_PER_BLOCK = 8
 
 

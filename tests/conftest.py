@@ -40,7 +40,7 @@ RAY_ENVIRONMENT = {
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
     """A function that makes a fresh bucket on a private S3 server and returns its s3:// address."""
-    port = _find_free_port()
+    port = find_free_port()
     log = tmp_path_factory.mktemp("moto") / "server.log"
     with pytest.MonkeyPatch.context() as patch, log.open("wb") as sink:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
@@ -51,7 +51,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=sink, stderr=sink, env=dict(os.environ))
         try:
-            _wait_until_it_answers(server, port, log)
+            wait_until_it_answers(server, port, log)
             yield _make_bucket_factory()
         finally:
             server.terminate()
@@ -72,13 +72,15 @@ def local(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "results"))
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+def wait_until_it_answers(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    """Raises: RuntimeError with the log, if the server does not come up."""
     for _ in range(ATTEMPTS):
         if server.poll() is not None:
             break

@@ -14,14 +14,16 @@ ROWS = (
     "archive auditing.shortcuts augment cam evaluation.paper history job lung metrics model page phantoms.canvas "
     "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report storage_local tables "
     "terminal volume",
-    "calibration charts cohort decode evaluation.intervals evaluation.predictions phantoms.body phantoms.files "
-    "phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
+    "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions phantoms.body "
+    "phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
     "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
     "publishing.objects",
     "auditing.features evaluation.cam_truth evaluation.report phantoms.archive prepared publishing.commit "
     "publishing.runs ray_cluster results score train volumes_cache",
-    "auditing.audit demo evaluation.model_card evaluation.study phantoms.study publishing.hold ray_prepare",
-    "auditing.report evaluation.study_maps evaluation.study_report publishing.check ray_score ray_train",
+    "auditing.audit checkup.machine demo evaluation.model_card evaluation.study phantoms.study publishing.hold "
+    "ray_doctor ray_prepare",
+    "auditing.report checkup.places evaluation.study_maps evaluation.study_report publishing.check ray_score "
+    "ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
 )

@@ -1,0 +1,216 @@
+"""Tries an archive and a place for results: stores enter, checks leave that read the one and write to the other.
+
+What is written lies below `_runs/doctor-*/` and is removed again. The promise the results table rests on, that of two
+puts of one name only the first succeeds, is tried for true: some S3 servers accept the condition and ignore it.
+"""
+
+import functools
+import hashlib
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.fs  # type: ignore[import-untyped]
+
+from darnet.archive import list_sources
+from darnet.checkup.findings import Check, CheckError, Verdict
+from darnet.errors import FolderMissing, ScanError, Status
+from darnet.publishing.hold import list_held_runs
+from darnet.publishing.objects import COMMIT_KEY, list_commits
+from darnet.publishing.runs import RUNS
+from darnet.scan import StoredObject
+from darnet.storage import Store
+
+FIRST_OBJECTS = 1_000  # Source: ours; one page of a listing
+SMALL_BYTES, LARGE_BYTES = 64 << 10, 24 << 20  # Source: ours; a part, and a night's object of some 100,000 scans
+PUTS_AT_ONCE = 8
+CLOCK_MIND_S, CLOCK_WRONG_S = 30.0, 300.0  # Source: ours; S3 refuses requests that are 15 minutes off
+OTHER_STORE = "use a store with conditional writes: AWS S3, MinIO, Ceph, or a local disk; this one would lose nights"
+
+
+def check_archive(archive: Store) -> list[Check]:
+    """Can the archive be listed and read, and would a scan replaced in the middle of a night be noticed?"""
+    return [
+        ("archive: listing", lambda: _list_first(archive)),
+        ("archive: reading", lambda: _fetch_one(archive)),
+        ("archive: replaced scans", lambda: _fetch_another_version(archive)),
+    ]
+
+
+def check_results(results: Store) -> list[list[Check]]:
+    """Is this a place where a night can be published once and whole? Groups; the last one cleans up after all."""
+    trial = Trial(results, f"{RUNS}doctor-{secrets.token_hex(8)}/")
+    tries: list[Check] = [
+        ("results: writing and reading back", trial.write_and_read),
+        ("results: listing what was written", trial.list_written),
+        ("results: clock", trial.compare_clocks),
+        ("results: the second of two puts is refused", trial.put_twice),
+        ("results: of puts at once one succeeds", trial.put_at_once),
+        ("results: a whole night's object", trial.put_large),
+        ("results: uploads in parts", trial.upload_in_parts),
+    ]
+    return [
+        [("results: the table there", lambda: _look_at_table(results))],
+        tries,
+        [("results: removing", trial.remove)],
+    ]
+
+
+class Trial:
+    """Objects of one check-up, below a prefix of their own."""
+
+    def __init__(self, store: Store, prefix: str, now_s: Callable[[], float] = time.time) -> None:
+        self._store, self._prefix, self._now_s = store, prefix, now_s
+
+    def write_and_read(self) -> str:
+        """A small object comes back as it went."""
+        self._return(self._key("small"), SMALL_BYTES, self._store.write_bytes)
+        return f"{SMALL_BYTES} bytes"
+
+    def list_written(self) -> str:
+        """What was just written is in the next listing."""
+        found = self._find("small")
+        if found.num_bytes != SMALL_BYTES:
+            raise CheckError(f"listed with {found.num_bytes} bytes of {SMALL_BYTES}", OTHER_STORE)
+        return "at once, with its length"
+
+    def compare_clocks(self) -> str:
+        """How far this machine's clock is from the store's: nights are dated here, objects there."""
+        apart_s = abs(self._now_s() - self._find("small").modified_s)
+        if apart_s > CLOCK_MIND_S:
+            verdict = Verdict.WRONG if apart_s > CLOCK_WRONG_S else Verdict.MIND
+            raise CheckError(f"{apart_s:.0f} s from the store's", "start chrony or ntpd on this machine", verdict)
+        return f"within {CLOCK_MIND_S:.0f} s of the store's"
+
+    def put_twice(self) -> str:
+        """The put that publishes a night: the second of the same name must change nothing and say so."""
+        first, second = (secrets.token_bytes(SMALL_BYTES) for _ in range(2))
+        key = self._key("once")
+        if not self._store.put_if_absent(key, first):
+            raise CheckError("the first put of a new name was refused", OTHER_STORE)
+        if self._store.put_if_absent(key, second) or self._store.read_bytes(key) != first:
+            raise CheckError("the store accepts the condition and ignores it: the second put went through", OTHER_STORE)
+        return "the first one's bytes stay"
+
+    def put_at_once(self) -> str:
+        """Two drivers that publish in the same moment."""
+        key = self._key("race")
+        bodies = [secrets.token_bytes(SMALL_BYTES) for _ in range(PUTS_AT_ONCE)]
+        with ThreadPoolExecutor(PUTS_AT_ONCE) as pool:
+            won = list(pool.map(functools.partial(self._store.put_if_absent, key), bodies))
+        if sum(won) != 1 or self._store.read_bytes(key) != bodies[won.index(True)]:
+            raise CheckError(f"{sum(won)} of {PUTS_AT_ONCE} puts of one name at once succeeded", OTHER_STORE)
+        return f"1 of {PUTS_AT_ONCE}"
+
+    def put_large(self) -> str:
+        """A night is one object, put in one request."""
+        self._return(self._key("large"), LARGE_BYTES, self._store.put_if_absent)
+        return f"{LARGE_BYTES >> 20} MiB in one request"
+
+    def upload_in_parts(self) -> str:
+        """Ray Train writes its checkpoints through pyarrow, to S3 in several parts."""
+        data = secrets.token_bytes(LARGE_BYTES)
+        key = self._key("parts")
+        system, path = pyarrow.fs.FileSystem.from_uri(f"{self._store.uri}/{key}")
+        try:
+            with system.open_output_stream(path) as sink:
+                sink.write(data)
+        except OSError as error:
+            told = str(error).splitlines()[0]
+            remedy = "on an older server set AWS_REQUEST_CHECKSUM_CALCULATION=when_required; checkpoints need it"
+            raise CheckError(f"pyarrow cannot write there ({told})", remedy) from error
+        self._compare(key, data)
+        return f"{LARGE_BYTES >> 20} MiB"
+
+    def remove(self) -> str:
+        """Nothing of the check-up stays behind."""
+        listed = [item.key for item in self._store.list_objects(self._prefix)]
+        for key in listed:
+            self._store.delete(key)
+        if left := list(self._store.list_objects(self._prefix)):
+            raise CheckError(f"{len(left)} objects are still listed", f"remove {self._store.uri}/{self._prefix}")
+        return f"{len(listed)} objects of this check-up"
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _find(self, name: str) -> StoredObject:
+        for item in self._store.list_objects(self._prefix):
+            if item.key == self._key(name):
+                return item
+        raise CheckError("not listed after it was written", OTHER_STORE)
+
+    def _return(self, key: str, num_bytes: int, put: Callable[[str, bytes], object]) -> None:
+        data = secrets.token_bytes(num_bytes)
+        put(key, data)
+        self._compare(key, data)
+
+    def _compare(self, key: str, data: bytes) -> None:
+        given = self._store.read_bytes(key)
+        if hashlib.sha256(given).digest() != hashlib.sha256(data).digest():
+            raise CheckError(f"{len(given)} bytes came back that are not the {len(data)} written", OTHER_STORE)
+
+
+def _list_first(archive: Store) -> str:
+    objects = list(islice(archive.list_objects(), FIRST_OBJECTS))
+    num_sources = sum(1 for _ in list_sources(objects))
+    if not num_sources:
+        raise CheckError(f"no scan among the first {len(objects)} objects", "is the address right?")
+    return f"{num_sources} sources of scans among the first {len(objects)} objects"
+
+
+def _fetch_one(archive: Store) -> str:
+    item = _choose_object(archive)
+    _fetch(archive, item)
+    return f"{item.num_bytes} bytes, as listed"
+
+
+def _fetch_another_version(archive: Store) -> str:
+    item = _choose_object(archive)
+    try:
+        _fetch(archive, replace(item, version="0" * len(item.version), modified_s=item.modified_s - 1))
+    except ScanError as error:
+        if error.status is Status.ERR_INPUT_CHANGED:
+            return "noticed: the version that was planned is asked for"
+        raise
+    raise CheckError(
+        "not noticed: the store ignores If-Match",
+        "keep others from writing to the archive while a night runs",
+        Verdict.MIND,
+    )
+
+
+def _choose_object(archive: Store) -> StoredObject:
+    """The smallest object of the first source that has any bytes."""
+    objects = islice(archive.list_objects(), FIRST_OBJECTS)
+    return min(next(iter(list_sources(objects))).objects, key=lambda item: (item.num_bytes == 0, item.num_bytes))
+
+
+def _fetch(store: Store, item: StoredObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store.fetch(item, Path(folder) / "object")
+
+
+def _look_at_table(results: Store) -> str:
+    try:
+        numbers = [int(found[1]) for key in list_commits(results) if (found := COMMIT_KEY.fullmatch(key))]
+        held = list_held_runs(results)
+    except FolderMissing:
+        return "empty: the first night starts it"
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise CheckError(
+            f"{len(numbers)} objects that are not numbered 1 to {len(numbers)}",
+            "run jobs.results check, and restore what is missing",
+        )
+    if held:
+        raise CheckError(
+            f"run {held[0]} is held, so that no night is scored",
+            f"look at its nightly.html, then jobs.score --accept {held[0]} or --discard {held[0]}",
+            Verdict.MIND,
+        )
+    return f"{len(numbers)} nights" if numbers else "empty: the first night starts it"

@@ -1,0 +1,33 @@
+"""python -m jobs.doctor: machine, cluster, bundle, archive and results tried out -> what is wrong, and what to do."""
+
+import sys
+from typing import Any
+
+from darnet.checkup.findings import examine, report_findings
+from darnet.checkup.machine import check_bundle, check_machine
+from darnet.checkup.places import check_archive, check_results
+from darnet.config import DoctorSettings
+from darnet.job import run_job
+from darnet.ray_doctor import check_cluster
+from darnet.storage import open_store
+
+
+def work(settings: DoctorSettings) -> dict[str, Any]:
+    """Try everything that is named; the machine and the cluster always."""
+    groups = check_machine() + check_cluster()
+    if settings.model:
+        groups.append(check_bundle(open_store(settings.model)))
+    if settings.archive:
+        groups.append(check_archive(open_store(settings.archive)))
+    if settings.results:
+        groups += check_results(open_store(settings.results, create=True))
+    return report_findings([finding for group in groups for finding in examine(group)])
+
+
+def main() -> int:
+    """Run the job and return its exit code."""
+    return run_job("doctor", DoctorSettings, work, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""A check-up's lines: what follows a wrong one is not tried, and the exit code is that of the first wrong one."""
+
+import pytest
+
+from darnet.checkup.findings import CheckError, Finding, UnfitError, Verdict, examine, report_findings
+from darnet.errors import CredentialsError, ExitCode, ScanError, Status
+
+
+def _raise(error: Exception) -> str:
+    raise error
+
+
+def test_what_builds_on_a_wrong_line_is_not_tried() -> None:
+    tried = []
+    findings = examine(
+        [
+            ("one", lambda: "seen"),
+            ("two", lambda: _raise(CheckError("odd", "do this"))),
+            ("three", lambda: tried.append(3) or "seen"),  # type: ignore[func-returns-value]
+            ("four", lambda: tried.append(4) or "seen"),  # type: ignore[func-returns-value]
+        ]
+    )
+    assert [item.verdict for item in findings] == [Verdict.FINE, Verdict.WRONG, Verdict.UNTRIED, Verdict.UNTRIED]
+    assert (findings[1].told, findings[1].remedy, tried) == ("odd", "do this", [])
+
+
+def test_a_reservation_stops_nothing() -> None:
+    findings = examine(
+        [
+            ("one", lambda: _raise(CheckError("slow", "buy more", Verdict.MIND))),
+            ("two", lambda: "seen"),
+        ]
+    )
+    assert [item.verdict for item in findings] == [Verdict.MIND, Verdict.FINE]
+    assert report_findings(findings)["verdicts"] == {"mind": 1, "fine": 1}
+
+
+def test_the_exit_code_is_that_of_the_first_wrong_line() -> None:
+    refused = CredentialsError("s3://a: the store does not let us in (403); check AWS_PROFILE")
+    findings = examine([("one", lambda: _raise(refused))])
+    findings += examine([("two", lambda: _raise(ScanError(Status.ERR_STORAGE, "odd")))])
+    assert findings[0] == Finding(
+        "one",
+        Verdict.WRONG,
+        "s3://a: the store does not let us in (403)",
+        "check AWS_PROFILE",
+        ExitCode.CREDENTIALS,
+    )
+    with pytest.raises(UnfitError, match="check AWS_PROFILE") as caught:
+        report_findings(findings)
+    assert caught.value.exit_code is ExitCode.CREDENTIALS
+    assert caught.value.facts["verdicts"] == {"wrong": 2}

@@ -1,0 +1,78 @@
+"""The machine and the bundle are tried for true, and a secret is never told."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from darnet.checkup.findings import Finding, Verdict, examine
+from darnet.checkup.machine import check_bundle, check_machine
+from darnet.ingest import PSEUDONYM_VARIABLE
+from darnet.storage import open_store
+from tests.bundle_fixtures import write_random_bundle
+
+
+def _try_machine(only: str) -> Finding:
+    (group,) = [group for group in check_machine() if any(name == f"machine: {only}" for name, _ in group)]
+    return {finding.check: finding for finding in examine(group)}[f"machine: {only}"]
+
+
+def test_every_compression_is_decoded_in_the_child_and_its_limits_hold() -> None:
+    decoders, limits = examine(check_machine()[-1])
+    assert (decoders.verdict, decoders.told) == (Verdict.FINE, "5 transfer syntaxes read")
+    assert limits.verdict is Verdict.FINE
+
+
+@pytest.mark.parametrize(
+    ("key", "verdict"), [(None, Verdict.MIND), ("short-secret", Verdict.WRONG), ("long-secret" * 3, Verdict.FINE)]
+)
+def test_the_key_is_judged_by_its_length_and_not_told(
+    key: str | None, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PSEUDONYM_VARIABLE, raising=False)
+    if key is not None:
+        monkeypatch.setenv(PSEUDONYM_VARIABLE, key)
+    finding = _try_machine("key of pseudonyms")
+    assert finding.verdict is verdict
+    assert "secret" not in f"{finding}"
+
+
+def test_packages_are_there() -> None:
+    assert _try_machine("Python packages").verdict is Verdict.FINE
+
+
+def test_a_bundle_is_read_and_scores(tmp_path: Path) -> None:
+    write_random_bundle(tmp_path / "bundle")
+    findings = examine(check_bundle(open_store(str(tmp_path / "bundle"))))
+    assert [finding.verdict for finding in findings] == [Verdict.FINE, Verdict.FINE]
+
+
+def test_one_changed_byte_of_a_bundle_is_wrong(tmp_path: Path) -> None:
+    write_random_bundle(tmp_path / "bundle")
+    weights = tmp_path / "bundle" / "fold3.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(data)
+    findings = examine(check_bundle(open_store(str(tmp_path / "bundle"))))
+    assert [finding.verdict for finding in findings] == [Verdict.WRONG, Verdict.UNTRIED]
+    assert "fold3.safetensors" in findings[0].told
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_job_tries_everything_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs import doctor
+
+    write_random_bundle(tmp_path / "bundle")
+    (tmp_path / "archive" / "ct").mkdir(parents=True)
+    (tmp_path / "archive" / "ct" / "1.dcm").write_bytes(b"x" * 100)
+    places = ["--archive", str(tmp_path / "archive"), "--model", str(tmp_path / "bundle")]
+    monkeypatch.setattr(sys, "argv", ["doctor", *places, "--results", str(tmp_path / "results")])
+    assert doctor.main() == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["checks"] == len(summary["findings"]) == 26
+    assert set(summary["verdicts"]) <= {"fine", "mind"}

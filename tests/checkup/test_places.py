@@ -1,0 +1,155 @@
+"""A place is tried for true: good ones pass and are left as they were, each kind of bad one is caught by its check."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3.session
+import pytest
+from botocore.config import Config
+
+from darnet.checkup.findings import Finding, Verdict, examine
+from darnet.checkup.places import Trial, check_archive, check_results
+from darnet.errors import ExitCode
+from darnet.scan import StoredObject
+from darnet.storage import S3Store, Store, open_store
+from darnet.storage_local import LocalStore
+from tests.conftest import find_free_port, wait_until_it_answers
+
+KEYS = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "secret-of-a-test"}
+
+
+class BlindStore(LocalStore):
+    """Accepts the condition of a put and ignores it."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self.write_bytes(key, data)
+        return True
+
+
+class FlippingStore(LocalStore):
+    """One bit of what it gives back is another."""
+
+    def read_bytes(self, key: str) -> bytes:
+        data = bytearray(super().read_bytes(key))
+        data[len(data) // 2] ^= 1
+        return bytes(data)
+
+
+class ForgetfulStore(LocalStore):
+    """What was written is listed later."""
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        yield from (item for item in super().list_objects(prefix) if time.time() - item.modified_s > 60)
+
+
+class CarelessStore(LocalStore):
+    """Gives whatever version is there."""
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        path.write_bytes(self.read_bytes(item.key))
+
+
+def _try_results(store: Store) -> dict[str, Finding]:
+    findings = [finding for group in check_results(store) for finding in examine(group)]
+    return {finding.check.removeprefix("results: "): finding for finding in findings}
+
+
+def _try_archive(store: Store) -> dict[str, Finding]:
+    return {finding.check.removeprefix("archive: "): finding for finding in examine(check_archive(store))}
+
+
+def test_a_good_place_passes_and_is_left_as_it_was(store: Store) -> None:
+    store.write_bytes("predictions/note.txt", b"kept")
+    assert {finding.verdict for finding in _try_results(store).values()} == {Verdict.FINE}
+    assert [item.key for item in store.list_objects()] == ["predictions/note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "words"),
+    [
+        (BlindStore, "the second of two puts is refused", "ignores it"),
+        (FlippingStore, "writing and reading back", "are not the"),
+        (ForgetfulStore, "listing what was written", "not listed"),
+    ],
+)
+def test_a_bad_place_is_caught(kind: type[LocalStore], check: str, words: str, tmp_path: Path) -> None:
+    found = _try_results(kind(tmp_path))
+    assert found[check].verdict is Verdict.WRONG
+    assert words in found[check].told
+    assert [name for name, finding in found.items() if finding.verdict is Verdict.WRONG] == [check]
+
+
+@pytest.fixture
+def rclone_bucket(tmp_path: Path) -> Iterator[S3Store]:
+    """A bucket of `rclone serve s3`, a real server that ignores the condition of a put."""
+    (tmp_path / "served" / "bucket").mkdir(parents=True)
+    port = find_free_port()
+    log = tmp_path / "rclone.log"
+    command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+    command += ["--auth-key", ",".join(KEYS.values()), "--config", os.devnull, str(tmp_path / "served")]
+    with log.open("wb") as sink:
+        server = subprocess.Popen(command, stdout=sink, stderr=sink)
+    try:
+        wait_until_it_answers(server, port, log)
+        yield S3Store("bucket", "results/", lambda: _connect(f"http://127.0.0.1:{port}"))
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _connect(endpoint: str) -> Any:
+    session = boto3.session.Session(
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    return session.client("s3", endpoint_url=endpoint, config=Config(s3={"addressing_style": "path"}))
+
+
+@pytest.mark.s3
+def test_a_real_server_that_ignores_the_condition_is_caught(rclone_bucket: S3Store) -> None:
+    found = _try_results(rclone_bucket)
+    assert found["writing and reading back"].verdict is Verdict.FINE
+    refused = found["the second of two puts is refused"]
+    assert (refused.verdict, refused.exit_code) == (Verdict.WRONG, ExitCode.FAILED)
+    assert "would lose nights" in refused.remedy
+
+
+@pytest.mark.parametrize(("apart_s", "verdict"), [(0.0, Verdict.FINE), (120.0, Verdict.MIND), (-3600.0, Verdict.WRONG)])
+def test_a_clock_that_is_off_is_told(apart_s: float, verdict: Verdict, local: Store) -> None:
+    trial = Trial(local, "_runs/doctor-1/", lambda: time.time() + apart_s)
+    findings = examine([("write", trial.write_and_read), ("clock", trial.compare_clocks)])
+    assert findings[-1].verdict is verdict
+
+
+def test_a_hole_in_the_table_is_told(local: Store) -> None:
+    for number in (1, 3):
+        local.write_bytes(f"predictions/c{number:08d}.parquet", b"")
+    assert _try_results(local)["the table there"].verdict is Verdict.WRONG
+
+
+def test_an_archive_is_read_and_not_written(tmp_path: Path) -> None:
+    (tmp_path / "ct").mkdir()
+    (tmp_path / "ct" / "1.dcm").write_bytes(b"x" * 100)
+    found = _try_archive(open_store(str(tmp_path)))
+    assert {finding.verdict for finding in found.values()} == {Verdict.FINE}
+    assert found["listing"].told == "1 sources of scans among the first 1 objects"
+    assert [path.name for path in tmp_path.rglob("*")] == ["ct", "1.dcm"]
+
+
+def test_an_archive_without_a_scan_or_a_folder_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no scan")
+    assert _try_archive(open_store(str(tmp_path)))["listing"].remedy == "is the address right?"
+    missing = _try_archive(open_store(str(tmp_path / "nowhere")))["listing"]
+    assert missing.verdict is Verdict.WRONG
+
+
+def test_an_archive_that_gives_another_version_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(b"x" * 100)
+    found = _try_archive(CarelessStore(tmp_path))
+    assert found["replaced scans"].verdict is Verdict.MIND
