@@ -22,8 +22,7 @@ ROWS = (
     "publishing.runs ray_cluster results score train volumes_cache",
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.study phantoms.study publishing.hold "
     "ray_doctor ray_prepare",
-    "auditing.report checkup.places evaluation.study_maps evaluation.study_report publishing.check ray_score "
-    "ray_train",
+    "auditing.report checkup.places evaluation.study_maps evaluation.study_report publishing.check ray_score ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
 )

@@ -1,5 +1,6 @@
 """The README keeps its promises: what it says to analysts runs as it stands, and what it names is there."""
 
+import json
 import re
 from typing import Any
 
@@ -98,6 +99,33 @@ def test_the_pandas_of_the_readme_answers_as_a_hand_does(local: Store) -> None:
     for code, expected in zip(PYTHON[1:], ANSWERS.values(), strict=True):
         exec(code.replace("s3://hospital/darnet", local.uri), names)
         assert_answers(list_answer(names["answer"]), expected)
+
+
+def test_each_role_may_do_no_more_than_it_must() -> None:
+    scorer, cleaner, analyst = (
+        _list_rights(json.loads(text)) for text in re.findall(r"```json\n(.*?)```", README, re.S)
+    )
+    table, work = "hospital/darnet/predictions/*", "hospital/darnet/_runs/*"
+    assert {place for right, place, _ in scorer if right == "s3:PutObject"} == {table, work}
+    assert {place for role in (scorer, cleaner) for right, place, _ in role if right == "s3:DeleteObject"} == {work}
+    assert {right for right, _, _ in analyst} == {"s3:ListBucket", "s3:GetObject"}
+    assert ("s3:GetObject", table, "") in analyst
+    assert [terms for right, place, terms in scorer if (right, place) == ("s3:PutObject", table)] == [
+        '{"Null": {"s3:if-none-match": "false"}}'  # the key is there, so the put is conditional
+    ]
+
+
+def _list_rights(policy: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each action with each place and the terms it is allowed under."""
+    rights = []
+    for statement in policy["Statement"]:
+        assert statement["Effect"] == "Allow"
+        actions, places = (
+            [value] if isinstance(value, str) else value for value in (statement["Action"], statement["Resource"])
+        )
+        terms = json.dumps(statement["Condition"]) if "Condition" in statement else ""
+        rights += [(action, place.removeprefix("arn:aws:s3:::"), terms) for action in actions for place in places]
+    return rights
 
 
 def test_every_file_and_job_the_readme_names_exists() -> None:
