@@ -18,9 +18,9 @@ ROWS = (
     "phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
     "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
     "publishing.objects",
-    "auditing.features evaluation.cam_truth evaluation.report prepared publishing.commit publishing.runs "
+    "auditing.features evaluation.cam_truth evaluation.tabulate prepared publishing.commit publishing.runs "
     "ray_cluster results score train volumes_cache",
-    "auditing.audit demo evaluation.model_card evaluation.study publishing.hold ray_prepare",
+    "auditing.audit demo evaluation.model_card evaluation.report evaluation.study publishing.hold ray_prepare",
     "auditing.report evaluation.study_maps evaluation.study_report phantoms.study publishing.check ray_score ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
