@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from darnet.charts import draw_confusion, draw_distributions, draw_reliability, draw_roc
+from darnet.charts import FEW_IN_BIN, draw_confusion, draw_distributions, draw_reliability, draw_roc
 from darnet.evaluation.intervals import WITHOUT_INTERVAL
 from darnet.evaluation.measures import Comparison, Evaluation, Origin, find_warnings
 from darnet.evaluation.paper import NUM_TEST_SCANS
@@ -130,9 +130,9 @@ def _describe_pictures(evaluation: Evaluation) -> Section:
 def picture_calibration(evaluation: Evaluation) -> HtmlFigure:
     """How far probabilities mean what they say."""
     caption = (
-        f"Calibration: points on the dotted line mean what they say, with 95% intervals. Expected calibration error "
-        f"{evaluation.metrics['ece_3class']:.4f} over {ECE_BINS} bins. Below, scans in each bin, on a scale that is "
-        "logarithmic above 1."
+        f"Calibration: points on the dotted line mean what they say, with 95% intervals; pale ones are of fewer than "
+        f"{FEW_IN_BIN} scans. Expected calibration error {format_metric(evaluation.metrics['ece_3class'])} over "
+        f"{ECE_BINS} bins. Below, scans in each bin, on a scale that is logarithmic above 1."
     )
     reliability = measure_reliability(evaluation.predictions.probabilities, evaluation.predictions.labels)
     return HtmlFigure(figure_to_svg(draw_reliability(reliability)), caption)
