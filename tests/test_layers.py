@@ -21,7 +21,8 @@ ROWS = (
     "auditing.features evaluation.cam_truth evaluation.tabulate prepared publishing.commit publishing.runs "
     "ray_cluster results score train volumes_cache",
     "auditing.audit demo evaluation.model_card evaluation.report evaluation.study publishing.hold ray_prepare",
-    "auditing.report evaluation.study_maps evaluation.study_report phantoms.study publishing.check ray_score ray_train",
+    "auditing.report evaluation.maps_report evaluation.study_maps phantoms.study publishing.check ray_score ray_train",
+    "evaluation.study_report",
     "evaluation.evaluate",
     "ray_evaluate",
 )

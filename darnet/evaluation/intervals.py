@@ -45,11 +45,12 @@ class Resampling:
     """Sets of scans drawn with replacement, patient by patient.
 
     Shape: `weights` (replicates, N): how often each scan is in each set. `clustered_by` is "patient", or "scan" where
-    nobody said whose the scans are.
+    nobody said whose the scans are; `num_clusters` counts them.
     """
 
     weights: FloatArray
     clustered_by: str
+    num_clusters: int
 
     def measure(self, probabilities: FloatArray, labels: LabelArray) -> dict[str, FloatArray]:
         """Every metric of every set.
@@ -122,18 +123,20 @@ def resample_scans(
     clusters = np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
     num_clusters = int(clusters.max(initial=-1)) + 1
     drawn = rng.multinomial(num_clusters, np.full(num_clusters, 1 / max(1, num_clusters)), num_replicates)
-    return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient")
+    return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient", num_clusters)
 
 
-def take_interval(replicates: FloatArray) -> Interval:
+def take_interval(replicates: FloatArray, num_comparisons: int = 1) -> Interval:
     """The middle 95% of the replicates that define the metric; undefined if more than `MAX_UNDEFINED` do not.
 
+    Of several comparisons it is as much wider as makes 95% hold for all of them together (Bonferroni).
     Shape: (replicates,).
     """
     is_defined = ~np.isnan(replicates)
     if is_defined.mean() < 1 - MAX_UNDEFINED:
         return UNDEFINED
-    low, high = np.quantile(replicates[is_defined], [ALPHA / 2, 1 - ALPHA / 2])
+    tail = ALPHA / 2 / num_comparisons
+    low, high = np.quantile(replicates[is_defined], [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from darnet.charts import draw_histories, draw_rocs
-from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, MapStudy
-from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, judge_p
+from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, WITHOUT_INTERVAL, judge_p
+from darnet.evaluation.maps_report import describe_measured_maps
 from darnet.evaluation.measures import Evaluation, find_warnings
 from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
 from darnet.evaluation.report import LIMITS, describe_input, picture_calibration, picture_confusion
@@ -47,22 +47,11 @@ PRINTED = (
 )
 
 
-UNMEASURED = (
-    "No truth about lesions was given (--truth), so the maps are not measured: a figure of chosen cases shows what "
-    "maps can look like, not how often they find disease."
-)
-MEASURED = (
-    "Where lesions are known, maps of the true class are held against them. By chance: a map spread evenly over the "
-    "scan, a peak at any voxel of the lungs, and for Dice the whole of both lungs. The intervals cover chance in the "
-    "choice of patients, not another training of the same networks. Phantoms’ lesions are simple: what holds on them "
-    "need not hold in patients."
-)
 CASES_HEADING = "NCP test cases of least, middle and most severity"
 CASES_CAPTION = (
     "Left the slice as the network sees it, then under the class map of NCP of each network (mean of its folds), "
     "coloured from none to the map’s own maximum; known lesions are outlined in blue. Three cases are an illustration."
 )
-DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))
 
 
 def render_study(study: Study) -> str:
@@ -78,7 +67,7 @@ def render_study(study: Study) -> str:
         *_describe_training(study),
         *_describe_pairs(study),
         *_describe_cases(study),
-        *_describe_maps(study),
+        *describe_measured_maps(study),
         Section(f"All metrics of {study.full}", "", [tabulate_ensemble(full)]),
         Section("What these numbers are and are not", LIMITS.format(cluster=full.clustered_by)),
     ]
@@ -139,7 +128,7 @@ def tabulate_full(study: Study) -> HtmlTable:
         [metric, *(cell for name in names for cell in (_spread(study, name, metric), _print(name, metric)))]
         for metric in TABLE_2
     ]
-    caption = "Mean ± sample standard deviation of the fold models on the whole test cohort."
+    caption = f"Mean ± sample standard deviation of the fold models on the whole test cohort{_name_seeds(study)}."
     return HtmlTable(header, rows, caption)
 
 
@@ -154,8 +143,8 @@ def tabulate_networks(study: Study) -> HtmlTable:
         rows.append([f"{metric}, paper", *(_print(name, metric) for name in study.runs)])
     counted = ", ".join(f"{name} {run.num_parameters:,}" for name, run in study.runs.items())
     caption = (
-        f"Mean ± sample standard deviation of the fold models. Parameters counted: {counted}; the paper prints those "
-        "of DA and DA+CA the wrong way round."
+        f"Mean ± sample standard deviation of the fold models{_name_seeds(study)}. Parameters counted: {counted}; the "
+        "paper prints those of DA and DA+CA the wrong way round."
     )
     return HtmlTable(["", *study.runs], rows, caption)
 
@@ -169,10 +158,16 @@ def tabulate_ensembles(study: Study) -> HtmlTable:
         rows.append(["95% interval", *(format_interval(item.intervals[metric]) for item in evaluations)])
     full = study.evaluations[study.full]
     caption = (
-        f"Ensembles: mean probability of the fold models, 95% percentile intervals of {full.num_replicates} bootstrap "
-        f"replicates by {full.clustered_by}, the same for every network."
+        f"Ensembles: mean probability of the fold models{_name_seeds(study)}, 95% percentile intervals of "
+        f"{full.num_replicates} bootstrap replicates by {full.clustered_by}, the same for every network; "
+        f"{', '.join(WITHOUT_INTERVAL)} has none, as it would not cover."
     )
     return HtmlTable(["", *study.runs], rows, caption)
+
+
+def _name_seeds(study: Study) -> str:
+    num_seeds = study.runs[study.full].predictions.num_seeds
+    return f", over {num_seeds} training seeds" if num_seeds > 1 else ", for this training seed"
 
 
 def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
@@ -321,102 +316,6 @@ def _describe_cases(study: Study) -> list[Section]:
 def draw_cases(study: Study) -> Figure:
     """Figure 2 of the paper."""
     return draw_case_figure(study.cases, CASES_HEADING)
-
-
-def _describe_maps(study: Study) -> list[Section]:
-    if not study.maps:
-        return [Section("Activation maps measured", UNMEASURED)]
-    text = [
-        MEASURED,
-        _doubt_maps(study),
-        *(_judge_depth_attention(maps) for maps in study.maps),
-        _judge_redrawn(study.maps),
-    ]
-    tables = [table for maps in study.maps for table in (tabulate_maps(maps), tabulate_map_differences(maps))]
-    return [Section("Activation maps measured", "\n\n".join(filter(None, text)), tables)]
-
-
-def _doubt_maps(study: Study) -> str:
-    """Name the networks whose maps explain nothing, as they were not shown to know NCP from the rest."""
-    intervals = {name: item.intervals["auc_ncp"] for name, item in study.evaluations.items()}
-    doubtful = [name for name, interval in intervals.items() if not interval.low > 0.5]
-    if not doubtful:
-        return ""
-    return (
-        f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest better than chance (the interval of auc_ncp "
-        "reaches 0.5). Where a network has not learnt, its maps say little, and so does a comparison with them."
-    )
-
-
-def tabulate_maps(maps: MapStudy) -> HtmlTable:
-    """Each measure of each network, beside what ignorance reaches."""
-    rows: list[Sequence[Cell]] = []
-    for measure in MEASURES:
-        estimates = [measured[measure] for measured in maps.measured.values()]
-        rows.append([measure, format_metric(maps.chance[measure]), *(format_metric(item.mean) for item in estimates)])
-        rows.append(["95% interval", None, *(format_interval(item.interval) for item in estimates)])
-    if maps.redrawn:
-        rows.append(["redrawn: rank correlation", None, *(format_metric(item.mean) for item in maps.redrawn.values())])
-        rows.append(["95% interval", None, *(format_interval(item.interval) for item in maps.redrawn.values())])
-    caption = (
-        f"Maps of {maps.diagnosis} on the {maps.num_scans} {maps.diagnosis} test scans with known lesions: "
-        + "; ".join(f"{name} is the {meaning}" for name, meaning in MEASURES.items())
-        + ". Means over scans, percentile intervals by patient."
-    )
-    return HtmlTable(["", "by chance", *maps.measured], rows, caption)
-
-
-def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
-    """What one network's maps have over another's."""
-    rows: list[Sequence[Cell]] = [
-        [
-            f"{item.first} − {item.second}",
-            item.measure,
-            *format_difference(item.estimate.mean, item.estimate.interval),
-        ]
-        for item in maps.differences
-    ]
-    caption = (
-        f"Differences on the same {maps.diagnosis} scans, paired bootstrap by patient, not corrected for their number."
-    )
-    return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
-
-
-def _judge_depth_attention(maps: MapStudy) -> str:
-    """Whether DA helps maps find lesions, in plain words."""
-    depth = [item for item in maps.differences if (item.first, item.second) in DEPTH_PAIRS]
-    if not depth:
-        return f"{maps.diagnosis}: whether depth attention helps cannot be said without networks with and without it."
-    parts = [
-        f"{item.measure} {'better' if item.estimate.mean > 0 else 'worse'} ({item.first} − {item.second})"
-        for item in depth
-        if item.verdict == "shown"
-    ]
-    if not parts:
-        return (
-            f"{maps.diagnosis}: that depth attention helps maps find lesions is not shown; no measure differs by more "
-            "than chance, with channel attention or without."
-        )
-    rest = len(depth) - len(parts)
-    return (
-        f"{maps.diagnosis}: with depth attention, {'; '.join(parts)}. In the other {rest} of {len(depth)} comparisons "
-        "a difference is not shown."
-    )
-
-
-def _judge_redrawn(studies: Sequence[MapStudy]) -> str:
-    """Whether the maps depend on what was learnt."""
-    redrawn = {name: item for maps in studies for name, item in maps.redrawn.items()}
-    if not redrawn:
-        return ""
-    alike = [name for name, item in redrawn.items() if not abs(item.mean) < CHANGED_BELOW]
-    told = "their mean rank correlation with the maps before stands in the table"
-    if alike:
-        return (
-            f"Sanity check: of {', '.join(alike)}, maps stay alike (rank correlation {CHANGED_BELOW} or more, or none) "
-            f"after last stage and head were drawn anew: they show little of what was learnt there; {told}."
-        )
-    return f"Sanity check: the maps of every network change when last stage and head are drawn anew; {told}."
 
 
 def _spread(study: Study, name: str, metric: str) -> str:

@@ -150,7 +150,8 @@ def tabulate_fold_differences(comparison: Comparison, title: str) -> list[HtmlTa
     for name, item in comparison.folds.items():
         difference, interval, _ = format_difference(item.mean, item.interval)
         p_value = comparison.p_folds[name]
-        rows.append([name, difference, interval, format_p(p_value), judge_p(p_value)])
+        told = None if math.isnan(p_value) else format_p(p_value)
+        rows.append([name, difference, interval, told, judge_p(p_value)])
     header = ["metric", "mean difference", "95% interval", "p", "verdict"]
     return [HtmlTable(header, rows, f"{title} {_explain_pairs(comparison)}")]
 

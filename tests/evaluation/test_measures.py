@@ -9,7 +9,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
+from sklearn.metrics import roc_auc_score
 
 from darnet.errors import UsageError
 from darnet.evaluation.measures import (
@@ -391,3 +394,32 @@ def test_the_authors_predictions_give_their_published_numbers(version: str) -> N
     assert {metric: round(described[metric], 4) for metric in TABLE_2} == PUBLISHED[version]
     rows = Cells(render_report(evaluation, ORIGIN, None)).rows
     assert {metric: float(_find(rows, metric)[1]) for metric in TABLE_2} == PUBLISHED[version]
+
+
+def read_ccii_with_patients(version: str) -> Predictions:
+    """The authors' predictions beside their own list of patients."""
+    table = pd.read_csv(CCII / f"predictions_{version}.csv", dtype=str)
+    patients = pd.read_csv(CCII / "scans.csv", dtype=str)[["scan_id", "patient_id"]]
+    text = table.merge(patients, on="scan_id", how="left").to_csv(index=False)
+    return read_predictions_table(f"{version}.csv", text.encode())
+
+
+@pytest.mark.skipif(not CCII.is_dir(), reason=f"{CCII} is absent")
+def test_the_authors_two_networks_are_compared_by_patient_delong_and_mcnemar() -> None:
+    first, second = read_ccii_with_patients("v1.1"), read_ccii_with_patients("v4.1")
+    described = describe_evaluation(evaluate(first), ORIGIN, None)
+    assert (described["ci95_clustered_by"], described["num_patients"]) == ("patient", 436)
+    assert {metric: round(described[metric], 4) for metric in TABLE_2} == PUBLISHED["v1.1"]
+    found = describe_comparison(compare(first, second))
+    is_ncp = first.labels == 1
+    aucs = [roc_auc_score(is_ncp, table.probabilities[:, 1]) for table in (first, second)]
+    assert found["auc_ncp_delong"]["difference"] == pytest.approx(aucs[0] - aucs[1])
+    right, other = (table.probabilities.argmax(axis=1) == table.labels for table in (first, second))
+    only, only_other = int((right & ~other).sum()), int((~right & other).sum())
+    assert found["decisions_mcnemar"] == {
+        "num_only_first_right": only,
+        "num_only_second_right": only_other,
+        "p_value": pytest.approx(scipy.stats.binomtest(only, only + only_other).pvalue),
+    }
+    low, high = found["differences_ci95"]["auc_ncp"]
+    assert low < found["auc_ncp_delong"]["difference"] < high

@@ -314,7 +314,7 @@ def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, P
     assert verdicts == {"not shown"}
     report = (places["out"] / "report.html").read_text()
     assert "with one training seed none can be" in report
-    assert report.count("or this training seed") == 2 + len(metrics["comparisons"])
+    assert report.count("or this training seed") == 5 + len(metrics["comparisons"])
 
 
 def test_p_values_of_a_study_are_corrected_for_its_pairs(metrics: dict[str, Any], places: dict[str, Path]) -> None:
