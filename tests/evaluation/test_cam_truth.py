@@ -124,6 +124,19 @@ def test_five_patients_show_no_difference_of_maps_however_many_scans_they_have(n
     assert study.differences[0].estimate.mean > 0
 
 
+def test_more_pairs_of_networks_widen_every_difference() -> None:
+    truths = [make_truth() for _ in range(20)]
+    rng = np.random.default_rng(0)
+    maps = {name: [rng.random(truths[0].lung.shape) for _ in truths] for name in ("one", "other")}
+    drawn = resample_scans(20, None, np.random.default_rng(0), 2000)
+    widths = []
+    for num_pairs in (1, 6):
+        study = study_maps("NCP", maps, truths, [("one", "other")] * num_pairs, {}, drawn)
+        interval = study.differences[0].estimate.interval
+        widths.append(interval.high - interval.low)
+    assert widths[1] > 1.1 * widths[0]
+
+
 def test_intervals_of_several_differences_are_wider_together() -> None:
     """Standard normal replicates: Bonferroni's ends for 4 are the quantiles of 0.625% and 99.375%."""
     replicates = scipy.stats.norm.ppf((np.arange(100_000) + 0.5) / 100_000)

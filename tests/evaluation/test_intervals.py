@@ -270,6 +270,9 @@ def test_the_cohort_variance_of_an_accuracy_is_the_binomial_one() -> None:
     found = measure_cohort_variance(first, second, labels, drawn)
     assert found["accuracy_3class"] == pytest.approx(0.8 * 0.2 / 100, rel=0.1)
     assert math.isnan(found["auc_ncp"])  # no NCP scan at all
+    assert (
+        measure_cohort_variance(first, first[::-1], labels, drawn)["accuracy_3class"] == 0
+    )  # errors of the same scans
 
 
 def test_holm_equals_the_steps_by_hand() -> None:

@@ -231,6 +231,8 @@ def test_several_seeds_are_paired_by_fold_and_seed() -> None:
         for one, other in zip(first.fold_probabilities, second.fold_probabilities, strict=True)
     ]
     assert described["mean"] == pytest.approx(np.mean(differences))
+    assert 0 < found.intervals["accuracy_3class"].low < found.differences["accuracy_3class"]
+    assert found.differences["accuracy_3class"] < found.intervals["accuracy_3class"].high
     assert described["p_value"] <= described["p_value_holm"] <= 5 * described["p_value"]
     same = describe_evaluation(evaluate(first), ORIGIN, None)
     assert (same["seeds"], same["num_seeds"], same["num_folds"], len(same["folds"])) == (["0", "1"], 2, 3, 6)
