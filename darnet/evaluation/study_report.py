@@ -180,8 +180,8 @@ def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
         rows.append([_name_pair(pair), difference, interval, format_p(p_value), judge_p(p_value), pair.reason])
     header = ["pair", "AUC difference", "95% interval", "p", "verdict", "why these"]
     caption = (
-        f"Ensembles, scan by scan: DeLong’s paired test of auc_ncp. p is corrected by Holm for {len(pairs)} pairs, the "
-        f"intervals are not.{_whose_training(pairs)}"
+        f"Ensembles, scan by scan: DeLong’s paired test of auc_ncp, p corrected by Holm for the number of pairs "
+        f"({len(pairs)}), the intervals not.{_whose_training(pairs)}"
     )
     return HtmlTable(header, rows, caption)
 
@@ -195,8 +195,8 @@ def tabulate_decision_pairs(pairs: Sequence[Pair]) -> HtmlTable:
         rows.append([_name_pair(pair), *counts, format_p(p_value), judge_p(p_value)])
     header = ["pair", "only the first right", "only the second right", "p", "verdict"]
     caption = (
-        f"Ensembles, scan by scan: McNemar’s exact test of the called class. p is corrected by Holm for {len(pairs)} "
-        f"pairs.{_whose_training(pairs)}"
+        f"Ensembles, scan by scan: McNemar’s exact test of the called class, p corrected by Holm for the number of "
+        f"pairs ({len(pairs)}).{_whose_training(pairs)}"
     )
     return HtmlTable(header, rows, caption)
 
