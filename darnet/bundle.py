@@ -85,6 +85,11 @@ class FoldRecord(Section):
     temperature: float = Field(1.0, gt=0)
     """What the fold's logits are divided by, fitted on its validation scans; 1 where none was asked for."""
 
+    @property
+    def number(self) -> int:
+        """Which fold of the training cohort was held out."""
+        return int(self.file.removeprefix("fold").removesuffix(".safetensors"))
+
 
 class BundleManifest(Section):
     """What `bundle.json` says."""
@@ -201,20 +206,23 @@ def read_bundle(store: Store) -> Bundle:
 
 
 def find_bundles(store: Store) -> list[Store]:
-    """The bundle that a folder is, or those of the compared networks that it holds, in the order of Table 3.
+    """The bundle that a folder is, or those of the compared networks that lie in it at any depth, in the order of
+    Table 3: the same network in several places is the same network with several seeds.
 
     Raises: UsageError if the folder is neither.
     """
     if _has_manifest(store):
         return [store]
     names = [name_model(ModelConfig(**attentions)) for attentions in NETWORKS]
-    found = [child for child in map(store.child, names) if _has_manifest(child)]
-    if not found:
+    folders = [item.key.rpartition("/")[0] for item in store.list_objects() if item.key.endswith(f"/{MANIFEST_FILE}")]
+    whole = [folder for folder in folders if not folder.startswith(".") and "/." not in folder]  # not being written
+    named = [folder for folder in whole if folder.rpartition("/")[2] in names]
+    if not named:
         raise UsageError(
             f"{store.uri}: no {MANIFEST_FILE} here, nor in {', '.join(names)}; name a bundle that jobs.train wrote, or "
             "a folder of such under these names"
         )
-    return found
+    return [store.child(folder) for folder in sorted(named, key=lambda path: names.index(path.rpartition("/")[2]))]
 
 
 def load_networks(bundle: Bundle) -> list[DARNet]:

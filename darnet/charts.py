@@ -18,6 +18,7 @@ SOFT = "#57606a"
 CORNER = 0.2  # share of both axes that is enlarged
 INSET = (0.47, 0.12, 0.5, 0.5)  # where, in shares of the picture: below any curve better than chance
 DASHES = ("-", "--", "-.", ":")  # beside the colour, where curves lie on each other
+FEW_IN_BIN = 10  # scans; Source: ours: with fewer the interval covers half the picture
 NUM_COLUMNS = 20  # of a histogram of probabilities
 
 
@@ -82,7 +83,10 @@ def draw_histories(histories: Mapping[str, pd.DataFrame], column: str, label: st
 
 
 def draw_reliability(reliability: Reliability) -> Figure:
-    """Accuracy against confidence of each bin that holds a scan, with Wilson's 95% intervals, above its scans."""
+    """Accuracy against confidence of each bin that holds a scan, with Wilson's 95% intervals, above its scans.
+
+    Bins of fewer than `FEW_IN_BIN` scans are pale.
+    """
     figure = Figure(figsize=SIZE, layout="constrained")
     axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     is_full = reliability.num_scans > 0
@@ -92,7 +96,9 @@ def draw_reliability(reliability: Reliability) -> Figure:
     low, high = np.array([_wilson(share * total, total) for share, total in zip(accuracy, num_scans, strict=True)]).T
     axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":", label="calibrated")
     reach = np.clip([accuracy - low, high - accuracy], 0, 1)
-    axis.errorbar(confidence, accuracy, yerr=reach, color=COLOURS[0], marker="o", markersize=4, linestyle="", capsize=2)
+    for is_drawn, alpha in ((num_scans >= FEW_IN_BIN, 1.0), (num_scans < FEW_IN_BIN, 0.3)):
+        places = confidence[is_drawn], accuracy[is_drawn], reach[:, is_drawn]
+        axis.errorbar(*places, color=COLOURS[0], alpha=alpha, marker="o", markersize=4, linestyle="", capsize=2)
     axis.set(xlim=(0.3, 1.02), ylim=(-0.02, 1.02))
     axis.legend(loc="lower right", frameon=False)
     _dress(axis, "", "share called rightly")

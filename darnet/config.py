@@ -375,7 +375,7 @@ class EvaluateSettings(Settings):
     out: str
     """Folder for metrics.json, tables.csv, tables.tex and report.html: local or s3://bucket/prefix."""
     predictions: str | None = None
-    """CSV or Parquet table with scan_id, label, prob_cp, prob_ncp, prob_normal and, if known, fold and patient_id."""
+    """CSV or Parquet table: scan_id, label, prob_cp, prob_ncp, prob_normal and, if known, patient_id, fold and seed."""
     model: str | None = None
     """In place of predictions: model bundle, a local folder or s3://bucket/prefix. Needs volumes."""
     volumes: str | None = None

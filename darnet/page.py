@@ -87,7 +87,7 @@ def render_page(title: str, summary: str, sections: Sequence[Section]) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"paragraphs": _split_paragraphs, "data_uri": _to_data_uri}
-    environment.globals |= {"lay_out": _lay_out_table, "notice": NOTICE}
+    environment.globals |= {"lay_out": lay_out_table, "notice": NOTICE}
     return environment.from_string(TEMPLATE).render(title=title, summary=summary, sections=sections)
 
 
@@ -130,7 +130,7 @@ def _draw_bar(bar: Bar) -> Markup:
     return Markup('<span class="bar" aria-hidden="true">{}</span>').format(Markup("").join(boxes))
 
 
-def _lay_out_table(table: HtmlTable) -> tuple[list[list[str]], list[str]]:
+def lay_out_table(table: HtmlTable) -> tuple[list[list[str]], list[str]]:
     """A table's cells as text, and each column's CSS class."""
     rows = [[format_cell(value) for value in row] for row in table.rows]
     if any(len(row) != len(table.header) for row in rows):

@@ -17,18 +17,20 @@ def write_random_bundle(
     version: str = "untrained",
     shape: tuple[int, int, int] = SHAPE,
     attentions: Mapping[str, bool] | None = None,
+    seed: int | None = None,
 ) -> Bundle:
-    """Heads are drawn wide, so that probabilities lie apart."""
+    """Heads are drawn wide, so that probabilities lie apart; with `seed`, all folds are of it."""
     network = ModelConfig(volume_shape=shape, base_channels=4, **(attentions or {}))
     states = []
     for fold in range(5):
-        state = build_network(network, fold).state_dict()
-        state["head.weight"] = torch.randn(state["head.weight"].shape, generator=torch.Generator().manual_seed(fold))
+        drawn = fold if seed is None else 100 + 5 * seed + fold
+        state = build_network(network, drawn).state_dict()
+        state["head.weight"] = torch.randn(state["head.weight"].shape, generator=torch.Generator().manual_seed(drawn))
         states.append(state)
     return write_bundle(
         out,
-        settings=BundleSettings(volume=VolumeConfig(shape=shape), network=network, train=TrainConfig()),
-        folds=[TrainedFold(state, 1, fold, {}) for fold, state in enumerate(states)],
+        settings=BundleSettings(volume=VolumeConfig(shape=shape), network=network, train=TrainConfig(seed=seed or 0)),
+        folds=[TrainedFold(state, 1, fold if seed is None else seed, {}) for fold, state in enumerate(states)],
         cohort_sha256="0" * 64,
         model_version=version,
         code_version="0",

@@ -18,11 +18,12 @@ ROWS = (
     "phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
     "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
     "publishing.objects",
-    "auditing.features evaluation.cam_truth evaluation.report phantoms.archive prepared publishing.commit "
+    "auditing.features evaluation.cam_truth evaluation.tabulate phantoms.archive prepared publishing.commit "
     "publishing.runs ray_cluster results score train volumes_cache",
-    "auditing.audit checkup.machine demo evaluation.model_card evaluation.study phantoms.study publishing.hold "
-    "ray_doctor ray_prepare",
-    "auditing.report checkup.places evaluation.study_maps evaluation.study_report publishing.check ray_score ray_train",
+    "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study phantoms.study "
+    "publishing.hold ray_doctor ray_prepare",
+    "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
+    "evaluation.study_report",
     "evaluation.evaluate",
     "ray_evaluate",
 )

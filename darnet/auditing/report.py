@@ -174,6 +174,7 @@ def _describe_division(audit: Audit) -> Section:
     told = [f"Left out before dividing: {left_out}." if left_out else "No scan is left out before dividing."]
     if audit.reversed_scans:
         told.append(f"{audit.reversed_scans} scans are known to be stored in reverse and are turned when prepared.")
+    told.append(f"SHA-256 of the settings that divide: {audit.division_settings['sha256']}.")
     if audit.division is None:
         return Section(title, "\n\n".join([*told, f"These settings cannot divide the cohort: {audit.division_fault}."]))
     told.append(f"Cohorts {COHORT_WORDS[audit.division.by]}. {_tell_leak(audit.division)} No patient is in two folds.")

@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from darnet.cam import class_activation_maps, find_peak
-from darnet.evaluation.intervals import Interval, Resampling, take_interval
+from darnet.evaluation.intervals import MIN_PAIRS, UNDEFINED, Interval, Resampling, take_interval
 from darnet.evaluation.truth import Truth
 from darnet.model import DARNet, build_network
 from darnet.scan import FloatArray, Uint8Array
@@ -41,7 +41,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class MapDifference:
-    """First minus second network in one measure, on the same scans."""
+    """First minus second network in one measure, on the same scans; the interval is corrected for the number of such
+    differences in a `MapStudy`, and undefined with fewer than `MIN_PAIRS` patients."""
 
     first: str
     second: str
@@ -104,7 +105,7 @@ def measure_distances(truth: Truth) -> FloatArray:
     return distances_mm
 
 
-def estimate_mean(values: FloatArray, resampling: Resampling) -> Estimate:
+def estimate_mean(values: FloatArray, resampling: Resampling, num_comparisons: int = 1) -> Estimate:
     """Mean over scans; those that leave the value undefined (NaN) are left out of mean and replicates.
 
     Shape: (scans,).
@@ -115,7 +116,7 @@ def estimate_mean(values: FloatArray, resampling: Resampling) -> Estimate:
     weights = resampling.weights[:, is_defined]
     totals = weights.sum(axis=1)
     replicates = np.divide(weights @ values[is_defined], totals, out=np.full(len(totals), np.nan), where=totals > 0)
-    return Estimate(float(values[is_defined].mean()), take_interval(replicates))
+    return Estimate(float(values[is_defined].mean()), take_interval(replicates, num_comparisons))
 
 
 def study_maps(
@@ -143,7 +144,9 @@ def study_maps(
         },
         chance={measure: float(column.mean()) for measure, column in chance.items()},
         differences=[
-            _subtract(first, second, measure, values, resampling) for first, second in pairs for measure in MEASURES
+            _subtract(first, second, measure, values, resampling, len(pairs) * len(MEASURES))
+            for first, second in pairs
+            for measure in MEASURES
         ],
         redrawn=redrawn,
     )
@@ -212,10 +215,17 @@ def _describe(estimate: Estimate) -> dict[str, Any]:
 
 
 def _subtract(
-    first: str, second: str, measure: str, values: Mapping[str, Mapping[str, FloatArray]], resampling: Resampling
+    first: str,
+    second: str,
+    measure: str,
+    values: Mapping[str, Mapping[str, FloatArray]],
+    resampling: Resampling,
+    num_comparisons: int,
 ) -> MapDifference:
-    difference = values[first][measure] - values[second][measure]
-    return MapDifference(first, second, measure, estimate_mean(difference, resampling))
+    estimate = estimate_mean(values[first][measure] - values[second][measure], resampling, num_comparisons)
+    if resampling.num_clusters < MIN_PAIRS:
+        estimate = Estimate(estimate.mean, UNDEFINED)
+    return MapDifference(first, second, measure, estimate)
 
 
 def _tabulate(rows: Sequence[Mapping[str, float]]) -> dict[str, FloatArray]:

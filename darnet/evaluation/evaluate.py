@@ -7,6 +7,7 @@ cohort is hundreds of scans that are already resampled.
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, load_networks, read_bundle
+from darnet.bundle import (
+    Bundle,
+    BundleManifest,
+    FoldRecord,
+    count_network_parameters,
+    find_bundles,
+    load_networks,
+    read_bundle,
+)
 from darnet.cohort import count_cohort, find_leaking_patients
-from darnet.config import EvaluateSettings, ScoreConfig
+from darnet.config import EvaluateSettings, ScoreConfig, digest_json, fingerprint
 from darnet.dataset import VolumesIndex, read_index
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
@@ -30,17 +39,11 @@ from darnet.evaluation.measures import (
 )
 from darnet.evaluation.paper import MODEL_NAMES
 from darnet.evaluation.predictions import PROBABILITIES, Predictions, read_predictions_table
-from darnet.evaluation.report import (
-    format_interval,
-    format_metric,
-    render_csv,
-    render_report,
-    render_tex,
-    round_headlines,
-)
+from darnet.evaluation.report import render_report, round_headlines
 from darnet.evaluation.study import NetworkRun, describe_study, make_study
 from darnet.evaluation.study_maps import CohortScores, add_maps
 from darnet.evaluation.study_report import draw_cases, render_study, render_study_csv, render_study_tex
+from darnet.evaluation.tabulate import format_interval, format_metric, render_csv, render_tex
 from darnet.evaluation.truth import Truth, read_truths
 from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
@@ -51,6 +54,7 @@ from darnet.terminal import print_table, show_progress
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
+PLACES = {"out", "predictions", "model", "volumes", "truth", "compare"}  # where things lie changes no number
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -75,8 +79,8 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     evaluation = evaluate_predictions(predictions, resampling)
     described = describe_evaluation(evaluation, origin, comparison)
     files = {
-        "tables.csv": render_csv(evaluation).encode(),
-        "tables.tex": render_tex(evaluation).encode(),
+        "tables.csv": render_csv(evaluation, comparison).encode(),
+        "tables.tex": render_tex(evaluation, comparison).encode(),
         "report.html": render_report(evaluation, origin, comparison).encode(),
     }
     _show(evaluation, origin)
@@ -88,13 +92,18 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     index = _open_volumes(settings)
     truths = _read_truths(settings, index)
-    runs, scores, bundles = [], {}, {}
+    trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
     for place in places:
         bundle = read_bundle(place)
         _check_fit(settings, bundle.manifest, index)
         name = MODEL_NAMES[bundle.manifest.model_name]
-        bundles[name], scores[name] = bundle, _score_test(settings, bundle, index)
-        runs.append(_describe_run(name, bundle, read_history(place), scores[name], index, out))
+        trainings.setdefault(name, []).append((bundle, read_history(place)))
+    bundles = {name: merge_seeds([bundle for bundle, _ in items]) for name, items in trainings.items()}
+    runs, scores = [], {}
+    for name, bundle in bundles.items():
+        scores[name] = _score_test(settings, bundle, index)
+        history = pd.concat([history for _, history in trainings[name]], ignore_index=True)
+        runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
     cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
@@ -109,15 +118,55 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     return _publish(out, describe_study(study), files, study.evaluations[study.full])
 
 
+def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
+    """One ensemble of all folds of a network's trainings, which differ in their seed alone.
+
+    Its manifest names the versions and digests of all, and is that of no bundle on a disk.
+    Raises: UsageError if two have the same fold of the same seed, or were trained otherwise.
+    """
+    if len(bundles) == 1:
+        return bundles[0]
+    first, *others = manifests = [bundle.manifest for bundle in bundles]
+    for other in others:
+        if _digest_but_seed(other) != _digest_but_seed(first):
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} and {other.model_version} differ in more than train.seed "
+                "(settings or cohort); seeds can be compared of the same training only"
+            )
+    folds = tuple(chain.from_iterable(manifest.folds for manifest in manifests))
+    if len({(fold.file, fold.seed) for fold in folds}) < len(folds):
+        raise UsageError(
+            f"two of the bundles are of the same network, {first.model_name}, fold and seed; keep one bundle a seed"
+        )
+    joined = {
+        name: ", ".join(dict.fromkeys(getattr(manifest, name) for manifest in manifests))
+        for name in ("model_version", "model_sha256", "settings_sha256", "code_version")
+    }
+    weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
+    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
+
+
+def _digest_but_seed(manifest: BundleManifest) -> str:
+    settings = manifest.settings
+    train = settings.train.model_copy(update={"seed": 0})
+    return fingerprint(settings.model_copy(update={"train": train})) + manifest.cohort_sha256
+
+
 def _describe_run(
-    name: str, bundle: Bundle, history: pd.DataFrame, scores: Sequence[ScanScore], index: VolumesIndex, out: Store
+    name: str,
+    settings: EvaluateSettings,
+    bundle: Bundle,
+    history: pd.DataFrame,
+    scores: Sequence[ScanScore],
+    index: VolumesIndex,
+    out: Store,
 ) -> NetworkRun:
     """What one network says of the test cohort, kept as a table, and what is known of it."""
     manifest = bundle.manifest
     return NetworkRun(
         name=name,
-        origin=_describe_origin(manifest, index),
-        predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores),
+        origin=_describe_origin(settings, manifest, index),
+        predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores, manifest.folds),
         num_parameters=count_network_parameters(manifest.settings.network),
         history=history,
     )
@@ -183,15 +232,20 @@ def score_cohort(
     return scores
 
 
-def tabulate_predictions(index: VolumesIndex, scores: Sequence[ScanScore]) -> pd.DataFrame:
-    """The predictions table of a scored test cohort, one row a fold and scan."""
+def tabulate_predictions(
+    index: VolumesIndex, scores: Sequence[ScanScore], records: Sequence[FoldRecord]
+) -> pd.DataFrame:
+    """The predictions table of a scored test cohort, one row a fold, seed and scan."""
     test = index.frame[index.frame["cohort"] == "test"]
     facts = pd.DataFrame(
         {"scan_id": test["scan_id"], "patient_id": test["patient_id"], "label": test["diagnosis"]}
     ).reset_index(drop=True)
     folds = [
-        pd.concat([facts.assign(fold=fold), pd.DataFrame(values, columns=list(PROBABILITIES))], axis=1)
-        for fold, values in enumerate(np.stack([score.fold_probability for score in scores], axis=1))
+        pd.concat(
+            [facts.assign(fold=record.number, seed=record.seed), pd.DataFrame(values, columns=list(PROBABILITIES))],
+            axis=1,
+        )
+        for record, values in zip(records, np.stack([score.fold_probability for score in scores], axis=1), strict=True)
     ]
     return pd.concat(folds, ignore_index=True)
 
@@ -216,13 +270,20 @@ def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, b
 def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin]:
     if settings.predictions is not None:
         predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
-        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, {})
+        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings))
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
     bundle, index = read_bundle(place), _open_volumes(settings)
     _check_fit(settings, bundle.manifest, index)
     scores = _score_test(settings, bundle, index)
-    return _keep_predictions(out, PREDICTIONS_FILE, index, scores), _describe_origin(bundle.manifest, index)
+    predictions = _keep_predictions(out, PREDICTIONS_FILE, index, scores, bundle.manifest.folds)
+    return predictions, _describe_origin(settings, bundle.manifest, index)
+
+
+def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
+    """What the numbers depend on beside their input."""
+    digest = digest_json(settings.model_dump(mode="json", exclude=PLACES))
+    return {"settings_sha256": digest, "ci95_seed": settings.seed}
 
 
 def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
@@ -238,10 +299,12 @@ def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex)
         return score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
 
 
-def _keep_predictions(out: Store, name: str, index: VolumesIndex, scores: Sequence[ScanScore]) -> Predictions:
+def _keep_predictions(
+    out: Store, name: str, index: VolumesIndex, scores: Sequence[ScanScore], records: Sequence[FoldRecord]
+) -> Predictions:
     """Write the predictions table and read it as anybody's."""
     buffer = io.BytesIO()
-    tabulate_predictions(index, scores).to_parquet(buffer, index=False)
+    tabulate_predictions(index, scores, records).to_parquet(buffer, index=False)
     out.write_bytes(name, buffer.getvalue())
     return read_predictions_table(name, buffer.getvalue())
 
@@ -257,7 +320,7 @@ def _check_fit(settings: EvaluateSettings, manifest: BundleManifest, index: Volu
         raise UsageError(f"{settings.volumes}: no scan is in the test cohort; run jobs.prepare with one")
 
 
-def _describe_origin(manifest: BundleManifest, index: VolumesIndex) -> Origin:
+def _describe_origin(settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex) -> Origin:
     told, is_warning = describe_leak(index, manifest)
     facts = {
         "model_name": manifest.model_name,
@@ -265,6 +328,8 @@ def _describe_origin(manifest: BundleManifest, index: VolumesIndex) -> Origin:
         "model_sha256": manifest.model_sha256,
         "preprocessing_version": manifest.preprocessing_version,
         "cohort_sha256": index.cohort_sha256,
+        "bundle_settings_sha256": manifest.settings_sha256,
+        **_describe_settings(settings),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")

@@ -15,8 +15,10 @@ from darnet.metrics import NCP_LABEL, LabelArray, measure_scans, trace_roc
 from darnet.scan import FloatArray
 
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
-CONFIDENCE = 0.95
+ALPHA = 0.05  # Source: the field's custom
 CHUNK_WEIGHTS = 1 << 20  # replicates times scans that are measured at once: bounds memory, not numbers
+MIN_PAIRS = 6  # Source: ours; of five pairs all fall on one side by chance in 2 of 2^5 cases, p = 0.0625
+MIN_SEEDS = 2  # of every fold; one training cannot tell a network from its luck
 MAX_UNDEFINED = 0.05  # share of replicates that may leave a metric undefined
 
 
@@ -29,6 +31,13 @@ class Interval:
 
 
 UNDEFINED = Interval(math.nan, math.nan)
+WITHOUT_INTERVAL = {
+    "ece_3class": (
+        "the calibration error is never negative and chance alone raises it; resampling raises it again, so that the "
+        "percentiles of its replicates can lie above the true value altogether"
+    )
+}
+"""Metrics whose bootstrap interval would not cover, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +45,12 @@ class Resampling:
     """Sets of scans drawn with replacement, patient by patient.
 
     Shape: `weights` (replicates, N): how often each scan is in each set. `clustered_by` is "patient", or "scan" where
-    nobody said whose the scans are.
+    nobody said whose the scans are; `num_clusters` counts them.
     """
 
     weights: FloatArray
     clustered_by: str
+    num_clusters: int
 
     def measure(self, probabilities: FloatArray, labels: LabelArray) -> dict[str, FloatArray]:
         """Every metric of every set.
@@ -86,16 +96,21 @@ class DecisionDifference:
 
 @dataclass(frozen=True, slots=True)
 class FoldDifference:
-    """First minus second network, mean over pairs of the same seed and fold."""
+    """First minus second network, mean over pairs of the same fold and seed.
+
+    `p_value` is two-sided; NaN where there are too few pairs or seeds for a test, or nothing to judge chance by.
+    """
 
     num_pairs: int
+    num_seeds: int
     mean: float
     interval: Interval
+    p_value: float
 
     @property
     def verdict(self) -> str:
-        """`shown` where the interval leaves 0 out; else, also where there is no interval, `not shown`."""
-        return "shown" if self.interval.low > 0 or self.interval.high < 0 else "not shown"
+        """What this comparison alone shows, before any correction for others beside it."""
+        return judge_p(self.p_value)
 
 
 def resample_scans(
@@ -108,20 +123,40 @@ def resample_scans(
     clusters = np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
     num_clusters = int(clusters.max(initial=-1)) + 1
     drawn = rng.multinomial(num_clusters, np.full(num_clusters, 1 / max(1, num_clusters)), num_replicates)
-    return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient")
+    return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient", num_clusters)
 
 
-def take_interval(replicates: FloatArray) -> Interval:
+def take_interval(replicates: FloatArray, num_comparisons: int = 1) -> Interval:
     """The middle 95% of the replicates that define the metric; undefined if more than `MAX_UNDEFINED` do not.
 
+    Of several comparisons it is as much wider as makes 95% hold for all of them together (Bonferroni).
     Shape: (replicates,).
     """
     is_defined = ~np.isnan(replicates)
     if is_defined.mean() < 1 - MAX_UNDEFINED:
         return UNDEFINED
-    tail = (1 - CONFIDENCE) / 2
+    tail = ALPHA / 2 / num_comparisons
     low, high = np.quantile(replicates[is_defined], [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def judge_p(p_value: float) -> str:
+    """`shown` below 0.05; else, also where p is undefined, `not shown`."""
+    return "shown" if p_value < ALPHA else "not shown"
+
+
+def correct_holm(p_values: Sequence[float]) -> list[float]:
+    """Raise p values so that among all of them chance alone brings one below 0.05 in at most 5 of 100 cases.
+
+    Undefined ones (NaN) stay, and are not counted: nothing was tested there.
+    Source: Holm 1979, step-down.
+    """
+    order = [place for place in np.argsort(p_values) if not math.isnan(p_values[place])]
+    corrected, highest = list(p_values), 0.0
+    for step, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - step) * p_values[place]))
+        corrected[place] = highest
+    return corrected
 
 
 def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resampling: Resampling) -> dict[str, Interval]:
@@ -129,20 +164,37 @@ def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resamplin
 
     Shape:  (N, 3), (N,).
     Source: Efron & Tibshirani 1993, ch. 13. Where no scan is called wrongly it has no width: that says that no error
-            was seen, not that none can be. That of `ece_3class` lies high, as resampling adds noise to every bin.
+            was seen, not that none can be. Undefined for `WITHOUT_INTERVAL`.
     """
-    return {name: take_interval(values) for name, values in resampling.measure(probabilities, labels).items()}
+    replicates = resampling.measure(probabilities, labels)
+    return {name: _take_interval_of(name, values) for name, values in replicates.items()}
 
 
 def bootstrap_differences(
     first: FloatArray, second: FloatArray, labels: LabelArray, resampling: Resampling
 ) -> dict[str, Interval]:
-    """A percentile interval for first minus second in every metric, both measured on the same sets.
+    """A percentile interval for first minus second in every metric but `WITHOUT_INTERVAL`, both on the same sets.
 
     Shape: (N, 3), (N, 3), (N,).
     """
     ours, theirs = (resampling.measure(probabilities, labels) for probabilities in (first, second))
-    return {name: take_interval(ours[name] - theirs[name]) for name in ours}
+    return {name: _take_interval_of(name, ours[name] - theirs[name]) for name in ours}
+
+
+def measure_cohort_variance(
+    first: FloatArray, second: FloatArray, labels: LabelArray, resampling: Resampling
+) -> dict[str, float]:
+    """How far the choice of test patients may have moved the mean difference of two networks' folds.
+
+    Shape: (folds, N, 3), (folds, N, 3), (N,) -> variance of the mean over the folds of first minus second, by metric;
+           NaN where too many sets leave it undefined.
+    """
+    sums: dict[str, FloatArray] = {}
+    for sign, folds in ((1, first), (-1, second)):
+        for fold in folds:
+            for name, values in resampling.measure(fold, labels).items():
+                sums[name] = sums.get(name, np.zeros(len(values))) + sign * values
+    return {name: _take_variance(values / len(first)) for name, values in sums.items()}
 
 
 def bootstrap_roc(
@@ -206,25 +258,39 @@ def compare_decisions(first: FloatArray, second: FloatArray, labels: LabelArray)
     return DecisionDifference(only_first, only_second, p_value)
 
 
-def compare_folds(first: FloatArray, second: FloatArray) -> FoldDifference:
+def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float = 0.0) -> FoldDifference:
     """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
 
-    Five folds of one seed cannot show a difference in a sign or permutation test at 0.05, whatever they say: all five
-    on one side happen by chance in 2 of 2^5 = 1 of 16 cases, p = 0.0625. More seeds are needed, and here give more
-    pairs. The folds of one cohort share most of their training scans, so the pairs' variance is raised for that.
+    A test needs `MIN_PAIRS` pairs and every fold trained with `MIN_SEEDS` seeds: five folds of one seed cannot show a
+    difference in a sign or permutation test, and whatever they say may be the seed's doing. The folds of one cohort
+    share most of their training scans, so the pairs' variance is raised for that; `cohort_variance` is that of the mean
+    difference by the choice of test patients, whom all pairs share, so that their spread does not tell it.
 
-    Shape:  (seeds, folds) each -> one value; undefined with a single pair or fold.
+    Shape:  (seeds, folds) each -> one value; undefined with a single fold, or where the pairs do not vary.
     Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
-            training share), the latter 1 / (folds - 1).
+            training share), the latter 1 / (folds - 1); ours: the test patients' variance beside it, degrees of
+            freedom of the pairs alone. What all folds of a seed have in common takes more seeds to be seen than two.
     """
     differences = first - second
-    num_pairs, num_folds = differences.size, differences.shape[1]
-    mean = float(differences.mean())
-    if num_folds < 2:
-        return FoldDifference(num_pairs, mean, UNDEFINED)
-    error = math.sqrt(float(differences.var(ddof=1)) * (1 / num_pairs + 1 / (num_folds - 1)))
-    reach = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, num_pairs - 1)) * error
-    return FoldDifference(num_pairs, mean, Interval(mean - reach, mean + reach))
+    num_seeds, num_folds = differences.shape
+    num_pairs, mean = differences.size, float(differences.mean())
+    spread = float(differences.var(ddof=1)) if num_folds > 1 else math.nan
+    error = math.sqrt(spread * (1 / num_pairs + 1 / max(1, num_folds - 1)) + cohort_variance)
+    if not spread > np.finfo(float).eps ** 2 or math.isnan(error):
+        return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan)
+    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, num_pairs - 1)) * error
+    is_enough = num_pairs >= MIN_PAIRS and num_seeds >= MIN_SEEDS
+    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, num_pairs - 1)) if is_enough else math.nan
+    return FoldDifference(num_pairs, num_seeds, mean, Interval(mean - reach, mean + reach), p_value)
+
+
+def _take_interval_of(name: str, replicates: FloatArray) -> Interval:
+    return UNDEFINED if name in WITHOUT_INTERVAL else take_interval(replicates)
+
+
+def _take_variance(replicates: FloatArray) -> float:
+    is_defined = ~np.isnan(replicates)
+    return float(replicates[is_defined].var(ddof=1)) if is_defined.mean() >= 1 - MAX_UNDEFINED else math.nan
 
 
 def _has_variance(labels: LabelArray) -> bool:
@@ -250,5 +316,5 @@ def _delong_components(probabilities: FloatArray, labels: LabelArray) -> tuple[F
 
 def _normal_interval(mean: float, variance: float, floor: float) -> Interval:
     """Cut at `floor` and 1, which no AUC or difference of AUCs can pass."""
-    reach = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    reach = float(scipy.stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt(variance)
     return Interval(max(floor, mean - reach), min(1.0, mean + reach))

@@ -6,13 +6,14 @@ as mean and standard deviation, the way of the paper's Tables 2 and 3.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import (
+    WITHOUT_INTERVAL,
     AucDifference,
     AucEstimate,
     DecisionDifference,
@@ -25,16 +26,19 @@ from darnet.evaluation.intervals import (
     compare_aucs,
     compare_decisions,
     compare_folds,
+    correct_holm,
     delong_auc,
+    judge_p,
+    measure_cohort_variance,
     resample_scans,
 )
 from darnet.evaluation.predictions import LABELS, Predictions
-from darnet.metrics import ECE_BINS, compute_all_metrics, count_confusion
+from darnet.metrics import ECE_BINS, TABLE_2, compute_all_metrics, count_confusion
 from darnet.page import NOTICE
-from darnet.scan import FloatArray
+from darnet.scan import BoolArray, FloatArray
 
 FALSE_RATES = np.linspace(0, 1, 101)  # where the ROC band is measured
-FEW_SCANS = 30  # of a class. Source: ours; below, percentile intervals are known to be too narrow
+FEW_CLUSTERS = 30  # patients or scans of a class. Source: ours; below, percentile intervals are known to be too narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,12 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Comparison:
-    """First against second model on the same scans; `differences` are first minus second, `folds` only where both
-    have the same ones."""
+    """First against second model on the same scans.
+
+    `differences` are first minus second; `folds`, Table 2's metrics, only where both have the same folds and seeds.
+    The `p_*` are corrected by Holm over all comparisons of a report: DeLong's tests, McNemar's, and those of the folds
+    over all metrics.
+    """
 
     second: Predictions
     second_metrics: Mapping[str, float]
@@ -92,6 +100,9 @@ class Comparison:
     aucs: AucDifference
     decisions: DecisionDifference
     folds: Mapping[str, FoldDifference]
+    p_delong: float
+    p_mcnemar: float
+    p_folds: Mapping[str, float]
 
 
 def evaluate_predictions(predictions: Predictions, resampling: Resampling) -> Evaluation:
@@ -117,22 +128,41 @@ def resample_predictions(predictions: Predictions, seed: int, num_replicates: in
 
 
 def compare_predictions(first: Predictions, second: Predictions, resampling: Resampling) -> Comparison:
-    """Compare two models scan by scan.
+    """Compare two models scan by scan, as if no other were compared: see `correct_comparisons`.
 
-    Raises: UsageError naming a scan that only one table has, or that they label differently.
+    Raises: UsageError naming a scan that only one table has, or of which they say another label or patient.
     """
     second = _align(second, first)
     ours, theirs, labels = first.probabilities, second.probabilities, first.labels
     metrics, second_metrics = compute_all_metrics(ours, labels), compute_all_metrics(theirs, labels)
-    return Comparison(
+    aucs, decisions = compare_aucs(ours, theirs, labels), compare_decisions(ours, theirs, labels)
+    comparison = Comparison(
         second=second,
         second_metrics=second_metrics,
         differences={name: metrics[name] - second_metrics[name] for name in metrics},
         intervals=bootstrap_differences(ours, theirs, labels, resampling),
-        aucs=compare_aucs(ours, theirs, labels),
-        decisions=compare_decisions(ours, theirs, labels),
-        folds=_compare_folds(first, second),
+        aucs=aucs,
+        decisions=decisions,
+        folds=_compare_folds(first, second, resampling),
+        p_delong=aucs.p_value,
+        p_mcnemar=decisions.p_value,
+        p_folds={},
     )
+    return correct_comparisons([comparison])[0]
+
+
+def correct_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same with p values corrected for standing in one report.
+
+    Source: ours: three families, as each is a table of its own, from which a reader takes what is shown.
+    """
+    delong = correct_holm([item.aucs.p_value for item in comparisons])
+    mcnemar = correct_holm([item.decisions.p_value for item in comparisons])
+    folds = iter(correct_holm([fold.p_value for item in comparisons for fold in item.folds.values()]))
+    return [
+        replace(item, p_delong=p_delong, p_mcnemar=p_mcnemar, p_folds={name: next(folds) for name in item.folds})
+        for item, p_delong, p_mcnemar in zip(comparisons, delong, mcnemar, strict=True)
+    ]
 
 
 def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
@@ -143,10 +173,11 @@ def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
             "The table has no column patient_id: the intervals take every scan as independent of the others, and are "
             "too narrow if patients have several scans."
         )
-    counts = evaluation.confusion.sum(axis=1)
-    few = [f"{count:.0f} {name}" for name, count in zip(LABELS, counts, strict=True) if count < FEW_SCANS]
+    counts = zip(LABELS, count_clusters(evaluation.predictions), strict=True)
+    few = [f"{count} {name}" for name, count in counts if count < FEW_CLUSTERS]
     if few:
-        warnings.append(f"Few scans ({', '.join(few)}): intervals of so few are too narrow.")
+        warnings.append(f"Few {evaluation.clustered_by}s ({', '.join(few)}): intervals of so few are too narrow.")
+    warnings += _warn_of_intervals(evaluation)
     if evaluation.auc.variance == 0:
         warnings.append(
             "No pair of scans is ranked wrongly: the interval of auc_ncp by DeLong has no width and no use."
@@ -154,6 +185,35 @@ def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
     undefined = [name for name, value in evaluation.metrics.items() if math.isnan(value)]
     if undefined:
         warnings.append(f"Undefined on this cohort, as a class is absent: {', '.join(undefined)}.")
+    return warnings
+
+
+def count_clusters(predictions: Predictions) -> list[int]:
+    """What intervals rest on: the patients of each class, or its scans where nobody knows whose they are."""
+    names = np.array(predictions.patient_ids or predictions.scan_ids)
+    return [len(np.unique(names[predictions.labels == label])) for label in range(len(LABELS))]
+
+
+def _warn_of_intervals(evaluation: Evaluation) -> list[str]:
+    """Name the metrics whose interval is lacking though they are defined, or has no width."""
+    known = {
+        name: item
+        for name, item in evaluation.intervals.items()
+        if name not in WITHOUT_INTERVAL and not math.isnan(evaluation.metrics[name])
+    }
+    lacking = [name for name, item in known.items() if math.isnan(item.low)]
+    flat = [name for name, item in known.items() if item.low == item.high]
+    warnings = []
+    if lacking:
+        warnings.append(
+            f"No interval for {', '.join(lacking)}: too many resampled sets leave it undefined, as a class rests on "
+            f"too few {evaluation.clustered_by}s."
+        )
+    if flat:
+        warnings.append(
+            f"The interval of {', '.join(flat)} has no width: no resampled set differed. That does not mean that "
+            "another cohort would not."
+        )
     return warnings
 
 
@@ -168,15 +228,19 @@ def describe_evaluation(evaluation: Evaluation, origin: Origin, comparison: Comp
         "auc_ncp_ci95_delong": [evaluation.auc.interval.low, evaluation.auc.interval.high],
         "ci95_clustered_by": evaluation.clustered_by,
         "ci95_replicates": evaluation.num_replicates,
+        "ci95_absent": dict(WITHOUT_INTERVAL),
         "ece_bins": ECE_BINS,
         "classes": list(LABELS),
         "confusion_matrix": evaluation.confusion.astype(int).tolist(),
         "confusion_matrix_axes": ["true", "called"],
         "num_scans": len(predictions.scan_ids),
         "num_patients": predictions.num_patients,
-        "num_folds": len(predictions.folds),
+        "num_folds": predictions.num_folds,
+        "num_seeds": predictions.num_seeds,
+        "seeds": list(dict.fromkeys(predictions.seeds or ())) or None,
         "folds": [
-            {"fold": fold, **metrics} for fold, metrics in zip(predictions.folds, evaluation.fold_metrics, strict=True)
+            {"fold": fold, "seed": seed, **metrics}
+            for (fold, seed), metrics in zip(predictions.members, evaluation.fold_metrics, strict=True)
         ],
         "folds_mean": evaluation.fold_means,
         "folds_std": evaluation.fold_stds,
@@ -210,8 +274,23 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
             "num_only_second_right": decisions.num_only_second_right,
             "p_value": decisions.p_value,
         },
+        "holm": {
+            name: {"p_value": p_value, "verdict": judge_p(p_value)}
+            for name, p_value in (
+                ("auc_ncp_delong", comparison.p_delong),
+                ("decisions_mcnemar", comparison.p_mcnemar),
+            )
+        },
         "folds": {
-            name: {"mean": item.mean, "ci95": [item.interval.low, item.interval.high], "verdict": item.verdict}
+            name: {
+                "mean": item.mean,
+                "ci95": [item.interval.low, item.interval.high],
+                "num_pairs": item.num_pairs,
+                "num_seeds": item.num_seeds,
+                "p_value": item.p_value,
+                "p_value_holm": comparison.p_folds[name],
+                "verdict": judge_p(comparison.p_folds[name]),
+            }
             for name, item in comparison.folds.items()
         },
     }
@@ -230,31 +309,50 @@ def _align(second: Predictions, first: Predictions) -> Predictions:
                 "needs the same scans in both tables"
             )
     rows = [place[scan_id] for scan_id in first.scan_ids]
-    differs = np.flatnonzero(second.labels[rows] != first.labels)
-    if len(differs):
-        scan_id = first.scan_ids[differs[0]]
-        raise UsageError(f"{second.name}: scan {scan_id!r} has another label than in {first.name}; correct one of them")
-    return Predictions(
-        name=second.name,
-        sha256=second.sha256,
+    _refuse_disagreement(second, first, rows, "label", second.labels[rows] != first.labels)
+    if second.patient_ids is not None:
+        if first.patient_ids is None:
+            raise UsageError(
+                f"{first.name}: no column patient_id, which {second.name} has; add it, so that intervals count patients"
+            )
+        patients = np.array(second.patient_ids)[rows]
+        _refuse_disagreement(second, first, rows, "patient_id", patients != np.array(first.patient_ids))
+    return replace(
+        second,
         scan_ids=first.scan_ids,
         patient_ids=first.patient_ids,
         labels=first.labels,
-        folds=second.folds,
         fold_probabilities=second.fold_probabilities[:, rows],
+        rows=(),  # of no use in another order: all complaints are made
     )
 
 
-def _compare_folds(first: Predictions, second: Predictions) -> dict[str, FoldDifference]:
-    if first.folds != second.folds or len(first.folds) < 2:
+def _refuse_disagreement(
+    second: Predictions, first: Predictions, places: Sequence[int], column: str, differs: BoolArray
+) -> None:
+    """Raises: UsageError naming the first scan of which two tables say something else, by its rows."""
+    if differs.any():
+        place = int(np.flatnonzero(differs)[0])
+        raise UsageError(
+            f"{second.name}: scan {first.scan_ids[place]!r} has another {column} than in {first.name} (row "
+            f"{second.rows[places[place]]} of the former, row {first.rows[place]} of the latter); correct one of them"
+        )
+
+
+def _compare_folds(first: Predictions, second: Predictions, resampling: Resampling) -> dict[str, FoldDifference]:
+    """Pair the models of the same fold and seed; empty where the two have not the same."""
+    num_folds = first.num_folds
+    if first.members != second.members or num_folds < 2:
         return {}
     ours, theirs = (
-        [compute_all_metrics(fold, table.labels) for fold in table.fold_probabilities] for table in (first, second)
+        [compute_all_metrics(fold, first.labels) for fold in table.fold_probabilities] for table in (first, second)
     )
-    return {
-        name: compare_folds(np.array([[fold[name] for fold in ours]]), np.array([[fold[name] for fold in theirs]]))
-        for name in ours[0]
-    }
+    variance = measure_cohort_variance(first.fold_probabilities, second.fold_probabilities, first.labels, resampling)
+    differences = {}
+    for name in TABLE_2:
+        one, other = (np.array([fold[name] for fold in folds]).reshape(num_folds, -1).T for folds in (ours, theirs))
+        differences[name] = compare_folds(one, other, variance[name])  # (seeds, folds): models come fold by fold
+    return differences
 
 
 def _null_nan(value: Any) -> Any:

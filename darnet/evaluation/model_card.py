@@ -12,7 +12,7 @@ from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
 from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
 from darnet.evaluation.predictions import LABELS, Predictions
-from darnet.evaluation.report import format_interval, format_metric
+from darnet.evaluation.tabulate import format_interval, format_metric
 from darnet.score import Ensemble
 
 NO_TEST = "The volumes hold no test cohort: nothing was measured on scans that training has not seen."

@@ -17,6 +17,7 @@ from darnet.evaluation.measures import (
     Evaluation,
     Origin,
     compare_predictions,
+    correct_comparisons,
     describe_comparison,
     describe_evaluation,
     evaluate_predictions,
@@ -77,19 +78,30 @@ class Study:
 def make_study(runs: Sequence[NetworkRun], counts: Counts, *, seed: int, num_replicates: int) -> Study:
     """Evaluate every network and compare those that the paper's claims are about.
 
-    Raises: UsageError for a network that comes twice, or predictions of other scans.
+    Raises: UsageError for predictions of other scans, or networks trained with other folds or seeds than the rest:
+            a mean over more models is better by that alone.
     """
     ordered = sorted(runs, key=lambda run: NETWORKS.index(run.name))
     by_name = {run.name: run for run in ordered}
-    if len(by_name) < len(ordered):
-        raise UsageError("two of the bundles are of the same network; keep one bundle a network")
+    for run in ordered[1:]:
+        if _list_members(run) != _list_members(ordered[0]):
+            raise UsageError(
+                f"{run.name} has other folds or seeds ({', '.join(_list_members(run))}) than {ordered[0].name} "
+                f"({', '.join(_list_members(ordered[0]))}); train every network with the same"
+            )
     resampling = resample_predictions(ordered[0].predictions, seed, num_replicates)
     evaluations = {name: evaluate_predictions(run.predictions, resampling) for name, run in by_name.items()}
-    pairs = []
-    for first, second, reason in choose_pairs(evaluations):
-        ours, theirs = by_name[first].predictions, by_name[second].predictions
-        pairs.append(Pair(first, second, reason, compare_predictions(ours, theirs, resampling)))
+    chosen = choose_pairs(evaluations)
+    compared = [
+        compare_predictions(by_name[first].predictions, by_name[second].predictions, resampling)
+        for first, second, _ in chosen
+    ]
+    pairs = [Pair(*names, item) for names, item in zip(chosen, correct_comparisons(compared), strict=True)]
     return Study(by_name, evaluations, pairs, counts)
+
+
+def _list_members(run: NetworkRun) -> list[str]:
+    return [f"{fold} of seed {seed}" for fold, seed in run.predictions.members]
 
 
 def choose_pairs(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, str, str]]:

@@ -75,6 +75,11 @@ class CohortScores:
         ids: list[str] = frame.loc[is_wanted, "scan_id"].tolist()
         return ids
 
+    def list_patients(self, scan_ids: Sequence[str]) -> list[str]:
+        """Whose each scan is."""
+        patients: list[str] = self.index.frame.set_index("scan_id")["patient_id"].loc[list(scan_ids)].tolist()
+        return patients
+
 
 def add_maps(study: Study, scans: CohortScores, *, seed: int, num_replicates: int) -> Study:
     """The study with the cases that are shown, and the maps measured where lesions are known."""
@@ -115,11 +120,13 @@ def _measure(
 ) -> MapStudy:
     maps = {name: [scans.draw_cam(name, scan_id, diagnosis) for scan_id in known] for name in scans.scores}
     rng = np.random.default_rng(seed)
-    resampling = resample_scans(len(known), None, rng, num_replicates)
+    patients = scans.list_patients(known)
+    resampling = resample_scans(len(known), patients, rng, num_replicates)
     redrawn = {}
     if diagnosis is Diagnosis.NCP:
         some = known[:NUM_REDRAWN]
-        label, fewer = DIAGNOSES.index(diagnosis), resample_scans(len(some), None, rng, num_replicates)
+        label = DIAGNOSES.index(diagnosis)
+        fewer = resample_scans(len(some), patients[: len(some)], rng, num_replicates)
         for name in scans.scores:
             changed = [redraw_last_stage(item, REDRAW_SEED + fold) for fold, item in enumerate(scans.networks(name))]
             values = [

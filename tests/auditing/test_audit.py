@@ -166,6 +166,7 @@ def test_the_audit_says_what_its_division_was_made_with(tmp_path: Path) -> None:
     assert settings["train"] == {"seed": 3, "num_folds": 4}
     assert (settings["cohorts"]["division"], settings["cohorts"]["test_fraction"]) == ("patient", 0.3)
     assert (settings["cohorts"]["drop_discarded"], settings["cohorts"]["drop_shuffled"]) == (True, True)
+    assert settings["sha256"] in (tmp_path / "a" / "audit.html").read_text()
     digests = [
         audit_text(table, tmp_path / name, **changed)["division_settings"]["sha256"]
         for name, changed in (("b", {"train": {"seed": 3}}), ("c", {"train": {"seed": 3}}), ("d", {}))

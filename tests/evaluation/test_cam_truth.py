@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from darnet.config import ModelConfig
@@ -18,7 +19,7 @@ from darnet.evaluation.cam_truth import (
     redraw_last_stage,
     study_maps,
 )
-from darnet.evaluation.intervals import resample_scans
+from darnet.evaluation.intervals import resample_scans, take_interval
 from darnet.evaluation.truth import Truth
 from darnet.model import build_network
 
@@ -108,6 +109,43 @@ def test_a_network_that_points_better_is_shown_to_and_equals_are_not() -> None:
     assert [verdicts["good", measure] for measure in MEASURES] == ["not shown"] * 4
     assert isinstance(study.differences[0], MapDifference)
     assert study.chance == pytest.approx(measure_chance(truths[0]))
+
+
+@pytest.mark.parametrize("num_patients", [5, 6])
+def test_five_patients_show_no_difference_of_maps_however_many_scans_they_have(num_patients: int) -> None:
+    """All five on one side happens by chance in 2 of 2^5 cases; six in 2 of 2^6."""
+    truths = [make_truth() for _ in range(20)]
+    maps = {"good": [make_cam(v111=1.0)] * 20, "bad": [make_cam(v357=1.0)] * 20}
+    patients = [f"p{number % num_patients}" for number in range(20)]
+    resampling = resample_scans(20, patients, np.random.default_rng(0), 2000)
+    study = study_maps("NCP", maps, truths, [("good", "bad")], {}, resampling)
+    verdicts = {item.measure: item.verdict for item in study.differences}
+    assert verdicts["peak_in_lesion"] == ("shown" if num_patients == 6 else "not shown")
+    assert study.differences[0].estimate.mean > 0
+
+
+def test_more_pairs_of_networks_widen_every_difference() -> None:
+    truths = [make_truth() for _ in range(20)]
+    rng = np.random.default_rng(0)
+    maps = {name: [rng.random(truths[0].lung.shape) for _ in truths] for name in ("one", "other")}
+    drawn = resample_scans(20, None, np.random.default_rng(0), 2000)
+    widths = []
+    for num_pairs in (1, 6):
+        study = study_maps("NCP", maps, truths, [("one", "other")] * num_pairs, {}, drawn)
+        interval = study.differences[0].estimate.interval
+        widths.append(interval.high - interval.low)
+    assert widths[1] > 1.1 * widths[0]
+
+
+def test_intervals_of_several_differences_are_wider_together() -> None:
+    """Standard normal replicates: Bonferroni's ends for 4 are the quantiles of 0.625% and 99.375%."""
+    replicates = scipy.stats.norm.ppf((np.arange(100_000) + 0.5) / 100_000)
+    found = take_interval(replicates, num_comparisons=4)
+    assert (found.low, found.high) == pytest.approx((-2.4977, 2.4977), abs=1e-3)
+    values = np.random.default_rng(1).normal(0, 1, 50)
+    drawn = resample_scans(50, None, np.random.default_rng(0), 4000)
+    alone, together = (estimate_mean(values, drawn, number).interval for number in (1, 4))
+    assert (together.high - together.low) / (alone.high - alone.low) == pytest.approx(2.4977 / 1.96, rel=0.08)
 
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=(16, 64, 64))

@@ -67,6 +67,7 @@ def test_a_table_leaves_metrics_tables_and_report(tmp_path: Path, capsys: pytest
     assert {path.name for path in out.iterdir()} == FILES
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["accuracy_3class"], metrics["ci95_clustered_by"]) == (0.75, "patient")
+    assert (metrics["ci95_seed"], metrics["ci95_replicates"]) == (0, 2000)
     assert "research use only" in told
     assert "accuracy_3class" in told
     assert "0.7500" in told
@@ -81,6 +82,19 @@ def test_the_same_table_leaves_the_same_bytes(tmp_path: Path, capsys: pytest.Cap
     ]
 
 
+def test_the_settings_digest_tells_settings_and_not_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digests = []
+    for name, more in (("one", ()), ("two", ()), ("other", ("--seed", 7)), ("more", ("--replicates", 2001))):
+        table = write_table(tmp_path / f"{name}.csv")
+        run(capsys, "--predictions", table, "--out", tmp_path / name, *more)
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        digests.append(metrics["settings_sha256"])
+        assert metrics["settings_sha256"] in (tmp_path / name / "report.html").read_text()
+        assert (metrics["ci95_seed"], metrics["ci95_replicates"]) == (7 * (name == "other"), 2000 + (name == "more"))
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[1]
+
+
 def test_a_comparison_is_in_metrics_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_table(tmp_path / "a.csv")
     second = write_table(tmp_path / "b.csv", TABLE.replace("0.1,0.5,0.4", "0.1,0.4,0.5"))
@@ -88,6 +102,7 @@ def test_a_comparison_is_in_metrics_and_report(tmp_path: Path, capsys: pytest.Ca
     comparison = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
     assert comparison["decisions_mcnemar"] == {"num_only_first_right": 0, "num_only_second_right": 1, "p_value": 1}
     assert comparison["differences"]["accuracy_3class"] == -0.25
+    assert comparison["holm"]["decisions_mcnemar"] == {"p_value": 1, "verdict": "not shown"}
     assert "<h2>Comparison</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -129,6 +144,7 @@ def test_a_bundle_is_measured_on_the_test_cohort_fold_by_fold(
     table = pd.read_parquet(out / "predictions.parquet")
     assert sorted(table["scan_id"].unique()) == [f"scan-{number:03d}" for number in range(10, 17)]
     assert len(table) == 5 * 7
+    assert table.groupby("fold")["seed"].unique().map(list).to_dict() == {fold: [fold] for fold in range(5)}
     row = table[(table["fold"] == 3) & (table["scan_id"] == "scan-012")].iloc[0]
     assert (row["patient_id"], row["label"]) == ("patient-003", "CP")
     frame = pd.read_parquet(volumes / "cohort.parquet").set_index("scan_id")
@@ -217,7 +233,7 @@ def test_a_browser_shows_the_report_and_asks_the_network_for_nothing(
     dom = read_dom(page)
     assert '<th scope="row" class="text">accuracy_3class</th>' in dom
     assert '<td class="number">0.7500</td>' in dom
-    assert dom.count("<img") == 4
+    assert dom.count("<img") == 3
     assert list_requests(page) == []
 
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import scipy.stats
+from sklearn.metrics import roc_auc_score
 
 from darnet.evaluation.intervals import (
     AucEstimate,
@@ -15,7 +16,10 @@ from darnet.evaluation.intervals import (
     compare_aucs,
     compare_decisions,
     compare_folds,
+    correct_holm,
     delong_auc,
+    judge_p,
+    measure_cohort_variance,
     resample_scans,
     take_interval,
 )
@@ -74,6 +78,10 @@ def test_the_paired_test_equals_the_loop_with_covariances(seed: int) -> None:
     found = compare_aucs(first, second, labels)
     z = (sum(ours[0]) / len(ours[0]) - sum(theirs[0]) / len(theirs[0])) / math.sqrt(variance)
     assert found.p_value == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=1e-12)
+    assert found.difference == pytest.approx(
+        roc_auc_score(labels == 1, first[:, 1]) - roc_auc_score(labels == 1, second[:, 1])
+    )
+    assert found.interval.low + found.interval.high == pytest.approx(2 * found.difference)
     assert found.interval.high - found.interval.low == pytest.approx(2 * 1.959964 * math.sqrt(variance), abs=1e-6)
 
 
@@ -84,7 +92,8 @@ def test_a_model_does_not_differ_from_itself() -> None:
     differences = bootstrap_differences(
         probabilities, probabilities, labels, resample_scans(50, None, np.random.default_rng(0), 100)
     )
-    assert {(item.low, item.high) for item in differences.values()} == {(0, 0)}
+    assert {(item.low, item.high) for name, item in differences.items() if name != "ece_3class"} == {(0, 0)}
+    assert math.isnan(differences["ece_3class"].low)
 
 
 @pytest.mark.parametrize("labels", [[0, 2, 0, 2], [1, 1, 1, 1], [1, 0, 2, 0]])
@@ -174,7 +183,7 @@ def test_intervals_depend_on_the_seed_alone() -> None:
     assert first == again
     assert first != other
     point = compute_all_metrics(probabilities, labels)
-    assert {name for name in point if not first[name].low <= point[name] <= first[name].high} <= {"ece_3class"}
+    assert {name for name in point if not first[name].low <= point[name] <= first[name].high} == {"ece_3class"}
 
 
 def test_a_metric_that_too_many_sets_leave_undefined_has_no_interval() -> None:
@@ -211,9 +220,102 @@ def test_fold_differences_equal_the_t_interval_with_the_raised_variance() -> Non
     found = compare_folds(first, second)
     assert (found.num_pairs, found.mean) == (10, pytest.approx(mean))
     assert (found.interval.low, found.interval.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
-    assert found.verdict == "shown"
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(mean / (reach / 2.262157), 9), rel=1e-5)
+    assert (found.num_seeds, found.verdict) == (2, "shown")
     assert compare_folds(first, second + 0.01).verdict == "not shown"
+    assert compare_folds(second, first).mean == pytest.approx(-mean)
+    wider = compare_folds(first, second, cohort_variance=0.0003).interval
+    reach = 2.262157 * math.sqrt(variance * (1 / 10 + 1 / 4) + 0.0003)
+    assert (wider.low, wider.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
 
 
-def test_one_fold_shows_nothing() -> None:
-    assert compare_folds(np.array([[0.9]]), np.array([[0.1]])).verdict == "not shown"
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [((1, 1), "one fold"), ((1, 5), "one seed"), ((1, 10), "one seed, many folds"), ((2, 2), "four pairs")],
+)
+def test_too_few_seeds_or_pairs_show_nothing(shape: tuple[int, int], why: str) -> None:
+    first = 0.9 + 0.001 * np.random.default_rng(0).normal(size=shape)
+    found = compare_folds(first, np.full(shape, 0.1))
+    assert found.verdict == "not shown", why
+    assert (found.num_pairs, found.num_seeds) == (shape[0] * shape[1], shape[0])
+
+
+def test_pairs_that_do_not_vary_show_nothing() -> None:
+    found = compare_folds(np.full((2, 5), 0.93), np.full((2, 5), 0.91))
+    assert found.mean == pytest.approx(0.02)
+    assert math.isnan(found.interval.low)
+    assert found.verdict == "not shown"
+
+
+def test_the_fold_interval_holds_the_truth_only_with_the_chance_of_the_test_cohort() -> None:
+    """1,000 studies of 2 seeds x 5 folds on one cohort each, whose patients move all pairs alike."""
+    rng = np.random.default_rng(3)
+    is_covered: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(1000):
+        pairs = 0.01 + rng.normal(0, 0.03) + rng.normal(0, 0.01, (1, 5)) + rng.normal(0, 0.01, (2, 5))
+        for is_told in is_covered:
+            item = compare_folds(pairs, np.zeros((2, 5)), 0.03**2 * is_told).interval
+            is_covered[is_told].append(item.low <= 0.01 <= item.high)
+    assert np.mean(is_covered[True]) > 0.93
+    assert np.mean(is_covered[False]) < 0.6
+
+
+def test_the_cohort_variance_of_an_accuracy_is_the_binomial_one() -> None:
+    """Two folds each; the first network is right on 80 of 100 scans, the second on none: p (1 - p) / n."""
+    right, wrong = [0.8, 0.1, 0.1], [0.1, 0.1, 0.8]
+    labels = np.zeros(100, int)
+    first = np.stack([[right] * 80 + [wrong] * 20] * 2)
+    second = np.stack([[wrong] * 100] * 2)
+    drawn = resample_scans(100, None, np.random.default_rng(0), 4000)
+    found = measure_cohort_variance(first, second, labels, drawn)
+    assert found["accuracy_3class"] == pytest.approx(0.8 * 0.2 / 100, rel=0.1)
+    assert math.isnan(found["auc_ncp"])  # no NCP scan at all
+    assert (
+        measure_cohort_variance(first, first[::-1], labels, drawn)["accuracy_3class"] == 0
+    )  # errors of the same scans
+
+
+def test_holm_equals_the_steps_by_hand() -> None:
+    # In order 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1, never below the one before.
+    assert correct_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert correct_holm([0.7, 0.6]) == [1, 1]
+    untested, tested = correct_holm([math.nan, 0.03])
+    assert math.isnan(untested)
+    assert tested == 0.03
+    assert correct_holm([]) == []
+
+
+def test_holm_keeps_false_findings_rare() -> None:
+    rng = np.random.default_rng(0)
+    tests = rng.random((2000, 6))  # p values of differences that are none
+    assert np.mean([min(row) < 0.05 for row in tests]) > 0.2
+    assert np.mean([min(correct_holm(row.tolist())) < 0.05 for row in tests]) < 0.065
+
+
+def test_a_verdict_needs_a_p_below_5_per_cent() -> None:
+    assert [judge_p(value) for value in (0.049, 0.05, math.nan)] == ["shown", "not shown", "not shown"]
+
+
+def test_bootstrap_differences_are_first_minus_second() -> None:
+    """The first is right wherever the second is, and on 30 scans more."""
+    labels = np.arange(120) % 3
+    first = np.eye(3)[labels] * 0.7 + 0.1
+    second = first.copy()
+    second[:30] = np.roll(second[:30], 1, axis=1)
+    drawn = resample_scans(120, None, np.random.default_rng(0), 300)
+    item = bootstrap_differences(first, second, labels, drawn)["accuracy_3class"]
+    assert 0.1 < item.low < 0.25 < item.high < 0.4
+    item = bootstrap_differences(first, second, labels, drawn)["brier_3class"]
+    assert item.high < 0
+
+
+def test_the_percentiles_of_the_calibration_error_would_not_cover() -> None:
+    """Scans called with 0.8 that are right with probability 0.8: the true error is 0."""
+    rng = np.random.default_rng(2)
+    lows = []
+    for _ in range(50):
+        probabilities = np.where((rng.random(100) < 0.8)[:, None], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8])
+        labels, drawn = np.zeros(100, int), resample_scans(100, None, rng, 200)
+        lows.append(take_interval(drawn.measure(probabilities, labels)["ece_3class"]).low)
+        assert math.isnan(bootstrap_intervals(probabilities, labels, drawn)["ece_3class"].low)
+    assert min(lows) > 0

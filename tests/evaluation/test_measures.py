@@ -5,10 +5,14 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
+from sklearn.metrics import roc_auc_score
 
 from darnet.errors import UsageError
 from darnet.evaluation.measures import (
@@ -16,6 +20,8 @@ from darnet.evaluation.measures import (
     Evaluation,
     Origin,
     compare_predictions,
+    correct_comparisons,
+    describe_comparison,
     describe_evaluation,
     evaluate_predictions,
     find_warnings,
@@ -23,7 +29,8 @@ from darnet.evaluation.measures import (
 )
 from darnet.evaluation.paper import NETWORKS, TABLE_3
 from darnet.evaluation.predictions import Predictions, read_predictions_table
-from darnet.evaluation.report import render_csv, render_report, render_tex
+from darnet.evaluation.report import render_report
+from darnet.evaluation.tabulate import render_csv, render_tex
 from darnet.metrics import TABLE_2, compute_all_metrics
 from darnet.page import NOTICE
 from tests.places import SHARED
@@ -88,8 +95,11 @@ def test_metrics_json_has_the_scoped_names_with_intervals_that_hold_them() -> No
     described = describe_evaluation(evaluate(draw_table(1)), ORIGIN, None)
     for name in compute_all_metrics(np.empty((0, 3)), np.empty(0, int)):
         low, high = described[f"{name}_ci95"]
-        assert 0 <= low <= high
-        assert low <= described[name] <= high or name == "ece_3class"
+        if name == "ece_3class":
+            assert (low, high) == (None, None)
+            assert "chance alone raises it" in described["ci95_absent"][name]
+        else:
+            assert 0 <= low <= described[name] <= high
     low, high = described["auc_ncp_ci95_delong"]
     assert low < described["auc_ncp"] < high
     assert described["notice"] == NOTICE
@@ -122,20 +132,19 @@ def test_a_faultless_ranking_is_warned_of() -> None:
 
 def test_a_comparison_meets_scan_by_scan_in_any_order() -> None:
     first, second = draw_table(1), draw_table(2)
-    backwards = Predictions(
-        "b.csv",
-        second.sha256,
-        second.scan_ids[::-1],
-        None,
-        second.labels[::-1],
-        second.folds,
-        second.fold_probabilities[:, ::-1],
+    backwards = replace(
+        second,
+        name="b.csv",
+        scan_ids=second.scan_ids[::-1],
+        labels=second.labels[::-1],
+        fold_probabilities=second.fold_probabilities[:, ::-1],
     )
     found, turned = compare(first, second), compare(first, backwards)
-    assert (found.aucs, found.decisions, found.intervals) == (turned.aucs, turned.decisions, turned.intervals)
+    assert (found.aucs, found.decisions, found.differences) == (turned.aucs, turned.decisions, turned.differences)
     right, other_right = (table.probabilities.argmax(axis=1) == table.labels for table in (first, second))
     assert found.decisions.num_only_first_right == sum(right & ~other_right)
     assert found.differences["accuracy_3class"] == pytest.approx(right.mean() - other_right.mean())
+    assert found.intervals["accuracy_3class"] == turned.intervals["accuracy_3class"]
 
 
 def test_a_comparison_of_other_scans_or_labels_is_refused() -> None:
@@ -150,6 +159,112 @@ def test_a_comparison_of_other_scans_or_labels_is_refused() -> None:
             read_predictions_table("a.csv", text.encode()),
             read_predictions_table("b.csv", text.replace("CP,", "NCP,").encode()),
         )
+
+
+@pytest.mark.parametrize(
+    ("column", "changed"), [("label", "b,Normal,0.8,0.1,0.1,p"), ("patient_id", "b,CP,0.8,0.1,0.1,z")]
+)
+def test_a_disagreement_of_two_tables_is_refused_by_both_rows(column: str, changed: str) -> None:
+    rows = ["a,NCP,0.8,0.1,0.1,q", "b,CP,0.8,0.1,0.1,p", "c,CP,0.8,0.1,0.1,r"]
+    tables = [
+        read_predictions_table(name, "\n".join([f"{HEADER},patient_id", *lines]).encode())
+        for name, lines in (("a.csv", rows), ("b.csv", [changed, rows[2], rows[0]]))
+    ]
+    complaint = rf"b\.csv: scan 'b' has another {column} than in a\.csv \(row 2 of the former, row 3 of the latter\)"
+    with pytest.raises(UsageError, match=complaint):
+        compare(*tables)
+
+
+def test_patients_that_only_the_second_table_names_are_asked_for() -> None:
+    row = "a,CP,0.8,0.1,0.1"
+    without = read_predictions_table("a.csv", f"{HEADER}\n{row}".encode())
+    named = read_predictions_table("b.csv", f"{HEADER},patient_id\n{row},p".encode())
+    with pytest.raises(UsageError, match=r"a\.csv: no column patient_id, which b\.csv has; add it"):
+        compare(without, named)
+    assert compare(named, without).second.patient_ids == ("p",)
+
+
+def test_few_patients_are_warned_of_however_many_scans_they_have() -> None:
+    """40 scans of each class, but the NCP ones of 2 patients: a third of resampled sets lack one of them or both."""
+    rows = [
+        f"{label}{number},{label},{probabilities},{label}{number % 2 if label == 'NCP' else number}"
+        for label, probabilities in (("CP", "0.8,0.1,0.1"), ("NCP", "0.1,0.8,0.1"), ("Normal", "0.3,0.3,0.4"))
+        for number in range(40)
+    ]
+    evaluation = evaluate(read_predictions_table("t.csv", "\n".join([f"{HEADER},patient_id", *rows]).encode()))
+    warnings = find_warnings(evaluation, ORIGIN)
+    assert any("Few patients (2 NCP)" in text for text in warnings)
+    assert any("accuracy_3class" in text and "no width" in text for text in warnings)
+
+
+def test_a_metric_without_interval_is_warned_of() -> None:
+    """One NCP patient of four: 0.75^4 = 32% of the sets lack him and leave his sensitivity undefined."""
+    rows = "\n".join(f"s{row},{'NCP' if row < 5 else 'CP'},0.6,0.4,0,p{max(0, row - 4)}" for row in range(8))
+    table = read_predictions_table("t.csv", f"{HEADER},patient_id\n{rows}\n".encode())
+    (warning,) = [text for text in find_warnings(evaluate(table), ORIGIN) if text.startswith("No interval")]
+    assert "sensitivity_ncp" in warning
+    assert "accuracy_3class" not in warning
+
+
+def make_runs(name: str, seeds: Sequence[int], shift: float, num_scans: int = 60) -> Predictions:
+    """Three folds a seed; each is a little off by chance, and all of them by `shift` towards the truth."""
+    labels = np.arange(num_scans) % 3
+    rows = []
+    for seed in seeds:
+        for fold in range(3):
+            rng = np.random.default_rng((fold, seed, len(name)))
+            logits = rng.normal(0, 0.3, (num_scans, 3)) + np.random.default_rng(1).normal(0, 1, (num_scans, 3))
+            values = np.exp(logits + (1 + shift) * np.eye(3)[labels])
+            for number, (label, row) in enumerate(zip(labels, values / values.sum(1, keepdims=True), strict=True)):
+                told = ",".join(map(repr, row.tolist()))
+                rows.append(f"s{number},{('CP', 'NCP', 'Normal')[label]},{told},{fold},{seed},p{number // 2}")
+    return read_predictions_table(name, "\n".join([f"{HEADER},fold,seed,patient_id", *rows]).encode())
+
+
+def test_several_seeds_are_paired_by_fold_and_seed() -> None:
+    first, second = make_runs("one.csv", (0, 1), 3.0), make_runs("other.csv", (1, 0), 0.0)
+    found = compare(first, second)
+    described = describe_comparison(found)["folds"]["accuracy_3class"]
+    assert (described["num_pairs"], described["num_seeds"], described["verdict"]) == (6, 2, "shown")
+    differences = [
+        (one.argmax(axis=1) == first.labels).mean() - (other.argmax(axis=1) == first.labels).mean()
+        for one, other in zip(first.fold_probabilities, second.fold_probabilities, strict=True)
+    ]
+    assert described["mean"] == pytest.approx(np.mean(differences))
+    assert 0 < found.intervals["accuracy_3class"].low < found.differences["accuracy_3class"]
+    assert found.differences["accuracy_3class"] < found.intervals["accuracy_3class"].high
+    assert described["p_value"] <= described["p_value_holm"] <= 5 * described["p_value"]
+    same = describe_evaluation(evaluate(first), ORIGIN, None)
+    assert (same["seeds"], same["num_seeds"], same["num_folds"], len(same["folds"])) == (["0", "1"], 2, 3, 6)
+    assert [(fold["fold"], fold["seed"]) for fold in same["folds"]][:3] == [("0", "0"), ("0", "1"), ("1", "0")]
+    assert "6 pairs of fold and seed, 2 seeds; p is corrected by Holm" in render_report(evaluate(first), ORIGIN, found)
+
+
+def test_one_seed_shows_nothing_and_the_report_says_for_this_training_seed() -> None:
+    first, second = make_runs("one.csv", [0], 3.0), make_runs("other.csv", [0], 0.0)
+    found = compare(first, second)
+    described = describe_comparison(found)["folds"]["accuracy_3class"]
+    assert (described["num_pairs"], described["num_seeds"]) == (3, 1)
+    assert (described["p_value"], described["verdict"]) == (None, "not shown")
+    assert "3 folds, for this training seed: another seed may" in render_report(evaluate(first), ORIGIN, found)
+
+
+def test_other_seeds_are_not_paired_and_the_report_says_so() -> None:
+    first, second = make_runs("one.csv", [0], 3.0), make_runs("other.csv", [1], 0.0)
+    found = compare(first, second)
+    assert found.folds == {}
+    assert "not compared fold by fold, as they have not the same folds and seeds" in render_report(
+        evaluate(first), ORIGIN, found
+    )
+
+
+def test_several_comparisons_of_a_report_are_corrected_together() -> None:
+    first = make_runs("one.csv", (0, 1), 1.0)
+    alone = [compare(first, make_runs(name, (0, 1), shift)) for name, shift in (("a.csv", 0.0), ("bb.csv", 0.7))]
+    one, other = correct_comparisons(alone)
+    low, high = sorted([alone[0].aucs.p_value, alone[1].aucs.p_value])
+    assert {one.p_delong, other.p_delong} == {min(1, 2 * low), max(min(1, 2 * low), high)}
+    assert min(one.p_folds[name] for name in TABLE_2) > min(alone[0].p_folds[name] for name in TABLE_2)
 
 
 def test_folds_are_paired_where_both_tables_have_the_same() -> None:
@@ -212,15 +327,42 @@ def test_a_hostile_scan_or_file_name_stays_text() -> None:
 
 def test_tables_carry_every_metric_and_the_notice() -> None:
     evaluation = evaluate(read_folds())
-    rows = list(csv.DictReader(io.StringIO(render_csv(evaluation))))
-    assert [row["metric"] for row in rows] == list(evaluation.metrics)
+    rows = list(csv.DictReader(io.StringIO(render_csv(evaluation, None))))
+    names = [row["metric"] for row in rows]
+    assert names[: len(evaluation.metrics)] == list(evaluation.metrics)
+    assert {name: float(row["value"]) for name, row in zip(names, rows, strict=True)}["scans_cp_called_normal"] == 1
     assert float(rows[0]["value"]) == 0.75
     assert (float(rows[0]["fold_0"]), float(rows[0]["fold_1"])) == (0.5, 1)
     assert {row["notice"] for row in rows} == {NOTICE}
-    tex = render_tex(evaluation)
-    assert tex.count(NOTICE) == 3
+    tex = render_tex(evaluation, None)
+    assert tex.count(NOTICE) == 5
     assert r"accuracy\_3class & 0.7500 ± 0.3536 & 0.9250 ± 0.0219 & " in tex
     assert r"95\% interval" in tex
+    assert r"true CP & 1 (50.0\%) & 0 (0.0\%) & 1 (50.0\%) & 2 \\" in tex
+    assert r"\begin{tabular}{lrrrrr}" in tex  # Table 3: names to the left, numbers to the right
+
+
+def test_a_comparison_is_in_the_tables_too() -> None:
+    first, second = make_runs("one.csv", (0, 1), 3.0), make_runs("oth_r.csv", (0, 1), 0.0)
+    evaluation, found = evaluate(first), compare(first, second)
+    rows = csv.DictReader(io.StringIO(render_csv(evaluation, found)))
+    (row,) = [row for row in rows if row["minus"] == "oth_r.csv" and row["metric"] == "auc_ncp"]
+    assert float(row["value"]) == pytest.approx(found.aucs.difference)
+    assert float(row["p_holm"]) == pytest.approx(found.aucs.p_value)
+    assert float(row["folds_mean"]) == pytest.approx(found.folds["auc_ncp"].mean)
+    tex = render_tex(evaluation, found)
+    assert r"\label{tab:comparison}" in tex
+    assert r"\label{tab:fold-differences}" in tex
+    bare = tex.replace(r"\%", "").replace(r"\_", "").replace(r"\#", "").replace("$-$", "")
+    lines = [line for line in bare.splitlines() if not line.startswith(("%", r"\label"))]
+    assert not [line for line in lines if set("%_#$−") & set(line)]  # what LaTeX would stumble over
+
+
+def test_a_report_without_folds_has_no_column_of_them() -> None:
+    rows = Cells(render_report(evaluate(draw_table(1)), ORIGIN, None)).rows
+    assert ["metric", "value", "95% interval", "what it is"] in rows
+    rows = Cells(render_report(evaluate(read_folds()), ORIGIN, None)).rows
+    assert ["metric", "value", "95% interval", "folds", "what it is"] in rows
 
 
 def test_the_papers_numbers_fit_each_other() -> None:
@@ -254,3 +396,32 @@ def test_the_authors_predictions_give_their_published_numbers(version: str) -> N
     assert {metric: round(described[metric], 4) for metric in TABLE_2} == PUBLISHED[version]
     rows = Cells(render_report(evaluation, ORIGIN, None)).rows
     assert {metric: float(_find(rows, metric)[1]) for metric in TABLE_2} == PUBLISHED[version]
+
+
+def read_ccii_with_patients(version: str) -> Predictions:
+    """The authors' predictions beside their own list of patients."""
+    table = pd.read_csv(CCII / f"predictions_{version}.csv", dtype=str)
+    patients = pd.read_csv(CCII / "scans.csv", dtype=str)[["scan_id", "patient_id"]]
+    text = table.merge(patients, on="scan_id", how="left").to_csv(index=False)
+    return read_predictions_table(f"{version}.csv", text.encode())
+
+
+@pytest.mark.skipif(not CCII.is_dir(), reason=f"{CCII} is absent")
+def test_the_authors_two_networks_are_compared_by_patient_delong_and_mcnemar() -> None:
+    first, second = read_ccii_with_patients("v1.1"), read_ccii_with_patients("v4.1")
+    described = describe_evaluation(evaluate(first), ORIGIN, None)
+    assert (described["ci95_clustered_by"], described["num_patients"]) == ("patient", 436)
+    assert {metric: round(described[metric], 4) for metric in TABLE_2} == PUBLISHED["v1.1"]
+    found = describe_comparison(compare(first, second))
+    is_ncp = first.labels == 1
+    aucs = [roc_auc_score(is_ncp, table.probabilities[:, 1]) for table in (first, second)]
+    assert found["auc_ncp_delong"]["difference"] == pytest.approx(aucs[0] - aucs[1])
+    right, other = (table.probabilities.argmax(axis=1) == table.labels for table in (first, second))
+    only, only_other = int((right & ~other).sum()), int((~right & other).sum())
+    assert found["decisions_mcnemar"] == {
+        "num_only_first_right": only,
+        "num_only_second_right": only_other,
+        "p_value": pytest.approx(scipy.stats.binomtest(only, only + only_other).pvalue),
+    }
+    low, high = found["differences_ci95"]["auc_ncp"]
+    assert low < found["auc_ncp_delong"]["difference"] < high

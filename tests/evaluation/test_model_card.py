@@ -61,4 +61,4 @@ def test_the_test_cohorts_figures_are_those_of_scikit_learn(tmp_path: Path) -> N
     assert "12 scans of 12 patients" in told
     assert "95% interval by patient" in told
     assert "Research use only" in told
-    assert "Few scans (4 CP, 4 NCP, 4 Normal)" in told
+    assert "Few patients (4 CP, 4 NCP, 4 Normal)" in told

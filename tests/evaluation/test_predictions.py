@@ -32,6 +32,7 @@ def read_csv(*rows: str, header: str = HEADER) -> Predictions:
         ([f"a,CP,{GOOD}", "b,CP,-0.1,1,0.1"], "row 3: prob_cp '-0.1' is negative"),
         (["a,CP,0,1.1,0"], "row 2: prob_ncp '1.1' is above 1"),
         ([f"a,CP,{GOOD}", "b,CP,0.2,0.7,0.102"], "row 3: prob_cp '0.2' and the other two do not add up to 1"),
+        ([f"a,CP,{GOOD}", "b,CP,0.2,0.7,0.098"], "row 3: prob_cp '0.2' and the other two do not add up to 1"),
         ([f"a,CP,{GOOD}", f"b,CP,{GOOD}", f"a,CP,{GOOD}"], "row 4: scan_id 'a' is also in an earlier row; keep one"),
         ([f"a,CP,{GOOD}", f"a ,CP,{GOOD}"], "row 3: scan_id 'a ' begins or ends with white space"),
         (["a,CP,0.2,0.7"], "row 2: 4 cells, but the header has 5"),
@@ -84,6 +85,55 @@ def test_defects_between_folds_are_refused_by_their_row(rows: list[str], complai
         read_csv(*rows, header=FOLDS)
 
 
+SEEDS = f"{HEADER},fold,seed"
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([f"a,CP,{GOOD},0,"], "row 2: seed '' is empty; name the seed"),
+        (
+            [f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},0,1"],
+            "row 3: scan_id 'a' is also in an earlier row of this fold and seed",
+        ),
+        ([f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},0,01"], "row 3: seed '01' is an earlier seed's number, written otherwise"),
+        (
+            [f"a,CP,{GOOD},0,1", f"b,CP,{GOOD},0,1", f"a,CP,{GOOD},0,2"],
+            "row 3: scan_id 'b' is in fold '0' of seed '1' but not in fold '0' of seed '2'",
+        ),
+        (
+            [f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},0,2", f"a,CP,{GOOD},1,1"],
+            "fold '1' has 1 seeds, but fold '0' has 2; give every fold as many seeds",
+        ),
+    ],
+)
+def test_defects_between_seeds_are_refused(rows: list[str], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        read_csv(*rows, header=SEEDS)
+
+
+def test_seeds_without_folds_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"t\.csv: column seed without column fold; add it"):
+        read_csv(f"a,CP,{GOOD},1", header=f"{HEADER},seed")
+
+
+def test_models_are_in_the_order_of_folds_then_of_seeds() -> None:
+    rows = {("1", "10"): 0.1, ("0", "2"): 0.2, ("1", "2"): 0.3, ("0", "10"): 0.4}
+    table = read_csv(
+        *(f"a,CP,{1 - value},{value},0,{fold},{seed}" for (fold, seed), value in rows.items()), header=SEEDS
+    )
+    assert table.members == [("0", "2"), ("0", "10"), ("1", "2"), ("1", "10")]
+    assert table.fold_probabilities[:, 0, 1].tolist() == [0.2, 0.4, 0.3, 0.1]
+    assert table.probabilities[0] == pytest.approx([0.75, 0.25, 0])
+    assert (table.num_folds, table.num_seeds) == (2, 2)
+    assert table.member_names[0] == "fold 0 seed 2"
+
+
+def test_a_seed_that_is_another_in_each_fold_is_one_training_of_each() -> None:
+    table = read_csv(f"a,CP,{GOOD},0,0", f"a,CP,{GOOD},1,1", header=SEEDS)
+    assert (table.num_folds, table.num_seeds, table.member_names) == (2, 1, ["fold 0", "fold 1"])
+
+
 def test_folds_in_any_order_of_rows_meet_scan_by_scan() -> None:
     table = read_csv(
         "b,NCP,0.1,0.8,0.1,10,007",
@@ -115,8 +165,10 @@ def test_parquet_reads_as_csv_does() -> None:
         read_predictions_table("t.parquet", buffer.getvalue())
 
 
-def test_three_printed_decimals_are_near_enough_to_one() -> None:
-    assert read_csv("a,CP,0.333,0.333,0.333").scan_ids == ("a",)
+@pytest.mark.parametrize("printed", ["0.333,0.333,0.333", "0.334,0.334,0.333"])
+def test_three_printed_decimals_are_near_enough_to_one(printed: str) -> None:
+    """Of three thirds, and of 0.3336, 0.3336 and 0.3328."""
+    assert read_csv(f"a,CP,{printed}").scan_ids == ("a",)
 
 
 @pytest.mark.skipif(not CCII.is_dir(), reason=f"{CCII} is absent")

@@ -1,6 +1,7 @@
 """The paper's comparison from the command line: each network as if alone, pairs by scikit-learn, tables counted."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,92 @@ def test_a_damaged_history_is_refused_by_name(
     (bundles / "darnet-ca" / "metrics.jsonl").write_text("{half")
     assert run("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
     assert "darnet-ca/metrics.jsonl: not a line of JSON an epoch" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def seeds(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on two networks, each trained with two seeds."""
+    home = tmp_path_factory.mktemp("seeds")
+    for seed in (0, 1):
+        for attentions in NETWORKS[::3]:
+            folder = home / "bundles" / f"seed{seed}" / name_model(ModelConfig(**attentions))
+            write_random_bundle(folder, f"v{seed}", attentions=attentions, seed=seed)
+    assert run("--model", home / "bundles", "--volumes", places["volumes"], "--out", home / "out") == 0
+    return home
+
+
+def test_bundles_of_several_seeds_are_paired_by_fold_and_seed(seeds: Path) -> None:
+    metrics = json.loads((seeds / "out" / "metrics.json").read_text())
+    assert list(metrics["networks"]) == ["ResNet18", "DA+CA"]
+    assert (metrics["seeds"], metrics["num_seeds"], metrics["num_folds"]) == (["0", "1"], 2, 5)
+    assert metrics["model_version"] == "v0, v1"
+    (pair,) = metrics["comparisons"]
+    assert {(item["num_pairs"], item["num_seeds"]) for item in pair["folds"].values()} == {(10, 2)}
+    accuracies = {}
+    for model in ("darnet-plain", "darnet-da-ca"):
+        table = pd.read_parquet(seeds / "out" / f"predictions-{model}.parquet")
+        called = table[["prob_cp", "prob_ncp", "prob_normal"]].to_numpy().argmax(axis=1)
+        is_right = np.array(["CP", "NCP", "Normal"])[called] == table["label"]
+        accuracies[model] = is_right.groupby([table["fold"], table["seed"]]).mean()
+        assert len(accuracies[model]) == 10
+    difference = accuracies["darnet-da-ca"] - accuracies["darnet-plain"]
+    assert pair["folds"]["accuracy_3class"]["mean"] == pytest.approx(difference.mean())
+    report = (seeds / "out" / "report.html").read_text()
+    assert "each of 10 fold models (5 folds, 2 seeds)" in report
+    assert "or this training seed" not in report
+
+
+def test_each_seed_says_in_company_what_it_says_alone(seeds: Path, places: dict[str, Path], tmp_path: Path) -> None:
+    alone = seeds / "bundles" / "seed1" / "darnet-da-ca"
+    assert run("--model", alone, "--volumes", places["volumes"], "--out", tmp_path) == 0
+    together = pd.read_parquet(seeds / "out" / "predictions-darnet-da-ca.parquet").query("seed == 1")
+    expected = pd.read_parquet(tmp_path / "predictions.parquet")
+    pd.testing.assert_frame_equal(together.reset_index(drop=True), expected)
+
+
+def test_networks_of_other_seeds_than_the_rest_are_refused(
+    seeds: Path, places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = tmp_path / "bundles"
+    shutil.copytree(seeds / "bundles", bundles)
+    shutil.rmtree(bundles / "seed1" / "darnet-plain")
+    assert run("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
+    assert "DA+CA has other folds or seeds" in capsys.readouterr().err
+
+
+def test_a_training_that_differs_in_more_than_its_seed_is_refused(
+    seeds: Path, places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(seeds / "bundles" / "seed0", tmp_path / "bundles" / "seed0")
+    other = tmp_path / "bundles" / "seed1" / "darnet-da-ca"
+    write_random_bundle(other, "v1", attentions=NETWORKS[3], seed=1)
+    manifest = json.loads((other / "bundle.json").read_text())
+    (other / "bundle.json").write_text(json.dumps(manifest | {"cohort_sha256": "1" * 64}))
+    assert run("--model", tmp_path / "bundles", "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
+    assert "darnet-da-ca: v0 and v1 differ in more than train.seed" in capsys.readouterr().err
+
+
+def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, Path], metrics: dict[str, Any]) -> None:
+    verdicts = {item["verdict"] for pair in metrics["comparisons"] for item in pair["folds"].values()}
+    assert verdicts == {"not shown"}
+    report = (places["out"] / "report.html").read_text()
+    assert "with one training seed none can be" in report
+    assert report.count("or this training seed") == 5 + len(metrics["comparisons"])
+
+
+def test_p_values_of_a_study_are_corrected_for_its_pairs(metrics: dict[str, Any], places: dict[str, Path]) -> None:
+    pairs = metrics["comparisons"]
+    for name in ("auc_ncp_delong", "decisions_mcnemar"):
+        order = sorted(pairs, key=lambda pair: pair[name]["p_value"])
+        least = order[0]["holm"][name]["p_value"]
+        assert least == pytest.approx(min(1, len(pairs) * order[0][name]["p_value"]))
+    table = pd.read_csv(places["out"] / "tables.csv")
+    row = table[(table["network"] == "DA") & (table["minus"] == "ResNet18") & (table["metric"] == "auc_ncp")].iloc[0]
+    (pair,) = [pair for pair in pairs if (pair["first"], pair["second"]) == ("DA", "ResNet18")]
+    assert row["p_holm"] == pytest.approx(pair["holm"]["auc_ncp_delong"]["p_value"])
+    tex = (places["out"] / "tables.tex").read_text()
+    for label in ("confusion-DA", "folds-DA", "auc-pairs", "decision-pairs", "folds-DA-ResNet18"):
+        assert rf"\label{{tab:{label}}}" in tex
 
 
 @pytest.mark.browser

@@ -1,0 +1,119 @@
+"""The measured activation maps of a study as people read them: a `Study` enters, a section of its page leaves."""
+
+from collections.abc import Sequence
+
+from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, MapStudy
+from darnet.evaluation.intervals import MIN_PAIRS
+from darnet.evaluation.study import Study
+from darnet.evaluation.tabulate import format_difference, format_interval, format_metric
+from darnet.page import Cell, HtmlTable, Section
+
+UNMEASURED = (
+    "No truth about lesions was given (--truth), so the maps are not measured: a figure of chosen cases shows what "
+    "maps can look like, not how often they find disease."
+)
+MEASURED = (
+    "Where lesions are known, maps of the true class are held against them. By chance: a map spread evenly over the "
+    "scan, a peak at any voxel of the lungs, and for Dice the whole of both lungs. The intervals cover chance in the "
+    "choice of patients, not another training of the same networks. Phantoms’ lesions are simple: what holds on them "
+    "need not hold in patients."
+)
+DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))
+
+
+def describe_measured_maps(study: Study) -> list[Section]:
+    """How far maps lie where disease was planted, or why that is not known."""
+    if not study.maps:
+        return [Section("Activation maps measured", UNMEASURED)]
+    text = [
+        MEASURED,
+        _doubt_maps(study),
+        *(_judge_depth_attention(maps) for maps in study.maps),
+        _judge_redrawn(study.maps),
+    ]
+    tables = [table for maps in study.maps for table in (tabulate_maps(maps), tabulate_map_differences(maps))]
+    return [Section("Activation maps measured", "\n\n".join(filter(None, text)), tables)]
+
+
+def _doubt_maps(study: Study) -> str:
+    """Name the networks whose maps explain nothing, as they were not shown to know NCP from the rest."""
+    intervals = {name: item.intervals["auc_ncp"] for name, item in study.evaluations.items()}
+    doubtful = [name for name, interval in intervals.items() if not interval.low > 0.5]
+    if not doubtful:
+        return ""
+    return (
+        f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest better than chance (the interval of auc_ncp "
+        "reaches 0.5). Where a network has not learnt, its maps say little, and so does a comparison with them."
+    )
+
+
+def tabulate_maps(maps: MapStudy) -> HtmlTable:
+    """Each measure of each network, beside what ignorance reaches."""
+    rows: list[Sequence[Cell]] = []
+    for measure in MEASURES:
+        estimates = [measured[measure] for measured in maps.measured.values()]
+        rows.append([measure, format_metric(maps.chance[measure]), *(format_metric(item.mean) for item in estimates)])
+        rows.append(["95% interval", None, *(format_interval(item.interval) for item in estimates)])
+    if maps.redrawn:
+        rows.append(["redrawn: rank correlation", None, *(format_metric(item.mean) for item in maps.redrawn.values())])
+        rows.append(["95% interval", None, *(format_interval(item.interval) for item in maps.redrawn.values())])
+    caption = (
+        f"Maps of {maps.diagnosis} on the {maps.num_scans} {maps.diagnosis} test scans with known lesions: "
+        + "; ".join(f"{name} is the {meaning}" for name, meaning in MEASURES.items())
+        + ". Means over scans, percentile intervals by patient."
+    )
+    return HtmlTable(["", "by chance", *maps.measured], rows, caption)
+
+
+def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
+    """What one network's maps have over another's."""
+    rows: list[Sequence[Cell]] = [
+        [
+            f"{item.first} − {item.second}",
+            item.measure,
+            *format_difference(item.estimate.mean, item.estimate.interval),
+        ]
+        for item in maps.differences
+    ]
+    caption = (
+        f"Differences on the same {maps.diagnosis} scans, paired bootstrap by patient; the intervals are widened "
+        f"(Bonferroni) for {len(maps.differences)} differences, and undefined with fewer than {MIN_PAIRS} patients."
+    )
+    return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
+
+
+def _judge_depth_attention(maps: MapStudy) -> str:
+    """Whether DA helps maps find lesions, in plain words."""
+    depth = [item for item in maps.differences if (item.first, item.second) in DEPTH_PAIRS]
+    if not depth:
+        return f"{maps.diagnosis}: whether depth attention helps cannot be said without networks with and without it."
+    parts = [
+        f"{item.measure} {'better' if item.estimate.mean > 0 else 'worse'} ({item.first} − {item.second})"
+        for item in depth
+        if item.verdict == "shown"
+    ]
+    if not parts:
+        return (
+            f"{maps.diagnosis}: that depth attention helps maps find lesions is not shown; no measure differs by more "
+            "than chance, with channel attention or without."
+        )
+    rest = len(depth) - len(parts)
+    return (
+        f"{maps.diagnosis}: with depth attention, {'; '.join(parts)}. In the other {rest} of {len(depth)} comparisons "
+        "a difference is not shown."
+    )
+
+
+def _judge_redrawn(studies: Sequence[MapStudy]) -> str:
+    """Whether the maps depend on what was learnt."""
+    redrawn = {name: item for maps in studies for name, item in maps.redrawn.items()}
+    if not redrawn:
+        return ""
+    alike = [name for name, item in redrawn.items() if not abs(item.mean) < CHANGED_BELOW]
+    told = "their mean rank correlation with the maps before stands in the table"
+    if alike:
+        return (
+            f"Sanity check: of {', '.join(alike)}, maps stay alike (rank correlation {CHANGED_BELOW} or more, or none) "
+            f"after last stage and head were drawn anew: they show little of what was learnt there; {told}."
+        )
+    return f"Sanity check: the maps of every network change when last stage and head are drawn anew; {told}."
