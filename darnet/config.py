@@ -382,6 +382,8 @@ class EvaluateSettings(Settings):
     """Folder written by jobs.prepare, whose test cohort the bundle is measured on."""
     truth: str | None = None
     """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, to measure activation maps by."""
+    audit: str | None = None
+    """Folder or s3://bucket/prefix that jobs.prepare --audit wrote of this cohort, to tell of it in the report."""
     compare: str | None = None
     """A second predictions table of the same scans to compare with."""
     replicates: int = Field(2000, ge=2000)

@@ -31,6 +31,7 @@ def work(settings: PaperSettings) -> dict[str, Any]:
         volumes=str(volumes),
         out=str(report),
         truth=settings.truth,
+        audit=str(out / "audit"),
         replicates=settings.replicates,
         **tree,
     )

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from darnet.auditing.report import describe_audit
 from darnet.bundle import (
     Bundle,
     BundleManifest,
@@ -47,14 +48,14 @@ from darnet.evaluation.tabulate import format_interval, format_metric, render_cs
 from darnet.evaluation.truth import Truth, read_truths
 from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
-from darnet.page import figure_to_png
+from darnet.page import Section, figure_to_png
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
-PLACES = {"out", "predictions", "model", "volumes", "truth", "compare"}  # where things lie changes no number
+PLACES = {"out", "predictions", "model", "volumes", "truth", "compare", "audit"}  # where things lie changes no number
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -72,6 +73,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
         bundles = find_bundles(open_store(settings.model))
         if len(bundles) > 1:
             return _run_study(settings, bundles, out)
+    audit = _read_audit(settings)
     second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
     predictions, origin = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
@@ -81,7 +83,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     files = {
         "tables.csv": render_csv(evaluation, comparison).encode(),
         "tables.tex": render_tex(evaluation, comparison).encode(),
-        "report.html": render_report(evaluation, origin, comparison).encode(),
+        "report.html": render_report(evaluation, origin, comparison, audit).encode(),
     }
     _show(evaluation, origin)
     return _publish(out, described, files, evaluation)
@@ -91,7 +93,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     if settings.compare is not None:
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     index = _open_volumes(settings)
-    truths = _read_truths(settings, index)
+    truths, audit = _read_truths(settings, index), _read_audit(settings)
     trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
     for place in places:
         bundle = read_bundle(place)
@@ -111,7 +113,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         "tables.csv": render_study_csv(study).encode(),
         "tables.tex": render_study_tex(study).encode(),
         **({"fig2.png": figure_to_png(draw_cases(study))} if study.cases else {}),
-        "report.html": render_study(study).encode(),
+        "report.html": render_study(study, audit).encode(),
     }
     for name, run in study.runs.items():
         _show(study.evaluations[name], run.origin)
@@ -177,6 +179,14 @@ def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, T
         return {}
     scan_ids = index.frame.loc[index.frame["cohort"] == "test", "scan_id"].tolist()
     return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
+
+
+def _read_audit(settings: EvaluateSettings) -> list[Section]:
+    """What jobs.prepare --audit found, if the settings say where that is."""
+    if settings.audit is None:
+        return []
+    _, data = read_file(f"{settings.audit}/audit.json", "folder that jobs.prepare --audit wrote")
+    return [describe_audit(json.loads(data))]
 
 
 def _load_on_device(bundle: Bundle) -> list[DARNet]:

@@ -51,8 +51,10 @@ PRINTED = (
 )
 
 
-def render_report(evaluation: Evaluation, origin: Origin, comparison: Comparison | None) -> str:
-    """The whole of report.html."""
+def render_report(
+    evaluation: Evaluation, origin: Origin, comparison: Comparison | None, audit: Sequence[Section] = ()
+) -> str:
+    """The whole of report.html; `audit` tells what is known of the data."""
     sections = [
         describe_input(evaluation, origin),
         _describe_metrics(evaluation),
@@ -61,6 +63,7 @@ def render_report(evaluation: Evaluation, origin: Origin, comparison: Comparison
         _describe_pictures(evaluation),
         *(Section("Folds", "", [table]) for table in tabulate_folds(evaluation)),
         *([] if comparison is None else [_describe_comparison(evaluation, comparison)]),
+        *audit,
         Section("What these numbers are and are not", LIMITS.format(cluster=evaluation.clustered_by)),
     ]
     return render_page(f"DARNet evaluation: {origin.subject}", _summarise(evaluation), sections)

@@ -54,12 +54,13 @@ CASES_CAPTION = (
 )
 
 
-def render_study(study: Study) -> str:
-    """The whole of report.html."""
+def render_study(study: Study, audit: Sequence[Section] = ()) -> str:
+    """The whole of report.html; `audit` tells what is known of the data."""
     full = study.evaluations[study.full]
     sections = [
         describe_input(full, study.runs[study.full].origin),
         Section("Table 1: the cohorts", PRINTED, [tabulate_cohorts(study)]),
+        *audit,
         Section("Table 2: the full network and the baseline", "", [tabulate_full(study)]),
         _describe_networks(study),
         _describe_rocs(study),

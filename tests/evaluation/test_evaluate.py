@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
+from darnet.auditing.audit import audit_cohort
+from darnet.auditing.report import write_audit
 from darnet.bundle import load_networks, read_bundle
-from darnet.config import EvaluateSettings, VolumeConfig
+from darnet.cohort import read_cohort
+from darnet.config import EvaluateSettings, PrepareSettings, VolumeConfig
 from darnet.dataset import write_index
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
@@ -104,6 +107,29 @@ def test_a_comparison_is_in_metrics_and_report(tmp_path: Path, capsys: pytest.Ca
     assert comparison["differences"]["accuracy_3class"] == -0.25
     assert comparison["holm"]["decisions_mcnemar"] == {"p_value": 1, "verdict": "not shown"}
     assert "<h2>Comparison</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_audit_of_the_data_is_told_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A leak of one patient, and a property that gives the diagnosis away."""
+    lines = [
+        f"{name}{index},{name}{index},{name},,{width}"
+        for name, width in (("CP", 1), ("NCP", 2), ("Normal", 9))
+        for index in range(30)
+    ]
+    cohort = "scan_id,patient_id,diagnosis,cohort,width\n" + "\n".join(
+        line.replace(",,", ",test," if index % 3 == 0 else ",train,") for index, line in enumerate(lines)
+    )
+    audit = PrepareSettings(cohort="cohort.csv", audit=True, out=str(tmp_path / "audit"))
+    table = cohort.replace("CP1,CP1,", "CP1,CP0,").encode()
+    write_audit(audit_cohort(read_cohort("cohort.csv", table), audit), audit.out)
+    places = ("--predictions", write_table(tmp_path / "t.csv"), "--out", tmp_path / "out")
+    run(capsys, *places, "--audit", tmp_path / "audit")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "By cohort.csv. 90 scans of 89 patients. 1 of the 30 test patients (1 of 30 test scans) also have" in page
+    assert "lower in CP" in page
+    summary, told = run(capsys, *places, "--audit", tmp_path / "nowhere")
+    assert summary["exit_code"] == 2
+    assert "nowhere/audit.json: no such file; name a folder that jobs.prepare --audit wrote" in told
 
 
 @pytest.mark.parametrize(
