@@ -6,7 +6,7 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling bench-workers bench-loading walk-publishing lint
-.PHONY: format clean
+.PHONY: bench-fetching bench-memory bench-poison format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ walk-publishing: $(ENVIRONMENT) ## every way two or three runs can meet in the r
 
 bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its scans
 	@$(BIN)/python -m tests.bench.loading
+
+bench-fetching: $(ENVIRONMENT) ## a source of small slices fetched one after another, and side by side
+	@$(BIN)/python -m tests.bench.fetching
 
 bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
 	@$(BIN)/python -m tests.bench.workers
