@@ -746,6 +746,16 @@ def test_a_damaged_image_spoils_its_folder_also_where_linear_reads_nothing(inges
     assert (scan.status, scan.status_detail) == (Status.BAD_TRUNCATED, "3.png: slice image ends early")
 
 
+def test_images_above_the_limit_are_refused_before_any_pixel_is_decoded(ingest: Ingest, tmp_path: Path) -> None:
+    """A TIFF is decoded to see whether it is whole; a few bytes of it may be gigabytes then."""
+    _write_images(tmp_path / "archive" / "a", ".tif", DISPLAY)
+    _garble(tmp_path / "archive" / "a" / "3.tif")
+    (damaged,) = ingest()
+    assert (damaged.status, damaged.status_detail) == (Status.BAD_PIXELS, "3.tif: slice does not decode")
+    (large,) = ingest(Road(VOLUME, DecodeConfig(max_scan_bytes=1000)))
+    assert (large.status, large.status_detail) == (Status.BAD_LIMIT, "more than 1000 bytes decoded")
+
+
 def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ingest, tmp_path: Path) -> None:
     test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
     (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
