@@ -54,6 +54,10 @@ bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its sca
 bench-fetching: $(ENVIRONMENT) ## a source of small slices fetched one after another, and side by side
 	@$(BIN)/python -m tests.bench.fetching
 
+bench-poison: $(ENVIRONMENT) ## a night with scans that kill, stall or starve their reader; NUM_SCANS=2000 NUM_POISONOUS=100
+	@$(BIN)/python -m tests.bench.poison $(if $(NUM_SCANS),--scans $(NUM_SCANS)) \
+		$(if $(NUM_POISONOUS),--poisonous $(NUM_POISONOUS))
+
 bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
 	@$(BIN)/python -m tests.bench.workers
 
