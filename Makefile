@@ -54,6 +54,9 @@ bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its sca
 bench-fetching: $(ENVIRONMENT) ## a source of small slices fetched one after another, and side by side
 	@$(BIN)/python -m tests.bench.fetching
 
+bench-memory: $(ENVIRONMENT) ## what a worker and its decoding child hold while small scans pass; NUM_SCANS=10000
+	@$(BIN)/python -m tests.bench.memory $(if $(NUM_SCANS),--scans $(NUM_SCANS))
+
 bench-poison: $(ENVIRONMENT) ## a night with scans that kill, stall or starve their reader; NUM_SCANS=2000 NUM_POISONOUS=100
 	@$(BIN)/python -m tests.bench.poison $(if $(NUM_SCANS),--scans $(NUM_SCANS)) \
 		$(if $(NUM_POISONOUS),--poisonous $(NUM_POISONOUS))
