@@ -1,5 +1,6 @@
 """The night's page tells what the rows hold, whatever they hold, and needs nothing from anywhere."""
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_scans_to_look_at_are_the_outermost() -> None:
         make_row(f"s{index}", probability_ncp=ncp, fold_std_ncp=std, cam_in_lung_fraction=inside, cam_peak_slice=7)
         for index, (ncp, std, inside) in enumerate(facts)
     ]
-    page = render(tonight, [], s1=HtmlFigure("<svg/>", "a thumbnail"))
+    page = render(tonight, [], s1=HtmlFigure(b"pixels", "a thumbnail"))
     tables = re.findall(r"<caption><span>(.*?)</span>(.*?)</table>", page, re.DOTALL)
     order = {caption[:7]: re.findall(r'row" class="\w+">(s\d)<', body) for caption, body in tables}
     assert order["Highest"] == ["s0", "s1", "s2", "s3"]
@@ -68,6 +69,7 @@ def test_scans_to_look_at_are_the_outermost() -> None:
     assert order["Predict"] == ["s2", "s1"]
     assert find_rows(page, "s1")[0] == ["NCP", "0.8000", "0.2000", "40.0%", "7"]
     assert page.count("a thumbnail") == 2  # once to see, once to hear
+    assert f'src="data:image/jpeg;base64,{base64.b64encode(b"pixels").decode()}"' in page
 
 
 def test_the_slowest_stage_and_its_scan_come_first() -> None:
