@@ -140,8 +140,8 @@ def make_thumbnail(picture: bytes) -> bytes:
 def _describe(row: Mapping[str, Any]) -> str:
     probability = row[f"probability_{row['prediction'].lower()}"]
     return (
-        f"{row['scan_id']}: slice {int(row['cam_peak_slice'])} (from 0), and under the map of {row['prediction']}, "
-        f"probability {probability:.4f}. The patient's right is on the left."
+        f"{row['scan_id']}: slice {int(row['cam_peak_slice'])} (the first is 0), bare and under the map of "
+        f"{row['prediction']}, probability {probability:.4f}. The patient's right is on the left."
     )
 
 

@@ -158,7 +158,7 @@ def test_a_thumbnail_is_the_middle_slice_beside_its_map(tmp_path: Path) -> None:
     thumbnails = images.read_thumbnails([row, make_row("another")])
     assert list(thumbnails) == ["ct/Doe^Jane"]
     figure = thumbnails["ct/Doe^Jane"]
-    assert "slice 16 (from 0)" in figure.caption
+    assert "slice 16 (the first is 0)" in figure.caption
     assert "NCP, probability 0.7000" in figure.caption
     assert isinstance(figure.picture, bytes)
     small = cv2.imdecode(np.frombuffer(figure.picture, np.uint8), cv2.IMREAD_COLOR).astype(int)
