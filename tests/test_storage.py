@@ -387,6 +387,17 @@ def test_a_transfer_that_keeps_breaking_is_a_storage_row(tmp_path: Path) -> None
     assert caught.value.status is Status.ERR_STORAGE
 
 
+def test_an_answer_without_a_length_that_ends_early_is_a_storage_row(tmp_path: Path) -> None:
+    client = connect_stub()
+    stub = Stubber(client)
+    response = {"Body": StreamingBody(io.BytesIO(b"0123"), None), "ETag": '"tag"'}
+    stub.add_response("get_object", response, {"Bucket": "bucket", "Key": "a", "IfMatch": ANY})
+    stub.activate()
+    with pytest.raises(ScanError, match="4 of 8 bytes came") as caught:
+        S3Store("bucket", "", lambda: client).fetch(StoredObject("a", 8, "tag"), tmp_path / "copy")
+    assert caught.value.status is Status.ERR_STORAGE
+
+
 # A server that does not keep its word
 
 
