@@ -6,6 +6,8 @@ copied as from a bucket. Some are spoiled, none so that it ends the child, which
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import pickle
@@ -37,6 +39,8 @@ from darnet.terminal import print_table
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
 from tests.poison_fixtures import link_copy, write_sound
+
+COLUMNS = {"worker": 2, "child": 3, "worker_in_use": 4}  # of a line of `measure`
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,36 @@ def score_all(folder: Path, batch_size: int) -> Iterator[dict[str, Any]]:
 
 
 def measure(rows: Iterator[dict[str, Any]], step: int) -> Iterator[list[Any]]:
-    """After every `step` scans: scans, statuses so far, MiB of this process and of its child, open files."""
+    """After every `step` scans: scans, statuses so far, MiB of this process and its child, MiB in use of the first.
+
+    What malloc has handed out tells a leak from a heap with holes, which grows by steps; so does the number of objects.
+    """
     statuses: Counter[str] = Counter()
     while found := list(islice(rows, step)):
         statuses.update(row["status"] for row in found)
         (child,) = _find_children(os.getpid())
         sizes = [round(_read_resident_bytes(process) / 2**20, 1) for process in (os.getpid(), child)]
-        yield [statuses.total(), dict(statuses), *sizes, sum(1 for _ in Path("/proc/self/fd").iterdir())]
+        gc.collect()
+        in_use = round(_count_malloc_bytes() / 2**20, 1)
+        num_files = sum(1 for _ in Path("/proc/self/fd").iterdir())
+        yield [statuses.total(), dict(statuses), *sizes, in_use, len(gc.get_objects()), num_files]
+
+
+class _MallocInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def _count_malloc_bytes() -> int:
+    """Bytes that this process has asked malloc for and not given back."""
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = _MallocInfo
+    found = library.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 def _read_resident_bytes(process: int) -> int:
@@ -140,9 +167,9 @@ def main(arguments: list[str]) -> int:
         for line in measure(score_all(folder, chosen.batch_size), chosen.step):
             print(*line, flush=True)
             lines.append(line)
-    header = ["scans", "worker, MiB", "child, MiB", "open files"]
+    header = ["scans", "worker, MiB", "child, MiB", "worker in use, MiB", "objects", "open files"]
     print_table("memory of one worker", header, [[str(value) for value in (line[0], *line[2:])] for line in lines])
-    grown = {place: round(lines[-1][column] - lines[0][column], 1) for place, column in (("worker", 2), ("child", 3))}
+    grown = {place: round(lines[-1][column] - lines[0][column], 1) for place, column in COLUMNS.items()}
     print(json.dumps({"scans": lines[-1][0], "statuses": lines[-1][1], "grown_mib": grown}))
     return 0
 
