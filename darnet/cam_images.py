@@ -90,7 +90,7 @@ def is_chosen(row: Mapping[str, Any], choice: CamChoice) -> bool:
 def name_image(row: Mapping[str, Any]) -> str:
     """`<run_id>/<SHA-256 in hex of input_sha256 followed by scan_id>.png`: nobody reads a patient's name from it.
 
-    The digest of a file name alone could be found by trying names; input_sha256 depends on the bytes.
+    The digest of a file name alone could be found by trying names; input_sha256 holds ETags or times as well.
     """
     digest = hashlib.sha256(f"{row['input_sha256']}{row['scan_id']}".encode())
     return f"{row['run_id']}/{digest.hexdigest()}.png"

@@ -202,7 +202,7 @@ th.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 figure { margin: .8rem 0; flex: 1 1 20rem; max-width: 29.5rem; }
 figure.wide { flex-basis: 100%; max-width: none; }
 img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; overflow-wrap: anywhere; }
 footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); color: var(--soft); }
 @media (max-width: 40rem) {
   body { padding: 1rem .8rem 2rem; }

@@ -104,7 +104,8 @@ def score_all(folder: Path, batch_size: int) -> Iterator[dict[str, Any]]:
 def measure(rows: Iterator[dict[str, Any]], step: int) -> Iterator[list[Any]]:
     """After every `step` scans: scans, statuses so far, MiB of this process and its child, MiB in use of the first.
 
-    What malloc has handed out tells a leak from a heap with holes, which grows by steps; so does the number of objects.
+    What malloc has handed out of its main heap tells a leak from a heap with holes, which grows by steps; so does the
+    number of Python's objects.
     """
     statuses: Counter[str] = Counter()
     while found := list(islice(rows, step)):
@@ -127,7 +128,7 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _count_malloc_bytes() -> int:
-    """Bytes that this process has asked malloc for and not given back."""
+    """Bytes of malloc's main heap that this process has asked for and not given back; threads have heaps of their own."""
     library = ctypes.CDLL(None)
     library.mallinfo2.restype = _MallocInfo
     found = library.mallinfo2()
