@@ -5,8 +5,8 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo paper-smoke test test-slow bench-resampling bench-workers bench-loading walk-publishing bench-kills
-.PHONY: lint format clean
+.PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
+.PHONY: bench-memory bench-poison bench-workers bench-kills lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,16 @@ walk-publishing: $(ENVIRONMENT) ## every way two or three runs can meet in the r
 
 bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its scans
 	@$(BIN)/python -m tests.bench.loading
+
+bench-fetching: $(ENVIRONMENT) ## a source of small slices fetched one after another, and side by side
+	@$(BIN)/python -m tests.bench.fetching
+
+bench-memory: $(ENVIRONMENT) ## what a worker and its decoding child hold while small scans pass; NUM_SCANS=10000
+	@$(BIN)/python -m tests.bench.memory $(if $(NUM_SCANS),--scans $(NUM_SCANS))
+
+bench-poison: $(ENVIRONMENT) ## a night with scans that kill, stall or starve their reader; NUM_SCANS=2000 NUM_POISONOUS=100
+	@$(BIN)/python -m tests.bench.poison $(if $(NUM_SCANS),--scans $(NUM_SCANS)) \
+		$(if $(NUM_POISONOUS),--poisonous $(NUM_POISONOUS))
 
 bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
 	@$(BIN)/python -m tests.bench.workers

@@ -225,6 +225,23 @@ class ScoreConfig(GateConfig):
     decode: DecodeConfig = DecodeConfig()
 
 
+class CamChoice(Section):
+    """Of which scored scans a picture of CT and class map is kept. Source: ours."""
+
+    predictions: tuple[Literal["CP", "NCP", "Normal"], ...] = ("NCP",)
+    """Classes they are predicted to have, such as CP,NCP."""
+    probability: tuple[float, float] = (0.0, 1.0)
+    """The least and the highest probability of the predicted class."""
+    share: float = Field(1.0, ge=0, le=1)
+    """Share of these scans, drawn by scan_id: the same ones every night, and more of them the larger it is."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 <= self.probability[0] <= self.probability[1] <= 1:
+            raise ValueError(f"probability {self.probability}: give two numbers from 0 to 1, the lower first")
+        return self
+
+
 def fingerprint(section: BaseModel) -> str:
     """SHA-256 of the settings' canonical JSON."""
     return digest_json(section.model_dump(mode="json"))
@@ -318,6 +335,10 @@ class ScoreSettings(Settings):
     """Where the results table is: a folder or s3://bucket/prefix."""
     night: str | None = None
     """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
+    cam_images: str = ""
+    """Where pictures of CT and class map are kept, apart from the results: a folder or s3://bucket/prefix. Default:
+    none are made."""
+    cam_choice: CamChoice = CamChoice()
     accept: str | None = None
     """In place of scoring: publish this run, which a quality gate held. Needs reason; archive and model do not."""
     discard: str | None = None

@@ -166,6 +166,9 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
     (height, width) = sizes.pop()
     if len(ordered) * height * width > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
+    for file in ordered:
+        with name_file(file.label):
+            _check_ending(file.path)
     if len(ordered) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(ordered)} slices, {limits.min_slices} needed")
     _check_numbers(names)
@@ -226,13 +229,17 @@ def _read_image_size(path: Path) -> tuple[int, int]:
         raise ScanError(Status.BAD_UNREADABLE, "slice image has no readable header") from error
     if reader.GetPixelID() not in (sitk.sitkUInt8, sitk.sitkVectorUInt8):
         raise ScanError(Status.BAD_PIXELS, "slice image is not 8-bit")
-    if path.suffix.lower() in (".tif", ".tiff"):
-        _read_pixels(path, "")  # nothing marks a TIFF's end
-    ending = _ENDINGS.get(path.suffix.lower())
-    if ending is not None and ending not in _read_tail(path):
-        raise ScanError(Status.BAD_TRUNCATED, "slice image ends early")
     width, height = reader.GetSize()[:2]
     return height, width
+
+
+def _check_ending(path: Path) -> None:
+    """Demand the mark at an image's end; nothing marks a TIFF's, so that it is decoded instead."""
+    ending = _ENDINGS.get(path.suffix.lower())
+    if ending is None:
+        _read_pixels(path, "")
+    elif ending not in _read_tail(path):
+        raise ScanError(Status.BAD_TRUNCATED, "slice image ends early")
 
 
 def _read_tail(path: Path) -> bytes:

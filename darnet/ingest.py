@@ -3,6 +3,7 @@
 This is the one road from bytes to network input: training and scoring both take it.
 """
 
+import functools
 import hmac
 import lzma
 import re
@@ -13,7 +14,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -33,8 +33,9 @@ from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
 from darnet.reading.sandbox import Sandbox
 from darnet.reading.series import IMAGE_SUFFIXES, sort_files
-from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
-from darnet.storage import Store
+from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile, StoredObject
+from darnet.storage import Store, transfer_all
+from darnet.storage_local import check_unchanged as check_file
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
@@ -97,26 +98,51 @@ class Ingester:
 
     def ingest(self, source: Source) -> list[IngestedScan]:
         """Every scan of the source, at least one; what cannot be scored has a status that says why."""
-        start_s = time.perf_counter()
+        clock = _Clock()
         with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
+            scans = self._read(source, Path(folder), clock)
+        # Headers are read for all scans of a source at once, so that each has an equal part in the time they took.
+        shared_s = (clock.decode_s - sum(scan.decode_s for scan in scans)) / len(scans)
+        return [replace(scan, fetch_s=clock.fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
+
+    def _read(self, source: Source, folder: Path, clock: "_Clock") -> list[IngestedScan]:
+        try:
+            with clock.time("fetch_s"):
+                staged = stage_source(self._store, source, folder)
             try:
-                staged = stage_source(self._store, source, Path(folder))
-                fetch_s = time.perf_counter() - start_s
-                scans: list[IngestedScan] = self._sandbox.call(source.key, staged, Path(folder), self._road)
+                with clock.time("decode_s"):
+                    scans: list[IngestedScan] = self._sandbox.call(source.key, staged, folder, self._road)
+            finally:  # what went wrong with a source that changed says nothing of the one that was planned
                 check_unchanged(self._store, source)
-            except ScanError as error:
-                return [_refuse(source, error)]
-            except OSError as error:
-                return [_refuse(source, ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine"))]
-            except RunError:
-                raise
-            except Exception as error:  # the other place where a scan becomes a row; the text may hold DICOM values
-                return [_refuse(source, ScanError(Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}"))]
-        return [replace(scan, fetch_s=fetch_s) for scan in scans]
+            return scans
+        except ScanError as error:
+            return [_refuse(source, error)]
+        except OSError as error:
+            return [_refuse(source, ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine"))]
+        except RunError:
+            raise
+        except Exception as error:  # the other place where a scan becomes a row; the text may hold DICOM values
+            return [_refuse(source, ScanError(Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}"))]
 
     def close(self) -> None:
         """End the child process."""
         self._sandbox.close()
+
+
+@dataclass
+class _Clock:
+    """Seconds that a source took, also where it failed."""
+
+    fetch_s: float = 0.0
+    decode_s: float = 0.0
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, stage, time.perf_counter() - start_s)
 
 
 def _refuse(source: Source, error: ScanError) -> IngestedScan:
@@ -128,9 +154,9 @@ def _refuse(source: Source, error: ScanError) -> IngestedScan:
 def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
     """Put the source's objects on this disk under names any decoder accepts: links where they are here already.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
+    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE; CredentialsError.
     """
-    staged = []
+    staged, remote = [], []
     for index, item in enumerate(source.objects):
         suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
         path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
@@ -139,11 +165,17 @@ def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]
         if here is not None:
             path.symlink_to(here)
         else:
-            with name_file(file.label):
-                store.fetch(item, path)
+            remote.append((item, file))
         staged.append(file)
+    transfer_all(functools.partial(_fetch, store), remote)
     check_unchanged(store, source)
     return staged
+
+
+def _fetch(store: Store, wanted: tuple[StoredObject, StagedFile]) -> None:
+    item, file = wanted
+    with name_file(file.label):
+        store.fetch(item, file.path)
 
 
 def _label_object(source: Source, index: int) -> str:
@@ -159,19 +191,14 @@ def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
 def check_unchanged(store: Store, source: Source) -> None:
     """Files read in place must still be the planned ones; fetched ones were checked while they were fetched.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED.
+    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
     """
     for index, item in enumerate(source.objects):
         path = store.local_path(item.key)
         if path is None:
             return
         with name_file(_label_object(source, index)):
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise ScanError(Status.ERR_GONE, "deleted after planning") from error
-            if (str(status.st_mtime_ns), status.st_size) != (item.version, item.num_bytes):
-                raise ScanError(Status.ERR_INPUT_CHANGED, "replaced after planning")
+            check_file(path, item)
 
 
 def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
@@ -204,7 +231,7 @@ def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) ->
         scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
     elif images:
         is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
-        open_stack = partial(open_images, images, road.decode, is_head_first=is_head_first)
+        open_stack = functools.partial(open_images, images, road.decode, is_head_first=is_head_first)
         scans.append(_decode_scan(source_key, _count(images), open_stack, road))
     return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
 

@@ -60,12 +60,12 @@ class HtmlTable:
 
 @dataclass(frozen=True, slots=True)
 class HtmlFigure:
-    """A picture: `svg` from `figure_to_svg`; the caption is also read aloud, so it says what is seen.
+    """A picture: SVG from `figure_to_svg`, or a JPEG's bytes; the caption is also read aloud, so it says what is seen.
 
     A wide one takes the page's whole width.
     """
 
-    svg: str
+    picture: str | bytes
     caption: str
     is_wide: bool = False
 
@@ -149,9 +149,10 @@ def _split_paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _to_data_uri(svg: str) -> str:
+def _to_data_uri(picture: str | bytes) -> str:
     """An image of its own, not markup of the page: identifiers inside two figures cannot meet."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    kind, data = ("svg+xml", picture.encode()) if isinstance(picture, str) else ("jpeg", picture)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 TEMPLATE = """\
@@ -201,7 +202,7 @@ th.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
 figure { margin: .8rem 0; flex: 1 1 20rem; max-width: 29.5rem; }
 figure.wide { flex-basis: 100%; max-width: none; }
 img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; overflow-wrap: anywhere; }
 footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); color: var(--soft); }
 @media (max-width: 40rem) {
   body { padding: 1rem .8rem 2rem; }
@@ -269,7 +270,7 @@ footer { margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 <div class="figures">
 {% for figure in section.figures %}
 <figure{% if figure.is_wide %} class="wide"{% endif %}>
-<img src="{{ figure.svg | data_uri }}" alt="{{ figure.caption }}">
+<img src="{{ figure.picture | data_uri }}" alt="{{ figure.caption }}">
 <figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
 </div>

@@ -93,7 +93,7 @@ def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_si
     num_blocks = max(1, min(len(sources), max(2 * int(count_resource("CPU")), len(sources) // SOURCES_PER_BLOCK)))
     items = [{"source": pickle.dumps(source)} for source in sources]
     planned = ray.data.from_items(items, override_num_blocks=num_blocks)
-    decode = functools.partial(_decode_row, store=store, road=replace(road, pseudonym_key=None))
+    decode = functools.partial(decode_row, store=store, road=replace(road, pseudonym_key=None))
     return planned.flat_map(decode, num_cpus=DECODE_CPUS)
 
 
@@ -122,7 +122,8 @@ def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[An
     return replace(decoded, scan=replace(scan, volume=volume, lung=mask if has_mask else None))
 
 
-def _decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
+def decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
+    """What a worker does with one source: a row for each of its scans, or one with what must stop the job."""
     source: Source = pickle.loads(row["source"])
     try:
         scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value

@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from darnet import __version__
 from darnet.archive import list_sources
 from darnet.bundle import Bundle, read_bundle
+from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.config import ScoreConfig, fingerprint
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
@@ -34,12 +35,14 @@ from darnet.terminal import show_progress
 class ScoringActor:
     """A cluster actor that holds the ensemble and turns decoded scans into results rows."""
 
-    def __init__(self, model: Store, run: RunFacts, config: ScoreConfig, device: str) -> None:
+    def __init__(
+        self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
+    ) -> None:
         """Raises: RunError if the bundle is another one by now than the run was planned with."""
         bundle = read_bundle(model)
         if bundle.manifest != run.model:
             raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
-        self._run = run
+        self._run, self._images = run, images
         self._ensemble = Ensemble.from_bundle(bundle, config, device)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
@@ -53,12 +56,20 @@ class ScoringActor:
         for item in decoded:
             score = next(scores) if item.scan.status is Status.OK else None
             row = make_row(self._run, item.source_key, item.input_sha256, item.scan, score, datetime.now(UTC))
+            if self._images is not None and score is not None and item.scan.volume is not None:
+                cam = score.draw_cam(score.prediction, item.scan.volume.voxels.shape)
+                self._images.write(row, item.scan.volume, cam)
             rows.append(pickle.dumps((item.source_key, item.num_scans, item.failure or row)))
         return {"row": rows}
 
 
 def score_archive(
-    archive: Store, model: Store, results: Store, config: ScoreConfig, night: date | None = None
+    archive: Store,
+    model: Store,
+    results: Store,
+    config: ScoreConfig,
+    night: date | None = None,
+    images: CamImages | None = None,
 ) -> dict[str, Any]:
     """Score what is new or changed in the archive and publish it as one object; a summary for people and schedulers.
 
@@ -68,6 +79,8 @@ def score_archive(
         then.
     """
     refuse_if_held(results)
+    if images is not None:
+        images.check()
     bundle = read_bundle(model)
     plan = plan_run(archive, results, bundle)
     summary: dict[str, Any] = {"model": bundle.manifest.model_name, "planned_sources": len(plan), "published": None}
@@ -83,12 +96,14 @@ def score_archive(
     missing = [source for source in planned if source.key not in staged]
     if missing:
         connect()
-        stage_rows(score_sources(archive, model, run, config, missing), folder, len(missing), config.part_scans)
+        stage_rows(score_sources(archive, model, run, config, missing, images), folder, len(missing), config.part_scans)
     rows = folder.read_parts()
     check_rows((source.key for source in planned), rows)
-    verdict = review_run(folder, rows, config)
+    verdict = review_run(folder, rows, config, images)
     number = publish(results, run_id, rows)
     statuses = Counter(rows["status"].to_pylist())
+    if images is not None:
+        summary["cam_images"] = images.describe(rows.select(IMAGE_COLUMNS).to_pylist())
     return summary | {
         "run_id": run_id,
         "resumed_sources": len(planned) - len(missing),
@@ -153,7 +168,12 @@ def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sourc
 
 
 def score_sources(
-    archive: Store, model: Store, run: RunFacts, config: ScoreConfig, sources: Sequence[Source]
+    archive: Store,
+    model: Store,
+    run: RunFacts,
+    config: ScoreConfig,
+    sources: Sequence[Source],
+    images: CamImages | None = None,
 ) -> Dataset:
     """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
 
@@ -165,7 +185,7 @@ def score_sources(
     road = Road(run.model.settings.volume, config.decode)
     return decode_sources(sources, archive, road, config.batch_size).map_batches(
         ScoringActor,
-        fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu"),
+        fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu", images),
         batch_size=config.batch_size,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=config.num_actors),

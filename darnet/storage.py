@@ -9,11 +9,13 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import boto3.session
 from botocore import exceptions as boto_errors
@@ -36,7 +38,10 @@ CONNECT_TIMEOUT_S = 10.0  # Source: ours; a reachable store answers within one
 READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a dead connection
 REQUEST_ATTEMPTS = 5  # Source: ours; standard mode waits at most 20 s between two of them
 BODY_ATTEMPTS = 3  # Source: ours; botocore repeats requests, but not a body that breaks off
-POOL_CONNECTIONS = 16  # Source: ours; threads of one process that may talk to the store at once
+# Source: ours; a slice takes some ms of this process and some tens of ms of waiting (`make bench-fetching`).
+TRANSFERS = 16  # objects one process moves at once, each on a thread and a connection of its own
+
+ItemT = TypeVar("ItemT")
 
 
 class Store(Protocol):
@@ -115,15 +120,35 @@ def read_file(uri: str, kind: str) -> tuple[str, bytes]:
         raise UsageError(f"{uri}: no such file; name a {kind}") from error
 
 
+def transfer_all(move: Callable[[ItemT], None], items: Sequence[ItemT]) -> None:
+    """Call `move` on every item, `TRANSFERS` at a time; when this returns or raises, none is still being moved.
+
+    Raises: what `move` raises on the first item, in their order, that fails; later ones may then be left out.
+    """
+    if not items:
+        return
+    with ThreadPoolExecutor(min(TRANSFERS, len(items)), "transfer") as pool:
+        moves = [pool.submit(move, item) for item in items]
+        try:
+            for moved in moves:
+                moved.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def connect_s3() -> Any:
     """A client from boto3's own chain (environment, profile, instance role), with bounded waiting."""
     settings = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
-        max_pool_connections=POOL_CONNECTIONS,
+        max_pool_connections=TRANSFERS,
     )
     return boto3.session.Session().client("s3", config=settings)
+
+
+_connecting = threading.Lock()  # else the threads of a first transfer would make a client each
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,12 +188,12 @@ class S3Store:
     def fetch(self, item: StoredObject, path: Path) -> None:
         with path.open("wb") as sink:
             try:
-                self._download(item.key, sink, IfMatch=f'"{item.version}"')
+                self._download(item.key, sink, item)
             except (boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
                 raise _explain_fetch(error, self.uri) from error
             num_bytes = sink.tell()
         if num_bytes != item.num_bytes:
-            raise ScanError(Status.ERR_INPUT_CHANGED, "another length than listed")
+            raise ScanError(Status.ERR_STORAGE, f"{num_bytes} of {item.num_bytes} bytes came")
 
     def local_path(self, key: str) -> Path | None:  # noqa: ARG002
         return None
@@ -202,20 +227,36 @@ class S3Store:
 
     @property
     def _client(self) -> Any:
-        return _share_client(self.connect, os.getpid())
+        with _connecting:
+            return _share_client(self.connect, os.getpid())
 
-    def _download(self, key: str, sink: BinaryIO, attempts: int = BODY_ATTEMPTS, **conditions: str) -> None:
-        """Write an object to `sink`, again from the start if the connection breaks half-way."""
+    def _download(
+        self, key: str, sink: BinaryIO, planned: StoredObject | None = None, attempts: int = BODY_ATTEMPTS
+    ) -> None:
+        """Write an object to `sink`, again from the start if the connection breaks half-way.
+
+        Raises: ScanError(ERR_INPUT_CHANGED) if it is another than `planned`; boto3's errors.
+        """
+        conditions = {} if planned is None else {"IfMatch": f'"{planned.version}"'}
         response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
         try:
             with closing(response["Body"]) as body:
+                if planned is not None:
+                    _check_answer(response, planned)
                 shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
         except _BROKEN_BODY:
             if attempts == 1:
                 raise
             sink.seek(0)
             sink.truncate()
-            self._download(key, sink, attempts - 1, **conditions)
+            self._download(key, sink, planned, attempts - 1)
+
+
+def _check_answer(response: Mapping[str, Any], planned: StoredObject) -> None:
+    """Some stores ignore the condition of a request, so the answer's own tag and length are held against the plan."""
+    found = response.get("ETag", "").strip('"') or planned.version, response.get("ContentLength", planned.num_bytes)
+    if found != (planned.version, planned.num_bytes):
+        raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
 
 
 _BROKEN_BODY = (

@@ -46,15 +46,10 @@ class LocalStore:
     def fetch(self, item: StoredObject, path: Path) -> None:
         origin = self.local_path(item.key)
         with path.open("wb") as sink:
-            try:
-                _check_unchanged(origin, item)
-                with origin.open("rb") as body:
-                    shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
-                _check_unchanged(origin, item)
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise ScanError(Status.ERR_GONE, "deleted since it was listed") from error
-            except OSError as error:
-                raise ScanError(Status.ERR_STORAGE, str(error.strerror)) from error
+            check_unchanged(origin, item)
+            with _explain_reading(), origin.open("rb") as body:
+                shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
+            check_unchanged(origin, item)
 
     def local_path(self, key: str) -> Path:
         """Raises: UsageError for a key that could lead out of the root or name a file in two ways."""
@@ -133,13 +128,28 @@ def _describe(entry: "os.DirEntry[str]", key: str) -> StoredObject | None:
     return None
 
 
-def _check_unchanged(path: Path, item: StoredObject) -> None:
-    """Raises: ScanError if the file is not the one that was listed; OSError."""
-    found = path.stat()
+def check_unchanged(path: Path, item: StoredObject) -> None:
+    """Demand the size and time of the file that was listed; to be said before and after it is read.
+
+    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
+    """
+    with _explain_reading():
+        found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
         raise ScanError(Status.ERR_STORAGE, "not a regular file")
     if (found.st_size, str(found.st_mtime_ns)) != (item.num_bytes, item.version):
         raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
+
+
+@contextmanager
+def _explain_reading() -> Iterator[None]:
+    """What the operating system's errors mean to the one scan being read."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ScanError(Status.ERR_GONE, "deleted since it was listed") from error
+    except OSError as error:
+        raise ScanError(Status.ERR_STORAGE, str(error.strerror)) from error
 
 
 @contextmanager

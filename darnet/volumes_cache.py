@@ -6,16 +6,13 @@ Each node copies a volumes folder once, whichever of its workers comes first; wh
 import fcntl
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from darnet.dataset import ARRAYS_FOLDER, VOLUMES_FILE, VolumesIndex, VolumesTable, read_index, read_table, write_index
 from darnet.errors import StorageError
-from darnet.storage import Store, open_store
+from darnet.storage import Store, open_store, transfer_all
 from darnet.storage_local import explain_os_errors
-
-COPIERS = 16  # Source: ours; as many connections as a store keeps open
 
 
 def open_volumes(uri: str, cache: Path) -> VolumesIndex:
@@ -48,14 +45,7 @@ def _copy(store: Store, table: VolumesTable, folder: Path) -> None:
     present = {item.key for item in local.list_objects(f"{ARRAYS_FOLDER}/")}
     digests = dict(zip(table.frame["array"], table.frame["sha256"], strict=True))
     missing = [name for name in digests if name not in present]
-    with ThreadPoolExecutor(COPIERS) as pool:
-        copies = [pool.submit(_copy_array, store, local, name, digests[name]) for name in missing]
-        try:
-            for copy in copies:
-                copy.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    transfer_all(lambda name: _copy_array(store, local, name, digests[name]), missing)
     write_index(local, table.frame, table.volume)
 
 

@@ -4,6 +4,7 @@ import sys
 from datetime import date
 from typing import Any
 
+from darnet.cam_images import CamImages
 from darnet.config import ScoreSettings
 from darnet.errors import UsageError
 from darnet.job import run_job
@@ -21,7 +22,11 @@ def work(settings: ScoreSettings) -> dict[str, Any]:
         night = None if settings.night is None else date.fromisoformat(settings.night)
     except ValueError as error:
         raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
-    return score_archive(open_store(settings.archive), open_store(settings.model), results, settings.score, night)
+    images = None
+    if settings.cam_images:
+        images = CamImages(open_store(settings.cam_images, create=True), settings.cam_choice)
+    stores = open_store(settings.archive), open_store(settings.model), results
+    return score_archive(*stores, settings.score, night, images)
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ def write_archive(folder: Path, num_chests: int) -> None:
     (folder / "chest00" / "LICENSE").write_text("a stray")
 
 
-def start_job(archive: Path | str, model: str, results: Path | str) -> "subprocess.Popen[str]":
+def start_job(archive: Path | str, model: str, results: Path | str, *flags: str) -> "subprocess.Popen[str]":
     """`python -m jobs.score` as a person starts it, in a process group of its own."""
     command = [
         sys.executable,
@@ -42,7 +42,7 @@ def start_job(archive: Path | str, model: str, results: Path | str) -> "subproce
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [*command, "--score.part-scans", "2", "--night", "2026-01-01"],
+        [*command, "--score.part-scans", "2", "--night", "2026-01-01", *flags],
         cwd=ROOT,
         env=environment,
         text=True,

@@ -746,6 +746,16 @@ def test_a_damaged_image_spoils_its_folder_also_where_linear_reads_nothing(inges
     assert (scan.status, scan.status_detail) == (Status.BAD_TRUNCATED, "3.png: slice image ends early")
 
 
+def test_images_above_the_limit_are_refused_before_any_pixel_is_decoded(ingest: Ingest, tmp_path: Path) -> None:
+    """A TIFF is decoded to see whether it is whole; a few bytes of it may be gigabytes then."""
+    _write_images(tmp_path / "archive" / "a", ".tif", DISPLAY)
+    _garble(tmp_path / "archive" / "a" / "3.tif")
+    (damaged,) = ingest()
+    assert (damaged.status, damaged.status_detail) == (Status.BAD_PIXELS, "3.tif: slice does not decode")
+    (large,) = ingest(Road(VOLUME, DecodeConfig(max_scan_bytes=1000)))
+    assert (large.status, large.status_detail) == (Status.BAD_LIMIT, "more than 1000 bytes decoded")
+
+
 def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ingest, tmp_path: Path) -> None:
     test_two_series_in_a_prefix_are_two_scans(ingest, tmp_path)
     (tmp_path / "archive" / "a" / "broken.dcm").write_text("<html>503</html>")
@@ -924,9 +934,108 @@ def test_no_two_rows_of_a_source_have_one_name(ingest: Ingest, tmp_path: Path) -
 def test_a_file_replaced_or_deleted_after_planning_is_no_scan(ingest: Ingest, tmp_path: Path) -> None:
     paths = write_chest(tmp_path / "archive" / "a")
     (scan,) = ingest(between=lambda: paths[0].write_bytes(paths[1].read_bytes() + b"\0"))
-    assert (scan.status, scan.status_detail) == (Status.ERR_INPUT_CHANGED, "000.dcm: replaced after planning")
+    assert (scan.status, scan.status_detail) == (Status.ERR_INPUT_CHANGED, "000.dcm: replaced since it was listed")
     (scan,) = ingest(between=paths[0].unlink)
-    assert (scan.status, scan.status_detail) == (Status.ERR_GONE, "000.dcm: deleted after planning")
+    assert (scan.status, scan.status_detail) == (Status.ERR_GONE, "000.dcm: deleted since it was listed")
+
+
+class Meddler:
+    """A sandbox that does something to the archive before or after decoding."""
+
+    def __init__(self, sandbox: Sandbox, before: Callable[[], object], after: Callable[[], object]) -> None:
+        self._sandbox, self._before, self._after = sandbox, before, after
+
+    def call(self, *arguments: Any) -> Any:
+        self._before()
+        try:
+            return self._sandbox.call(*arguments)
+        finally:
+            self._after()
+
+
+def _nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("when", ["before decoding", "after decoding"])
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_source_read_in_place_that_changes_while_it_is_read_is_no_scan(
+    when: str, change: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """Also where decoding itself failed over it: what was planned was not seen."""
+    paths = write_chest(tmp_path / "archive" / "a")
+    store = open_store(str(tmp_path / "archive"))
+    (source,) = list_sources(store.list_objects())
+
+    def meddle() -> None:
+        if change == "deleted":
+            paths[4].unlink()
+        else:
+            paths[4].write_bytes(paths[5].read_bytes())
+
+    hooks = (meddle, _nothing) if when.startswith("before") else (_nothing, meddle)
+    (scan,) = Ingester(store, ROAD, Meddler(sandbox, *hooks)).ingest(source)  # type: ignore[arg-type]
+    assert scan.status is (Status.ERR_GONE if change == "deleted" else Status.ERR_INPUT_CHANGED)
+    assert scan.volume is None
+
+
+def test_inside_a_run_the_planned_slices_decide_and_the_next_listing_sees_the_others(
+    reference: IngestedScan, ingest: Ingest, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    folder = tmp_path / "archive" / "reference"
+    store = open_store(str(tmp_path / "archive"))
+    (planned,) = list_sources(store.list_objects())
+    shutil.copy(folder / "000.dcm", folder / "999.dcm")
+    (scan,) = Ingester(store, ROAD, sandbox).ingest(planned)
+    assert (scan.status, scan.facts.num_files) == (Status.OK, 24)
+    np.testing.assert_array_equal(scan.volume.voxels, reference.volume.voxels)  # type: ignore[union-attr]
+    (relisted,) = list_sources(store.list_objects())
+    assert relisted.input_sha256 != planned.input_sha256
+    (again,) = ingest()
+    assert again.status is Status.BAD_DUPLICATE_SLICE
+    for name in ("000.dcm", "999.dcm"):
+        (folder / name).unlink()
+    (shorter,) = list_sources(store.list_objects())
+    assert len({planned.input_sha256, relisted.input_sha256, shorter.input_sha256}) == 3
+
+
+@pytest.mark.s3
+def test_a_bucket_that_changes_after_planning_gives_no_mixture(
+    sandbox: Sandbox, s3: Callable[[], str], tmp_path: Path
+) -> None:
+    store = open_store(s3() + "/ct")
+    for path in write_chest(tmp_path / "a"):
+        store.write_bytes(f"a/{path.name}", path.read_bytes())
+    (source,) = list_sources(store.list_objects())
+    ingester = Ingester(store, ROAD, sandbox)
+    (whole,) = ingester.ingest(source)
+    assert whole.status is Status.OK
+    assert whole.fetch_s > 0
+
+    store.write_bytes("a/024.dcm", store.read_bytes("a/000.dcm"))
+    (same,) = ingester.ingest(source)
+    assert same.volume is not None
+    np.testing.assert_array_equal(same.volume.voxels, whole.volume.voxels)  # type: ignore[union-attr]
+
+    mirrored = bytearray(store.read_bytes("a/005.dcm"))
+    mirrored[-4096:] = mirrored[-4096:][::-1]  # as long as before
+    store.write_bytes("a/005.dcm", bytes(mirrored))
+    (replaced,) = ingester.ingest(source)
+    assert (replaced.status, replaced.status_detail) == (
+        Status.ERR_INPUT_CHANGED,
+        "005.dcm: replaced since it was listed",
+    )
+    store.delete("a/005.dcm")
+    (gone,) = ingester.ingest(source)
+    assert (gone.status, gone.status_detail) == (Status.ERR_GONE, "005.dcm: deleted since it was listed")
+
+
+def test_a_pipe_named_like_a_scan_is_not_opened(ingest: Ingest, tmp_path: Path) -> None:
+    """Opening it would wait for a writer until the time limit."""
+    (tmp_path / "archive").mkdir()
+    os.mkfifo(tmp_path / "archive" / "a.nii")
+    (scan,) = ingest()
+    assert (scan.status, scan.status_detail) == (Status.ERR_STORAGE, "file 1 of 1: not a regular file")
 
 
 def test_limits_of_time_and_memory_are_errors_to_retry(ingest: Ingest, tmp_path: Path) -> None:
@@ -935,6 +1044,7 @@ def test_limits_of_time_and_memory_are_errors_to_retry(ingest: Ingest, tmp_path:
     hasty = Ingester(open_store(str(tmp_path / "archive")), Road(VOLUME, DecodeConfig(timeout_s=0.01)))
     (slow,) = hasty.ingest(source)
     assert slow.status is Status.ERR_TIMEOUT
+    assert slow.decode_s >= 0.01
     (large,) = ingest(Road(VOLUME, DecodeConfig(max_slices=20)))
     assert large.status is Status.BAD_LIMIT
 

@@ -16,8 +16,8 @@ ROWS = (
     "terminal volume",
     "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions phantoms.body "
     "phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
-    "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
-    "publishing.objects",
+    "bundle cam_images dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys "
+    "publishing.nightly_report publishing.objects",
     "auditing.features evaluation.cam_truth evaluation.tabulate phantoms.archive prepared publishing.commit "
     "publishing.runs ray_cluster results score train volumes_cache",
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study phantoms.study "

@@ -1,5 +1,7 @@
 """The scoring road on a real Ray cluster: every scan accounted for, the same bits wherever it lies, published once."""
 
+import hashlib
+import hmac
 import os
 import shutil
 import signal
@@ -12,6 +14,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,7 +35,7 @@ from darnet.score import RunFacts
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
-from tests.ct_fixtures import make_chest, write_chest
+from tests.ct_fixtures import SERIES_UID, make_chest, write_chest
 from tests.night_jobs import PollingReader, count_parts, finish_job, start_job, write_archive
 from tests.places import ROOT
 from tests.results_fixtures import make_row
@@ -170,6 +174,70 @@ def _read_counters(address: str) -> dict[str, float]:
         name = f"{sample.name.removeprefix('ray_darnet_').removesuffix('_total')} {tag}"
         counted[name] = counted.get(name, 0) + sample.value
     return counted
+
+
+def _digest_source(archive: Path, source: Path) -> str:
+    """`input_sha256` by its definition: sorted key, modification time and size."""
+    lines = []
+    for path in sorted(source.iterdir()):
+        found = path.stat()
+        lines.append(f"{path.relative_to(archive)}\0{found.st_mtime_ns}\0{found.st_size}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _hmac(kind: str, value: str) -> str:
+    return hmac.new(b"a secret", f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()
+
+
+def test_published_rows_are_filled_and_their_pictures_kept(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Null is only what design allows: of a scan that was not scored, and of images, which have no physical unit."""
+    archive, images = tmp_path / "archive", tmp_path / "images"
+    write_chest(archive / "Doe^Jane", Manufacturer="GE MEDICAL SYSTEMS")
+    write_chest(archive / "gap")[7].unlink()
+    (archive / "png").mkdir()
+    for index, pixels in enumerate((make_chest() + 1000).clip(0, 255).astype(np.uint8)):
+        cv2.imwrite(str(archive / "png" / f"{index:03d}.png"), pixels)
+    monkeypatch.setenv("DARNET_PSEUDONYM_KEY", "a secret")
+    flags = ["--cam-images", str(images), "--cam-choice.predictions", "CP,NCP,Normal"]
+    summary = finish_job(start_job(archive, model, tmp_path / "results", *flags))
+    assert summary["cam_images"] == {"place": str(images), "chosen": 2, "written": 2}
+    table = pq.read_table(tmp_path / "results" / "predictions" / "c00000001.parquet")
+    rows = {row["source"]: row for row in table.to_pylist()}
+    nulls = {source: {name for name, value in row.items() if value is None} for source, row in rows.items()}
+    unscored = {name for name in table.column_names if name.startswith(("probability", "fold", "cam", "depth_gate"))}
+    unscored |= {"prediction", "lung_fraction", "model_s"}
+    no_unit = {"slice_spacing_mm", "pixel_spacing_mm", "cam_in_lung_fraction", "cam_left_fraction", "lung_fraction"}
+    assert nulls == {
+        "Doe^Jane": set(),
+        "gap": unscored | {"intensity", "slice_spacing_mm", "pixel_spacing_mm"},
+        "png": no_unit | {"patient_key", "series_key", "manufacturer"},
+    }
+    for source, row in rows.items():
+        files = list((archive / source).iterdir())
+        assert (row["num_files"], row["num_bytes"]) == (len(files), sum(path.stat().st_size for path in files))
+        assert row["input_sha256"] == _digest_source(archive, archive / source)
+        assert (row["commit"], row["night"], row["run_id"]) == (1, NIGHT, summary["run_id"])
+        assert row["decode_s"] > 0
+        assert row["fetch_s"] > 0
+    chest = rows["Doe^Jane"]
+    assert chest["scan_id"] == f"Doe^Jane#{hashlib.sha256(SERIES_UID.encode()).hexdigest()[:8]}"
+    assert (chest["patient_key"], chest["series_key"]) == (_hmac("patient", "patient-1"), _hmac("series", SERIES_UID))
+    assert (chest["slice_spacing_mm"], chest["pixel_spacing_mm"], chest["num_slices"]) == (12.0, 6.0, 24)
+    assert (chest["manufacturer"], chest["intensity"], rows["png"]["intensity"]) == ("GE", "HU", "DISPLAY")
+    assert (len(chest["cam_depth_profile"]), len(chest["depth_gate_profile"])) == (16, 2)
+    names = {
+        hashlib.sha256((row["input_sha256"] + row["scan_id"]).encode()).hexdigest()
+        for row in rows.values()
+        if row["status"] == "OK"
+    }
+    kept = [path.relative_to(images) for path in images.rglob("*") if path.is_file()]
+    assert sorted(map(str, kept)) == sorted(f"{summary['run_id']}/{name}.png" for name in names)
+    page = Path(summary["report"]).read_text()
+    listed = {source for source in ("Doe^Jane", "png") if f">{rows[source]['scan_id']}</th>" in page}
+    assert listed  # the folds of this bundle disagree on every scan
+    assert page.count("data:image/jpeg;base64,") == len(listed)
 
 
 @pytest.mark.s3

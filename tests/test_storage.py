@@ -4,6 +4,7 @@ import io
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from darnet.errors import (
     UsageError,
 )
 from darnet.scan import StoredObject
-from darnet.storage import S3Store, Store, open_store, read_file
+from darnet.storage import TRANSFERS, S3Store, Store, open_store, read_file, transfer_all
 from darnet.storage_local import LocalStore
+from tests.object_server import Answer, serve_objects
 
 TRICKY_KEYS = ["a-b/c", "a.b", "a/b", "a/c.d", "a/c/d", "a0", "a b/ü+%20&.dcm", "A", "z", "é/x", "日本/1", "\U0001f600"]
 
@@ -383,3 +385,80 @@ def test_a_transfer_that_keeps_breaking_is_a_storage_row(tmp_path: Path) -> None
     with pytest.raises(ScanError) as caught:
         store.fetch(StoredObject("a", 8, "tag"), tmp_path / "copy")
     assert caught.value.status is Status.ERR_STORAGE
+
+
+def test_an_answer_without_a_length_that_ends_early_is_a_storage_row(tmp_path: Path) -> None:
+    client = connect_stub()
+    stub = Stubber(client)
+    response = {"Body": StreamingBody(io.BytesIO(b"0123"), None), "ETag": '"tag"'}
+    stub.add_response("get_object", response, {"Bucket": "bucket", "Key": "a", "IfMatch": ANY})
+    stub.activate()
+    with pytest.raises(ScanError, match="4 of 8 bytes came") as caught:
+        S3Store("bucket", "", lambda: client).fetch(StoredObject("a", 8, "tag"), tmp_path / "copy")
+    assert caught.value.status is Status.ERR_STORAGE
+
+
+# A server that does not keep its word
+
+
+def fetch_from(answers: list[Answer], path: Path) -> None:
+    """Fetch an object listed with 8 bytes and the tag `tag`; each GET takes the next answer."""
+    with serve_objects(lambda _: answers.pop(0)) as connect:
+        S3Store("bucket", "", connect).fetch(StoredObject("a", 8, "tag"), path)
+
+
+@pytest.mark.s3
+def test_a_body_shorter_than_declared_is_fetched_again(tmp_path: Path) -> None:
+    fetch_from([Answer(b"0123", 8), Answer(b"01234567", 8)], tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"01234567"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (Answer(b"0123", 8), Status.ERR_STORAGE),  # cut, and cut again
+        (Answer(b"0123", 4), Status.ERR_INPUT_CHANGED),  # whole, of another length than listed
+        (Answer(b"0123456789", 10), Status.ERR_INPUT_CHANGED),
+        (Answer(b"76543210", 8, tag="other"), Status.ERR_INPUT_CHANGED),  # If-Match ignored
+    ],
+)
+def test_what_is_not_the_listed_object_is_no_scan(answer: Answer, expected: Status, tmp_path: Path) -> None:
+    with pytest.raises(ScanError) as caught:
+        fetch_from([answer] * 3, tmp_path / "copy")
+    assert caught.value.status is expected
+
+
+# Many at once
+
+
+def test_transfers_go_side_by_side_and_the_first_failure_in_order_is_told() -> None:
+    barrier = threading.Barrier(TRANSFERS, timeout=30)  # never lets go if fewer move at once
+    transfer_all(lambda _: barrier.wait(), range(TRANSFERS))
+    moved: list[int] = []
+
+    def move(number: int) -> None:
+        if number in (3, 5):
+            raise ScanError(Status.ERR_GONE, str(number))
+        moved.append(number)
+
+    with pytest.raises(ScanError, match="3"):
+        transfer_all(move, range(8))
+    assert {0, 1, 2} <= set(moved)
+
+
+def test_the_threads_of_a_process_share_one_client() -> None:
+    made: list[int] = []
+    barrier = threading.Barrier(4)
+
+    def connect() -> int:
+        made.append(1)
+        time.sleep(0.05)
+        return 0
+
+    def touch(_: int) -> None:
+        barrier.wait()
+        _ = S3Store("bucket", "", connect)._client
+
+    transfer_all(touch, range(4))
+    assert len(made) == 1

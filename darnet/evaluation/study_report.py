@@ -269,7 +269,7 @@ def _describe_decisions(study: Study) -> Section:
     figures = []
     for name, evaluation in study.evaluations.items():
         for figure in (picture_confusion(evaluation), picture_calibration(evaluation)):
-            figures.append(HtmlFigure(figure.svg, f"{name}. {figure.caption}"))
+            figures.append(HtmlFigure(figure.picture, f"{name}. {figure.caption}"))
     return Section("Decisions and calibration", "", (), figures)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from darnet.cam_images import CamImages
 from darnet.config import GateConfig, ScoreSettings
 from darnet.errors import FolderMissing, HeldError, UsageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.gates import Verdict, judge
-from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, render_nightly
+from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, list_scans, render_nightly
 from darnet.publishing.objects import NOTICE, list_commits, read_objects
 from darnet.publishing.rows import SCHEMA
 from darnet.publishing.runs import RUNS, RunFolder
@@ -38,15 +39,17 @@ def refuse_if_held(store: Store) -> None:
         raise _explain_hold(store, _read_hold(store, held[0]))
 
 
-def review_run(folder: RunFolder, rows: Any, config: GateConfig) -> Verdict:
-    """Judge a run's rows against the nights before, and write the night's page.
+def review_run(folder: RunFolder, rows: Any, config: GateConfig, images: CamImages | None = None) -> Verdict:
+    """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
     """
     earlier = read_earlier_nights(folder.store, rows["night"][0].as_py(), config.gate_nights).to_pandas()
     tonight = rows.select(NIGHT_COLUMNS).to_pandas()
     verdict = judge(tonight, earlier, config)
-    folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict).encode())
+    listed = tonight[tonight["scan_id"].isin(list_scans(tonight))].to_dict("records")
+    pictures = {} if images is None else images.read_thumbnails(listed)
+    folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict, pictures).encode())
     if verdict.breaches:
         hold = _describe_hold(folder.run_id, rows, verdict)
         folder.store.write_bytes(folder.locate(HELD), _to_json(hold))

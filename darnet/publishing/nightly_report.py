@@ -18,7 +18,7 @@ EARLIER_COLUMNS = [*GATE_COLUMNS, "prediction"]
 NIGHT_COLUMNS = [
     *EARLIER_COLUMNS,
     *STAGES,
-    *["run_id", "scan_id", "status_detail", "model_name", "model_version", "num_bytes"],
+    *["run_id", "scan_id", "input_sha256", "status_detail", "model_name", "model_version", "num_bytes"],
     *["fold_std_ncp", "cam_in_lung_fraction", "cam_peak_slice"],
 ]
 NUM_LISTED = 10  # Source: ours; scans of a kind that a person may look at in one morning
@@ -37,7 +37,7 @@ def render_nightly(
 ) -> str:
     """The whole page of a run, from NIGHT_COLUMNS of its rows and EARLIER_COLUMNS of the others.
 
-    `pictures`, by scan_id, are shown of those scans that a person should look at.
+    `pictures`, by scan_id, are shown of those that `list_scans` names.
     """
     sections = [
         _describe_statuses(rows, earlier),
@@ -161,7 +161,20 @@ def _describe_stages(rows: pd.DataFrame) -> Section:
     return Section("Stages by time", "Seconds of a worker, not of the clock: workers go side by side.", [table])
 
 
+def list_scans(rows: pd.DataFrame) -> list[str]:
+    """The scans that a person should look at, each once."""
+    return list(dict.fromkeys(scan_id for _, frame in _choose_scans(rows) for scan_id in frame["scan_id"]))
+
+
 def _describe_scans(rows: pd.DataFrame, pictures: Mapping[str, HtmlFigure]) -> Section:
+    tables = [_list_scans(caption, frame) for caption, frame in _choose_scans(rows)]
+    shown = [pictures[scan_id] for scan_id in list_scans(rows) if scan_id in pictures]
+    text = "" if tables else "No scan was scored tonight."
+    return Section("Scans to look at", text, tables, shown)
+
+
+def _choose_scans(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Kinds of outermost scans, each with what is outermost in them; kinds without any are left out."""
     scored = rows[rows["status"] == Status.OK.value]
     is_ill = scored["prediction"] != Diagnosis.NORMAL
     strays = scored[is_ill & (scored["cam_in_lung_fraction"] < IN_LUNG_FRACTION)]
@@ -172,11 +185,7 @@ def _describe_scans(rows: pd.DataFrame, pictures: Mapping[str, HtmlFigure]) -> S
         ("The folds' networks disagree most on NCP.", disputed.nlargest(NUM_LISTED, "fold_std_ncp")),
         (stray, strays.nsmallest(NUM_LISTED, "cam_in_lung_fraction")),
     ]
-    tables = [_list_scans(caption, frame) for caption, frame in chosen if len(frame)]
-    listed = [scan_id for _, frame in chosen for scan_id in frame["scan_id"]]
-    shown = [pictures[scan_id] for scan_id in dict.fromkeys(listed) if scan_id in pictures]
-    text = "" if tables else "No scan was scored tonight."
-    return Section("Scans to look at", text, tables, shown)
+    return [(caption, frame) for caption, frame in chosen if len(frame)]
 
 
 def _list_scans(caption: str, frame: pd.DataFrame) -> HtmlTable:

@@ -19,6 +19,8 @@ from typing import IO, Any
 
 from darnet.errors import ScanError, Status
 
+START_TIMEOUT_S = 120.0  # Source: ours; imports take a second, on a machine with too much to do many more
+
 _LENGTH = struct.Struct("<Q")
 _ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
@@ -37,18 +39,15 @@ class Sandbox:
 
         Raises: ScanError: ERR_TIMEOUT, ERR_DECODER_CRASH, ERR_MEMORY; and whatever the function raises.
         """
-        child = self._start()
-        assert child.stdin is not None
-        assert child.stdout is not None
-        deadline_s = time.monotonic() + self.timeout_s
+        if self._child is None:
+            self._child = self._start()
+            self._receive(START_TIMEOUT_S, "starting the decoder")  # at no scan's cost
         try:
-            _write(child.stdin, (arguments, self.timeout_s))
-            is_fine, value = pickle.loads(_read_until(child.stdout, deadline_s))
-        except TimeoutError:
-            self.close()
-            raise ScanError(Status.ERR_TIMEOUT, f"decoding took more than {self.timeout_s:g} s") from None
-        except (EOFError, BrokenPipeError):
+            assert self._child.stdin is not None
+            _write(self._child.stdin, (arguments, self.timeout_s))
+        except BrokenPipeError:
             raise self._explain_death() from None
+        is_fine, value = self._receive(self.timeout_s, "decoding")
         if is_fine:
             return value
         if isinstance(value, MemoryError):
@@ -72,13 +71,22 @@ class Sandbox:
         self.close()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        if self._child is None:
-            command = [sys.executable, "-c", _ENTRY, self.target, str(self.memory_bytes)]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
-            )
-        return self._child
+        command = [sys.executable, "-c", _ENTRY, self.target, str(self.memory_bytes)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0)
+
+    def _receive(self, timeout_s: float, doing: str) -> tuple[bool, Any]:
+        """The child's next message. Raises: ScanError as `call`."""
+        assert self._child is not None
+        assert self._child.stdout is not None
+        try:
+            message: tuple[bool, Any] = pickle.loads(_read_until(self._child.stdout, time.monotonic() + timeout_s))
+        except TimeoutError:
+            self.close()
+            raise ScanError(Status.ERR_TIMEOUT, f"{doing} took more than {timeout_s:g} s") from None
+        except EOFError:
+            raise self._explain_death() from None
+        return message
 
     def _explain_death(self) -> ScanError:
         assert self._child is not None
@@ -93,26 +101,32 @@ class Sandbox:
 
 
 def serve(target: str, memory_bytes: int) -> None:
-    """The child's loop: read arguments, call, write (True, value) or (False, exception), until the pipe closes."""
+    """The child's loop: read arguments, call, write (True, value) or (False, exception), until the pipe closes.
+
+    The first message says that all is imported.
+    """
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a decoder prints must not enter the answers
     module, name = target.split(":")
     function = getattr(importlib.import_module(module), name)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _write(answers, (True, None))
     while head := requests.read(_LENGTH.size):
         arguments, timeout_s = pickle.loads(requests.read(_LENGTH.unpack(head)[0]))
-        _limit_cpu(timeout_s)
+        _limit_time(timeout_s)
         try:
             answer = True, function(*arguments)
         except Exception as error:  # travels to the owner, who raises it there
             error.__cause__ = error.__context__ = None  # a cause may not pickle, and may hold DICOM text
             answer = False, error.with_traceback(None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _write(answers, answer)
 
 
-def _limit_cpu(timeout_s: float) -> None:
-    """A hang in native code must end even if the owner is gone."""
+def _limit_time(timeout_s: float) -> None:
+    """A hang must end even if the owner is gone; in native code only the system can end it. Later than the owner."""
+    signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + 4 * timeout_s) + 1, hard))

@@ -1,9 +1,11 @@
 """The night's page tells what the rows hold, whatever they hold, and needs nothing from anywhere."""
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -24,9 +26,11 @@ def render(tonight: list[dict[str, Any]], earlier: list[dict[str, Any]], **pictu
     return render_nightly(rows, before, judge(rows, before, ScoreConfig()), pictures)
 
 
-def render_weeks(num_scans: int = 600, shift: float = 1.0) -> str:
+def render_weeks(num_scans: int = 600, shift: float = 1.0, picture: HtmlFigure | None = None) -> str:
+    """A night after two weeks; `picture` is that of every scan."""
     earlier = [row for night in range(1, 15) for row in make_night_rows(night, 100)]
-    return render(make_night_rows(15, num_scans, shift=shift), earlier)
+    tonight = make_night_rows(15, num_scans, shift=shift)
+    return render(tonight, earlier, **({} if picture is None else {row["scan_id"]: picture for row in tonight}))
 
 
 def find_rows(page: str, name: str) -> list[list[str]]:
@@ -60,7 +64,7 @@ def test_scans_to_look_at_are_the_outermost() -> None:
         make_row(f"s{index}", probability_ncp=ncp, fold_std_ncp=std, cam_in_lung_fraction=inside, cam_peak_slice=7)
         for index, (ncp, std, inside) in enumerate(facts)
     ]
-    page = render(tonight, [], s1=HtmlFigure("<svg/>", "a thumbnail"))
+    page = render(tonight, [], s1=HtmlFigure(b"pixels", "a thumbnail"))
     tables = re.findall(r"<caption><span>(.*?)</span>(.*?)</table>", page, re.DOTALL)
     order = {caption[:7]: re.findall(r'row" class="\w+">(s\d)<', body) for caption, body in tables}
     assert order["Highest"] == ["s0", "s1", "s2", "s3"]
@@ -68,6 +72,7 @@ def test_scans_to_look_at_are_the_outermost() -> None:
     assert order["Predict"] == ["s2", "s1"]
     assert find_rows(page, "s1")[0] == ["NCP", "0.8000", "0.2000", "40.0%", "7"]
     assert page.count("a thumbnail") == 2  # once to see, once to hear
+    assert f'src="data:image/jpeg;base64,{base64.b64encode(b"pixels").decode()}"' in page
 
 
 def test_the_slowest_stage_and_its_scan_come_first() -> None:
@@ -108,12 +113,15 @@ def test_a_browser_shows_the_night_and_asks_the_network_for_nothing(tmp_path: Pa
     import matplotlib.image
 
     page = tmp_path / "nightly.html"
-    page.write_text(render_weeks())
-    assert read_dom(page).count("<img") == 2
+    violet = cv2.imencode(".jpg", np.full((100, 200, 3), (200, 0, 120), np.uint8))[1].tobytes()
+    page.write_text(render_weeks(picture=HtmlFigure(violet, "a_scan_" + "with_a_long_name_" * 8)))
+    num_images = read_dom(page).count("<img")
+    assert 2 + 10 <= num_images <= 2 + 30
     assert list_requests(page) == []
-    for width, height in ((1000, 4200), (500, 7000)):
+    for width, height in ((1000, 7000), (500, 14_000)):
         draw_screen(page, tmp_path / "screen.png", width, height)
         pixels = (matplotlib.image.imread(tmp_path / "screen.png")[..., :3] * 255).round().astype(int)
         assert pixels.shape[:2] == (height, width)
         assert (np.abs(pixels - (0x00, 0x72, 0xB2)).max(axis=2) < 3).sum() > 100  # a class's line
         assert (pixels[:, -8:] > 200).mean() > 0.99  # nothing runs off the right edge
+        assert (np.abs(pixels - (120, 0, 200)).max(axis=2) < 8).sum() > 10_000  # the pictures

@@ -2,12 +2,17 @@
 
 import ctypes
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from darnet.errors import ScanError, Status
 from darnet.reading.sandbox import Sandbox
+from tests.places import ROOT
 
 MEMORY_BYTES = 1 << 30
 
@@ -60,6 +65,44 @@ def test_a_bad_scan_is_an_error_and_the_next_one_is_served(sandbox: Sandbox, ord
         sandbox.call(order)
     assert caught.value.status is status
     assert sandbox.call("fine")[0] == "fine"
+
+
+def test_the_time_to_start_a_child_is_no_scans() -> None:
+    """Else a scan that follows a crash on a busy machine would pay for it; imports take longer than this limit."""
+    sandbox = Sandbox("tests.reading.test_sandbox:act", MEMORY_BYTES, timeout_s=0.05)
+    assert sandbox.call("fine")[0] == "fine"
+    with pytest.raises(ScanError):
+        sandbox.call("crash")
+    assert sandbox.call("fine")[0] == "fine"
+    sandbox.close()
+
+
+def test_a_child_that_cannot_start_is_an_error_of_the_scan() -> None:
+    with pytest.raises(ScanError, match="exit status 1") as caught:
+        Sandbox("tests.reading.test_sandbox:no_such_function", MEMORY_BYTES, timeout_s=20).call("fine")
+    assert caught.value.status is Status.ERR_DECODER_CRASH
+
+
+def test_a_child_that_hangs_does_not_outlive_its_owner_for_long() -> None:
+    """Killed outright, the owner can end nobody: a child that waits for ever would hold its memory for ever."""
+    code = (
+        "from tests.reading.test_sandbox import MEMORY_BYTES, Sandbox\n"
+        "sandbox = Sandbox('tests.reading.test_sandbox:act', MEMORY_BYTES, timeout_s=3)\n"
+        "print(sandbox.call('fine')[1], flush=True)\n"
+        "sandbox.call('hang')\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    time.sleep(0.5)  # into the hang
+    owner.kill()
+    owner.communicate()
+    for _ in range(300):
+        if not Path(f"/proc/{child}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child outlived its owner")
 
 
 def test_a_hang_ends_at_the_time_limit_and_leaves_no_child() -> None:
