@@ -5,8 +5,8 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo paper-smoke test test-slow bench-resampling bench-workers bench-loading walk-publishing lint
-.PHONY: format clean
+.PHONY: help demo paper-smoke test test-slow bench-resampling bench-workers bench-loading bench-planning
+.PHONY: walk-publishing lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -53,6 +53,9 @@ bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its sca
 
 bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
 	@$(BIN)/python -m tests.bench.workers
+
+bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
+	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
 
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"
