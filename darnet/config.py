@@ -180,7 +180,10 @@ class CohortConfig(Section):
 
 
 class DecodeConfig(Section):
-    """Limits of one source's decoding, done in a child process. Source: ours, from the largest chest CT seen."""
+    """Limits of one source's decoding, done in a child process. Source: ours, from the largest chest CT seen.
+
+    A row that they decided is final like any other: another limit does not score it again (README, A night).
+    """
 
     min_slices: int = Field(10, ge=1)
     """Scans with fewer slices are `SKIP_FEW_SLICES`."""

@@ -6,6 +6,7 @@ Also the numbering of the table's commits.
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -83,8 +84,14 @@ def parse_stored(store: Store, key: str, data: bytes, columns: list[str]) -> Sto
     Raises: StorageError if it is none of ours, or damaged.
     """
     file, run_id = _parse_parquet(store, key, pa.BufferReader(data))
-    try:
+    with _explain_damage(store, key):
         return Stored(key, run_id, _read_listed_until(file), file.read(columns))
+
+
+@contextmanager
+def _explain_damage(store: Store, key: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{store.uri}/{key}: damaged ({error}); restore it from a copy") from error
 
@@ -103,7 +110,7 @@ def _parse_parquet(store: Store, key: str, source: Any) -> tuple[Any, str]:
                 f"{store.uri}/{key}: schema version is not {SCHEMA_VERSION}; use the program that wrote it"
             )
         return file, metadata[b"run_id"].decode()
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise StorageError(f"{store.uri}/{key}: not a results file of ours; move it away") from error
 
 
@@ -113,7 +120,8 @@ def read_stored(store: Store, key: str, columns: list[str] | None = None) -> Sto
     Raises: ObjectMissing; StorageError if something else lies there.
     """
     file, run_id = open_parquet(store, key)
-    return Stored(key, run_id, _read_listed_until(file), file.read(columns))
+    with _explain_damage(store, key):
+        return Stored(key, run_id, _read_listed_until(file), file.read(columns))
 
 
 def read_objects(store: Store, keys: Sequence[str], columns: list[str] | None = None) -> Iterator[Stored]:
@@ -141,7 +149,9 @@ def _stream_object(store: Store, item: StoredObject, columns: list[str]) -> Iter
     with store.open_range_reader(item) as reader:
         file, run_id = _parse_parquet(store, item.key, reader)
         for group in range(file.num_row_groups):
-            yield Stored(item.key, run_id, _read_listed_until(file), file.read_row_group(group, columns))
+            with _explain_damage(store, item.key):
+                rows = file.read_row_group(group, columns)
+            yield Stored(item.key, run_id, _read_listed_until(file), rows)
 
 
 def list_parquet_keys(store: Store, prefix: str) -> list[str]:

@@ -109,15 +109,16 @@ def write_plan(planned: Iterable[PlannedSource], path: Path, make_record: Callab
     with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
         for batch in batch_by(planned, lambda item: len(item.source.objects), PLAN_BATCH_OBJECTS):
             rows = [_plan_row(item) for item in batch]
-            digest.update(_spell_plan(rows))
+            digest.update("".join(_spell_line(row["source"], row["input_sha256"]) for row in rows).encode())
             writer.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
         record = make_record(digest.hexdigest())
         writer.add_key_value_metadata(describe_file(record.run_id))
     return record
 
 
-def _spell_plan(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(f"{row['source']}\0{row['input_sha256']}\n" for row in rows).encode()
+def _spell_line(key: str, input_sha256: str) -> str:
+    """What the digest of a plan takes of a source."""
+    return f"{key}\0{input_sha256}\n"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class RunFolder:
         """
         digest, sources = hashlib.sha256(), []
         for planned in self.read_plan():
-            digest.update(_spell_plan([_plan_row(planned)]))
+            digest.update(_spell_line(spell_key(planned.source.key), planned.source.input_sha256).encode())
             sources.append(planned.source)
         if digest.hexdigest() != self.read_record().plan_sha256:
             raise UsageError(

@@ -14,40 +14,42 @@ from darnet.publishing.rows import MODEL_KEY, SOURCE_KEY, Reason, is_of_model, s
 from darnet.scan import BoolArray, Source
 from darnet.storage import Store
 
-# A digest of 128 bits decides what is scored. numpy sorts and finds byte strings of a fixed length; that it hides zeros
-# at their end concerns those who take them out of the array, and nobody does.
+# Of a source and its bytes: 64 bits of a digest of the source's key, and 64 of one of key and bytes. All 128 decide
+# what is scored, the first half alone no more than the reason that people read. numpy sorts and finds byte strings of
+# a fixed length; that it hides zeros at their end concerns those who take them out of the array, and nobody does.
 Digests: TypeAlias = NDArray[np.bytes_]
-PAIR_BYTES = 16
-SOURCE_BYTES = 8  # Source: ours; whether a source was seen at all decides no more than the reason that people read
+HALF_BYTES = 8
+PAIR_BYTES = 2 * HALF_BYTES
 
 
 @dataclass(frozen=True)
 class ScoredKeys:
     """What the table says of sources under one model and preprocessing, as of its object `last_commit`.
 
-    Shape:  each is sorted: `done` and `retry` hold digests of (source, input_sha256), of sources all of whose scans are
-            final, and of those with an ERR; `known` and `known_elsewhere` digests of sources that have any row under
-            this model, and under another.
+    Shape:  `pairs` (n,) sorted digests of every (source, input_sha256) under this model; `is_done` (n,), whether all
+            scans of it are final; `known_elsewhere` sorted first halves of the digests of sources under other models.
     """
 
     last_commit: int
-    done: Digests
-    retry: Digests
-    known: Digests
+    pairs: Digests
+    is_done: BoolArray
     known_elsewhere: Digests
 
     def find_reasons(self, sources: Sequence[Source]) -> list[Reason | None]:
         """Why to score each source tonight; None if every one of its scans has a final row."""
-        keys = [spell_key(source.key) for source in sources]
-        pairs = _digest_pairs(keys, [source.input_sha256 for source in sources])
+        wanted = _digest_pairs([spell_key(source.key) for source in sources], [item.input_sha256 for item in sources])
+        places = _find_places(self.pairs, wanted)
+        is_found = _is_equal(self.pairs, places, wanted)
+        is_open = ~is_found
+        is_open[is_found] = ~self.is_done[places[is_found]]
         reasons: list[Reason | None] = [None] * len(sources)
-        is_open = ~_is_among(pairs, self.done)
         if is_open.any():
-            names = _digest_sources(keys)
-            is_retried, is_known = _is_among(pairs, self.retry), _is_among(names, self.known)
-            is_known_elsewhere = _is_among(names, self.known_elsewhere)
+            halves = _take_halves(wanted)
+            first_places = _find_places(self.pairs, halves.astype(wanted.dtype))  # zeros behind a half sort first
+            is_known = _is_equal(_take_halves(self.pairs), first_places, halves)
+            is_elsewhere = _is_equal(self.known_elsewhere, _find_places(self.known_elsewhere, halves), halves)
             for index in np.flatnonzero(is_open):
-                told = (is_retried[index], is_known[index], is_known_elsewhere[index])
+                told = (is_found[index], is_known[index], is_elsewhere[index])
                 reasons[index] = _name_reason(*map(bool, told))
         return reasons
 
@@ -66,62 +68,65 @@ def read_scored_keys(store: Store, model_sha256: str, preprocessing_version: str
     A source is done if its newest commit holds no ERR row: a commit tells of all its scans that were not final.
     """
     objects = list_commit_objects(store)
-    events, known, known_elsewhere = _Events(), _Names(), _Names()
+    events, elsewhere = _Events(), _Halves()
     for stored in stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]):
         is_ours = is_of_model(stored.rows, model_sha256, preprocessing_version)
         events.note(stored, is_ours)
-        known.note(stored.rows["source"].filter(is_ours))
-        known_elsewhere.note(stored.rows["source"].filter(pc.invert(is_ours)))
-    done, retry = events.settle()
+        elsewhere.note(stored.rows["source"].filter(pc.invert(is_ours)))
     last_commit = read_commit_number(objects[-1].key) if objects else 0
-    return ScoredKeys(last_commit, done, retry, known.collect(), known_elsewhere.collect())
+    return ScoredKeys(last_commit, *events.settle(), elsewhere.collect())
 
 
 class _Events:
     """What each commit says of a source: whether all is well with it. The newest one counts."""
 
     def __init__(self) -> None:
-        self._pairs: list[Digests] = []
-        self._is_open: list[BoolArray] = []
-        self._commit = 0
+        self._pairs, self._is_open = bytearray(), bytearray()  # they grow without a second copy
+        self._commit, self._start = 0, 0
 
     def note(self, stored: Stored, is_ours: Any) -> None:
         """Add the rows of a commit, which may come in several pieces."""
         rows = stored.rows.filter(is_ours)
         rows = rows.append_column("is_open", pc.starts_with(rows["status"], "ERR_"))
-        found = rows.group_by(SOURCE_KEY).aggregate([("is_open", "any")])
+        found = rows.group_by(SOURCE_KEY, use_threads=False).aggregate([("is_open", "any")])
         pairs = _digest_pairs(found["source"].to_pylist(), found["input_sha256"].to_pylist())
         is_open = np.asarray(found["is_open_any"].to_numpy(), np.bool_)
         if stored.commit == self._commit:  # a source may lie across the border of two pieces
-            pairs = np.concatenate([self._pairs.pop(), pairs])
-            is_open = np.concatenate([self._is_open.pop(), is_open])
+            earlier, was_open = self._get_pairs(self._start), self._get_open(self._start)
+            pairs, is_open = np.concatenate([earlier, pairs]), np.concatenate([was_open, is_open])
             is_open = np.isin(pairs, pairs[is_open])
-        self._pairs.append(pairs)
-        self._is_open.append(is_open)
-        self._commit = stored.commit
+            del self._pairs[self._start * PAIR_BYTES :], self._is_open[self._start :]
+        self._commit, self._start = stored.commit, len(self._is_open)
+        self._pairs += pairs.tobytes()
+        self._is_open += is_open.tobytes()
 
-    def settle(self) -> tuple[Digests, Digests]:
-        """Sources that are done, and those to retry; forgets the rest."""
-        pairs = np.concatenate([_digest_pairs([], []), *self._pairs])
-        is_open = np.concatenate([np.empty(0, np.bool_), *self._is_open])
-        self._pairs, self._is_open = [], []
+    def _get_pairs(self, start: int) -> Digests:
+        return np.frombuffer(bytes(self._pairs[start * PAIR_BYTES :]), f"S{PAIR_BYTES}")
+
+    def _get_open(self, start: int) -> BoolArray:
+        return np.frombuffer(bytes(self._is_open[start:]), np.bool_)
+
+    def settle(self) -> tuple[Digests, BoolArray]:
+        """Each source and bytes once, sorted, and whether they are done; forgets the rest."""
+        pairs, is_open = np.frombuffer(self._pairs, f"S{PAIR_BYTES}"), np.frombuffer(self._is_open, np.bool_)
         order = np.argsort(pairs, kind="stable")  # of equal ones the newest comes last
-        pairs, is_open = pairs[order], is_open[order]
+        pairs, is_done = pairs[order], ~is_open[order]
+        self._pairs, self._is_open = bytearray(), bytearray()
         is_newest = np.append(pairs[1:] != pairs[:-1], True)[: len(pairs)]
-        return pairs[is_newest & ~is_open], pairs[is_newest & is_open]
+        return (pairs, is_done) if is_newest.all() else (pairs[is_newest], is_done[is_newest])
 
 
-class _Names:
-    """Digests of sources, each once. Merged when they have doubled: most of a night's are known already."""
+class _Halves:
+    """First halves of sources' digests, each once. Merged when they have doubled: most of a night's are known."""
 
     def __init__(self) -> None:
-        self._merged = _digest_sources([])
+        self._merged = _digest([], HALF_BYTES)
         self._fresh: list[Digests] = []
         self._num_fresh = 0
 
     def note(self, column: Any) -> None:
         """Add a column of sources."""
-        self._fresh.append(_digest_sources(column.unique().to_pylist()))
+        self._fresh.append(_digest(column.unique().to_pylist(), HALF_BYTES))
         self._num_fresh += len(self._fresh[-1])
         if self._num_fresh > len(self._merged):
             self.collect()
@@ -134,12 +139,14 @@ class _Names:
 
 
 def _digest_pairs(keys: Sequence[str], input_sha256: Sequence[str]) -> Digests:
-    pairs = zip(keys, input_sha256, strict=True)
-    return _digest((f"{key}\0{sha256}" for key, sha256 in pairs), PAIR_BYTES)
+    halves = np.empty((len(keys), 2), f"S{HALF_BYTES}")
+    halves[:, 0] = _digest(keys, HALF_BYTES)
+    halves[:, 1] = _digest(map("\0".join, zip(keys, input_sha256, strict=True)), HALF_BYTES)
+    return halves.view(f"S{PAIR_BYTES}").ravel()
 
 
-def _digest_sources(keys: Sequence[str]) -> Digests:
-    return _digest(keys, SOURCE_BYTES)
+def _take_halves(pairs: Digests) -> Digests:
+    return pairs.view(f"S{HALF_BYTES}")[::2]
 
 
 def _digest(texts: Iterable[str], num_bytes: int) -> Digests:
@@ -147,10 +154,11 @@ def _digest(texts: Iterable[str], num_bytes: int) -> Digests:
     return np.frombuffer(joined, f"S{num_bytes}")
 
 
-def _is_among(wanted: Digests, found: Digests) -> BoolArray:
-    """Whether each digest is in a sorted array of them."""
-    if not len(found):
-        return np.zeros(len(wanted), np.bool_)
-    places = np.minimum(np.searchsorted(found, wanted), len(found) - 1)
-    is_equal: BoolArray = found[places] == wanted
-    return is_equal
+def _find_places(found: Digests, wanted: Digests) -> NDArray[np.intp]:
+    """Where in a sorted array each digest is, or would be."""
+    return np.minimum(np.searchsorted(found, wanted), max(len(found) - 1, 0))
+
+
+def _is_equal(found: Digests, places: NDArray[np.intp], wanted: Digests) -> BoolArray:
+    """Whether each digest is where it would be."""
+    return found[places] == wanted if len(found) else np.zeros(len(wanted), np.bool_)

@@ -3,6 +3,7 @@
 import pytest
 
 from darnet.errors import StorageError
+from darnet.publishing import objects
 from darnet.publishing.objects import list_commit_objects, list_commits, read_commit_number
 from darnet.storage import Store
 from tests.results_fixtures import make_row, publish_rows, read_statuses
@@ -12,6 +13,18 @@ def test_a_foreign_file_in_the_table_stops_the_run(local: Store) -> None:
     local.write_bytes("predictions/c00000001.parquet", b"not Parquet")
     with pytest.raises(StorageError, match=r"c00000001\.parquet: not a results file"):
         publish_rows(local, "run", make_row("a"))
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_a_damaged_object_is_named(local: Store, monkeypatch: pytest.MonkeyPatch, whole_bytes: int) -> None:
+    """First where only reading the rows finds it out, then in what describes them."""
+    monkeypatch.setattr(objects, "WHOLE_BYTES", whole_bytes)
+    publish_rows(local, "run", make_row("a"))
+    sound = local.read_bytes("predictions/c00000001.parquet")
+    for num_spoiled, complaint in ((99, "damaged"), (len(sound) // 2, "not a results file of ours")):
+        local.write_bytes("predictions/c00000001.parquet", bytes(num_spoiled) + sound[num_spoiled:])
+        with pytest.raises(StorageError, match=rf"c00000001\.parquet: {complaint}"):
+            list(objects.stream_objects(local, list_commit_objects(local), ["run_id", "source"]))
 
 
 def test_commits_are_listed_by_their_numbers(store: Store) -> None:

@@ -132,6 +132,26 @@ def test_trouble_in_one_listing_ends_planning(local: Store) -> None:
         survey(ListedStore(list_slices("a/1", "b/1", "c/1"), fail), local, Selection(("a", "b", "c")))
 
 
+def test_trouble_in_one_listing_ends_the_others(local: Store) -> None:
+    """The other one would go on for millions of objects without finding anything."""
+    asked, has_begun = [], threading.Event()
+
+    def stream() -> Iterator[StoredObject]:
+        for number in range(5_000_000):
+            asked.append(number)
+            has_begun.set()
+            yield StoredObject(f"b/{number:08d}.nii", 1, "v")
+
+    def fail(prefix: str) -> None:
+        if prefix == "a":
+            has_begun.wait(30)
+            raise StorageError("the store failed")
+
+    with pytest.raises(StorageError, match="the store failed"):
+        survey(ListedStore(stream, fail), local, Selection(("a", "b"), glob="a*"))
+    assert 0 < len(asked) < 5_000_000
+
+
 def test_an_archive_without_a_source_is_a_mistyped_address(local: Store) -> None:
     archive = ListedStore(list_slices("ct/1"))
     with pytest.raises(UsageError, match=r"nothing in it below xt or 2027 looks like a scan"):

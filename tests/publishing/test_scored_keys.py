@@ -1,5 +1,6 @@
 """What the table settles is what a person would find who reads it row by row."""
 
+import hashlib
 import random
 from typing import Any
 
@@ -8,7 +9,14 @@ import pytest
 
 from darnet.publishing import objects
 from darnet.publishing.rows import Reason
-from darnet.publishing.scored_keys import ScoredKeys, _is_among, read_scored_keys
+from darnet.publishing.scored_keys import (
+    ScoredKeys,
+    _digest_pairs,
+    _find_places,
+    _is_equal,
+    _take_halves,
+    read_scored_keys,
+)
 from darnet.scan import Source
 from darnet.storage import Store
 from tests.results_fixtures import MODEL, make_row, make_source, publish_rows, read_statuses
@@ -121,5 +129,21 @@ def test_digests_are_compared_to_their_last_zero() -> None:
     digests = np.frombuffer(b"".join(texts), "S16")
     for left_out in range(len(texts)):
         found = np.sort(np.delete(digests, left_out))
-        assert _is_among(digests, found).tolist() == [index != left_out for index in range(len(texts))]
-    assert not _is_among(digests, digests[:0]).any()
+        is_there = _is_equal(found, _find_places(found, digests), digests)
+        assert is_there.tolist() == [index != left_out for index in range(len(texts))]
+    assert not _is_equal(digests[:0], _find_places(digests[:0], digests), digests).any()
+
+
+def test_digests_are_those_of_hashlib_with_the_source_first() -> None:
+    """Some end in zeros, which numpy would not show."""
+    keys = [f"k{number}" for number in range(2000)]
+    pairs = _digest_pairs(keys, ["i"] * len(keys))
+    expected = [
+        hashlib.blake2b(key.encode(), digest_size=8).digest()
+        + hashlib.blake2b(f"{key}\0i".encode(), digest_size=8).digest()
+        for key in keys
+    ]
+    assert any(digest[7] == 0 for digest in expected)
+    assert any(digest[15] == 0 for digest in expected)
+    assert pairs.tobytes() == b"".join(expected)
+    assert _take_halves(pairs).tobytes() == b"".join(digest[:8] for digest in expected)
