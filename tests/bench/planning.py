@@ -28,7 +28,7 @@ from tests.results_fixtures import WORK, make_row
 
 NIGHTS = 365
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
-GOAL = {"seconds": 60, "growth_mb": 150}  # for a million objects
+GOAL = {"seconds": 60, "growth_mb": 150}  # of a million objects; on a busy machine the seconds say little
 
 
 def write_results(folder: Path, num_sources: int, objects_per_source: int, num_nights: int) -> None:
@@ -90,19 +90,20 @@ def measure(num_objects: int, objects_per_source: int, num_nights: int) -> dict[
     module = [sys.executable, "-m"]
     with tempfile.TemporaryDirectory() as folder:
         write_results(Path(folder), num_objects // objects_per_source, objects_per_source, num_nights)
-        numbers = [str(num_objects), str(objects_per_source)]
-        server = subprocess.Popen([*module, "tests.bench.listing_server", *numbers], stdout=subprocess.PIPE, text=True)
-        try:
+        serving = [*module, "tests.bench.listing_server", str(num_objects), str(objects_per_source)]
+        with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             address = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
             command = [*module, "tests.bench.planning", "--here", folder]
-            done = subprocess.run(command, env=os.environ | CREDENTIALS | address, check=True, stdout=subprocess.PIPE)
-        finally:
-            server.terminate()
-            server.wait()
+            try:
+                done = subprocess.run(
+                    command, env=os.environ | CREDENTIALS | address, check=True, stdout=subprocess.PIPE
+                )
+            finally:
+                server.terminate()
     found: dict[str, float] = json.loads(done.stdout)
-    size_mb = {"objects": num_objects, "objects_per_source": objects_per_source, "nights": num_nights}
-    return size_mb | found
+    asked = {"objects": num_objects, "objects_per_source": objects_per_source, "nights": num_nights}
+    return asked | found
 
 
 def main(arguments: list[str]) -> int:
@@ -118,10 +119,12 @@ def main(arguments: list[str]) -> int:
     sizes = [max(largest // share, 1000) for share in (100, 10)]
     for plan in [*((size, 1, NIGHTS) for size in sizes), *((small, 1, nights) for nights in (10, 100))]:
         print(json.dumps(measure(*plan)), flush=True)
-    goals = [measure(largest, objects_per_source, NIGHTS) for objects_per_source in (100, 1)]
-    for found in goals:
+    is_past = False
+    for objects_per_source in (100, 1):
+        found = measure(largest, objects_per_source, NIGHTS)
         print(json.dumps(found), flush=True)
-    return int(any(found[name] > limit for found in goals for name, limit in GOAL.items()))
+        is_past |= any(found[name] > limit for name, limit in GOAL.items())
+    return int(is_past)
 
 
 if __name__ == "__main__":
