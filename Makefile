@@ -6,7 +6,7 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-poison bench-workers bench-kills lint format clean
+.PHONY: bench-memory bench-poison bench-workers bench-kills bench-planning lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,6 +66,8 @@ bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curv
 
 bench-kills: $(ENVIRONMENT) ## what a night loses when its driver is killed at 20 moments, or started twice
 	@$(BIN)/python -m tests.bench.kills
+bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
+	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
 
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -178,7 +180,10 @@ class CohortConfig(Section):
 
 
 class DecodeConfig(Section):
-    """Limits of one source's decoding, done in a child process. Source: ours, from the largest chest CT seen."""
+    """Limits of one source's decoding, done in a child process. Source: ours, from the largest chest CT seen.
+
+    A row that they decided is final like any other: another limit does not score it again (README, A night).
+    """
 
     min_slices: int = Field(10, ge=1)
     """Scans with fewer slices are `SKIP_FEW_SLICES`."""
@@ -334,7 +339,17 @@ class ScoreSettings(Settings):
     results: str
     """Where the results table is: a folder or s3://bucket/prefix."""
     night: str | None = None
-    """Date (YYYY-MM-DD) the rows carry. Default: today, UTC."""
+    """Date (YYYY-MM-DD) the rows carry. Default: today, UTC. A run finished first keeps its own."""
+    prefix: tuple[str, ...] = ()
+    """Score only sources whose key in the archive begins so; several, as a,b, are listed side by side. Default: all."""
+    since: datetime | None = None
+    """Score only sources whose newest object is from then or later: a date or time, UTC unless it says otherwise."""
+    glob: str = "*"
+    """Score only sources whose key matches this pattern of *, ? and [...], in which * also takes a slash."""
+    settle_s: float = Field(0.0, ge=0)
+    """A source whose newest object is younger than this many seconds is still arriving and waits for the next night."""
+    dry_run: bool = False
+    """Say what would be scored and why, and write nothing anywhere."""
     cam_images: str = ""
     """Where pictures of CT and class map are kept, apart from the results: a folder or s3://bucket/prefix. Default:
     none are made."""
@@ -342,14 +357,19 @@ class ScoreSettings(Settings):
     accept: str | None = None
     """In place of scoring: publish this run, which a quality gate held. Needs reason; archive and model do not."""
     discard: str | None = None
-    """In place of scoring: drop this run, which a quality gate held; the next night scores its scans anew."""
+    """In place of scoring: drop this run, held or unfinished; the next night scores its scans anew."""
     reason: str = ""
     """Why a held run is accepted or discarded; kept beside it."""
 
+    @field_validator("since")
+    @classmethod
+    def _place(cls, since: datetime | None) -> datetime | None:
+        return since.replace(tzinfo=UTC) if since is not None and since.tzinfo is None else since
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.accept is not None and self.discard is not None:
-            raise ValueError("give either accept or discard")
+        if (self.accept is not None) + (self.discard is not None) + self.dry_run > 1:
+            raise ValueError("give only one of accept, discard and dry_run")
         if (self.accept is not None or self.discard is not None) and not self.reason.strip():
             raise ValueError("accept and discard need a reason: --reason 'why'")
         if self.accept is None and self.discard is None and not (self.archive and self.model):

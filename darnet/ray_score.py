@@ -3,7 +3,7 @@
 The driver plans, collects, verifies and publishes; decoding and the networks run wherever the cluster has room.
 """
 
-import hashlib
+import functools
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,16 @@ import numpy as np
 from ray.data import ActorPoolStrategy, Dataset
 
 from darnet import __version__
-from darnet.archive import list_sources
+from darnet.archive import EVERYTHING, Selection
 from darnet.bundle import Bundle, read_bundle
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.config import ScoreConfig, fingerprint
-from darnet.errors import RunError, Status, UsageError
+from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.hold import PAGE, refuse_if_held, review_run
-from darnet.publishing.objects import find_last_commit
-from darnet.publishing.runs import PlannedSource, RunFolder, name_part, read_scored_keys
+from darnet.publishing.planning import plan_night, preview_night
+from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
 from darnet.ray_metrics import ScanCounters
 from darnet.scan import Source
@@ -69,29 +69,57 @@ def score_archive(
     results: Store,
     config: ScoreConfig,
     night: date | None = None,
+    selection: Selection = EVERYTHING,
     images: CamImages | None = None,
 ) -> dict[str, Any]:
     """Score what is new or changed in the archive and publish it as one object; a summary for people and schedulers.
 
-    A run that was killed is found again by its id on the same night, as long as nothing else was published and the
-    archive did not change: its staged parts are kept.
-    Raises: RunError of every kind, HeldError if a quality gate holds this run or an earlier one; nothing is published
-        then.
+    Runs of the same archive, model and settings that were begun and not ended are finished first, each under its own
+    plan and night; what is new beside them is a run of its own. The summary is of the last run, `finished_first` of
+    those before it.
+    Raises: RunError of every kind, HeldError if a quality gate holds one of these runs or an earlier one; nothing of
+        that run is published then.
     """
     refuse_if_held(results)
     if images is not None:
         images.check()
     bundle = read_bundle(model)
-    plan = plan_run(archive, results, bundle)
-    summary: dict[str, Any] = {"model": bundle.manifest.model_name, "planned_sources": len(plan), "published": None}
-    if not plan:
+    work = describe_work(archive, bundle, config)
+    finish = functools.partial(finish_run, archive, model, bundle, config, images)
+    runs = [finish(folder) for folder in find_unfinished(results, work)]
+    plan = plan_night(archive, results, work, night or _now().date(), selection, _now)
+    if plan.folder is not None:
+        runs.append(finish(plan.folder))
+    summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}
+    if not runs:
         return summary | {"message": "nothing new in the archive: nothing to score, nothing published"}
-    night = night or datetime.now(UTC).date()
-    run_id = name_run(night, archive, bundle, config, plan, find_last_commit(results))
-    folder = RunFolder(results, run_id)
-    folder.write_plan(plan)
-    planned = [item.source for item in folder.read_plan()]
-    run = RunFacts(run_id, night, bundle.manifest, __version__)
+    return summary | runs[-1] | {"finished_first": runs[:-1]}
+
+
+def preview_archive(
+    archive: Store, model: Store, results: Store, config: ScoreConfig, selection: Selection
+) -> dict[str, Any]:
+    """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
+    refuse_if_held(results)
+    work = describe_work(archive, read_bundle(model), config)
+    return preview_night(archive, results, work, selection, _now)
+
+
+def describe_work(archive: Store, bundle: Bundle, config: ScoreConfig) -> Work:
+    """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
+    manifest = bundle.manifest
+    return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, fingerprint(config))
+
+
+def finish_run(
+    archive: Store, model: Store, bundle: Bundle, config: ScoreConfig, images: CamImages | None, folder: RunFolder
+) -> dict[str, Any]:
+    """Score what a run's plan still lacks and publish the run; its part of the summary.
+
+    Raises: as `score_archive`.
+    """
+    record, planned = folder.read_record(), folder.read_sources()
+    run = RunFacts(folder.run_id, record.night, bundle.manifest, __version__)
     staged = folder.list_staged_sources()
     missing = [source for source in planned if source.key not in staged]
     if missing:
@@ -100,56 +128,25 @@ def score_archive(
     rows = folder.read_parts()
     check_rows((source.key for source in planned), rows)
     verdict = review_run(folder, rows, config, images)
-    number = publish(results, run_id, rows)
-    statuses = Counter(rows["status"].to_pylist())
-    if images is not None:
-        summary["cam_images"] = images.describe(rows.select(IMAGE_COLUMNS).to_pylist())
-    return summary | {
-        "run_id": run_id,
+    number = publish(folder.store, folder.run_id, rows, record.listing)
+    folder.write_end(number)
+    pictures = {} if images is None else {"cam_images": images.describe(rows.select(IMAGE_COLUMNS).to_pylist())}
+    return {
+        "run_id": folder.run_id,
+        "night": record.night.isoformat(),
+        "planned_sources": len(planned),
         "resumed_sources": len(planned) - len(missing),
         "scans": rows.num_rows,
-        "statuses": dict(statuses.most_common()),
+        "statuses": dict(Counter(rows["status"].to_pylist()).most_common()),
         "gates": verdict.describe(),
-        "report": f"{results.uri}/{folder.locate(PAGE)}",
+        "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
         "published": number,
+        **pictures,
     }
 
 
-def plan_run(archive: Store, results: Store, bundle: Bundle) -> list[PlannedSource]:
-    """The sources whose scans are not all final under this model, in the archive's order.
-
-    Raises: UsageError for an archive without a single source: a mistyped prefix of a bucket lists as empty.
-    """
-    manifest = bundle.manifest
-    keys = read_scored_keys(results, manifest.model_sha256, manifest.preprocessing_version)
-    plan, num_sources = [], 0
-    for source in list_sources(archive.list_objects()):
-        num_sources += 1
-        reason = keys.find_reason(source)
-        if reason is not None:
-            plan.append(PlannedSource(source, reason))
-    if num_sources == 0:
-        raise UsageError(f"{archive.uri}: nothing in it looks like a scan; is the address right?")
-    return plan
-
-
-def name_run(
-    night: date,
-    archive: Store,
-    bundle: Bundle,
-    config: ScoreConfig,
-    plan: Sequence[PlannedSource],
-    last_commit: int,
-) -> str:
-    """A name that the same work gets again after a kill, and other work does not: it digests model, settings, plan.
-
-    The night and the table's last number are part of it, so that trying again what failed is another run.
-    """
-    manifest = bundle.manifest
-    digest = hashlib.sha256(f"{archive.uri}\0{manifest.model_sha256}\0{fingerprint(config)}\0{last_commit}".encode())
-    for item in plan:
-        digest.update(f"\0{item.source.input_sha256}".encode())
-    return f"{night:%Y%m%d}-{digest.hexdigest()[:16]}"
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sources: int) -> None:

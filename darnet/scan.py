@@ -71,6 +71,11 @@ class Source:
         return sum(item.num_bytes for item in self.objects)
 
     @property
+    def modified_s(self) -> float:
+        """When the newest object was written, in seconds since 1970."""
+        return max(item.modified_s for item in self.objects)
+
+    @property
     def input_sha256(self) -> str:
         """Digest of the sorted (key, version, size): changes when any object is added, removed or replaced."""
         digest = hashlib.sha256()

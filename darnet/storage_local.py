@@ -3,6 +3,7 @@
 Writes are whole or not at all, also when the power fails; a key can never name a place outside the root.
 """
 
+import io
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from darnet.errors import FolderMissing, ObjectMissing, ScanError, Status, StorageError, UsageError
 from darnet.scan import StoredObject
@@ -64,7 +66,15 @@ class LocalStore:
             staged.replace(path)
             _sync_folder(path.parent)
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+    def open_range_reader(self, item: StoredObject) -> BinaryIO:
+        path = self.local_path(item.key)
+        with explain_os_errors(str(path), "read the file"):
+            try:
+                return path.open("rb")
+            except FileNotFoundError as error:
+                raise ObjectMissing(f"{path}: no such file") from error
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
         path = self.local_path(key)
         with explain_os_errors(str(path), "write the file"), _staged(path, data) as staged:
             try:
@@ -153,13 +163,14 @@ def _explain_reading() -> Iterator[None]:
 
 
 @contextmanager
-def _staged(path: Path, data: bytes) -> Iterator[Path]:
+def _staged(path: Path, data: bytes | Path) -> Iterator[Path]:
     """A complete, synced file beside `path` under a hidden name no `*.parquet` matches; gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with staged.open("xb") as sink:  # not tempfile: its mode 0600 would shut other readers out
-            sink.write(data)
+            with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as body:
+                shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
             sink.flush()
             os.fsync(sink.fileno())
         yield staged

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from darnet.errors import ObjectMissing, PutUncertain
 from darnet.publishing.commit import publish
+from darnet.publishing.objects import Listing
 from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, is_error, make_table
 from darnet.scan import StoredObject
-from tests.results_fixtures import make_row
+from tests.results_fixtures import make_listing, make_row
 
 UNCERTAIN = "uncertain"
 FINAL_KEY = [*SCAN_KEY, *MODEL_KEY]
@@ -40,10 +41,11 @@ class Outcome(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A driver: its run, and the rows it wants to publish."""
+    """A driver: its run, the rows it wants to publish, and when it listed the archive."""
 
     run_id: str
     rows: Any
+    listing: Listing
 
 
 class State(NamedTuple):
@@ -58,13 +60,18 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """Runs that meet, the table they find, and how much may go wrong on one path."""
+    """Runs that meet, the table they find, and how much may go wrong on one path.
+
+    `minutes` has, for some runs, when their listing began and ended; without, all that meet listed at once, after the
+    nights before. None of them knew the table of the others.
+    """
 
     name: str
     runs: Sequence[Sequence[Mapping[str, Any]]]
     before: Sequence[Sequence[Mapping[str, Any]]] = ()
     num_faults: int = 2
     num_crashes: int = 2
+    minutes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,7 +140,8 @@ class PublishModel:
         self._objects: dict[str, bytes] = {}
         self._next: dict[tuple[int, tuple[Any, ...]], Question | Outcome] = {}
         self._judged: dict[Any, list[str]] = {}
-        self._runs = [_make_run(rows) for rows in scenario.runs]
+        self._runs = [self._make_run(rows) for rows in scenario.runs]
+        self._listings = {run.run_id: run.listing for run in self._runs}
 
     def walk(self) -> Walk:
         """Visit every state once; stop at the first bad one."""
@@ -165,7 +173,7 @@ class PublishModel:
         """The table the runs find: earlier nights, published one after another without any trouble."""
         table: dict[str, str] = {}
         for rows in self._scenario.before:
-            run, answers, question = _make_run(rows), (), Question("list")
+            run, answers, question = self._make_run(rows), (), Question("list")
             while not isinstance(question, Outcome):
                 answers = (*answers, tuple(table.items()) if question.kind == "list" else True)
                 if question.kind == "put":
@@ -173,10 +181,17 @@ class PublishModel:
                 question = self._start(run, answers)  # type: ignore[assignment]
         return tuple(table.items())
 
+    def _make_run(self, rows: Sequence[Mapping[str, Any]]) -> Run:
+        run_id = rows[0]["run_id"]
+        started, ended = self._scenario.minutes.get(run_id, (0, 0))
+        listing = make_listing(started, minutes=ended - started, last_commit=len(self._scenario.before))
+        return Run(run_id, make_table(rows), listing)
+
     def _start(self, run: Run, answers: tuple[Any, ...]) -> Question | Outcome:
         """Run the real code until it asks what is not answered, or ends."""
         try:
-            return Outcome(publish(AnsweringStore(answers, self._objects), run.run_id, run.rows, lambda _: None))
+            store = AnsweringStore(answers, self._objects)
+            return Outcome(publish(store, run.run_id, run.rows, run.listing, lambda _: None))  # type: ignore[arg-type]
         except Unanswered as asked:
             return asked.question
 
@@ -260,6 +275,19 @@ class PublishModel:
         settled = everything.merge(final[[*FINAL_KEY, "commit"]], on=FINAL_KEY, suffixes=("", "_final"))
         if (is_error(settled) & (settled["commit"] >= settled["commit_final"])).any():
             faults.append("an ERR row follows the final row of its scan")
+        return faults + self._judge_order(frames)
+
+    def _judge_order(self, frames: Sequence[pd.DataFrame]) -> list[str]:
+        """Whether bytes that a run listed before another's end follow that one's final rows of other bytes."""
+        faults = []
+        for second, frame in enumerate(frames):
+            ours = self._listings.get(frame["run_id"].iloc[0])
+            for before in frames[:second] if ours else ():
+                theirs = self._listings.get(before["run_id"].iloc[0])
+                if theirs and theirs.ended_at >= ours.started_at:
+                    both = frame.merge(before[~is_error(before)], on=["source", *MODEL_KEY])
+                    if (both["input_sha256_x"] != both["input_sha256_y"]).any():
+                        faults.append("older bytes follow newer ones")
         return faults
 
     def _judge_outcome(self, table: tuple[tuple[str, str], ...], driver: int, outcome: Outcome) -> list[str]:
@@ -286,22 +314,20 @@ class PublishModel:
         return frame
 
 
-def _make_run(rows: Sequence[Mapping[str, Any]]) -> Run:
-    return Run(rows[0]["run_id"], make_table(rows))
-
-
 def _replace_at(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
     return (*items[:index], item, *items[index + 1 :])
 
 
-def _rows(run_id: str, night: int = 3, seconds: float = 0.0, **statuses: str) -> list[dict[str, Any]]:
-    """Rows of a run; `a1` is the first series of source a, `a` a source with one scan."""
-    return [
-        make_row(
-            name if len(name) == 1 else f"{name[0]}#{name[1]}", status, run_id=run_id, night=night, fetch_s=seconds
-        )
-        for name, status in statuses.items()
-    ]
+def _rows(
+    run_id: str, night: int = 3, seconds: float = 0.0, changed: str = "", **statuses: str
+) -> list[dict[str, Any]]:
+    """Rows of a run; `a1` is the first series of source a, `a` a source with one scan. `changed` sources differ."""
+    rows = []
+    for name, status in statuses.items():
+        scan_id = name if len(name) == 1 else f"{name[0]}#{name[1]}"
+        bytes_now = {"input_sha256": ("j" if name[0] in changed else "i") * 64}
+        rows.append(make_row(scan_id, status, run_id=run_id, night=night, fetch_s=seconds, **bytes_now))
+    return rows
 
 
 ERR = "ERR_TIMEOUT"
@@ -319,6 +345,16 @@ SCENARIOS = (
         [_rows("x", a="OK", b=ERR), _rows("x", a="OK", b=ERR, seconds=1.0), _rows("y", a="OK")],
         num_faults=1,
         num_crashes=1,
+    ),
+    Scenario(
+        "one listed a source before it changed",
+        [_rows("x", a1="OK", a2=ERR, b="OK"), _rows("y", a1="OK", a2="OK", changed="a", c=ERR)],
+        minutes={"x": (0, 5), "y": (10, 15)},
+    ),
+    Scenario(
+        "a source changed while both listed",
+        [_rows("x", a="OK", b="OK"), _rows("y", a="OK", c="OK", changed="a")],
+        minutes={"x": (0, 20), "y": (5, 10)},
     ),
     Scenario(
         "three runs",

@@ -1,8 +1,11 @@
 """Rows as scoring yields them, and places to publish them in, for all tests of the results table."""
 
 import datetime
+import itertools
 import random
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from darnet.publishing.commit import publish
-from darnet.publishing.rows import SCHEMA, make_table
+from darnet.publishing.objects import Listing
+from darnet.publishing.rows import SCHEMA, Reason, make_table
+from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, write_plan
 from darnet.results import read_predictions
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
 
 MODEL = "m" * 64
+WORK = Work("/archive", MODEL, "1-abc", "s" * 64)
 ODD_KEYS = [
     "a b/ü",
     "日本\U0001f600",
@@ -61,8 +67,35 @@ def make_row(
     return row | changes
 
 
-def publish_rows(store: Store, run_id: str, *rows: Mapping[str, Any]) -> int | None:
-    return publish(store, run_id, make_table([{**row, "run_id": run_id} for row in rows]), pause=lambda _: None)
+def make_listing(minute: int, *, minutes: int = 0, last_commit: int = 0) -> Listing:
+    """A listing that began so many minutes after midnight of 1 January 2030, and took `minutes`."""
+    started_at = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(minutes=minute)
+    return Listing(last_commit, started_at, started_at + datetime.timedelta(minutes=minutes))
+
+
+MINUTES = itertools.count()
+
+
+def publish_rows(store: Store, run_id: str, *rows: Mapping[str, Any], listing: Listing | None = None) -> int | None:
+    """Publish as a run does; it has listed the archive after every earlier call, unless `listing` says when."""
+    table = make_table([{**row, "run_id": run_id} for row in rows])
+    return publish(store, run_id, table, listing or make_listing(next(MINUTES)), pause=lambda _: None)
+
+
+def begin_run(
+    store: Store, *sources: Source, run_id: str = "", work: Work = WORK, night: int = 1, reason: Reason = Reason.NEW
+) -> RunFolder:
+    """A run with record and plan, under its own id or one that a test wants."""
+    with tempfile.TemporaryDirectory() as temporary:
+        plan = Path(temporary) / "plan"
+
+        def make_record(plan_sha256: str) -> RunRecord:
+            return RunRecord(datetime.date(2030, 1, night), work, {}, plan_sha256, make_listing(0))
+
+        record = write_plan([PlannedSource(source, reason) for source in sources], plan, make_record)
+        folder = RunFolder(store, run_id or record.run_id)
+        folder.begin(record, plan)
+    return folder
 
 
 def read_statuses(store: Store, latest: bool = True) -> dict[str, str]:

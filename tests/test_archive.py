@@ -1,8 +1,10 @@
 """Listing to sources: grouping by name alone, as the listing streams."""
 
+from datetime import UTC, datetime
+
 import pytest
 
-from darnet.archive import is_stray, list_sources, name_format
+from darnet.archive import Selection, batch_by, is_stray, list_sources, name_format
 from darnet.scan import Source, StoredObject
 
 
@@ -45,6 +47,11 @@ def test_names_that_slices_have_are_not_stray(key: str) -> None:
     assert not is_stray(key)
 
 
+@pytest.mark.parametrize("key", ["a/x.TXT", "a/.x.dcm", "a/", "a/__MACOSX/1.dcm", "a/b/preview1", "a/b/thumb.1.dcm"])
+def test_names_that_no_slice_has_are_stray(key: str) -> None:
+    assert is_stray(key)
+
+
 def test_sources_come_while_the_listing_still_streams() -> None:
     def stream():  # type: ignore[no-untyped-def]
         yield from _objects("a/1", "b/1")
@@ -75,3 +82,58 @@ def test_a_source_s_format_is_its_commonest_suffix() -> None:
     assert name_format(Source("s", tuple(objects))) == "png"
     for key, expected in (("a/x.nii.gz", "nii.gz"), ("a/1.2.840.113", "none"), ("a/IM01", "none"), ("a/b.DCM", "dcm")):
         assert name_format(Source(key, (StoredObject(key, 1, "1"),))) == expected
+
+
+# Which of them a night looks at
+
+
+def _source(key: str, modified_s: float = 0.0) -> Source:
+    return Source(key, (StoredObject(f"{key}/1", 1, "v", modified_s - 5), StoredObject(f"{key}/2", 1, "v", modified_s)))
+
+
+def test_prefixes_are_listed_in_order_and_none_twice() -> None:
+    assert Selection().list_prefixes() == [""]
+    prefixes = ("b", "a/2", "a/1", "a/10", "\U0001f600", "\uffee", "b")  # UTF-8 puts the last two the other way round
+    assert Selection(prefixes).list_prefixes() == ["a/1", "a/2", "b", "\uffee", "\U0001f600"]
+    assert Selection(("a", "", "b")).list_prefixes() == [""]
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "admitted"),
+    [
+        ((), ["ct/1", "ct/10/x.nii", "mr/1", "."]),
+        (("ct",), ["ct/1", "ct/10/x.nii"]),
+        (("ct/1",), ["ct/1", "ct/10/x.nii"]),
+        (("ct/1/",), ["ct/1"]),
+        (("ct/10/x.nii",), ["ct/10/x.nii"]),
+        (("ct/1/IM", "mr"), ["mr/1"]),  # lists a part of ct/1 only
+    ],
+)
+def test_prefixes_admit_whole_sources_only(prefixes: tuple[str, ...], admitted: list[str]) -> None:
+    sources = [_source(key) for key in ("ct/1", "ct/10/x.nii", "mr/1", ".")]
+    assert [source.key for source in sources if Selection(prefixes).admits(source)] == admitted
+
+
+def test_since_goes_by_the_newest_object() -> None:
+    since = datetime(2026, 1, 1, tzinfo=UTC)
+    ages_s = (since.timestamp() - 1, since.timestamp(), since.timestamp() + 1)
+    assert [Selection(since=since).admits(_source("a", age_s)) for age_s in ages_s] == [False, True, True]
+
+
+def test_a_pattern_is_matched_with_the_whole_key() -> None:
+    keys = ["2026/01/a.nii", "2026/01/b", "2025/01/a.nii", "x/2026/01/b"]
+    for glob, admitted in (("2026/*", keys[:2]), ("*.nii", [keys[0], keys[2]]), ("202[56]/?1/b", keys[1:2]), ("b", [])):
+        assert [key for key in keys if Selection(glob=glob).admits(_source(key))] == admitted
+
+
+def test_a_source_settles_by_its_newest_object() -> None:
+    selection = Selection(settle_s=100)
+    ages_s = [0.0, 99.0, 100.0, 1e6, -99.0, -1e6]  # the last two from the future: a clock ahead, and one that is wrong
+    arriving = [selection.is_arriving(_source("a", 1e9 - age_s), 1e9) for age_s in ages_s]
+    assert arriving == [True, True, False, False, True, False]
+    assert not Selection().is_arriving(_source("a", 1e9), 1e9)
+
+
+def test_batches_end_when_they_are_heavy_enough() -> None:
+    assert list(batch_by([1, 2, 3, 9, 1], lambda item: item, 3)) == [[1, 2], [3], [9], [1]]
+    assert list(batch_by([], lambda item: item, 3)) == []

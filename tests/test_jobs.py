@@ -1,11 +1,13 @@
 """What a scheduler sees of a job: exit codes, the summary line, and errors that say what to do."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from darnet.archive import EVERYTHING, Selection
 from darnet.config import (
     PrepareSettings,
     ScoreSettings,
@@ -77,6 +79,24 @@ def test_flags_override_the_environment_and_that_the_file(tmp_path: Path, monkey
     arguments = [*PLACES, "--config", str(tmp_path / "c.toml"), "--score.part-scans", "4"]
     score = read_settings(ScoreSettings, arguments, "x").score
     assert (score.batch_size, score.num_actors, score.part_scans, score.num_threads) == (2, 3, 4, 1)
+
+
+def test_a_night_can_be_narrowed_by_flags() -> None:
+    flags = ["--prefix", "ct/1,ct/2", "--since", "2026-01-01", "--glob", "*/x", "--settle-s", "1800", "--dry-run"]
+    settings = read_settings(ScoreSettings, [*PLACES, *flags], "x")
+    assert (settings.prefix, settings.glob, settings.settle_s, settings.dry_run) == (
+        ("ct/1", "ct/2"),
+        "*/x",
+        1800,
+        True,
+    )
+    assert settings.since == datetime(2026, 1, 1, tzinfo=UTC)
+    zoned = read_settings(ScoreSettings, [*PLACES, "--since", "2026-01-01T01:00:00+01:00"], "x")
+    assert zoned.since == settings.since
+    plain = read_settings(ScoreSettings, PLACES, "x")
+    assert Selection(plain.prefix, plain.since, plain.glob, plain.settle_s) == EVERYTHING
+    with pytest.raises(UsageError, match="since"):
+        read_settings(ScoreSettings, [*PLACES, "--since", "yesterday"], "x")
 
 
 def test_only_an_audit_does_without_archive_and_volumes() -> None:

@@ -19,9 +19,9 @@ ROWS = (
     "bundle cam_images dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys "
     "publishing.nightly_report publishing.objects",
     "auditing.features evaluation.cam_truth evaluation.tabulate phantoms.archive prepared publishing.commit "
-    "publishing.runs ray_cluster results score train volumes_cache",
+    "publishing.runs publishing.scored_keys ray_cluster results score train volumes_cache",
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study phantoms.study "
-    "publishing.hold ray_doctor ray_prepare",
+    "publishing.hold publishing.planning ray_doctor ray_prepare",
     "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
     "evaluation.study_report",
     "evaluation.evaluate",

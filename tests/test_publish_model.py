@@ -48,10 +48,28 @@ def _settle_nothing(rows: Any, _: Any) -> Any:
     return rows
 
 
-@pytest.mark.parametrize(("name", "mutant"), [("_claim", _claim_believing), ("_settle", _settle_nothing)])
-def test_a_program_that_forgets_a_step_is_found_out(monkeypatch: pytest.MonkeyPatch, name: str, mutant: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "mutant", "scenario"),
+    [
+        ("_claim", _claim_believing, QUICK[1]),
+        ("_settle", _settle_nothing, QUICK[1]),
+        ("_drop_superseded", _settle_nothing, QUICK[NAMES.index("one listed a source before it changed")]),
+        ("_drop_superseded", _settle_nothing, QUICK[NAMES.index("a source changed while both listed")]),
+    ],
+)
+def test_a_program_that_forgets_a_step_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, name: str, mutant: Any, scenario: Any
+) -> None:
     monkeypatch.setattr(commit, name, mutant)
-    assert PublishModel(QUICK[1]).walk().faults
+    assert PublishModel(scenario).walk().faults
+
+
+def test_the_older_of_two_listings_drops_its_source_when_it_comes_second() -> None:
+    """Worked out by hand: x saw a before it changed, y after. Whoever is first keeps all; x second keeps b alone."""
+    model = PublishModel(QUICK[NAMES.index("one listed a source before it changed")])
+    ends = [model.read_statuses(table) for table in model.walk().ends]
+    x, y = {"a#1": "OK", "a#2": "ERR_TIMEOUT", "b": "OK"}, {"a#1": "OK", "a#2": "OK", "c": "ERR_TIMEOUT"}
+    assert sorted(ends, key=str) == sorted([[x, y], [y, {"b": "OK"}]], key=str)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray.data import Dataset
 
+from darnet.archive import EVERYTHING
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig, ScoreSettings
 from darnet.errors import CredentialsError, HeldError, UsageError
 from darnet.page import NOTICE
 from darnet.publishing.hold import decide_hold
+from darnet.publishing.planning import plan_night
+from darnet.publishing.runs import find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
-from darnet.ray_score import name_run, score_archive, score_sources
+from darnet.ray_score import describe_work, preview_archive, score_archive, score_sources
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
@@ -280,8 +283,71 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
     """Limits decide final rows: parts of two settings must not end in one run."""
     bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
     limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
-    names = {name_run(NIGHT, archive, bundle, config, [], 0) for config in (CONFIG, limits, CONFIG)}
-    assert len(names) == 2
+    assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, CONFIG)}) == 2
+
+
+def _begin_night(archive: Path, model: str, results: Path) -> str:
+    """What a job killed right after planning leaves; the run's id."""
+    store, bundle = LocalStore(archive), read_bundle(open_store(model))
+    work, clock = describe_work(store, bundle, CONFIG), lambda: datetime.now(UTC)
+    folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING, clock).folder
+    assert folder is not None
+    return folder.run_id
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_unfinished_run_is_finished_first_and_what_arrived_since_after_it(model: str, tmp_path: Path) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    for name in ("a", "b"):
+        write_chest(archive / name)
+    begun = _begin_night(archive, model, results)
+    write_chest(archive / "late", make_chest()[:, :, ::-1])
+    stores = open_store(str(archive)), open_store(model), open_store(str(results))
+    preview = preview_archive(*stores, CONFIG, EVERYTHING)
+    assert (preview["unfinished_runs"], preview["planned_sources"]) == ([begun], 3)
+
+    summary = score_archive(*stores, CONFIG, date(2026, 1, 2))
+    (first,) = summary["finished_first"]
+    assert (first["run_id"], first["night"], first["planned_sources"], first["published"]) == (
+        begun,
+        "2026-01-01",
+        2,
+        1,
+    )
+    assert (summary["night"], summary["planned_sources"], summary["published"]) == ("2026-01-02", 1, 2)
+    assert summary["run_id"] != begun
+    rows = read_predictions(str(results))
+    assert [(row.source, row.commit, str(row.night)) for row in rows.itertuples()] == [
+        ("a", 1, "2026-01-01"),
+        ("b", 1, "2026-01-01"),
+        ("late", 2, "2026-01-02"),
+    ]
+    assert find_unfinished(stores[2], describe_work(stores[0], read_bundle(stores[1]), CONFIG)) == []
+    assert score_archive(*stores, CONFIG, NIGHT)["published"] is None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_discarded_run_is_not_finished_and_its_sources_are_planned_anew(model: str, tmp_path: Path) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    write_chest(archive / "a")
+    begun = _begin_night(archive, model, results)
+    settings = ScoreSettings(results=str(results), discard=begun, reason="wrong bundle")
+    assert decide_hold(open_store(str(results)), settings)["decision"] == "discarded"
+    write_chest(archive / "b", make_chest()[:, :, ::-1])
+    summary = _score(archive, model, results)
+    assert (summary["finished_first"], summary["planned_sources"], summary["published"]) == ([], 2, 1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_raised_limit_reopens_nothing_in_the_same_table(model: str, tmp_path: Path) -> None:
+    """What the README says of limits: the key of a final row has none, and a table of its own scores such a scan."""
+    write_chest(tmp_path / "archive" / "a")
+    stores = open_store(str(tmp_path / "archive")), open_store(model)
+    tables = [open_store(str(tmp_path / name), create=True) for name in ("results", "large")]
+    narrow = CONFIG.model_copy(update={"decode": DecodeConfig(max_slices=20)})
+    assert score_archive(*stores, tables[0], narrow, NIGHT)["statuses"] == {"BAD_LIMIT": 1}
+    assert score_archive(*stores, tables[0], CONFIG, NIGHT)["planned_sources"] == 0
+    assert score_archive(*stores, tables[1], CONFIG, NIGHT)["statuses"] == {"OK": 1}
 
 
 def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) -> None:

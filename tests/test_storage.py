@@ -15,6 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import ReadTimeoutError
 from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
+from botocore.utils import parse_timestamp
 
 from darnet.errors import (
     CredentialsError,
@@ -27,7 +28,7 @@ from darnet.errors import (
     UsageError,
 )
 from darnet.scan import StoredObject
-from darnet.storage import TRANSFERS, S3Store, Store, open_store, read_file, transfer_all
+from darnet.storage import TRANSFERS, S3Store, Store, _parse_time, open_store, read_file, transfer_all
 from darnet.storage_local import LocalStore
 from tests.object_server import Answer, serve_objects
 
@@ -108,6 +109,52 @@ def test_put_if_absent_creates_once(store: Store) -> None:
     assert not store.put_if_absent("slot", b"second")
     assert store.read_bytes("slot") == b"first"
     assert list_keys(store) == ["slot"]
+
+
+def test_a_file_is_put_like_bytes(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    assert store.put_if_absent("a/1", tmp_path / "file")
+    assert not store.put_if_absent("a/1", tmp_path / "file")
+    assert store.read_bytes("a/1") == b"x" * 3_000_000
+
+
+def test_parts_of_an_object_are_read_as_of_a_file(store: Store) -> None:
+    data = random.Random(0).randbytes(5000)
+    store.write_bytes("a/1", data)
+    (item,) = store.list_objects()
+    reader = store.open_range_reader(item)
+    for seek, whence, size in ((0, 0, 10), (-8, 2, 8), (-8, 2, 100), (17, 0, 0), (4000, 0, -1), (-900, 1, 5)):
+        expected = io.BytesIO(data)
+        expected.seek(reader.tell())
+        assert reader.seek(seek, whence) == expected.seek(seek, whence)
+        assert reader.read(size) == expected.read(size)
+        assert reader.tell() == expected.tell()
+    reader.seek(6000)
+    assert reader.read(5) == b""
+    reader.close()
+
+
+def test_a_missing_object_has_no_parts(store: Store) -> None:
+    store.write_bytes("a/1", b"1")
+    (item,) = store.list_objects()
+    store.delete("a/1")
+    with pytest.raises(ObjectMissing):
+        store.open_range_reader(item).read()
+
+
+@pytest.mark.s3
+def test_listed_times_are_those_of_botocore(s3: Callable[[], str]) -> None:
+    store = open_store(s3())
+    assert isinstance(store, S3Store)
+    store.write_bytes("a", b"1")
+    (item,) = store.list_objects()
+    plain = boto3.session.Session().client("s3").list_objects_v2(Bucket=store.bucket)["Contents"][0]
+    assert item.modified_s == plain["LastModified"].timestamp()
+
+
+@pytest.mark.parametrize("value", ["2026-01-01T02:03:04.567Z", "Thu, 01 Jan 2026 02:03:04 GMT", "1767232984"])
+def test_other_spellings_of_times_are_read_too(value: str) -> None:
+    assert _parse_time(value).timestamp() == parse_timestamp(value).timestamp()
 
 
 def test_one_of_many_racing_puts_wins(store: Store) -> None:

@@ -13,7 +13,7 @@ from darnet.errors import FolderMissing, RunError, UsageError
 from darnet.publishing.hold import list_held_runs
 from darnet.publishing.objects import NOTICE, Stored, list_commits, make_commit_key, parse_stored
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
-from darnet.publishing.runs import RUNS, RunFolder
+from darnet.publishing.runs import ENDED, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
 from darnet.storage import Store, open_store
 
@@ -105,14 +105,20 @@ def _count(faults: Sequence[str]) -> str:
 def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
     """Remove plan and parts of the runs that at least `keep_commits` later objects follow; reports and decisions stay.
 
-    Work that was never published is left alone and counted: it may be a run in progress.
+    So goes the work of runs that ended with nothing to publish. Other work that was never published is left alone and
+    counted: it may be a run in progress.
     """
     published = {read_run_id(store, key): index for index, key in enumerate(reversed(list_commits(store)))}
     found = _list_runs_with_work(store)
-    long_ago = [run_id for run_id in found if published.get(run_id, -1) >= keep_commits]
-    num_removed = sum(RunFolder(store, run_id).delete_work() for run_id in long_ago)
-    unpublished = [run_id for run_id in found if run_id not in published]
-    return {"cleaned_runs": len(long_ago), "removed_objects": num_removed, "unpublished_runs": unpublished}
+    is_ended = {run_id: ENDED in names for run_id, names in list_run_files(store).items()}
+    over = [
+        run_id
+        for run_id in found
+        if (published[run_id] >= keep_commits if run_id in published else is_ended.get(run_id, False))
+    ]
+    num_removed = sum(RunFolder(store, run_id).delete_work() for run_id in over)
+    unpublished = [run_id for run_id in found if run_id not in published and run_id not in over]
+    return {"cleaned_runs": len(over), "removed_objects": num_removed, "unpublished_runs": unpublished}
 
 
 def read_run_id(store: Store, key: str) -> str:

@@ -13,7 +13,16 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from darnet.errors import ObjectMissing, PutUncertain, RunError, Status, StorageError
-from darnet.publishing.objects import list_commits, make_commit_key, open_parquet, read_objects, read_stored, to_parquet
+from darnet.publishing.objects import (
+    Listing,
+    Stored,
+    list_commit_objects,
+    make_commit_key,
+    open_parquet,
+    read_stored,
+    stream_objects,
+    to_parquet,
+)
 from darnet.publishing.rows import (
     KEY_COLUMNS,
     MODEL_KEY,
@@ -31,6 +40,7 @@ from darnet.storage import Store
 
 GIVE_UP_NIGHTS = 3  # Source: design: the same ERR on the same bytes for the third night is final
 PUT_ATTEMPTS = 6  # Source: ours; with doubling pauses from 0.2 s this spans about 12 s of a store's trouble
+IS_LATER = "is_later"
 PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three classes sums to 1 within 2e-7
 
 
@@ -79,10 +89,13 @@ def _demand_none(complaint: str, sources: Iterable[str]) -> None:
 # Publishing
 
 
-def publish(store: Store, run_id: str, rows: Any, pause: Callable[[float], None] = time.sleep) -> int | None:
+def publish(
+    store: Store, run_id: str, rows: Any, listing: Listing, pause: Callable[[float], None] = time.sleep
+) -> int | None:
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
-    Rows that another run made final meanwhile are left out; the third night of the same ERR becomes BAD_GAVE_UP.
+    Rows that another run made final meanwhile are left out, and those of sources of which it made other bytes final
+    that it listed later; the third night of the same ERR becomes BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing.
 
     Raises: RunError if the rows are not of this run, one model and one preprocessing; StorageError, CredentialsError.
@@ -92,21 +105,23 @@ def publish(store: Store, run_id: str, rows: Any, pause: Callable[[float], None]
     for name, expected in (("run_id", run_id), *((name, rows[name][0].as_py()) for name in MODEL_KEY)):
         if rows[name].unique().to_pylist() != [expected]:
             raise RunError(f"publish: rows of more than one {name}, or not of {expected}")
-    known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
+    known = [SCHEMA.empty_table().select(KEY_COLUMNS).append_column(IS_LATER, pa.array([], pa.bool_()))]
     number = 1
-    for stored in read_objects(store, list_commits(store), KEY_COLUMNS):
+    for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
         if stored.run_id == run_id:
             return stored.commit
-        known.append(_select_related(stored.rows, rows))
+        known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
     while True:
-        settled = _settle(rows, pa.concat_tables(known))
+        past = pa.concat_tables(known)
+        settled = _settle(_drop_superseded(rows, past), past)
         if not settled.num_rows:
             return None
         key = make_commit_key(number)
-        if _claim(store, key, to_parquet(_finish(settled, number), run_id), run_id, pause) == run_id:
+        data = to_parquet(_finish(settled, number), run_id, listing.ended_at)
+        if _claim(store, key, data, run_id, pause) == run_id:
             return number
-        known.append(_select_related(read_stored(store, key, KEY_COLUMNS).rows, rows))
+        known.append(_select_related(read_stored(store, key, KEY_COLUMNS), rows, listing))
         number += 1
 
 
@@ -128,15 +143,32 @@ def _claim(store: Store, key: str, data: bytes, run_id: str, pause: Callable[[fl
     raise StorageError(f"{store.uri}/{key}: no clear answer to {PUT_ATTEMPTS} puts; start the same run again later")
 
 
-def _select_related(past: Any, rows: Any) -> Any:
-    """Of another commit, the rows that concern our sources under our model and preprocessing."""
+def _select_related(stored: Stored, rows: Any, listing: Listing) -> Any:
+    """Of another commit, the rows that concern our sources under our model and preprocessing, and if it is later.
+
+    Later is a commit that our plan did not know, of a run that did not end its listing before ours began. If both
+    listed at once, or if it does not say, who saw a source last is unknown; dropping ours is then the harmless mistake:
+    bytes that are still there are not final, and the next night scores them. Rows of bytes that are gone would stay.
+    """
     model_key = (rows[name][0].as_py() for name in MODEL_KEY)
-    return select_model(past.filter(pc.is_in(past["source"], rows["source"])), *model_key)
+    related = select_model(stored.rows.filter(pc.is_in(stored.rows["source"], rows["source"])), *model_key)
+    is_unseen = stored.commit > listing.last_commit
+    is_later = is_unseen and (stored.listed_until is None or stored.listed_until >= listing.started_at)
+    return related.append_column(IS_LATER, pa.array([is_later] * related.num_rows, pa.bool_()))
+
+
+def _drop_superseded(rows: Any, known: Any) -> Any:
+    """Our rows without those of sources that changed: a later run made other bytes of theirs final."""
+    mine = rows.select(SOURCE_KEY).to_pandas()
+    past = known.to_pandas()
+    later = past[past[IS_LATER] & ~is_error(past)]
+    changed = later.loc[~is_among(later, mine, SOURCE_KEY), "source"]
+    return rows.filter(pa.array(~mine["source"].isin(changed)))
 
 
 def _settle(rows: Any, known: Any) -> Any:
     """Our rows without what is final already, and with the last ERR of too many turned final."""
-    if not known.num_rows:
+    if not known.num_rows or not rows.num_rows:
         return rows
     mine = rows.select([*SCAN_KEY, "status", "night"]).to_pandas()
     past = known.to_pandas()

@@ -11,26 +11,22 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from darnet.cam_images import CamImages
 from darnet.config import GateConfig, ScoreSettings
-from darnet.errors import FolderMissing, HeldError, UsageError
+from darnet.errors import HeldError, UsageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, list_scans, render_nightly
-from darnet.publishing.objects import NOTICE, list_commits, read_objects
+from darnet.publishing.objects import NOTICE, list_commit_objects, list_commits, read_objects, stream_objects
 from darnet.publishing.rows import SCHEMA
-from darnet.publishing.runs import RUNS, RunFolder
+from darnet.publishing.runs import HELD, PLAN, RUNS, RunFolder, list_run_files
 from darnet.storage import Store
 
-HELD, ACCEPTED, DISCARDED = "HELD.json", "ACCEPTED.json", "DISCARDED.json"
+ACCEPTED, DISCARDED = "ACCEPTED.json", "DISCARDED.json"
 PAGE = "nightly.html"
 
 
 def list_held_runs(store: Store) -> list[str]:
     """Runs that wait for a person's decision."""
-    try:
-        keys = [item.key for item in store.list_objects(RUNS)]
-    except FolderMissing:
-        return []
-    return [key.split("/")[1] for key in keys if key.count("/") == 2 and key.endswith(f"/{HELD}")]
+    return [run_id for run_id, names in list_run_files(store).items() if HELD in names]
 
 
 def refuse_if_held(store: Store) -> None:
@@ -72,25 +68,34 @@ def read_earlier_nights(store: Store, night: Any, num_nights: int) -> Any:
 
 
 def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
-    """Carry out a person's decision on a held run, and keep the reason beside it; again after a kill is harmless.
+    """Carry out a person's decision on a run, and keep the reason beside it; again after a kill is harmless.
 
-    Raises: UsageError naming what is held, if that run is not; RunError of `publish`.
+    Raises: UsageError naming what is held, if a run to accept is not, or one to discard is not even begun; RunError of
+        `publish`.
     """
     run_id = settings.accept or settings.discard or ""
-    held = list_held_runs(store)
-    if run_id not in held:
+    files = list_run_files(store)
+    held = [name for name, names in files.items() if HELD in names]
+    is_begun = settings.discard is not None and PLAN in files.get(run_id, ()) and not _is_published(store, run_id)
+    if run_id not in held and not is_begun:
         raise UsageError(f"run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
     folder = RunFolder(store, run_id)
-    decision = _read_hold(store, run_id) | {"reason": settings.reason, "published": None}
+    hold = _read_hold(store, run_id) if run_id in held else {"run_id": run_id, "notice": NOTICE}
+    decision: dict[str, Any] = hold | {"reason": settings.reason, "published": None}
     if settings.accept is not None:
         rows = folder.read_parts()
         check_rows(folder.list_planned_sources(), rows)
-        decision["published"] = publish(store, run_id, rows)
-    else:
-        folder.delete_work()
+        decision["published"] = publish(store, run_id, rows, folder.read_record().listing)
+        folder.write_end(decision["published"])
     store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
+    if settings.discard is not None:
+        folder.delete_work()
     store.delete(folder.locate(HELD))  # last: until here the decision can be carried out again
     return {"decision": "accepted" if settings.accept else "discarded", **decision}
+
+
+def _is_published(store: Store, run_id: str) -> bool:
+    return any(stored.run_id == run_id for stored in stream_objects(store, list_commit_objects(store), []))
 
 
 def _describe_hold(run_id: str, rows: Any, verdict: Verdict) -> dict[str, Any]:

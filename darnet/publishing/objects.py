@@ -6,18 +6,23 @@ Also the numbering of the table's commits.
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet.errors import FolderMissing, StorageError, UsageError
+from darnet.scan import StoredObject
 from darnet.storage import Store
 
 SCHEMA_VERSION = "1"
+LISTED_UNTIL = "listed_until"
 NOTICE = "research use only"
 ROW_GROUP_ROWS = 65_536  # Source: ours; about 30 MB of rows, so that a reader of few columns skips well
+WHOLE_BYTES = 1 << 20  # Source: ours; up to here one request for all is quicker than several for a few columns
 READ_THREADS = 8  # Source: ours; half of the store's connections
 
 PREDICTIONS = "predictions/"
@@ -25,24 +30,36 @@ COMMIT_KEY = re.compile(r"predictions/c(\d{8,})\.parquet")
 
 
 @dataclass(frozen=True)
+class Listing:
+    """When a run listed the archive, and the last number of the table it knew by then."""
+
+    last_commit: int
+    started_at: datetime
+    ended_at: datetime
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A Parquet object read back: whose it is, and the asked-for columns."""
+    """A Parquet object read back, or some of its rows: whose it is, and the asked-for columns.
+
+    `listed_until` is when its run ended listing the archive; None if it does not say.
+    """
 
     key: str
     run_id: str
+    listed_until: datetime | None
     rows: Any
 
     @property
     def commit(self) -> int:
-        found = COMMIT_KEY.fullmatch(self.key)
-        assert found is not None
-        return int(found[1])
+        return read_commit_number(self.key)
 
 
-def to_parquet(table: Any, run_id: str) -> bytes:
+def to_parquet(table: Any, run_id: str, listed_until: datetime | None = None) -> bytes:
     """A table as a whole object of this run."""
     sink = pa.BufferOutputStream()
-    described = table.replace_schema_metadata(describe_file(run_id))
+    told = {} if listed_until is None else {LISTED_UNTIL: listed_until.isoformat()}
+    described = table.replace_schema_metadata(describe_file(run_id) | told)
     pq.write_table(described, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
     data: bytes = sink.getvalue().to_pybytes()
     return data
@@ -58,7 +75,7 @@ def open_parquet(store: Store, key: str) -> tuple[Any, str]:
 
     Raises: ObjectMissing; StorageError if something else lies there.
     """
-    return _parse_parquet(store, key, store.read_bytes(key))
+    return _parse_parquet(store, key, pa.BufferReader(store.read_bytes(key)))
 
 
 def parse_stored(store: Store, key: str, data: bytes, columns: list[str]) -> Stored:
@@ -66,23 +83,34 @@ def parse_stored(store: Store, key: str, data: bytes, columns: list[str]) -> Sto
 
     Raises: StorageError if it is none of ours, or damaged.
     """
-    file, run_id = _parse_parquet(store, key, data)
+    file, run_id = _parse_parquet(store, key, pa.BufferReader(data))
+    with _explain_damage(store, key):
+        return Stored(key, run_id, _read_listed_until(file), file.read(columns))
+
+
+@contextmanager
+def _explain_damage(store: Store, key: str) -> Iterator[None]:
     try:
-        return Stored(key, run_id, file.read(columns))
+        yield
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{store.uri}/{key}: damaged ({error}); restore it from a copy") from error
 
 
-def _parse_parquet(store: Store, key: str, data: bytes) -> tuple[Any, str]:
+def _read_listed_until(file: Any) -> datetime | None:
+    told = file.metadata.metadata.get(LISTED_UNTIL.encode())
+    return None if told is None else datetime.fromisoformat(told.decode())
+
+
+def _parse_parquet(store: Store, key: str, source: Any) -> tuple[Any, str]:
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        metadata = file.schema_arrow.metadata or {}
+        file = pq.ParquetFile(source, pre_buffer=True)
+        metadata = file.metadata.metadata or {}
         if metadata[b"schema_version"].decode() != SCHEMA_VERSION:
             raise UsageError(
                 f"{store.uri}/{key}: schema version is not {SCHEMA_VERSION}; use the program that wrote it"
             )
         return file, metadata[b"run_id"].decode()
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise StorageError(f"{store.uri}/{key}: not a results file of ours; move it away") from error
 
 
@@ -92,7 +120,8 @@ def read_stored(store: Store, key: str, columns: list[str] | None = None) -> Sto
     Raises: ObjectMissing; StorageError if something else lies there.
     """
     file, run_id = open_parquet(store, key)
-    return Stored(key, run_id, file.read(columns))
+    with _explain_damage(store, key):
+        return Stored(key, run_id, _read_listed_until(file), file.read(columns))
 
 
 def read_objects(store: Store, keys: Sequence[str], columns: list[str] | None = None) -> Iterator[Stored]:
@@ -100,6 +129,29 @@ def read_objects(store: Store, keys: Sequence[str], columns: list[str] | None = 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for start in range(0, len(keys), READ_THREADS):
             yield from pool.map(lambda key: read_stored(store, key, columns), keys[start : start + READ_THREADS])
+
+
+def stream_objects(store: Store, items: Sequence[StoredObject], columns: list[str]) -> Iterator[Stored]:
+    """Read some columns of objects in their order, a large object in several pieces and nothing else of it.
+
+    Raises: StorageError, as `read_stored`.
+    """
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for start in range(0, len(items), READ_THREADS):
+            few = items[start : start + READ_THREADS]
+            small = [item for item in few if item.num_bytes <= WHOLE_BYTES]
+            whole = dict(zip(small, pool.map(lambda item: read_stored(store, item.key, columns), small), strict=True))
+            for item in few:
+                yield from [whole.pop(item)] if item in whole else _stream_object(store, item, columns)
+
+
+def _stream_object(store: Store, item: StoredObject, columns: list[str]) -> Iterator[Stored]:
+    with store.open_range_reader(item) as reader:
+        file, run_id = _parse_parquet(store, item.key, reader)
+        for group in range(file.num_row_groups):
+            with _explain_damage(store, item.key):
+                rows = file.read_row_group(group, columns)
+            yield Stored(item.key, run_id, _read_listed_until(file), rows)
 
 
 def list_parquet_keys(store: Store, prefix: str) -> list[str]:
@@ -112,15 +164,23 @@ def list_parquet_keys(store: Store, prefix: str) -> list[str]:
 
 def list_commits(store: Store) -> list[str]:
     """Keys of the table's objects, by their numbers."""
-    keys = [key for key in list_parquet_keys(store, PREDICTIONS) if COMMIT_KEY.fullmatch(key)]
-    return sorted(keys, key=lambda key: (len(key), key))
+    return [item.key for item in list_commit_objects(store)]
 
 
-def find_last_commit(store: Store) -> int:
-    """The highest number of the table; 0 if it has no object yet."""
-    commits = list_commits(store)
-    found = COMMIT_KEY.fullmatch(commits[-1]) if commits else None
-    return int(found[1]) if found else 0
+def list_commit_objects(store: Store) -> list[StoredObject]:
+    """The table's objects, by their numbers."""
+    try:
+        found = [item for item in store.list_objects(PREDICTIONS) if COMMIT_KEY.fullmatch(item.key)]
+    except FolderMissing:
+        return []
+    return sorted(found, key=lambda item: (len(item.key), item.key))
+
+
+def read_commit_number(key: str) -> int:
+    """The number in the key of one of the table's objects."""
+    found = COMMIT_KEY.fullmatch(key)
+    assert found is not None
+    return int(found[1])
 
 
 def make_commit_key(number: int) -> str:

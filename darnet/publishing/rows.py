@@ -6,6 +6,7 @@ Rows as mappings go in, Arrow tables of exactly the schema come out.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 import pandas as pd
@@ -78,6 +79,16 @@ MODEL_KEY = ["model_sha256", "preprocessing_version"]
 PROBABILITIES = [f"probability_{diagnosis.lower()}" for diagnosis in DIAGNOSES]
 KEY_COLUMNS = [*SCAN_KEY, *MODEL_KEY, "status", "night", "commit"]
 
+
+class Reason(StrEnum):
+    """Why a source is scored: never seen, other bytes than before, before under another model only, or after an ERR."""
+
+    NEW = "new"
+    CHANGED = "changed"
+    OTHER_MODEL = "other model"
+    RETRY = "retry"
+
+
 _OBJECT = pa.struct(
     [("key", pa.string()), ("num_bytes", pa.int64()), ("version", pa.string()), ("modified_s", pa.float64())]
 )
@@ -86,7 +97,7 @@ PLAN_SCHEMA: Any = pa.schema(
         _column("source", pa.string(), "Archive-relative key of the source to score."),
         _column("objects", pa.list_(_OBJECT), "Its objects as listed; fetching demands the same versions."),
         _column("input_sha256", pa.string(), "Digest of the source's keys, versions and sizes."),
-        _column("reason", pa.string(), "Why it is scored: new, changed, or retry after an ERR."),
+        _column("reason", pa.string(), f"Why it is scored: {', '.join(Reason)} after an ERR."),
     ]
 )
 
@@ -131,8 +142,13 @@ def unspell_key(text: str) -> str:
 
 def select_model(rows: Any, model_sha256: str, preprocessing_version: str) -> Any:
     """Of an Arrow table, the rows under one model and preprocessing."""
+    return rows.filter(is_of_model(rows, model_sha256, preprocessing_version))
+
+
+def is_of_model(rows: Any, model_sha256: str, preprocessing_version: str) -> Any:
+    """Whether each row of an Arrow table is under one model and preprocessing."""
     is_model = pc.equal(rows["model_sha256"], model_sha256)
-    return rows.filter(pc.and_(is_model, pc.equal(rows["preprocessing_version"], preprocessing_version)))
+    return pc.and_(is_model, pc.equal(rows["preprocessing_version"], preprocessing_version))
 
 
 def is_error(frame: pd.DataFrame) -> "pd.Series[bool]":

@@ -1,54 +1,44 @@
-"""A run of scoring: what earlier nights settled goes in; what to score, and what is scored so far, come out.
+"""A run of scoring: its parameters, its plan and what is scored so far, kept so that a killed run can go on.
 
-Plan and parts lie below `_runs/<run_id>/` of the results, so that a killed run can go on.
+All of it lies below `_runs/<run_id>/` of the results.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any, Self
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from darnet.errors import PutUncertain, UsageError
+from darnet.archive import batch_by
+from darnet.config import digest_json
+from darnet.errors import FolderMissing, PutUncertain, UsageError
 from darnet.publishing.objects import (
+    NOTICE,
+    Listing,
     describe_file,
-    list_commits,
+    list_commit_objects,
     list_parquet_keys,
     open_parquet,
     read_objects,
     read_stored,
+    stream_objects,
     to_parquet,
 )
-from darnet.publishing.rows import (
-    KEY_COLUMNS,
-    PLAN_SCHEMA,
-    SCAN_KEY,
-    SCHEMA,
-    SOURCE_KEY,
-    make_table,
-    select_model,
-    spell_key,
-    unspell_key,
-)
+from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA, Reason, make_table, spell_key, unspell_key
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
 
 RUNS = "_runs/"
-PLAN_BATCH_SOURCES = 1_000  # Source: ours; a source has some hundred objects
-
-
-class Reason(StrEnum):
-    """Why a source is scored tonight."""
-
-    NEW = "new"
-    CHANGED = "changed"
-    RETRY = "retry"
+RECORD, PLAN, HELD, ENDED = "run.json", "plan.parquet", "HELD.json", "ENDED.json"
+PLAN_BATCH_OBJECTS = 20_000  # Source: ours; about 10 MB of a plan in memory
+PLAN_BATCH_SOURCES = 100
 
 
 @dataclass(frozen=True)
@@ -59,77 +49,81 @@ class PlannedSource:
     reason: Reason
 
 
-# What earlier nights settled
+@dataclass(frozen=True)
+class Work:
+    """What a run shares with the one that may finish it: archive, model, and the digest of the settings of scoring."""
+
+    archive: str
+    model_sha256: str
+    preprocessing_version: str
+    settings_sha256: str
 
 
 @dataclass(frozen=True)
-class ScoredKeys:
-    """What the table says of sources under one model and preprocessing, as digests: millions of them fit.
+class RunRecord:
+    """The parameters of a run, kept as `run.json`. The times of listing are not part of what it is."""
 
-    `done` and `retry` hold (source, input_sha256), `known` holds sources. `pending` has one row for each source,
-    scan_id, input_sha256 and status of the sources to retry, with `num_nights`, on how many nights it was seen.
-    """
+    night: date
+    work: Work
+    selection: Mapping[str, Any]
+    plan_sha256: str
+    listing: Listing
 
-    done: frozenset[bytes]
-    retry: frozenset[bytes]
-    known: frozenset[bytes]
-    pending: Any
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What makes it this run, as JSON can hold it."""
+        return {
+            "night": self.night.isoformat(),
+            **asdict(self.work),
+            "selection": dict(self.selection),
+            "plan_sha256": self.plan_sha256,
+            "last_commit": self.listing.last_commit,
+        }
 
-    def find_reason(self, source: Source) -> Reason | None:
-        """Why to score this source tonight; None if every one of its scans has a final row."""
-        key = spell_key(source.key)
-        pair = _digest(key, source.input_sha256)
-        if pair in self.done:
-            return None
-        if pair in self.retry:
-            return Reason.RETRY
-        return Reason.CHANGED if _digest(key) in self.known else Reason.NEW
+    @property
+    def run_id(self) -> str:
+        """A name that the same work gets again after a kill, and other work does not.
 
+        The table's last number is part of it, so that trying again what failed is another run.
+        """
+        return f"{self.night:%Y%m%d}-{digest_json(self.parameters)[:16]}"
 
-def read_scored_keys(store: Store, model_sha256: str, preprocessing_version: str) -> ScoredKeys:
-    """What is settled under this model and preprocessing, commit after commit.
+    def to_json(self) -> bytes:
+        """The whole record as a file."""
+        times = {"listed_from": self.listing.started_at.isoformat(), "listed_until": self.listing.ended_at.isoformat()}
+        return (json.dumps({**self.parameters, **times, "notice": NOTICE}, indent=2) + "\n").encode()
 
-    A source is done if its newest commit holds no ERR row: a commit tells of all its scans that were not final.
-    """
-    done: set[bytes] = set()
-    known: set[bytes] = set()
-    troubled = [SCHEMA.empty_table().select(KEY_COLUMNS)]
-    for stored in read_objects(store, list_commits(store), KEY_COLUMNS):
-        rows = select_model(stored.rows, model_sha256, preprocessing_version)
-        errors = rows.filter(pc.starts_with(rows["status"], "ERR_"))
-        is_troubled = pc.is_in(rows["source"], errors["source"])
-        troubled.append(rows.filter(is_troubled))
-        done.difference_update(_digest_sources(errors))
-        done.update(_digest_sources(rows.filter(pc.invert(is_troubled))))
-        known.update(_digest(key) for key in rows["source"].unique().to_pylist())
-    pending = _select_pending(pa.concat_tables(troubled), done)
-    return ScoredKeys(frozenset(done), frozenset(_digest_sources(pending)), frozenset(known), pending)
-
-
-def _select_pending(rows: Any, done: set[bytes]) -> Any:
-    pairs = zip(rows["source"].to_pylist(), rows["input_sha256"].to_pylist(), strict=True)
-    open_rows = rows.filter(pa.array([_digest(*pair) not in done for pair in pairs], pa.bool_()))
-    counted = open_rows.group_by([*SCAN_KEY, "status"]).aggregate([("night", "count_distinct")])
-    return counted.select([*SCAN_KEY, "status", "night_count_distinct"]).rename_columns(
-        [*SCAN_KEY, "status", "num_nights"]
-    )
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Raises: ValueError, KeyError, TypeError for what `to_json` did not write."""
+        told = json.loads(data)
+        times = (datetime.fromisoformat(told[name]) for name in ("listed_from", "listed_until"))
+        work = Work(*(told[name] for name in Work.__dataclass_fields__))
+        listing = Listing(told["last_commit"], *times)
+        return cls(date.fromisoformat(told["night"]), work, told["selection"], told["plan_sha256"], listing)
 
 
-def _digest(*parts: str) -> bytes:
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
+def write_plan(planned: Iterable[PlannedSource], path: Path, make_record: Callable[[str], RunRecord]) -> RunRecord:
+    """Write a plan to a local file as it comes; the record of its run, made of the plan's digest when it is whole."""
+    digest = hashlib.sha256()
+    with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
+        for batch in batch_by(planned, lambda item: len(item.source.objects), PLAN_BATCH_OBJECTS):
+            rows = [_plan_row(item) for item in batch]
+            digest.update("".join(_spell_line(row["source"], row["input_sha256"]) for row in rows).encode())
+            writer.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
+        record = make_record(digest.hexdigest())
+        writer.add_key_value_metadata(describe_file(record.run_id))
+    return record
 
 
-def _digest_sources(rows: Any) -> Iterator[bytes]:
-    pairs = rows.group_by(SOURCE_KEY).aggregate([])
-    return map(_digest, pairs["source"].to_pylist(), pairs["input_sha256"].to_pylist())
-
-
-# Work in progress
+def _spell_line(key: str, input_sha256: str) -> str:
+    """What the digest of a plan takes of a source."""
+    return f"{key}\0{input_sha256}\n"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Plan and parts of one run, below `_runs/<run_id>/` of the results; what a killed run leaves to its restart."""
+    """Record, plan and parts of one run, below `_runs/<run_id>/` of the results; what a killed run leaves."""
 
     store: Store
     run_id: str
@@ -139,23 +133,58 @@ class RunFolder:
             raise UsageError(f"run id {self.run_id!r}: use up to 100 letters, digits, dots, dashes, underscores")
 
     def has_plan(self) -> bool:
-        """Whether this run was begun before."""
+        """Whether there is a plan to go on from."""
         return self._plan_key in list_parquet_keys(self.store, self._plan_key)
 
-    def write_plan(self, planned: Iterable[PlannedSource]) -> None:
-        """Fix what this run scores; a plan that is there already stays. `read_plan` tells which one holds."""
-        sink = pa.BufferOutputStream()
-        sources = iter(planned)
-        with pq.ParquetWriter(
-            sink, PLAN_SCHEMA.with_metadata(describe_file(self.run_id)), compression="zstd"
-        ) as writer:
-            while batch := list(islice(sources, PLAN_BATCH_SOURCES)):
-                writer.write_table(pa.Table.from_pylist([_plan_row(item) for item in batch], schema=PLAN_SCHEMA))
+    def begin(self, record: RunRecord, plan: Path) -> None:
+        """Fix what this run is and what it scores, in this order; a plan that is there already stays.
+
+        Raises: UsageError if a run of this name and other parameters is there.
+        """
+        if not self._put(self.locate(RECORD), record.to_json()):
+            found = self.read_record().parameters
+            if wrong := sorted(name for name, value in record.parameters.items() if found[name] != value):
+                raise UsageError(
+                    f"{self.store.uri}/{self.locate(RECORD)}: another run of this name is here, with another "
+                    f"{', '.join(wrong)}; move the folder away, or score for another --night"
+                )
+        self._put(self._plan_key, plan)
+
+    def _put(self, key: str, data: bytes | Path) -> bool:
+        """Whether this call, and nobody before, made this object. Twice after a lost answer: it may say no wrongly."""
         try:
-            self.store.put_if_absent(self._plan_key, sink.getvalue().to_pybytes())
+            return self.store.put_if_absent(key, data)
         except PutUncertain:
-            if not self.has_plan():
-                raise
+            return self.store.put_if_absent(key, data)
+
+    def read_record(self) -> RunRecord:
+        """The run's parameters.
+
+        Raises: UsageError if they cannot be read.
+        """
+        key = self.locate(RECORD)
+        try:
+            return RunRecord.from_json(self.store.read_bytes(key))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self.store.uri}/{key}: damaged ({error}); move its folder away, and its sources are planned anew"
+            ) from error
+
+    def read_sources(self) -> list[Source]:
+        """The planned sources, as they were listed.
+
+        Raises: UsageError if the plan is not the one of the run's record.
+        """
+        digest, sources = hashlib.sha256(), []
+        for planned in self.read_plan():
+            digest.update(_spell_line(spell_key(planned.source.key), planned.source.input_sha256).encode())
+            sources.append(planned.source)
+        if digest.hexdigest() != self.read_record().plan_sha256:
+            raise UsageError(
+                f"{self.store.uri}/{self._plan_key}: not the plan this run was begun with; say python -m jobs.score "
+                f"--results {self.store.uri} --discard {self.run_id} --reason WHY, and its sources are planned anew"
+            )
+        return sources
 
     def read_plan(self) -> Iterator[PlannedSource]:
         """The plan, one source at a time."""
@@ -189,9 +218,13 @@ class RunFolder:
             staged.update(unspell_key(text) for text in part.rows["source"].unique().to_pylist())
         return staged
 
+    def write_end(self, published: int | None) -> None:
+        """Note that the run is over, and under which number it is in the table, if it is: nobody need go on from it."""
+        self.store.write_bytes(self.locate(ENDED), json.dumps({"published": published, "notice": NOTICE}).encode())
+
     def delete_work(self) -> int:
-        """Remove plan and parts, all that a restart would go on from; the number of objects."""
-        keys = list_parquet_keys(self.store, self.locate(""))
+        """Remove parts and plan, all that a restart would go on from; the number of objects."""
+        keys = list_parquet_keys(self.store, self.locate(""))  # "parts/" before "plan": killed, it can be found again
         for key in keys:
             self.store.delete(key)
         return len(keys)
@@ -202,11 +235,45 @@ class RunFolder:
 
     @property
     def _plan_key(self) -> str:
-        return self.locate("plan.parquet")
+        return self.locate(PLAN)
 
     @property
     def _parts(self) -> str:
         return self.locate("parts/")
+
+
+def list_run_files(store: Store) -> dict[str, set[str]]:
+    """Of each run that left anything, the names of its objects; `parts/...` are left out."""
+    found: dict[str, set[str]] = {}
+    try:
+        for item in store.list_objects(RUNS):
+            run_id, _, name = item.key.removeprefix(RUNS).partition("/")
+            if name and "/" not in name:
+                found.setdefault(run_id, set()).add(name)
+    except FolderMissing:
+        pass
+    return found
+
+
+def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
+    """Runs of this work that were begun and not brought to an end, the oldest first.
+
+    Raises: UsageError if the record of one is of another run.
+    """
+    files = list_run_files(store)
+    open_runs = [run_id for run_id, names in files.items() if {RECORD, PLAN} <= names and not {HELD, ENDED} & names]
+    begun = [(folder, folder.read_record()) for folder in (RunFolder(store, run_id) for run_id in sorted(open_runs))]
+    ours = [(folder, record) for folder, record in begun if record.work == work]
+    if not ours:
+        return []
+    published = {stored.run_id for stored in stream_objects(store, list_commit_objects(store), [])}
+    for folder, record in ours:
+        if record.run_id != folder.run_id:
+            raise UsageError(
+                f"{store.uri}/{folder.locate(RECORD)}: says what run {record.run_id} would say; somebody changed it. "
+                f"Move {RUNS}{folder.run_id} away, and its sources are planned anew"
+            )
+    return [folder for folder, _ in ours if folder.run_id not in published]
 
 
 def name_part(sources: Iterable[str]) -> str:

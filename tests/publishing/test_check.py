@@ -16,9 +16,9 @@ from darnet.job import run_job
 from darnet.publishing.check import care_for_results
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
-from darnet.publishing.runs import PlannedSource, Reason, RunFolder
+from darnet.publishing.runs import RunFolder
 from darnet.storage import Store
-from tests.results_fixtures import make_row, make_source, publish_rows
+from tests.results_fixtures import begin_run, make_row, make_source, publish_rows
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
@@ -79,8 +79,7 @@ def test_other_keys_or_an_error_before_make_no_double(local: Store, capsys: pyte
 
 def test_only_the_work_of_runs_long_published_is_removed(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     for run_id in ("r1", "r2", "r3", "unpublished"):
-        folder = RunFolder(store, run_id)
-        folder.write_plan([PlannedSource(make_source(run_id), Reason.NEW)])
+        folder = begin_run(store, make_source(run_id), run_id=run_id)
         folder.write_part("p", [make_row(run_id, run_id=run_id)])
         store.write_bytes(folder.locate("nightly.html"), b"page")
         if run_id != "unpublished":
@@ -88,10 +87,23 @@ def test_only_the_work_of_runs_long_published_is_removed(store: Store, capsys: p
     summary, _ = run(capsys, "clean", "--results", store.uri, "--keep-commits", "2")
     assert (summary["cleaned_runs"], summary["removed_objects"]) == (1, 2)
     assert summary["unpublished_runs"] == ["unpublished"]
-    assert [item.key for item in store.list_objects("_runs/r1/")] == ["_runs/r1/nightly.html"]
+    assert [item.key for item in store.list_objects("_runs/r1/")] == [
+        "_runs/r1/nightly.html",
+        "_runs/r1/run.json",
+    ]
     assert [RunFolder(store, run_id).has_plan() for run_id in ("r2", "r3", "unpublished")] == [True] * 3
     assert run(capsys, "clean", "--results", store.uri, "--keep-commits", "2")[0]["removed_objects"] == 0
     assert run(capsys, "check", "--results", store.uri)[0]["objects"] == 3
+
+
+def test_the_work_of_a_run_that_had_nothing_to_publish_is_removed(
+    local: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_rows(local, "r1", make_row("a"))
+    begin_run(local, make_source("a"), run_id="late").write_end(None)
+    summary, _ = run(capsys, "clean", "--results", local.uri)
+    assert (summary["cleaned_runs"], summary["unpublished_runs"]) == (1, [])
+    assert not RunFolder(local, "late").has_plan()
 
 
 def test_latest_is_one_row_a_scan_in_both_formats(

@@ -17,6 +17,7 @@ from darnet.scan import StoredObject
 from darnet.storage import Store
 from tests.results_fixtures import (
     list_commit_numbers,
+    make_listing,
     make_row,
     publish_history,
     publish_rows,
@@ -36,7 +37,7 @@ def test_commits_are_numbered_from_one_and_rows_carry_the_number(store: Store) -
 
 
 def test_nothing_new_publishes_nothing(store: Store) -> None:
-    assert publish(store, "none", make_table([])) is None
+    assert publish(store, "none", make_table([]), make_listing(0)) is None
     publish_rows(store, "one", make_row("a"))
     assert publish_rows(store, "two", make_row("a", probability_ncp=0.6)) is None
     assert list_commit_numbers(store) == [1]
@@ -51,9 +52,60 @@ def test_a_restart_after_a_lost_acknowledgement_finds_its_commit(store: Store) -
 
 def test_rows_of_another_run_or_of_two_models_are_refused(local: Store) -> None:
     with pytest.raises(RunError, match="run_id"):
-        publish(local, "mine", make_table([make_row("a", run_id="other")]))
+        publish(local, "mine", make_table([make_row("a", run_id="other")]), make_listing(0))
     with pytest.raises(RunError, match="model_sha256"):
         publish_rows(local, "mine", make_row("a"), make_row("b", model_sha256="other"))
+
+
+OLD, NEW = {"input_sha256": "i" * 64}, {"input_sha256": "j" * 64}
+
+
+def test_older_bytes_do_not_follow_newer_ones(store: Store) -> None:
+    """Night one listed a before it changed, and is overtaken by night two; its other source stands."""
+    second = [make_row("a#1", **NEW), make_row("a#2", **NEW), make_row("c")]
+    assert publish_rows(store, "two", *second, listing=make_listing(60)) == 1
+    first = [make_row("a#1", **OLD), make_row("a#3", "ERR_TIMEOUT", **OLD), make_row("b", **OLD)]
+    assert publish_rows(store, "one", *first, listing=make_listing(0, minutes=5)) == 2
+    assert read_statuses(store) == {"a#1": "OK", "a#2": "OK", "b": "OK", "c": "OK"}
+    frame = read_predictions(store.uri, latest=False)
+    assert set(frame.loc[frame["source"] == "a", "input_sha256"]) == {"j" * 64}
+
+
+def test_a_run_of_nothing_but_older_bytes_publishes_nothing(local: Store) -> None:
+    publish_rows(local, "two", make_row("a", **NEW), listing=make_listing(60))
+    assert publish_rows(local, "one", make_row("a", **OLD), listing=make_listing(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "row"),
+    [
+        (make_listing(0, minutes=5), make_listing(6), make_row("a", **NEW)),  # ours saw the source last
+        (make_listing(9), make_listing(6, last_commit=1), make_row("a", **NEW)),  # the plan knew of theirs
+        (make_listing(9), make_listing(6), make_row("a", "ERR_TIMEOUT", **NEW)),  # nothing is final there
+        (make_listing(9), make_listing(6), make_row("a", model_sha256="n" * 64, **NEW)),
+        (make_listing(9), make_listing(6), make_row("b", **NEW)),
+    ],
+)
+def test_rows_that_nothing_later_replaces_are_published(local: Store, theirs: Any, ours: Any, row: Any) -> None:
+    publish_rows(local, "theirs", row, listing=theirs)
+    assert publish_rows(local, "ours", make_row("a", **OLD), listing=ours) == 2
+
+
+def test_of_two_that_listed_at_once_the_first_to_publish_stands(local: Store) -> None:
+    """Nobody knows who saw the source last: the other's bytes, if they are still there, are scored the next night."""
+    publish_rows(local, "long", make_row("a", **NEW), listing=make_listing(0, minutes=20))
+    assert publish_rows(local, "short", make_row("a", **OLD), listing=make_listing(5, minutes=1)) is None
+    assert publish_rows(local, "next", make_row("a", **OLD), listing=make_listing(60, last_commit=1)) == 2
+
+
+def test_a_race_lost_to_newer_bytes_drops_the_older(local: Store) -> None:
+    """The rival's object is read back after the refused put, with its time of listing."""
+    newer = lambda: publish_rows(local, "rival", make_row("a", **NEW), listing=make_listing(60))  # noqa: E731
+    rivals = iter([newer])
+    troubled = TroubledStore(local, [], before_put=lambda: next(rivals, lambda: None)())
+    rows = [make_row("a", **OLD), make_row("b", **OLD)]
+    assert publish_rows(troubled, "run", *rows, listing=make_listing(0)) == 2
+    assert read_predictions(local.uri).set_index("scan_id")["run_id"].to_dict() == {"a": "rival", "b": "run"}
 
 
 def test_what_another_run_made_final_is_left_out(store: Store) -> None:

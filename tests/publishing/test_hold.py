@@ -11,9 +11,17 @@ from darnet.config import ScoreSettings
 from darnet.errors import ExitCode, HeldError, UsageError
 from darnet.job import run_job
 from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
-from darnet.publishing.runs import PlannedSource, Reason, RunFolder
+from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.storage import Store, open_store
-from tests.results_fixtures import list_commit_numbers, make_row, make_source, publish_rows, read_statuses
+from tests.results_fixtures import (
+    WORK,
+    begin_run,
+    list_commit_numbers,
+    make_row,
+    make_source,
+    publish_rows,
+    read_statuses,
+)
 
 CONFIG = ScoreSettings(archive="a", model="m", results="r").score.model_copy(
     update={"gate_min_scans": 4, "gate_min_nights": 2, "gate_nights": 3}
@@ -36,9 +44,8 @@ class KillingStore:
 
 def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, Any]:
     """Plan and parts of a run, as scoring leaves them; its sources are new."""
-    folder = RunFolder(store, f"run{night}")
     keys = [f"{night}-{index}" for index in range(len(statuses))]
-    folder.write_plan([PlannedSource(make_source(key), Reason.NEW) for key in keys])
+    folder = begin_run(store, *map(make_source, keys), run_id=f"run{night}", night=night)
     rows = [
         make_row(key, status, night=night, run_id=folder.run_id) for key, status in zip(keys, statuses, strict=True)
     ]
@@ -93,6 +100,7 @@ def test_an_accepted_run_is_published_with_its_reason(store: Store) -> None:
     assert (accepted["reason"], accepted["published"]) == ("looked at it", 3)
     assert accepted["breaches"][0]["gate"] == "share of ERR"
     refuse_if_held(store)
+    assert find_unfinished(store, WORK) == []
 
 
 def test_a_discarded_run_leaves_nothing_to_go_on_from(store: Store) -> None:
@@ -134,6 +142,35 @@ def test_only_held_runs_can_be_decided_on(local: Store) -> None:
         decide(local, "discard", "run3")
 
 
+def test_an_unfinished_run_can_be_discarded_and_not_accepted(store: Store) -> None:
+    folder = begin_run(store, make_source("a"), make_source("b"))
+    folder.write_part("p", [make_row("a", run_id=folder.run_id)])
+    with pytest.raises(UsageError, match="is not held"):
+        decide(store, "accept", folder.run_id)
+    assert decide(store, "discard", folder.run_id)["decision"] == "discarded"
+    assert not folder.has_plan()
+    assert json.loads(store.read_bytes(folder.locate("DISCARDED.json")))["reason"] == "looked at it"
+
+
+@pytest.mark.parametrize("num_writes", range(4))
+def test_a_discard_killed_at_any_step_is_carried_out_again(local: Store, num_writes: int) -> None:
+    folder = begin_run(local, make_source("a"))
+    folder.write_part("p", [make_row("a", run_id=folder.run_id)])
+    if num_writes < 3:  # the decision, the part, the plan
+        with pytest.raises(KeyboardInterrupt):
+            decide(KillingStore(local, num_writes), "discard", folder.run_id)
+        assert folder.has_plan()
+    decide(local, "discard", folder.run_id)
+    assert find_unfinished(local, WORK) == []
+
+
+def test_a_published_run_cannot_be_discarded(local: Store) -> None:
+    folder = begin_run(local, make_source("a"))
+    publish_rows(local, folder.run_id, make_row("a"))
+    with pytest.raises(UsageError, match="is not held"):
+        decide(local, "discard", folder.run_id)
+
+
 def test_a_good_or_small_run_is_let_through(local: Store) -> None:
     for night in (1, 2):
         publish_rows(local, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
@@ -159,7 +196,7 @@ def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:
 def test_a_decision_needs_a_reason_and_scoring_its_places(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, complaint in (
         (["--results", "r", "--accept", "x"], "need a reason"),
-        (["--results", "r", "--accept", "x", "--discard", "y", "--reason", "z"], "either accept or discard"),
+        (["--results", "r", "--accept", "x", "--discard", "y", "--reason", "z"], "only one of accept, discard"),
         (["--results", "r", "--archive", "a"], "model: Field required"),
     ):
         assert run_job("score", ScoreSettings, lambda _: {}, arguments) == ExitCode.WRONG_USE

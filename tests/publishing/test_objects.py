@@ -3,7 +3,8 @@
 import pytest
 
 from darnet.errors import StorageError
-from darnet.publishing.objects import find_last_commit
+from darnet.publishing import objects
+from darnet.publishing.objects import list_commit_objects, list_commits, read_commit_number
 from darnet.storage import Store
 from tests.results_fixtures import make_row, publish_rows, read_statuses
 
@@ -14,11 +15,26 @@ def test_a_foreign_file_in_the_table_stops_the_run(local: Store) -> None:
         publish_rows(local, "run", make_row("a"))
 
 
-def test_the_last_commit_is_the_highest_number(store: Store) -> None:
-    assert find_last_commit(store) == 0
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_a_damaged_object_is_named(local: Store, monkeypatch: pytest.MonkeyPatch, whole_bytes: int) -> None:
+    """First where only reading the rows finds it out, then in what describes them."""
+    monkeypatch.setattr(objects, "WHOLE_BYTES", whole_bytes)
+    publish_rows(local, "run", make_row("a"))
+    sound = local.read_bytes("predictions/c00000001.parquet")
+    for num_spoiled, complaint in ((99, "damaged"), (len(sound) // 2, "not a results file of ours")):
+        local.write_bytes("predictions/c00000001.parquet", bytes(num_spoiled) + sound[num_spoiled:])
+        with pytest.raises(StorageError, match=rf"c00000001\.parquet: {complaint}"):
+            list(objects.stream_objects(local, list_commit_objects(local), ["run_id", "source"]))
+
+
+def test_commits_are_listed_by_their_numbers(store: Store) -> None:
+    assert list_commits(store) == []
     for number in (1, 2, 3):
         assert publish_rows(store, f"run{number}", make_row(str(number))) == number
-        assert find_last_commit(store) == number
+    store.write_bytes("predictions/c100000000.parquet", b"after nine digits comes ten")
+    store.write_bytes("predictions/c99999999.parquet", b"")
+    numbers = [read_commit_number(item.key) for item in list_commit_objects(store)]
+    assert numbers == [1, 2, 3, 99_999_999, 100_000_000]
 
 
 def test_other_files_beside_the_commits_are_left_alone(local: Store) -> None:

@@ -1,44 +1,134 @@
 """A run knows what is settled, keeps its plan, and goes on where it was killed."""
 
+import json
 import os
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from darnet.errors import Status, UsageError
 from darnet.publishing.commit import check_rows, publish
-from darnet.publishing.rows import spell_key
-from darnet.publishing.runs import PlannedSource, Reason, RunFolder, name_part, read_scored_keys
+from darnet.publishing.rows import Reason, spell_key
+from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part
+from darnet.publishing.scored_keys import read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
-from tests.results_fixtures import MODEL, ODD_KEYS, make_row, make_source, publish_rows, read_statuses
+from tests.results_fixtures import (
+    MODEL,
+    ODD_KEYS,
+    WORK,
+    begin_run,
+    make_listing,
+    make_row,
+    make_source,
+    publish_rows,
+    read_statuses,
+)
 
 # A plan and its parts
 
 
 def test_a_plan_comes_back_as_written(store: Store) -> None:
-    folder = RunFolder(store, "run-1")
-    assert not folder.has_plan()
-    planned = [PlannedSource(make_source(key), reason) for key in ODD_KEYS for reason in Reason]
-    folder.write_plan(iter(planned))
-    assert folder.has_plan()
-    assert list(folder.read_plan()) == planned
-    assert folder.list_planned_sources() == [item.source.key for item in planned]
-    assert not RunFolder(store, "run").has_plan()
+    sources = [make_source(key) for key in ODD_KEYS]
+    for number, reason in enumerate(Reason, 1):
+        folder = begin_run(store, *sources, reason=reason, night=number)
+        assert folder.has_plan()
+        assert list(folder.read_plan()) == [PlannedSource(source, reason) for source in sources]
+        assert folder.read_sources() == sources
+        assert folder.list_planned_sources() == [source.key for source in sources]
+        assert not RunFolder(store, folder.run_id[:-1]).has_plan()
+
+
+def test_a_plan_larger_than_a_batch_keeps_its_order(local: Store) -> None:
+    sources = [Source(f"{number:05d}", make_source("x").objects * 100) for number in range(250)]  # 50,000 objects
+    assert begin_run(local, *sources).read_sources() == sources
+
+
+def test_the_same_work_has_the_same_id_and_any_other_another(local: Store) -> None:
+    def name(*keys: str, version: str = "1", **changes: Any) -> str:
+        return begin_run(local, *[make_source(key, version) for key in keys], **changes).run_id
+
+    base = name("a", "b")
+    assert base == name("a", "b")
+    works = [replace(WORK, **{field: "other"}) for field in Work.__dataclass_fields__]
+    others = [name("a"), name("b", "a"), name("a", "b", version="2"), name("a", "b", night=2)]
+    others += [name("a", "b", work=work) for work in works]
+    assert len({base, *others}) == 1 + 4 + 4
+    assert base.startswith("20300101-")
+
+
+def test_a_record_comes_back_as_written(store: Store) -> None:
+    folder = begin_run(store, make_source("a"), night=3)
+    record = folder.read_record()
+    assert record.run_id == folder.run_id
+    assert (record.night, record.work, record.listing) == (date(2030, 1, 3), WORK, make_listing(0))
+    told = json.loads(store.read_bytes(folder.locate("run.json")))
+    assert (told["archive"], told["night"], told["last_commit"]) == ("/archive", "2030-01-03", 0)
+    assert told["notice"] == "research use only"
+
+
+def test_a_run_of_the_same_name_and_other_parameters_is_refused(store: Store) -> None:
+    begin_run(store, make_source("a"), run_id="run")
+    with pytest.raises(UsageError, match="another night, plan_sha256; move the folder away"):
+        begin_run(store, make_source("b"), run_id="run", night=2)
+    assert RunFolder(store, "run").list_planned_sources() == ["a"]
 
 
 def test_the_first_plan_of_a_run_holds(store: Store) -> None:
-    first, second = ([PlannedSource(make_source(key), Reason.NEW)] for key in "ab")
-    RunFolder(store, "run").write_plan(first)
-    RunFolder(store, "run").write_plan(second)
-    assert list(RunFolder(store, "run").read_plan()) == first
+    """Of two drivers that begin the same run, whatever each saw."""
+    for reason in (Reason.NEW, Reason.RETRY):
+        folder = begin_run(store, make_source("a"), reason=reason)
+    assert list(folder.read_plan()) == [PlannedSource(make_source("a"), Reason.NEW)]
 
 
-def test_an_empty_plan_is_a_plan(store: Store) -> None:
-    RunFolder(store, "run").write_plan([])
-    assert RunFolder(store, "run").has_plan()
-    assert list(RunFolder(store, "run").read_plan()) == []
+def test_a_plan_that_somebody_changed_is_refused(local: Store) -> None:
+    folder, other = (begin_run(local, make_source(key)) for key in "ab")
+    local.write_bytes(folder.locate("plan.parquet"), local.read_bytes(other.locate("plan.parquet")))
+    with pytest.raises(UsageError, match=f"--discard {folder.run_id}"):
+        folder.read_sources()
+
+
+# What to finish first
+
+
+def find_ids(store: Store, work: Work = WORK) -> list[str]:
+    return [folder.run_id for folder in find_unfinished(store, work)]
+
+
+def test_runs_of_the_same_work_that_never_ended_are_finished_first(store: Store) -> None:
+    assert find_ids(store) == []
+    later, first = (begin_run(store, make_source(key), night=night) for key, night in (("a", 2), ("b", 1)))
+    for field in Work.__dataclass_fields__:
+        begin_run(store, make_source("a"), work=replace(WORK, **{field: "other"}))
+    assert find_ids(store) == [first.run_id, later.run_id]
+
+
+def test_what_ended_is_not_finished_again(store: Store) -> None:
+    published, ended, held, discarded, planless = (begin_run(store, make_source(key)) for key in "abcde")
+    publish_rows(store, published.run_id, make_row("a"))
+    ended.write_end(None)
+    store.write_bytes(held.locate("HELD.json"), b"{}")
+    discarded.delete_work()
+    store.delete(planless.locate("plan.parquet"))
+    assert find_ids(store) == []
+
+
+def test_a_changed_record_is_refused(local: Store) -> None:
+    folder = begin_run(local, make_source("a"))
+    told = local.read_bytes(folder.locate("run.json"))
+    local.write_bytes(folder.locate("run.json"), told.replace(b"2030-01-01", b"2030-01-02"))
+    with pytest.raises(UsageError, match="somebody changed it"):
+        find_unfinished(local, WORK)
+    local.write_bytes(folder.locate("run.json"), told[:40])
+    with pytest.raises(UsageError, match=r"run\.json: damaged"):
+        find_unfinished(local, WORK)
+
+
+# Staged parts
 
 
 @pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "a b"])
@@ -72,49 +162,11 @@ def test_a_source_in_two_parts_counts_once_and_whole(local: Store) -> None:
     assert [(row["scan_id"], row["status"]) for row in rows] == [(name, "OK") for name in ("a#1", "a#2", "b", "c")]
 
 
-# What is settled
-
-
-def find_reasons(store: Store, *sources: Source) -> list[Reason | None]:
-    scored = read_scored_keys(store, MODEL, "1-abc")
-    return [scored.find_reason(source) for source in sources]
-
-
-def test_reasons_follow_what_was_published(store: Store) -> None:
-    a, b, c = (make_source(key) for key in ("a", "b", "caf\udce9"))
-    assert find_reasons(store, a, b, c) == [Reason.NEW] * 3
-    of = {source.key: {"source": source.key, "input_sha256": source.input_sha256} for source in (a, b, c)}
-    rows = [make_row("a#1", **of["a"]), make_row("a#2", "ERR_TIMEOUT", **of["a"]), make_row("b", "BAD_TILT", **of["b"])]
-    publish_rows(store, "one", *rows, make_row("c", **of[c.key]))
-    assert find_reasons(store, a, b, c) == [Reason.RETRY, None, None]
-    assert find_reasons(store, make_source("a", "2"), make_source("b", "2")) == [Reason.CHANGED] * 2
-    publish_rows(store, "two", make_row("a#1", **of["a"]), make_row("a#2", **of["a"]))
-    assert find_reasons(store, a, b) == [None, None]
-    assert read_scored_keys(store, MODEL, "1-abc").pending.num_rows == 0
-    other_model = read_scored_keys(store, "other", "1-abc")
-    assert other_model.find_reason(a) is Reason.NEW
-
-
-def test_pending_tells_final_scans_and_error_nights(local: Store) -> None:
-    for night in (1, 2):
-        rows = [make_row("a#1"), make_row("a#2", "ERR_TIMEOUT", night=night), make_row("b")]
-        publish_rows(local, f"run{night}", *rows)
-    pending = read_scored_keys(local, MODEL, "1-abc").pending.to_pylist()
-    found = sorted((row["scan_id"], row["status"], row["num_nights"]) for row in pending)
-    assert found == [("a#1", "OK", 1), ("a#2", "ERR_TIMEOUT", 2)]
-
-
-def test_a_source_error_does_not_outlive_its_scans(local: Store) -> None:
-    source = make_source("a")
-    publish_rows(local, "one", make_row("a", "ERR_STORAGE", input_sha256=source.input_sha256))
-    publish_rows(local, "two", *[make_row(f"a#{number}", input_sha256=source.input_sha256) for number in "12"])
-    assert find_reasons(local, source) == [None]
-    assert read_statuses(local) == {"a#1": "OK", "a#2": "OK"}
+# A run as a whole
 
 
 def test_a_restarted_run_scores_what_is_missing_and_publishes_once(store: Store) -> None:
-    folder = RunFolder(store, "run")
-    folder.write_plan([PlannedSource(make_source(key), Reason.NEW) for key in "abc"])
+    folder = begin_run(store, *map(make_source, "abc"), run_id="run")
     folder.write_part(name_part("ab"), [make_row("a"), make_row("b", "BAD_TILT")])
     # Here the first driver dies; what follows knows only the store and the run's name.
     folder = RunFolder(open_store(store.uri), "run")
@@ -122,8 +174,8 @@ def test_a_restarted_run_scores_what_is_missing_and_publishes_once(store: Store)
     assert missing == {"c"}
     folder.write_part(name_part(missing), [make_row("c")])
     check_rows(folder.list_planned_sources(), folder.read_parts())
-    assert publish(store, "run", folder.read_parts()) == 1
-    assert publish(store, "run", folder.read_parts()) == 1
+    assert publish(store, "run", folder.read_parts(), make_listing(0)) == 1
+    assert publish(store, "run", folder.read_parts(), make_listing(0)) == 1
     assert read_statuses(store, latest=False) == {"a": "OK", "b": "BAD_TILT", "c": "OK"}
 
 
@@ -133,8 +185,8 @@ def test_odd_names_on_disk_reach_the_table_and_the_plan(tmp_path: Path) -> None:
     (item,) = LocalStore(tmp_path).list_objects()
     results = open_store(str(tmp_path / "results"))
     source = Source(item.key, (item,))
-    RunFolder(results, "run").write_plan([PlannedSource(source, Reason.NEW)])
+    folder = begin_run(results, source)
     publish_rows(results, "run", make_row(source.key, "BAD_TRUNCATED", input_sha256=source.input_sha256))
-    assert [planned.source for planned in RunFolder(results, "run").read_plan()] == [source]
+    assert folder.read_sources() == [source]
     assert read_statuses(results) == {"caf\\xe9.nii": Status.BAD_TRUNCATED}
-    assert find_reasons(results, source) == [None]
+    assert read_scored_keys(results, MODEL, "1-abc").find_reasons([source]) == [None]

@@ -1,0 +1,193 @@
+"""An archive's listing and the results table go in; the run of a night that is to be scored, or its preview, comes out.
+
+The listing is never held: prefixes stream side by side, and what is not settled goes to a file as it is found.
+"""
+
+import gc
+import tempfile
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from itertools import chain, islice, takewhile
+from pathlib import Path
+from typing import Any
+
+from darnet.archive import Selection, batch_by, list_sources
+from darnet.errors import UsageError
+from darnet.publishing.objects import Listing
+from darnet.publishing.rows import Reason
+from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, find_unfinished, write_plan
+from darnet.publishing.scored_keys import ScoredKeys, read_scored_keys
+from darnet.scan import Source
+from darnet.storage import Store
+from darnet.terminal import print_table
+
+LIST_THREADS = 8  # Source: ours; half of the store's connections
+LOOKUP_OBJECTS = 4_096  # Source: ours; a few pages of a listing, 2 MB
+DRAWN_SOURCES = 32  # Source: ours; of 300 slices each, 3 MB
+PREVIEW_SOURCES = 20
+
+
+@dataclass
+class Survey:
+    """What planning counted: sources listed and selected, those still arriving, and those to score by reason."""
+
+    listed: int = 0
+    selected: int = 0
+    waiting: int = 0
+    reasons: Counter[Reason] = field(default_factory=Counter)
+
+    def add(self, other: "Survey") -> None:
+        """Count another part of the archive in."""
+        self.listed += other.listed
+        self.selected += other.selected
+        self.waiting += other.waiting
+        self.reasons += other.reasons
+
+    def describe(self) -> dict[str, Any]:
+        """For a summary."""
+        return {
+            "listed_sources": self.listed,
+            "selected_sources": self.selected,
+            "waiting_sources": self.waiting,
+            "planned_sources": self.reasons.total(),
+            "reasons": {str(reason): self.reasons[reason] for reason in Reason if self.reasons[reason]},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A night's run, None if there is nothing to score, and what was counted on the way."""
+
+    folder: RunFolder | None
+    survey: Survey
+
+
+def plan_night(
+    archive: Store, results: Store, work: Work, night: date, selection: Selection, clock: Callable[[], datetime]
+) -> Plan:
+    """Begin the run of what is selected and not settled, in the archive's order; a run of the same work goes on.
+
+    Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters.
+    """
+    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version)  # first: see Listing
+    started_at, survey = clock(), Survey()
+    planned = survey_archive(archive, keys, selection, started_at.timestamp(), survey)
+    first = next(planned, None)
+    if first is None:
+        return Plan(None, survey)
+
+    def make_record(plan_sha256: str) -> RunRecord:
+        listing = Listing(keys.last_commit, started_at, clock())
+        return RunRecord(night, work, selection.describe(), plan_sha256, listing)
+
+    with tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
+        path = Path(temporary) / "plan.parquet"
+        record = write_plan(chain([first], planned), path, make_record)
+        folder = RunFolder(results, record.run_id)
+        folder.begin(record, path)
+    return Plan(folder, survey)
+
+
+def preview_night(
+    archive: Store, results: Store, work: Work, selection: Selection, clock: Callable[[], datetime]
+) -> dict[str, Any]:
+    """Show on stderr what would be scored and why; the counts for a summary. Writes nothing.
+
+    What an unfinished run holds is counted too: it would be scored in the same call.
+    """
+    unfinished = [folder.run_id for folder in find_unfinished(results, work)]
+    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version)
+    survey = Survey()
+    shown: list[tuple[object, ...]] = []
+    for planned in survey_archive(archive, keys, selection, clock().timestamp(), survey):
+        if len(shown) < PREVIEW_SOURCES:
+            source = planned.source
+            shown.append((source.key, str(planned.reason), len(source.objects), source.num_bytes / 1e6))
+    counts = survey.describe()
+    reasons = counts.pop("reasons")
+    print_table("What a night would do", ["", "sources"], [*_spell_counts(counts), *reasons.items()])
+    if shown:
+        title = f"The first {len(shown)} of {counts['planned_sources']} sources to score"
+        print_table(title, ["source", "why", "objects", "MB"], shown)
+    return {"dry_run": True, "unfinished_runs": unfinished, **counts, "reasons": reasons, "published": None}
+
+
+def _spell_counts(counts: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name.removesuffix("_sources"), count) for name, count in counts.items()]
+
+
+def survey_archive(
+    archive: Store, keys: ScoredKeys, selection: Selection, now_s: float, survey: Survey
+) -> Iterator[PlannedSource]:
+    """The sources to score, in the archive's order, while the prefixes are listed side by side.
+
+    Raises: UsageError if nothing at all was listed: a mistyped prefix of a bucket lists as empty; StorageError.
+    """
+    is_over = threading.Event()
+    waiting = iter(selection.list_prefixes())
+    ahead: deque[tuple[_Listing, Future[list[PlannedSource]]]] = deque()
+    gc.freeze()  # else the collector walks through all of torch for every page: a third of the time
+    with ThreadPoolExecutor(LIST_THREADS) as pool:
+        try:
+            while True:
+                for prefix in islice(waiting, LIST_THREADS - len(ahead)):
+                    listing = _Listing(archive, prefix, keys, selection, now_s, is_over)
+                    ahead.append((listing, pool.submit(listing.draw)))
+                if not ahead:
+                    break
+                listing, drawn = ahead.popleft()
+                while found := drawn.result():
+                    drawn = pool.submit(listing.draw)
+                    yield from found
+                survey.add(listing.survey)
+        finally:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            gc.unfreeze()
+    if survey.listed == 0:
+        within = f" below {' or '.join(selection.prefixes)}" if selection.prefixes else ""
+        raise UsageError(f"{archive.uri}: nothing in it{within} looks like a scan; is the address right?")
+
+
+class _Listing:
+    """One prefix on its way to planned sources, a few at a time, each time by whichever thread is free."""
+
+    def __init__(
+        self,
+        archive: Store,
+        prefix: str,
+        keys: ScoredKeys,
+        selection: Selection,
+        now_s: float,
+        is_over: threading.Event,
+    ) -> None:
+        self.survey = Survey()
+        self._keys, self._selection, self._now_s = keys, selection, now_s
+        sources = list_sources(archive.list_objects(prefix))
+        self._planned = self._plan(takewhile(lambda _: not is_over.is_set(), sources))
+
+    def draw(self) -> list[PlannedSource]:
+        """The next ones; none when the prefix is through."""
+        return list(islice(self._planned, DRAWN_SOURCES))
+
+    def _plan(self, sources: Iterator[Source]) -> Iterator[PlannedSource]:
+        for batch in batch_by(self._select(sources), lambda source: len(source.objects), LOOKUP_OBJECTS):
+            for source, reason in zip(batch, self._keys.find_reasons(batch), strict=True):
+                if reason is None:
+                    continue
+                if self._selection.is_arriving(source, self._now_s):
+                    self.survey.waiting += 1
+                    continue
+                self.survey.reasons[reason] += 1
+                yield PlannedSource(source, reason)
+
+    def _select(self, sources: Iterator[Source]) -> Iterator[Source]:
+        for source in sources:
+            self.survey.listed += 1
+            if self._selection.admits(source):
+                self.survey.selected += 1
+                yield source

@@ -1,0 +1,261 @@
+"""A night plans what is selected and not settled, in the archive's order, without ever holding the archive."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darnet.archive import EVERYTHING, Selection, list_sources
+from darnet.errors import StorageError, UsageError
+from darnet.publishing.objects import list_commits
+from darnet.publishing.planning import LOOKUP_OBJECTS, Survey, plan_night, preview_night, survey_archive
+from darnet.publishing.rows import Reason
+from darnet.publishing.runs import PlannedSource, RunFolder
+from darnet.publishing.scored_keys import read_scored_keys
+from darnet.scan import Source, StoredObject
+from darnet.storage import Store, open_store
+from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows
+
+NIGHT = date(2030, 1, 1)
+MIDNIGHT = datetime(2030, 1, 1, tzinfo=UTC)
+MIDNIGHT_S = MIDNIGHT.timestamp()
+
+
+class ListedStore:
+    """An archive that is nothing but a listing; `before_page` may do anything before each object."""
+
+    uri = "/archive"
+
+    def __init__(
+        self, objects: Sequence[StoredObject] | Callable[[], Iterator[StoredObject]], before: Any = lambda _: None
+    ) -> None:
+        self._objects, self._before = objects, before
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        self._before(prefix)
+        for item in self._objects if isinstance(self._objects, Sequence) else self._objects():
+            if item.key.startswith(prefix):
+                yield item
+
+
+def list_slices(*keys: str, num_slices: int = 2, age_s: float = 1e6) -> list[StoredObject]:
+    keys = tuple(f"{key}/{number:03d}.dcm" for key in keys for number in range(num_slices))
+    return [StoredObject(key, 10, "v", MIDNIGHT_S - age_s) for key in sorted(keys, key=str.encode)]
+
+
+def survey(archive: Any, results: Store, selection: Selection = EVERYTHING) -> tuple[list[PlannedSource], Survey]:
+    counted = Survey()
+    keys = read_scored_keys(results, MODEL, "1-abc")
+    return list(survey_archive(archive, keys, selection, MIDNIGHT_S, counted)), counted
+
+
+def list_keys(planned: Sequence[PlannedSource]) -> list[str]:
+    return [item.source.key for item in planned]
+
+
+def publish_sources(results: Store, *sources: Source, status: str = "OK", **changes: Any) -> None:
+    rows = [make_row(item.key, status, input_sha256=item.input_sha256, **changes) for item in sources]
+    publish_rows(results, f"run{len(list_commits(results))}", *rows)
+
+
+def plan(archive: Any, results: Store, selection: Selection = EVERYTHING, night: date = NIGHT) -> RunFolder | None:
+    minutes = count()
+    clock = lambda: MIDNIGHT + timedelta(minutes=next(minutes))  # noqa: E731
+    return plan_night(archive, results, WORK, night, selection, clock).folder
+
+
+# What is planned
+
+
+def test_every_source_is_planned_once_in_the_order_of_the_listing(local: Store) -> None:
+    objects = list_slices(*(f"ct/{number:03d}" for number in range(300)))
+    planned, counted = survey(ListedStore(objects), local)
+    assert [item.source for item in planned] == list(list_sources(objects))
+    assert counted == Survey(300, 300, 0, {Reason.NEW: 300})  # type: ignore[arg-type]
+
+
+def test_several_prefixes_give_what_one_listing_would(local: Store) -> None:
+    """Whatever order the threads come in, and whatever is settled already."""
+    rng = random.Random(1)
+    folders = [f"{year}/{month:02d}" for year in (2024, 2025, 2026) for month in range(1, 13)]
+    objects = list_slices(*(f"{folder}/{number}" for folder in folders for number in range(rng.randint(0, 90))))
+    sources = list(list_sources(objects))
+    publish_sources(local, *rng.sample(sources, 200))
+    everything = list_keys(survey(ListedStore(objects), local)[0])
+    chosen = rng.sample(folders, 25)
+
+    def dawdle(prefix: str) -> None:
+        threading.Event().wait(len(prefix) * rng.random() / 500)
+
+    for prefixes in (chosen, ["2024", "2025/0", "2026"], [*chosen, ""]):
+        expected = [key for key in everything if f"{key}/".startswith(tuple(prefixes))]
+        found = survey(ListedStore(objects, dawdle), local, Selection(tuple(prefixes)))
+        assert list_keys(found[0]) == expected
+        assert found[1].reasons == {Reason.NEW: len(expected)}
+
+
+def test_prefixes_are_listed_at_the_same_time(local: Store) -> None:
+    """None of the three listings begins before all have been asked for."""
+    together = threading.Barrier(3, timeout=30)
+    archive = ListedStore(list_slices("a/1", "b/1", "c/1"), lambda _: together.wait())
+    assert list_keys(survey(archive, local, Selection(("c", "a", "b")))[0]) == ["a/1", "b/1", "c/1"]
+
+
+def test_sources_come_while_the_listing_still_streams(local: Store) -> None:
+    """A thousand times what may be held is listed; the first source is there before the second half is asked for."""
+    asked = []
+
+    def stream() -> Iterator[StoredObject]:
+        for number in range(10 * LOOKUP_OBJECTS):
+            asked.append(number)
+            yield StoredObject(f"ct/{number:08d}.nii", 1, "v")
+
+    keys = read_scored_keys(local, MODEL, "1-abc")
+    found = survey_archive(ListedStore(stream), keys, EVERYTHING, MIDNIGHT_S, Survey())  # type: ignore[arg-type]
+    assert next(found).source.key == "ct/00000000.nii"
+    assert len(asked) <= LOOKUP_OBJECTS
+    found.close()
+    assert len(asked) <= 2 * LOOKUP_OBJECTS
+
+
+def test_trouble_in_one_listing_ends_planning(local: Store) -> None:
+    def fail(prefix: str) -> None:
+        if prefix == "b":
+            raise StorageError("the store failed")
+
+    with pytest.raises(StorageError, match="the store failed"):
+        survey(ListedStore(list_slices("a/1", "b/1", "c/1"), fail), local, Selection(("a", "b", "c")))
+
+
+def test_trouble_in_one_listing_ends_the_others(local: Store) -> None:
+    """The other one would go on for millions of objects without finding anything."""
+    asked, has_begun = [], threading.Event()
+
+    def stream() -> Iterator[StoredObject]:
+        for number in range(5_000_000):
+            asked.append(number)
+            has_begun.set()
+            yield StoredObject(f"b/{number:08d}.nii", 1, "v")
+
+    def fail(prefix: str) -> None:
+        if prefix == "a":
+            has_begun.wait(30)
+            raise StorageError("the store failed")
+
+    with pytest.raises(StorageError, match="the store failed"):
+        survey(ListedStore(stream, fail), local, Selection(("a", "b"), glob="a*"))
+    assert 0 < len(asked) < 5_000_000
+
+
+def test_an_archive_without_a_source_is_a_mistyped_address(local: Store) -> None:
+    archive = ListedStore(list_slices("ct/1"))
+    with pytest.raises(UsageError, match=r"nothing in it below xt or 2027 looks like a scan"):
+        survey(archive, local, Selection(("xt", "2027")))
+    assert survey(archive, local, Selection(("xt", "ct")))[1].listed == 1
+    assert survey(archive, local, Selection(glob="nothing"))[1] == Survey(listed=1)
+
+
+def test_only_what_is_selected_and_has_settled_is_planned(local: Store) -> None:
+    fresh, old = list_slices("ct/fresh", age_s=60), list_slices("ct/old", "mr/old", age_s=9e5)
+    archive = ListedStore(sorted(fresh + old, key=lambda item: item.key))
+    planned, counted = survey(archive, local, Selection(settle_s=1800, glob="ct/*"))
+    assert list_keys(planned) == ["ct/old"]
+    assert (counted.listed, counted.selected, counted.waiting) == (3, 2, 1)
+    since = datetime.fromtimestamp(MIDNIGHT_S - 3600, UTC)
+    assert list_keys(survey(archive, local, Selection(since=since))[0]) == ["ct/fresh"]
+
+
+def test_a_settled_source_does_not_wait(local: Store) -> None:
+    """Waiting are only those that would be scored."""
+    objects = list_slices("a", "b", age_s=60)
+    publish_sources(local, next(list_sources(objects)))
+    planned, counted = survey(ListedStore(objects), local, Selection(settle_s=1800))
+    assert (planned, counted.waiting) == ([], 1)
+
+
+# The run
+
+
+def test_nothing_new_begins_no_run(store: Store) -> None:
+    objects = list_slices("a", "b")
+    publish_sources(store, *list_sources(objects))
+    assert plan(ListedStore(objects), store) is None
+    assert list(store.list_objects("_runs/")) == []
+
+
+def test_a_run_holds_its_plan_and_what_it_was_made_of(store: Store) -> None:
+    objects = list_slices("a", "b", "c")
+    a, b, c = list_sources(objects)
+    publish_sources(store, a)
+    publish_sources(store, b, status="ERR_TIMEOUT")
+    folder = plan(ListedStore(objects), store, Selection(("a", "b", "c"), settle_s=5))
+    assert folder is not None
+    assert list(folder.read_plan()) == [PlannedSource(b, Reason.RETRY), PlannedSource(c, Reason.NEW)]
+    record = folder.read_record()
+    assert (record.run_id, record.work, record.night) == (folder.run_id, WORK, NIGHT)
+    assert record.listing.last_commit == 2
+    assert (record.listing.started_at, record.listing.ended_at) == (MIDNIGHT, MIDNIGHT + timedelta(minutes=1))
+    assert record.selection == {"prefixes": ["a", "b", "c"], "since": None, "glob": "*", "settle_s": 5}
+
+
+def test_the_same_night_again_is_the_same_run(local: Store) -> None:
+    archive = ListedStore(list_slices("a", "b"))
+    first, again, next_night = (plan(archive, local, night=date(2030, 1, day)) for day in (1, 1, 2))
+    other = plan(archive, local, Selection(("a",)))
+    changed = plan(ListedStore(list_slices("a", "c")), local)
+    assert first == again
+    assert len({folder.run_id for folder in (first, next_night, other, changed) if folder}) == 4
+
+
+def test_what_is_published_during_the_listing_is_not_known_to_the_plan(local: Store) -> None:
+    """Else rows of a run that listed the archive after us would count as older than ours."""
+    objects = list_slices("a", "b")
+
+    def publish_meanwhile(_: str) -> None:
+        publish_sources(local, next(list_sources(objects)))
+
+    folder = plan(ListedStore(objects, publish_meanwhile), local)
+    assert folder is not None
+    assert folder.read_record().listing.last_commit == 0
+    assert folder.list_planned_sources() == ["a", "b"]
+
+
+# A preview
+
+
+def test_a_preview_counts_and_shows_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = open_store(str(tmp_path / "results"))
+    objects = [*list_slices("a", "b", "c", "d", "e"), *list_slices("f", age_s=1)]
+    a, b, c, d, *_ = list_sources(objects)
+    publish_sources(results, a, c)
+    publish_sources(results, b, status="ERR_TIMEOUT")
+    publish_sources(results, d, model_sha256="n" * 64)
+    publish_rows(results, "last", make_row("c", input_sha256="j" * 64))
+    begun = begin_run(results, b)
+    before = sorted(tmp_path.rglob("*"))
+    archive = ListedStore([item if item.key[0] != "c" else StoredObject(item.key, 11, "w") for item in objects])
+    summary = preview_night(archive, results, WORK, Selection(settle_s=60), lambda: MIDNIGHT)  # type: ignore[arg-type]
+    assert summary["reasons"] == {"new": 1, "changed": 1, "other model": 1, "retry": 1}
+    assert (summary["planned_sources"], summary["waiting_sources"], summary["listed_sources"]) == (4, 1, 6)
+    assert (summary["unfinished_runs"], summary["published"]) == ([begun.run_id], None)
+    shown = capsys.readouterr().err
+    told = [line.split()[1:-2] for line in shown.splitlines() if line.startswith("│ ") and line.split()[1] in "abcdef"]
+    assert [" ".join(words).split(" │ ")[:2] for words in told] == [
+        ["b", "retry"],
+        ["c", "changed"],
+        ["d", "other model"],
+        ["e", "new"],
+    ]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_preview_makes_no_place_for_results(tmp_path: Path) -> None:
+    results = open_store(str(tmp_path / "results"))
+    archive = ListedStore(list_slices("a"))
+    assert preview_night(archive, results, WORK, EVERYTHING, lambda: MIDNIGHT)["planned_sources"] == 1  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

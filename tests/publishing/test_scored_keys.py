@@ -1,0 +1,149 @@
+"""What the table settles is what a person would find who reads it row by row."""
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from darnet.publishing import objects
+from darnet.publishing.rows import Reason
+from darnet.publishing.scored_keys import (
+    ScoredKeys,
+    _digest_pairs,
+    _find_places,
+    _is_equal,
+    _take_halves,
+    read_scored_keys,
+)
+from darnet.scan import Source
+from darnet.storage import Store
+from tests.results_fixtures import MODEL, make_row, make_source, publish_rows, read_statuses
+
+KEYS = ["a", "b", "c é", "caf\udce9"]
+
+
+def read_keys(store: Store) -> ScoredKeys:
+    return read_scored_keys(store, MODEL, "1-abc")
+
+
+def find_reasons(store: Store, *sources: Source) -> list[Reason | None]:
+    return read_keys(store).find_reasons(sources)
+
+
+def make_rows_of(source: Source, *scans: str, status: str = "OK", **changes: Any) -> list[dict[str, Any]]:
+    facts = {"source": source.key, "input_sha256": source.input_sha256} | changes
+    return [make_row(scan or source.key, status, **facts) for scan in scans or ("",)]
+
+
+def test_reasons_follow_what_was_published(store: Store) -> None:
+    a, b, c = (make_source(key) for key in ("a", "b", "caf\udce9"))
+    assert find_reasons(store, a, b, c) == [Reason.NEW] * 3
+    troubled = [*make_rows_of(a, "a#1"), *make_rows_of(a, "a#2", status="ERR_TIMEOUT")]
+    publish_rows(store, "one", *troubled, *make_rows_of(b, status="BAD_TILT"), *make_rows_of(c))
+    assert find_reasons(store, a, b, c) == [Reason.RETRY, None, None]
+    assert find_reasons(store, make_source("a", "2"), make_source("b", "2")) == [Reason.CHANGED] * 2
+    publish_rows(store, "two", *make_rows_of(a, "a#1", "a#2"))
+    assert find_reasons(store, a, b, make_source("d")) == [None, None, Reason.NEW]
+    assert read_keys(store).last_commit == 2
+
+
+def test_another_model_or_preprocessing_scores_all_anew_and_says_so(local: Store) -> None:
+    a, b = make_source("a"), make_source("b")
+    publish_rows(local, "one", *make_rows_of(a), *make_rows_of(b))
+    for model, preprocessing in (("n" * 64, "1-abc"), (MODEL, "2-abc")):
+        keys = read_scored_keys(local, model, preprocessing)
+        assert keys.find_reasons([a, make_source("b", "2"), make_source("c")]) == [
+            Reason.OTHER_MODEL,
+            Reason.OTHER_MODEL,
+            Reason.NEW,
+        ]
+    publish_rows(local, "two", *make_rows_of(a, model_sha256="n" * 64))
+    keys = read_scored_keys(local, "n" * 64, "1-abc")
+    assert keys.find_reasons([a, make_source("a", "2"), b]) == [None, Reason.CHANGED, Reason.OTHER_MODEL]
+
+
+def test_a_source_error_does_not_outlive_its_scans(local: Store) -> None:
+    source = make_source("a")
+    publish_rows(local, "one", *make_rows_of(source, status="ERR_STORAGE"))
+    publish_rows(local, "two", *make_rows_of(source, "a#1", "a#2"))
+    assert find_reasons(local, source) == [None]
+    assert read_statuses(local) == {"a#1": "OK", "a#2": "OK"}
+
+
+def count_by_hand(nights: list[list[dict[str, Any]]], source: Source) -> Reason | None:
+    """The same question put to every row ever published."""
+    ours = [[row for row in rows if row["model_sha256"] == MODEL and row["source"] == source.key] for rows in nights]
+    same = [rows for rows in ([r for r in rows if r["input_sha256"] == source.input_sha256] for rows in ours) if rows]
+    if same:
+        return Reason.RETRY if any(row["status"].startswith("ERR_") for row in same[-1]) else None
+    if any(ours):
+        return Reason.CHANGED
+    seen = any(row["source"] == source.key for rows in nights for row in rows)
+    return Reason.OTHER_MODEL if seen else Reason.NEW
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("is_large", [False, True])
+def test_every_history_is_read_as_by_hand(
+    local: Store, seed: int, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large objects come in pieces of three rows, so that a source lies in two of them."""
+    if is_large:
+        monkeypatch.setattr(objects, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(objects, "ROW_GROUP_ROWS", 3)
+    rng = random.Random(seed)
+    nights: list[list[dict[str, Any]]] = []
+    for night in range(1, 8):
+        rows = []
+        for key in rng.sample(KEYS, rng.randint(1, 4)):
+            source, model = make_source(key, rng.choice("12")), rng.choice([MODEL, MODEL, "n" * 64])
+            for scan in range(rng.randint(1, 4)):
+                status = rng.choice(["OK", "ERR_TIMEOUT", "SKIP_NO_LUNG"])
+                rows += make_rows_of(source, f"{key}#{scan}", status=status, night=night, model_sha256=model)
+        one_model = [row for row in rows if row["model_sha256"] == rows[0]["model_sha256"]]
+        before = len(objects.list_commits(local))
+        publish_rows(local, f"run{night}", *one_model)
+        if len(keys := objects.list_commits(local)) > before:
+            nights.append(read_back(local, keys[-1]))
+    asked = [make_source(key, version) for key in [*KEYS, "z"] for version in "123"]
+    assert find_reasons(local, *asked) == [count_by_hand(nights, source) for source in asked]
+
+
+def read_back(store: Store, key: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = objects.read_stored(store, key).rows.to_pylist()
+    return [row | {"source": row["source"].replace("\\xe9", "\udce9")} for row in rows]
+
+
+def test_a_large_object_is_not_fetched_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source("a")
+    publish_rows(store, "one", *make_rows_of(source, *(f"a#{number}" for number in range(99))))
+    monkeypatch.setattr(objects, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(type(store), "read_bytes", None)
+    assert find_reasons(store, source) == [None]
+
+
+def test_digests_are_compared_to_their_last_zero() -> None:
+    texts = [bytes(16), bytes(15) + b"\1", b"a" * 15 + b"\0", b"a" * 14 + b"\0\1", b"\xff" * 16]
+    digests = np.frombuffer(b"".join(texts), "S16")
+    for left_out in range(len(texts)):
+        found = np.sort(np.delete(digests, left_out))
+        is_there = _is_equal(found, _find_places(found, digests), digests)
+        assert is_there.tolist() == [index != left_out for index in range(len(texts))]
+    assert not _is_equal(digests[:0], _find_places(digests[:0], digests), digests).any()
+
+
+def test_digests_are_those_of_hashlib_with_the_source_first() -> None:
+    """Some end in zeros, which numpy would not show."""
+    keys = [f"k{number}" for number in range(2000)]
+    pairs = _digest_pairs(keys, ["i"] * len(keys))
+    expected = [
+        hashlib.blake2b(key.encode(), digest_size=8).digest()
+        + hashlib.blake2b(f"{key}\0i".encode(), digest_size=8).digest()
+        for key in keys
+    ]
+    assert any(digest[7] == 0 for digest in expected)
+    assert any(digest[15] == 0 for digest in expected)
+    assert pairs.tobytes() == b"".join(expected)
+    assert _take_halves(pairs).tobytes() == b"".join(digest[:8] for digest in expected)

@@ -1,0 +1,13 @@
+"""The planning benchmark measures what it says: a night in which every source of a listed archive is settled."""
+
+import pytest
+
+from tests.bench.planning import measure
+
+
+@pytest.mark.s3
+def test_the_benchmark_lists_every_page_and_finds_nothing_new() -> None:
+    """The measured process itself refuses a table that does not settle what boto3 listed."""
+    found = measure(2_500, 5, 3)  # two full pages and half of one
+    assert found["sources"] == 500
+    assert found["growth_mb"] > 0
