@@ -4,8 +4,6 @@ A fold is one `TorchTrainer` run of some DDP workers; folds run side by side as 
 """
 
 import contextlib
-import hashlib
-import math
 import os
 import shutil
 import sys
@@ -13,9 +11,8 @@ import tempfile
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -40,7 +37,7 @@ from ray.util.queue import Empty, Queue
 
 from darnet import __version__
 from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write_bundle
-from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
@@ -61,10 +58,10 @@ from darnet.train import (
     fit_fold,
     make_result,
 )
+from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, plan_gangs
 from darnet.volumes_cache import open_volumes
 
 STATE_FILE = "state.pt"
-MIN_WORKER_CPUS = 1  # folds that share a CPU train slower together than one after another. Source: ours, by the demo
 MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
 COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800
 PROGRESS_WAIT_S = 0.5
@@ -72,43 +69,8 @@ PROGRESS_WAIT_S = 0.5
 POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where a training reads and writes, as every node finds it: addresses of volumes and runs, and a local folder."""
-
-    volumes: str
-    runs: str
-    cache: Path
-
-
-@dataclass(frozen=True, slots=True)
-class FoldTask:
-    """What a worker needs to train one fold of one network; `run` is the name its checkpoints are kept under."""
-
-    places: Places
-    run: str
-    network: ModelConfig
-    config: TrainConfig
-    fold: int
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return f"{name_model(self.network)} fold {self.fold}"
-
-
 OnProgress: TypeAlias = Callable[[FoldTask, Metrics], None]
 """Called in the driver with each epoch's metrics."""
-
-
-@dataclass(frozen=True, slots=True)
-class GangPlan:
-    """How the folds share the cluster: `side_by_side` folds at once, each of `workers` with these resources."""
-
-    workers: int
-    side_by_side: int
-    cpus_per_worker: float
-    has_gpus: bool
 
 
 class _ReportForwarder(UserCallback):
@@ -254,34 +216,6 @@ def _check_writable(store: Store) -> None:
     store.delete(probe)
 
 
-def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[ModelConfig]:
-    """The networks of Table 3 that are asked for, or the one of the settings.
-
-    Raises: UsageError as `match_network`.
-    """
-    network = match_network(settings, volume)
-    if not settings.networks:
-        return [network]
-    attentions = [set(name.split("-")) for name in settings.networks]
-    return [
-        network.model_copy(update={"depth_attention": "da" in wanted, "channel_attention": "ca" in wanted})
-        for wanted in attentions
-    ]
-
-
-def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
-    """The network of the settings, built for the volumes there are.
-
-    Raises: UsageError naming both where the settings ask for other volumes than these.
-    """
-    if settings.volume not in (VolumeConfig(), volume):
-        raise UsageError(f"{settings.volumes} was prepared with {volume}, the settings ask for {settings.volume}")
-    shape = settings.network.volume_shape
-    if shape not in (ModelConfig().volume_shape, volume.shape):
-        raise UsageError(f"{settings.volumes} holds volumes of {volume.shape}, network.volume_shape is {shape}")
-    return settings.network.model_copy(update={"volume_shape": volume.shape})
-
-
 def train_folds(
     table: VolumesTable,
     networks: Sequence[ModelConfig],
@@ -315,39 +249,6 @@ def train_folds(
     finally:
         queue.shutdown()
     return [results[start : start + config.num_folds] for start in range(0, len(results), config.num_folds)]
-
-
-def plan_gangs(resources: Mapping[str, float], workers: int, num_gangs: int) -> GangPlan:
-    """Share out a cluster: a GPU a worker where there are GPUs, and CPUs so that as many folds as can run at once.
-
-    A worker asks for one CPU at most: more would not make it faster, and whole nodes could stay half empty.
-    Source: ours: starting a small fold takes longer than training it, so that folds overlap on shared CPUs.
-    Raises: UsageError naming what the cluster lacks; an impossible request would wait for ever.
-    """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    if 0 < gpus < workers:
-        raise UsageError(f"--workers {workers} takes {workers} GPUs at once, the cluster has {gpus:g}")
-    if cpus < workers * MIN_WORKER_CPUS:
-        raise UsageError(
-            f"--workers {workers} takes at least {workers * MIN_WORKER_CPUS:g} CPUs, the cluster has {cpus:g}"
-        )
-    room = [num_gangs, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
-    side_by_side = int(min(room))
-    share = math.floor(cpus / (workers * side_by_side) * 100) / 100
-    return GangPlan(workers, side_by_side, min(1.0, share), gpus > 0)
-
-
-def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
-    """A name that changes with all that changes the result: Ray resumes whatever is stored under it."""
-    facts = (
-        fingerprint(network),
-        fingerprint(config),
-        table.cohort_sha256,
-        table.volume.preprocessing_version,
-        str(workers),
-        __version__,
-    )
-    return f"{name_model(network)}-fold{fold}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}"
 
 
 def _meter_epochs(meter: Meter) -> OnProgress:
