@@ -299,6 +299,8 @@ class TrainSettings(Settings):
     s3://bucket/prefix. Default: beside `out`, `<out>.runs`."""
     cache: Path = Path("~/.cache/darnet")
     """Where each node keeps its own copy of volumes that lie on S3."""
+    mlflow: str | None = None
+    """MLflow tracking URI, such as http://mlflow:5000 or a folder, to log the training to. Needs darnet[mlflow]."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -416,6 +418,8 @@ class PaperSettings(Settings):
     """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, if any are known."""
     workers: int = Field(1, ge=1)
     """DDP workers a fold; must divide train.batch_size."""
+    mlflow: str | None = None
+    """MLflow tracking URI to log the trainings to, as jobs.train does."""
     replicates: int = Field(2000, ge=2000)
     """Bootstrap replicates of the 95% intervals."""
 

@@ -47,6 +47,7 @@ from darnet.score import Ensemble
 from darnet.storage import Store, open_store
 from darnet.storage_local import explain_os_errors
 from darnet.terminal import Meter, print_heading, show_progress
+from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import (
     FoldResult,
     FoldState,
@@ -97,17 +98,21 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
     total = settings.train.epochs * settings.train.num_folds * len(networks)
-    with show_progress("training, epochs of all folds", total) as meter:
-        trained = train_folds(
-            table,
-            networks,
-            settings.train,
-            places,
-            workers=settings.workers,
-            on_progress=_meter_epochs(meter),
-        )
-    tested_on = measure_networks(table, networks, trained, places, settings)
-    bundles = write_bundles(settings, table, networks, trained, tested_on, today)
+    with track_training(settings.mlflow, _describe_networks(settings, table, networks, runs)) as tracker:
+        with show_progress("training, epochs of all folds", total) as meter:
+            trained = train_folds(
+                table,
+                networks,
+                settings.train,
+                places,
+                workers=settings.workers,
+                on_progress=_follow_epochs(meter, tracker),
+            )
+        tested_on = measure_networks(table, networks, trained, places, settings)
+        bundles = write_bundles(settings, table, networks, trained, tested_on, today)
+        out = open_store(str(settings.out))
+        for bundle in bundles:
+            tracker.finish(bundle.manifest, out if len(bundles) == 1 else out.child(bundle.manifest.model_name))
     models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
     return {"bundle": str(settings.out), **(models[0] if len(models) == 1 else {"models": models})}
 
@@ -251,16 +256,35 @@ def train_folds(
     return [results[start : start + config.num_folds] for start in range(0, len(results), config.num_folds)]
 
 
-def _meter_epochs(meter: Meter) -> OnProgress:
+def _describe_networks(
+    settings: TrainSettings, table: VolumesTable, networks: Sequence[ModelConfig], runs: Store
+) -> list[TrackedNetwork]:
+    """What MLflow is told of each network before it is trained."""
+    told = {"volume": table.volume.model_dump(mode="json"), "train": settings.train.model_dump(mode="json")}
+    tags = {"cohort_sha256": table.cohort_sha256, "preprocessing_version": table.volume.preprocessing_version}
+    return [
+        TrackedNetwork(
+            name_model(network),
+            f"{runs.uri}/{name_run(table, network, settings.train, settings.workers, 0)}",
+            settings.train.num_folds,
+            told | {"network": network.model_dump(mode="json"), "workers": settings.workers},
+            tags | {"code_version": __version__},
+        )
+        for network in networks
+    ]
+
+
+def _follow_epochs(meter: Meter, tracker: Tracker) -> OnProgress:
     """Epochs a fold had before it was killed count as done; those it has twice count once."""
     done: Counter[FoldTask] = Counter()
 
-    def advance(task: FoldTask, metrics: Metrics) -> None:
+    def follow(task: FoldTask, metrics: Metrics) -> None:
         units = max(0, int(metrics["epoch"]) + 1 - done[task])
         done[task] += units
         meter.advance(units, {task.title: units})
+        tracker.log_epoch(name_model(task.network), task.fold, metrics)
 
-    return advance
+    return follow
 
 
 def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> TorchTrainer:

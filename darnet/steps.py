@@ -41,7 +41,7 @@ def claim_folder(out: Path, settings: Settings) -> None:
     Raises: UsageError naming what differs if it was begun with others.
     """
     out.mkdir(parents=True, exist_ok=True)
-    noted, told = out / SETTINGS_FILE, settings.model_dump(mode="json", exclude={"config"})
+    noted, told = out / SETTINGS_FILE, settings.model_dump(mode="json", exclude={"config", "mlflow"})
     if not noted.exists():
         noted.write_text(json.dumps(told, indent=2) + "\n")
         return

@@ -31,7 +31,13 @@ def work(settings: PaperSettings) -> dict[str, Any]:
     for attentions in NETWORKS:
         network = settings.network.model_copy(update=attentions)
         bundle = bundles / name_model(network)
-        train = TrainSettings(volumes=str(volumes), out=bundle, workers=settings.workers, **tree | {"network": network})
+        train = TrainSettings(
+            volumes=str(volumes),
+            out=bundle,
+            workers=settings.workers,
+            mlflow=settings.mlflow,
+            **tree | {"network": network},
+        )
         steps.append(Step(f"training {bundle.name}", bundle / "bundle.json", functools.partial(jobs.train.work, train)))
     evaluate = EvaluateSettings(
         model=str(bundles),

@@ -19,7 +19,7 @@ ROWS = (
     "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
     "publishing.objects",
     "auditing.features evaluation.cam_truth evaluation.report prepared publishing.commit publishing.runs "
-    "ray_cluster results score train training_plan volumes_cache",
+    "ray_cluster results score tracking train training_plan volumes_cache",
     "auditing.audit demo evaluation.model_card evaluation.study publishing.hold ray_prepare",
     "auditing.report evaluation.study_maps evaluation.study_report phantoms.study publishing.check ray_score ray_train",
     "evaluation.evaluate",

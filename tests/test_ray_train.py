@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from darnet.bundle import load_networks, read_bundle
 from darnet.config import ModelConfig, TrainConfig, TrainSettings
@@ -153,7 +154,8 @@ def test_training_prints_nothing_on_stdout(killed: Killed) -> None:
 @pytest.mark.slow
 def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, killed: Killed, tmp_path: Path) -> None:
     results = killed.results
-    summary = train_model(make_settings(index, tmp_path / "bundle", runs=str(killed.runs)), DAY)
+    settings = make_settings(index, tmp_path / "bundle", runs=str(killed.runs), mlflow=str(tmp_path / "mlflow"))
+    summary = train_model(settings, DAY)
     assert summary["validation_accuracy_3class"] == [result.metrics["accuracy_3class"] for result in results]
     bundle = read_bundle(open_store(str(tmp_path / "bundle")))
     assert bundle.manifest.cohort_sha256 == index.cohort_sha256
@@ -164,6 +166,22 @@ def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, kil
     for result, network in zip(results, load_networks(bundle), strict=True):
         measured = evaluate(network, index, index.select_validation(result.fold), 2, ALONE)
         assert measured == pytest.approx({name: result.metrics[name] for name in measured}, abs=1e-5)
+    check_mlflow(tmp_path / "mlflow", summary["model_sha256"], index)
+
+
+def check_mlflow(folder: Path, model_sha256: str, index: VolumesIndex) -> None:
+    """Every epoch of both folds, although they were trained before anybody asked for MLflow; no scan, no patient."""
+    client = MlflowClient(str(folder))
+    (experiment,) = client.search_experiments(filter_string="name = 'darnet'")
+    runs = client.search_runs([experiment.experiment_id])
+    (network,) = [run for run in runs if run.data.tags.get("model_sha256") == model_sha256]
+    assert network.data.params["train.epochs"] == "6"
+    folds = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == network.info.run_id]
+    curves = [client.get_metric_history(run.info.run_id, "validation_loss") for run in folds]
+    assert [[point.step for point in curve] for curve in curves] == [list(range(6))] * 2
+    logged = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
+    names = [*index.frame["scan_id"], *index.frame["patient_id"]]
+    assert [name for name in names if name in logged] == []
 
 
 @pytest.mark.ray
