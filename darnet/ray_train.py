@@ -34,6 +34,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer, enable_reproducibility, get_device, prepare_model
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
 from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write_bundle
@@ -246,7 +247,9 @@ def train_folds(
     plan = plan_gangs(ray.cluster_resources(), workers, len(tasks))
     check_device(config, has_gpu=plan.has_gpus)
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
