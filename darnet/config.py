@@ -167,6 +167,12 @@ class CohortConfig(Section):
     """Leave out scans whose duplicate_or_noise_slices is 1: most of such a scan is sound, so they are kept."""
 
     @property
+    def resolved(self) -> Self:
+        """The same with its defaults spelled out."""
+        drops = {"drop_discarded": self.is_discarded_dropped, "drop_shuffled": self.is_shuffled_dropped}
+        return self.model_copy(update=drops)
+
+    @property
     def is_discarded_dropped(self) -> bool:
         """Whether scans to be discarded are left out; the paper had them in both cohorts."""
         return self.division == "patient" if self.drop_discarded is None else self.drop_discarded

@@ -56,7 +56,7 @@ def _copy(store: Store, table: VolumesTable, folder: Path) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    write_index(local, table.frame, table.volume)
+    write_index(local, table.frame, table.volume, table.division)
 
 
 def _copy_array(store: Store, local: Store, name: str, sha256: str) -> None:

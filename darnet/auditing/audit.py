@@ -298,10 +298,8 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
 
 def _describe_settings(settings: PrepareSettings) -> dict[str, Any]:
     """What divided the table, its defaults resolved; the fingerprint is of this and of nothing else."""
-    config = settings.cohorts
-    drops = {"drop_discarded": config.is_discarded_dropped, "drop_shuffled": config.is_shuffled_dropped}
     train = settings.train.model_dump(mode="json", include={"seed", "num_folds"})
-    described = {"cohorts": config.model_dump(mode="json") | drops, "train": train}
+    described = {"cohorts": settings.cohorts.resolved.model_dump(mode="json"), "train": train}
     return described | {"sha256": digest_json(described)}
 
 

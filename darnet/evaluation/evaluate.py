@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, load_networks, read_bundle
-from darnet.cohort import count_cohort, find_leaking_patients
+from darnet.cohort import count_cohort, describe_division, find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
 from darnet.dataset import VolumesIndex, read_index
 from darnet.errors import ObjectMissing, UsageError
@@ -265,6 +265,7 @@ def _describe_origin(manifest: BundleManifest, index: VolumesIndex) -> Origin:
         "model_sha256": manifest.model_sha256,
         "preprocessing_version": manifest.preprocessing_version,
         "cohort_sha256": index.cohort_sha256,
+        "division": describe_division(index.division),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")

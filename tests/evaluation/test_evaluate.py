@@ -19,7 +19,7 @@ from darnet.page import NOTICE
 from darnet.storage import open_store
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_random_bundle
-from tests.volumes_fixtures import make_cohort
+from tests.volumes_fixtures import DIVISION, make_cohort
 
 VOLUME = VolumeConfig(shape=SHAPE)
 TABLE = """\
@@ -49,7 +49,7 @@ def volumes(tmp_path: Path) -> Path:
     """Ten training scans and seven test scans; patient 3 of training is also the patient of one test scan."""
     frame = make_cohort(tmp_path / "volumes", 10, 2, 7, VOLUME)
     frame.loc[frame["scan_id"] == "scan-012", "patient_id"] = "patient-003"
-    write_index(open_store(str(tmp_path / "volumes")), frame, VOLUME)
+    write_index(open_store(str(tmp_path / "volumes")), frame, VOLUME, DIVISION)
     return tmp_path / "volumes"
 
 
@@ -162,6 +162,8 @@ def test_patients_that_the_network_knows_are_warned_of(
     assert leak in metrics["warnings"][0]
     assert "another cohort" in metrics["warnings"][0]  # this bundle's digest is no cohort's at all
     assert leak in (out / "report.html").read_text()
+    assert metrics["division"].startswith("patient: cohorts of the table's column cohort; 2 folds dealt by patient")
+    assert "2 folds dealt by patient (seed 5)" in (out / "report.html").read_text()
     assert (metrics["num_patients"], metrics["num_folds"], metrics["model_version"]) == (7, 5, "untrained")
 
 
