@@ -183,10 +183,12 @@ def write_facts(store: Store, facts: pd.DataFrame) -> None:
     store.write_bytes(FACTS_FILE, buffer.getvalue())
 
 
-def read_facts(folder: Path) -> pd.DataFrame:
+def read_facts(store: Store) -> pd.DataFrame:
     """What `write_facts` stored; only `scan_id`, and no row, where the folder has none."""
-    path = folder / FACTS_FILE
-    return pd.read_parquet(path) if path.is_file() else pd.DataFrame({"scan_id": pd.Series([], dtype=str)})
+    try:
+        return pd.read_parquet(io.BytesIO(store.read_bytes(FACTS_FILE)))
+    except ObjectMissing:
+        return pd.DataFrame({"scan_id": pd.Series([], dtype=str)})
 
 
 def read_voxels(index: VolumesIndex, row: int) -> Uint8Array:

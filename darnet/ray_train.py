@@ -5,7 +5,6 @@ A fold is one `TorchTrainer` run of some DDP workers; folds run side by side as 
 
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -37,16 +36,23 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
-from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write_bundle
+from darnet.bundle import (
+    Bundle,
+    BundleSettings,
+    TrainedFold,
+    make_bundle,
+    name_model,
+    publish_bundles,
+    refuse_existing,
+)
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings
 from darnet.dataset import VolumesTable, read_table
-from darnet.errors import RunError, UsageError
+from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.history import render_files
 from darnet.model import build_network
 from darnet.score import Ensemble
 from darnet.storage import Store, open_store
-from darnet.storage_local import explain_os_errors
 from darnet.terminal import Meter, print_heading, show_progress
 from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import (
@@ -90,12 +96,12 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
 
     Raises: RunError of every kind; there is no bundle then, and the same call again resumes.
     """
-    if settings.out.exists():
-        raise UsageError(f"{settings.out}: exists already, and a bundle is never overwritten; name another folder")
+    out = open_store(settings.out)
+    refuse_existing(settings.out)
     volumes = open_store(settings.volumes)
     table = read_table(volumes)
     networks = choose_networks(settings, table.volume)
-    runs = open_store(settings.runs or f"{settings.out}.runs", create=True)
+    runs = open_store(settings.runs or f"{out.uri}.runs", create=True)
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
     total = settings.train.epochs * settings.train.num_folds * len(networks)
@@ -111,11 +117,10 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
             )
         tested_on = measure_networks(table, networks, trained, places, settings)
         bundles = write_bundles(settings, table, networks, trained, tested_on, today)
-        out = open_store(str(settings.out))
         for bundle in bundles:
             tracker.finish(bundle.manifest, out if len(bundles) == 1 else out.child(bundle.manifest.model_name))
     models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
-    return {"bundle": str(settings.out), **(models[0] if len(models) == 1 else {"models": models})}
+    return {"bundle": out.uri, **(models[0] if len(models) == 1 else {"models": models})}
 
 
 def measure_networks(
@@ -168,43 +173,30 @@ def write_bundles(
     tested_on: Sequence[str],
     today: date,
 ) -> list[Bundle]:
-    """Write a single network's bundle to `settings.out`, several to folders of it named like them; all or none.
+    """Write a single network's bundle to `settings.out`, several to folders of it named like them.
 
     `tested_on` is what each model card says of the test cohort.
     """
-    out = settings.out.absolute()
-    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    places = [out] if len(networks) == 1 else [staged / name_model(network) for network in networks]
-    try:
-        bundles = [
-            write_bundle(
-                place,
-                settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
-                folds=[
-                    TrainedFold(
-                        fold.state,
-                        settings.workers,
-                        settings.train.seed,
-                        fold.metrics,
-                        fold.temperature,
-                        fold.history,
-                    )
-                    for fold in folds
-                ],
-                cohort_sha256=table.cohort_sha256,
-                model_version=today.isoformat(),
-                code_version=__version__,
-                trained_on=describe_cohort(table),
-                tested_on=told,
-            )
-            for place, network, folds, told in zip(places, networks, trained, tested_on, strict=True)
-        ]
-        if len(networks) > 1:
-            with explain_os_errors(str(out), "write the bundles"):
-                staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return bundles
+    made = [
+        make_bundle(
+            settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
+            folds=[
+                TrainedFold(
+                    fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature, fold.history
+                )
+                for fold in folds
+            ],
+            cohort_sha256=table.cohort_sha256,
+            model_version=today.isoformat(),
+            code_version=__version__,
+            trained_on=describe_cohort(table),
+            tested_on=told,
+        )
+        for network, folds, told in zip(networks, trained, tested_on, strict=True)
+    ]
+    names = [""] if len(made) == 1 else [bundle.manifest.model_name for bundle, _ in made]
+    publish_bundles(settings.out, dict(zip(names, (files for _, files in made), strict=True)))
+    return [bundle for bundle, _ in made]
 
 
 def _summarise(bundle: Bundle, folds: Sequence[FoldResult]) -> dict[str, Any]:

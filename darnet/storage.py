@@ -115,6 +115,18 @@ def read_file(uri: str, kind: str) -> tuple[str, bytes]:
         raise UsageError(f"{uri}: no such file; name a {kind}") from error
 
 
+def has_object(store: Store, key: str) -> bool:
+    """Whether there is a (small) object of this key.
+
+    Raises: StorageError, CredentialsError.
+    """
+    try:
+        store.read_bytes(key)
+    except ObjectMissing:
+        return False
+    return True
+
+
 def connect_s3() -> Any:
     """A client from boto3's own chain (environment, profile, instance role), with bounded waiting."""
     settings = Config(

@@ -11,44 +11,47 @@ from darnet.config import EvaluateSettings, PaperSettings, PrepareSettings, Trai
 from darnet.job import run_job
 from darnet.ray_evaluate import evaluate_on_cluster
 from darnet.steps import Step, claim_folder, run_steps
+from darnet.storage import open_store
 
 
 def work(settings: PaperSettings) -> dict[str, Any]:
     """Make what `out` still lacks."""
-    out = settings.out.absolute()
-    claim_folder(out, settings)
+    store = open_store(settings.out, create=True)
+    claim_folder(store, settings)
+    out = store.uri
     tree: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score")
+        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score", "cache")
     }
-    volumes, bundles, report = out / "volumes", out / "bundles", out / "report"
-    cohort: dict[str, Any] = {"archive": settings.archive, "cohort": settings.cohort, "volumes": str(volumes)}
+    volumes, bundles, report = (f"{out}/{name}" for name in ("volumes", "bundles", "report"))
+    cohort: dict[str, Any] = {"archive": settings.archive, "cohort": settings.cohort, "volumes": volumes}
     prepare = PrepareSettings(**cohort, **tree)
-    audit = PrepareSettings(**cohort, audit=True, out=str(out / "audit"), **tree)
+    audit = PrepareSettings(**cohort, audit=True, out=f"{out}/audit", **tree)
     steps = [
-        Step("volumes and folds", volumes / "volumes.json", lambda: jobs.prepare.work(prepare)),
-        Step("audit of the cohort", out / "audit" / "excluded.csv", lambda: jobs.prepare.work(audit)),
+        Step("volumes and folds", store, "volumes/volumes.json", lambda: jobs.prepare.work(prepare)),
+        Step("audit of the cohort", store, "audit/excluded.csv", lambda: jobs.prepare.work(audit)),
     ]
     for attentions in NETWORKS:
         network = settings.network.model_copy(update=attentions)
-        bundle = bundles / name_model(network)
+        name = name_model(network)
         train = TrainSettings(
-            volumes=str(volumes),
-            out=bundle,
+            volumes=volumes,
+            out=f"{bundles}/{name}",
             workers=settings.workers,
             mlflow=settings.mlflow,
             **tree | {"network": network},
         )
-        steps.append(Step(f"training {bundle.name}", bundle / "bundle.json", functools.partial(jobs.train.work, train)))
+        work_on = functools.partial(jobs.train.work, train)
+        steps.append(Step(f"training {name}", store, f"bundles/{name}/bundle.json", work_on))
     evaluate = EvaluateSettings(
-        model=str(bundles),
-        volumes=str(volumes),
-        out=str(report),
+        model=bundles,
+        volumes=volumes,
+        out=report,
         truth=settings.truth,
         replicates=settings.replicates,
         **tree,
     )
-    steps.append(Step("evaluation", report / "report.html", lambda: evaluate_on_cluster(evaluate)))
-    return {"out": str(out), "done": run_steps(steps), "report": str(report / "report.html")}
+    steps.append(Step("evaluation", store, "report/report.html", lambda: evaluate_on_cluster(evaluate)))
+    return {"out": out, "done": run_steps(steps), "report": f"{report}/report.html"}
 
 
 def main() -> int:

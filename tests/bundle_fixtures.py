@@ -26,7 +26,7 @@ def write_random_bundle(
         state["head.weight"] = torch.randn(state["head.weight"].shape, generator=torch.Generator().manual_seed(fold))
         states.append(state)
     return write_bundle(
-        out,
+        str(out),
         settings=BundleSettings(volume=VolumeConfig(shape=shape), network=network, train=TrainConfig()),
         folds=[TrainedFold(state, 1, fold, {}) for fold, state in enumerate(states)],
         cohort_sha256="0" * 64,

@@ -15,9 +15,9 @@ ROWS = (
     "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report storage_local tables "
     "terminal volume",
     "calibration charts cohort decode evaluation.intervals evaluation.predictions phantoms.body phantoms.files "
-    "phantoms.findings publishing.gates reading.series reading.slice_order steps storage",
+    "phantoms.findings publishing.gates reading.series reading.slice_order storage",
     "bundle dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys publishing.nightly_report "
-    "publishing.objects",
+    "publishing.objects steps",
     "auditing.features evaluation.cam_truth evaluation.report prepared publishing.commit publishing.runs "
     "ray_cluster results score tracking train training_plan volumes_cache",
     "auditing.audit demo evaluation.model_card evaluation.study publishing.hold ray_prepare",

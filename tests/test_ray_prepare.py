@@ -77,7 +77,7 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
         "patient",
         2,
     )
-    facts = read_facts(tmp_path / "volumes").set_index("scan_id")
+    facts = read_facts(volumes).set_index("scan_id")
     assert set(facts["file_format"]) == {"png"}
     assert facts.loc["3", ["num_slices", "num_rows", "num_columns", "source"]].tolist() == [24, 64, 64, "CP/p03/3"]
 

@@ -47,7 +47,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> VolumesIndex:
 
 
 def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSettings:
-    values = {"volumes": str(index.folder), "out": out, "workers": WORKERS, "train": CONFIG, "network": NETWORK}
+    values = {"volumes": str(index.folder), "out": str(out), "workers": WORKERS, "train": CONFIG, "network": NETWORK}
     return TrainSettings.model_validate(values | changed)
 
 
@@ -236,7 +236,7 @@ def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturb
     volumes, runs = open_store(uri + "/volumes"), open_store(uri + "/runs")
     for item in open_store(str(index.folder)).list_objects():
         volumes.write_bytes(item.key, (index.folder / item.key).read_bytes())
-    places = ["--volumes", volumes.uri, "--runs", runs.uri, "--out", f"{tmp_path}/out", "--cache", f"{tmp_path}/cache"]
+    places = ["--volumes", volumes.uri, "--runs", runs.uri, "--out", f"{uri}/out", "--cache", f"{tmp_path}/cache"]
     train = ["--train.epochs", "4", "--train.num-folds", "2", "--train.learning-rate", "3e-3"]
     arguments = [*places, *train, "--network.base-channels", "4", "--networks", "plain,ca"]
 
@@ -255,6 +255,6 @@ def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturb
     assert kept
     (network,) = choose_networks(make_settings(index, tmp_path, networks=("plain",)), SMALL_VOLUME)
     expected = train_with_torch_alone(index.folder, network, CONFIG.model_copy(update={"epochs": 4}), 1, tmp_path)
-    bundle = read_bundle(open_store(str(tmp_path / "out" / "darnet-plain")))
+    bundle = read_bundle(open_store(f"{uri}/out/darnet-plain"))
     for fold, trained in zip(expected, load_networks(bundle), strict=True):
         assert all(torch.equal(fold.state[name], tensor) for name, tensor in trained.state_dict().items())

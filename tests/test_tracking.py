@@ -37,7 +37,7 @@ def make_epoch(fold: int, epoch: int) -> dict[str, float]:
 
 def make_bundle(out: Path) -> Bundle:
     return write_bundle(
-        out,
+        str(out),
         settings=BundleSettings(volume=VolumeConfig(shape=SHAPE), network=NETWORK, train=TrainConfig()),
         folds=[
             TrainedFold(

@@ -22,7 +22,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> VolumesIndex:
 
 
 def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSettings:
-    values = {"volumes": str(index.folder), "out": out, "train": CONFIG, "network": NETWORK}
+    values = {"volumes": str(index.folder), "out": str(out), "train": CONFIG, "network": NETWORK}
     return TrainSettings.model_validate(values | changed)
 
 

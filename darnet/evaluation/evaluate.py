@@ -7,7 +7,6 @@ cohort is hundreds of scans that are already resampled.
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from darnet.bundle import Bundle, BundleManifest, count_network_parameters, find_bundles, load_networks, read_bundle
 from darnet.cohort import count_cohort, describe_division, find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig
-from darnet.dataset import VolumesIndex, read_index
+from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
     Evaluation,
@@ -48,6 +47,7 @@ from darnet.page import figure_to_png
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
+from darnet.volumes_cache import open_volumes
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
@@ -227,9 +227,7 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
 
 def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
     assert settings.volumes is not None, "the settings have checked it"
-    if "://" in settings.volumes:
-        raise UsageError(f"--volumes {settings.volumes}: give a folder on this machine; volumes are read as files")
-    return read_index(Path(settings.volumes).absolute())
+    return open_volumes(settings.volumes, settings.cache)
 
 
 def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex) -> list[ScanScore]:

@@ -209,6 +209,22 @@ def test_tables_come_from_and_reports_go_to_a_bucket(
     assert summary["exit_code"] == 2
 
 
+@pytest.mark.s3
+def test_bundle_and_volumes_come_from_a_bucket_too(
+    s3: Callable[[], str], tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket, cache = s3(), tmp_path / "cache"
+    for folder in (model, volumes):
+        for item in open_store(str(folder)).list_objects():
+            open_store(f"{bucket}/{folder.name}").write_bytes(item.key, (folder / item.key).read_bytes())
+    places = ("--model", f"{bucket}/bundle", "--volumes", f"{bucket}/volumes", "--cache", cache)
+    run(capsys, *places, "--out", f"{bucket}/out")
+    run(capsys, "--model", model, "--volumes", volumes, "--out", tmp_path / "out")
+    for name in FILES:
+        assert open_store(f"{bucket}/out").read_bytes(name) == (tmp_path / "out" / name).read_bytes()
+    assert len(list(cache.glob("*/volumes.json"))) == 1
+
+
 @pytest.mark.browser
 def test_a_browser_shows_the_report_and_asks_the_network_for_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
