@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 import safetensors.torch
 import torch
@@ -22,7 +22,8 @@ from darnet.errors import ObjectMissing, StorageError, UsageError
 from darnet.history import HISTORY_FILE, History, render_history
 from darnet.model import DARNet, count_parameters
 from darnet.scan import DIAGNOSES, Diagnosis
-from darnet.storage import Store, open_store
+from darnet.storage import Store, has_object, open_store
+from darnet.storage_local import LocalStore
 
 MANIFEST_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"
@@ -137,6 +138,10 @@ class Bundle:
     weights: tuple[bytes, ...] = field(repr=False)
 
 
+Files: TypeAlias = Mapping[str, bytes]
+"""A bundle's files by name, the manifest last."""
+
+
 def name_model(network: ModelConfig) -> str:
     """Name of the network in rows and reports, such as `darnet-da-ca`. Source: ours."""
     attentions = [
@@ -145,8 +150,21 @@ def name_model(network: ModelConfig) -> str:
     return "-".join(["darnet", *(attentions or ["plain"])])
 
 
-def write_bundle(
-    out: Path,
+NETWORK_NAMES = tuple(name_model(ModelConfig(**attentions)) for attentions in NETWORKS)
+
+
+def write_bundle(out: str, **facts: Any) -> Bundle:
+    """Make one bundle and publish it; `facts` are those of `make_bundle`.
+
+    Raises: as `make_bundle` and `publish_bundles`.
+    """
+    refuse_existing(out)
+    bundle, files = make_bundle(**facts)
+    publish_bundles(out, {"": files})
+    return bundle
+
+
+def make_bundle(
     *,
     settings: BundleSettings,
     folds: Sequence[TrainedFold],
@@ -155,13 +173,12 @@ def write_bundle(
     code_version: str,
     trained_on: str,
     tested_on: str = "Not measured on a test cohort yet: `python -m jobs.evaluate` does.",
-) -> Bundle:
-    """Write a bundle that appears whole or not at all; `trained_on` and `tested_on` are the model card's Markdown on
-    the data, and on how the ensemble fared on a test cohort.
+) -> tuple[Bundle, Files]:
+    """A bundle and its files; `trained_on` and `tested_on` are the model card's Markdown on the data, and on how the
+    ensemble fared on a test cohort.
 
-    Raises: UsageError if `out` exists; ValueError if a fold's weights are not of this network; StorageError.
+    Raises: ValueError if a fold's weights are not of this network.
     """
-    _refuse_existing(out)
     blueprint = _build_blueprint(settings.network)
     for trained in folds:
         _check_state(blueprint, trained.state)
@@ -182,12 +199,38 @@ def write_bundle(
         history_sha256=hashlib.sha256(history).hexdigest() if history else None,
     )
     files = {record.file: data for record, data in zip(records, weights, strict=True)}
-    files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
     if history:
         files[HISTORY_FILE] = history
     files[CARD_FILE] = render_model_card(manifest, trained_on, tested_on).encode()
-    _publish_folder(out, files)
-    return Bundle(manifest, weights)
+    files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    return Bundle(manifest, weights), files
+
+
+def publish_bundles(out: str, bundles: Mapping[str, Files]) -> None:
+    """Write bundles below `out`, each under its name; under the name "" to `out` itself.
+
+    A local folder appears whole or not at all. In a bucket every bundle does: its manifest, without which it is none,
+    comes when the other files of all are there.
+    Raises: UsageError if a bundle is there already; StorageError, CredentialsError.
+    """
+    files = {f"{name}/{file}".lstrip("/"): data for name, held in bundles.items() for file, data in held.items()}
+    store = open_store(out)
+    if isinstance(store, LocalStore):
+        _publish_folder(store.root, files)
+        return
+    manifests = {key: data for key, data in files.items() if key.rpartition("/")[2] == MANIFEST_FILE}
+    for key in files.keys() - manifests.keys():
+        store.write_bytes(key, files[key])
+    for key, data in manifests.items():
+        if not store.put_if_absent(key, data):
+            raise _refuse(store.uri)
+
+
+def refuse_existing(out: str) -> None:
+    """Raises: UsageError if `out` is a folder, or holds bundles in a bucket; StorageError, CredentialsError."""
+    store = open_store(out)
+    if store.root.exists() if isinstance(store, LocalStore) else _list_bundles(store):
+        raise _refuse(store.uri)
 
 
 def read_bundle(store: Store) -> Bundle:
@@ -211,18 +254,13 @@ def find_bundles(store: Store) -> list[Store]:
 
     Raises: UsageError if the folder is neither.
     """
-    if _has_manifest(store):
-        return [store]
-    names = [name_model(ModelConfig(**attentions)) for attentions in NETWORKS]
-    folders = [item.key.rpartition("/")[0] for item in store.list_objects() if item.key.endswith(f"/{MANIFEST_FILE}")]
-    whole = [folder for folder in folders if not folder.startswith(".") and "/." not in folder]  # not being written
-    named = [folder for folder in whole if folder.rpartition("/")[2] in names]
-    if not named:
+    found = _list_bundles(store)
+    if not found:
         raise UsageError(
-            f"{store.uri}: no {MANIFEST_FILE} here, nor in {', '.join(names)}; name a bundle that jobs.train wrote, or "
-            "a folder of such under these names"
+            f"{store.uri}: no {MANIFEST_FILE} here, nor in {', '.join(NETWORK_NAMES)}; name a bundle that jobs.train "
+            "wrote, or a folder of such under these names"
         )
-    return [store.child(folder) for folder in sorted(named, key=lambda path: names.index(path.rpartition("/")[2]))]
+    return found
 
 
 def load_networks(bundle: Bundle) -> list[DARNet]:
@@ -318,21 +356,21 @@ def _load_network(config: ModelConfig, data: bytes) -> DARNet:
     return network.eval()
 
 
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise UsageError(f"{out}: exists already, and a bundle is never overwritten; name another folder")
+def _refuse(place: str) -> UsageError:
+    return UsageError(f"{place}: exists already, and a bundle is never overwritten; name another folder")
 
 
-def _publish_folder(out: Path, files: Mapping[str, bytes]) -> None:
+def _publish_folder(out: Path, files: Files) -> None:
     """Fill a hidden folder beside `out` and rename it, so that no reader meets a part of a bundle."""
-    staged = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         store = open_store(str(staged), create=True)
         for name, data in files.items():
             store.write_bytes(name, data)
         staged.rename(out)
     except OSError as error:
-        _refuse_existing(out)
+        if out.exists():
+            raise _refuse(str(out)) from error
         raise StorageError(f"{out}: cannot write the bundle ({error.strerror}); check rights and space") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -354,12 +392,14 @@ def _read_file(store: Store, name: str) -> bytes:
         raise UsageError(f"{store.uri}/{name}: missing from the model bundle; {remedy}") from error
 
 
-def _has_manifest(store: Store) -> bool:
-    try:
-        store.read_bytes(MANIFEST_FILE)
-    except ObjectMissing:
-        return False
-    return True
+def _list_bundles(store: Store) -> list[Store]:
+    if has_object(store, MANIFEST_FILE):
+        return [store]
+    folders = [item.key.rpartition("/")[0] for item in store.list_objects() if item.key.endswith(f"/{MANIFEST_FILE}")]
+    whole = [folder for folder in folders if not folder.startswith(".") and "/." not in folder]  # not being written
+    named = [folder for folder in whole if folder.rpartition("/")[2] in NETWORK_NAMES]
+    order = {name: rank for rank, name in enumerate(NETWORK_NAMES)}
+    return [store.child(folder) for folder in sorted(named, key=lambda path: order[path.rpartition("/")[2]])]
 
 
 def _parse_manifest(text: bytes, place: str) -> BundleManifest:

@@ -6,12 +6,12 @@ The bytes of a CSV or Parquet table enter; a checked frame of scans, divided int
 from collections import defaultdict
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from darnet.config import CohortConfig, TrainConfig
+from darnet.config import CohortConfig, Section, TrainConfig
 from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES, FloatArray, Source
 from darnet.tables import Rule, list_id_rules, read_table, refuse_rows, to_text
@@ -44,6 +44,21 @@ class LeftOut(StrEnum):
             LeftOut.SHUFFLED: "order_defect is shuffled (cohorts.drop_shuffled)",
             LeftOut.DUPLICATE_SLICES: "duplicate_or_noise_slices is 1 (cohorts.drop_duplicates)",
         }[self]
+
+
+class Division(Section):
+    """How a cohort table was divided: by which of its columns, or else by which settings."""
+
+    cohorts_by: Literal["patient", "cohort", "paper_cohort"]
+    """The table's column that makes the cohorts; `patient` where they were dealt."""
+    folds_by: Literal["patient", "fold"]
+    """The table's column that makes the folds; `patient` where they were dealt."""
+    cohorts: CohortConfig
+    """The settings, their defaults spelled out."""
+    num_folds: int
+    """Folds of the training cohort."""
+    seed: int
+    """Seeds what was dealt."""
 
 
 def read_cohort(name: str, data: bytes, *, num_folds: int = NUM_FOLDS) -> pd.DataFrame:
@@ -81,6 +96,7 @@ def divide_cohort(
     """
     frame = frame.reset_index(drop=True)
     own = name_own_cohorts(frame, division)
+    keeps_folds = _has_own_folds(frame, own)
     if own is not None:
         divided = frame.assign(cohort=frame[own])[frame[own].isin(COHORTS)]
     else:
@@ -91,11 +107,46 @@ def divide_cohort(
         _check_patients(divided[divided["cohort"] == "test"], 1, "the test cohort: raise test_fraction")
     training = divided[divided["cohort"] == "train"]
     _check_patients(training, num_folds, f"{num_folds} training folds: ask for fewer folds")
-    if own is not None and has_folds(frame) and frame["cohort"].equals(frame[own]):
+    if keeps_folds:
         fold = _keep_folds(training, num_folds)
     else:
         fold = _deal_patients(training, (1 / num_folds,) * num_folds, np.random.default_rng(seed))
     return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
+
+
+def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int, seed: int) -> Division:
+    """What `divide_cohort` does with this table under these settings.
+
+    Raises: UsageError as `name_own_cohorts`.
+    """
+    own = name_own_cohorts(frame, config.division)
+    return Division.model_validate(
+        {
+            "cohorts_by": own or "patient",
+            "folds_by": "fold" if _has_own_folds(frame, own) else "patient",
+            "cohorts": config.resolved,
+            "num_folds": num_folds,
+            "seed": seed,
+        }
+    )
+
+
+def describe_division(division: Division | None) -> str:
+    """A division in one sentence; None is one that nobody recorded."""
+    if division is None:
+        return "not recorded: prepared by an earlier version"
+    config, dealt = division.cohorts, f"dealt by patient (seed {division.seed})"
+    cohorts, folds = (
+        dealt if column == "patient" else f"of the table's column {column}"
+        for column in (division.cohorts_by, division.folds_by)
+    )
+    drops = {
+        "discarded": config.is_discarded_dropped,
+        "shuffled": config.is_shuffled_dropped,
+        "duplicate or noise slices": config.drop_duplicates,
+    }
+    left_out = ", ".join(name for name, is_dropped in drops.items() if is_dropped) or "nothing"
+    return f"{config.division}: cohorts {cohorts}; {division.num_folds} folds {folds}; left out for defects: {left_out}"
 
 
 def name_own_cohorts(frame: pd.DataFrame, division: str) -> str | None:
@@ -116,6 +167,11 @@ def name_own_cohorts(frame: pd.DataFrame, division: str) -> str | None:
 def has_cohorts(frame: pd.DataFrame, column: str) -> bool:
     """Whether a column of this name says which scans are for training and which for test."""
     return column in frame and bool(frame[column].isin(COHORTS).any())
+
+
+def _has_own_folds(frame: pd.DataFrame, own: str | None) -> bool:
+    """Whether the table's folds belong to the cohorts of its column `own`."""
+    return own is not None and has_folds(frame) and bool(frame["cohort"].equals(frame[own]))
 
 
 def has_folds(frame: pd.DataFrame) -> bool:

@@ -169,6 +169,12 @@ class CohortConfig(Section):
     """Leave out scans whose duplicate_or_noise_slices is 1: most of such a scan is sound, so they are kept."""
 
     @property
+    def resolved(self) -> Self:
+        """The same with its defaults spelled out."""
+        drops = {"drop_discarded": self.is_discarded_dropped, "drop_shuffled": self.is_shuffled_dropped}
+        return self.model_copy(update=drops)
+
+    @property
     def is_discarded_dropped(self) -> bool:
         """Whether scans to be discarded are left out; the paper had them in both cohorts."""
         return self.division == "patient" if self.drop_discarded is None else self.drop_discarded
@@ -282,7 +288,14 @@ class Settings(BaseSettings):
     score: ScoreConfig = ScoreConfig()
 
 
-class PrepareSettings(Settings):
+class CachingSettings(Settings):
+    """What the jobs share that read volumes."""
+
+    cache: Path = Path("~/.cache/darnet")
+    """Where each node keeps its own copy of volumes that lie on S3."""
+
+
+class PrepareSettings(CachingSettings):
     """Archive and cohort table -> standard volumes, folds; or, with --audit, a report on the cohort."""
 
     cohort: str
@@ -290,11 +303,11 @@ class PrepareSettings(Settings):
     archive: str = ""
     """Where the scans are: a folder or s3://bucket/prefix. An audit does without."""
     volumes: str = ""
-    """Folder the standard volumes are written to; an audit reads what is there, or does without."""
+    """Folder or s3://bucket/prefix for the standard volumes; an audit reads what is there, or does without."""
     audit: bool = False
     """Write audit.json, audit.html and division.csv to `out` instead of preparing volumes."""
     out: str = ""
-    """Folder for the audit."""
+    """Folder or s3://bucket/prefix for the audit."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -305,13 +318,14 @@ class PrepareSettings(Settings):
         return self
 
 
-class TrainSettings(Settings):
+class TrainSettings(CachingSettings):
     """Standard volumes and folds -> model bundle."""
 
     volumes: str
     """Folder written by jobs.prepare: one that every node sees, or s3://bucket/prefix."""
-    out: Path
-    """Folder the model bundle is written to, or a bundle for each of `networks`; must not exist."""
+    out: str
+    """Folder or s3://bucket/prefix the model bundle is written to, or a bundle for each of `networks`; must hold none
+    yet, and a folder must not exist."""
     networks: tuple[Literal["plain", "ca", "da", "da-ca"], ...] = ()
     """Which of the paper's Table 3 to train, such as plain,ca,da,da-ca. Default: the one that `network` describes."""
     workers: int = Field(1, ge=1)
@@ -319,8 +333,8 @@ class TrainSettings(Settings):
     runs: str = ""
     """Where checkpoints are kept, so that a killed training resumes: a folder that every node sees, or
     s3://bucket/prefix. Default: beside `out`, `<out>.runs`."""
-    cache: Path = Path("~/.cache/darnet")
-    """Where each node keeps its own copy of volumes that lie on S3."""
+    mlflow: str | None = None
+    """MLflow tracking URI, such as http://mlflow:5000 or a folder, to log the training to. Needs darnet[mlflow]."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -410,7 +424,7 @@ class ResultsSettings(Settings):
         return self
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(CachingSettings):
     """A predictions table, or a bundle and a test cohort -> metrics with intervals, tables and a report."""
 
     out: str
@@ -420,7 +434,7 @@ class EvaluateSettings(Settings):
     model: str | None = None
     """In place of predictions: model bundle, a local folder or s3://bucket/prefix. Needs volumes."""
     volumes: str | None = None
-    """Folder written by jobs.prepare, whose test cohort the bundle is measured on."""
+    """Folder or s3://bucket/prefix written by jobs.prepare, whose test cohort the bundle is measured on."""
     truth: str | None = None
     """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, to measure activation maps by."""
     audit: str | None = None
@@ -454,7 +468,7 @@ class PhantomsSettings(Settings):
     """Scans of each diagnosis in the test cohort."""
 
 
-class PaperSettings(Settings):
+class PaperSettings(CachingSettings):
     """The paper's whole evaluation: archive and cohort table -> four networks of five folds each -> one report.
 
     What is complete in `out` is not made again: the same command resumes.
@@ -464,12 +478,15 @@ class PaperSettings(Settings):
     """Where the scans are: a folder or s3://bucket/prefix."""
     cohort: str
     """CSV or Parquet table with scan_id, patient_id, diagnosis and, if it has one, cohort (train or test)."""
-    out: Path
-    """Folder for volumes, audit, bundles and report; every node of the cluster must see it."""
+    out: str
+    """Place for volumes, audit, bundles and report: a folder that every node of the cluster sees, or
+    s3://bucket/prefix."""
     truth: str | None = None
     """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, if any are known."""
     workers: int = Field(1, ge=1)
     """DDP workers a fold; must divide train.batch_size."""
+    mlflow: str | None = None
+    """MLflow tracking URI to log the trainings to, as jobs.train does."""
     replicates: int = Field(2000, ge=2000)
     """Bootstrap replicates of the 95% intervals."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from darnet.augment import augment_volume
-from darnet.cohort import COHORTS
+from darnet.cohort import COHORTS, Division
 from darnet.config import AugmentConfig, VolumeConfig
 from darnet.errors import ObjectMissing, UsageError
 from darnet.scan import DIAGNOSES, Uint8Array
@@ -39,12 +39,16 @@ COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha
 
 @dataclass(frozen=True, eq=False, slots=True)
 class VolumesTable:
-    """The tables of a volumes folder, checked; `frame` has the columns of `COLUMNS`, one row a scan."""
+    """The tables of a volumes folder, checked; `frame` has the columns of `COLUMNS`, one row a scan.
+
+    `division` is None where it was not recorded.
+    """
 
     place: str
     frame: pd.DataFrame
     volume: VolumeConfig
     cohort_sha256: str
+    division: Division | None
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -148,8 +152,10 @@ def write_array(store: Store, scan_id: str, voxels: Uint8Array) -> tuple[str, st
     return name, sha256
 
 
-def write_index(store: Store, frame: pd.DataFrame, volume: VolumeConfig) -> str:
+def write_index(store: Store, frame: pd.DataFrame, volume: VolumeConfig, division: Division | None = None) -> str:
     """Store the cohort table, then the file that declares the folder complete; returns the cohort's digest.
+
+    `division` is how the table came by its cohorts and folds, if that is known.
 
     Raises: UsageError naming the first row that is wrong.
     """
@@ -164,6 +170,7 @@ def write_index(store: Store, frame: pd.DataFrame, volume: VolumeConfig) -> str:
         "volume": volume.model_dump(mode="json"),
         "preprocessing_version": volume.preprocessing_version,
         "cohort_sha256": cohort_sha256,
+        "division": None if division is None else division.model_dump(mode="json"),
     }
     store.write_bytes(VOLUMES_FILE, json.dumps(declared, indent=2).encode())
     return cohort_sha256
@@ -176,10 +183,12 @@ def write_facts(store: Store, facts: pd.DataFrame) -> None:
     store.write_bytes(FACTS_FILE, buffer.getvalue())
 
 
-def read_facts(folder: Path) -> pd.DataFrame:
+def read_facts(store: Store) -> pd.DataFrame:
     """What `write_facts` stored; only `scan_id`, and no row, where the folder has none."""
-    path = folder / FACTS_FILE
-    return pd.read_parquet(path) if path.is_file() else pd.DataFrame({"scan_id": pd.Series([], dtype=str)})
+    try:
+        return pd.read_parquet(io.BytesIO(store.read_bytes(FACTS_FILE)))
+    except ObjectMissing:
+        return pd.DataFrame({"scan_id": pd.Series([], dtype=str)})
 
 
 def read_voxels(index: VolumesIndex, row: int) -> Uint8Array:
@@ -197,7 +206,8 @@ def read_table(store: Store) -> VolumesTable:
     Raises: UsageError naming the file or row: a file that is missing, unfinished or from other preprocessing, an
             unknown diagnosis or cohort, a patient in two folds; StorageError.
     """
-    volume, declared_sha256 = _parse_declaration(f"{store.uri}/{VOLUMES_FILE}", _read_needed(store, VOLUMES_FILE))
+    place, text = f"{store.uri}/{VOLUMES_FILE}", _read_needed(store, VOLUMES_FILE)
+    volume, declared_sha256, division = _parse_declaration(place, text)
     frame = pd.read_parquet(io.BytesIO(_read_needed(store, COHORT_FILE)))
     _check_columns(store.uri, frame)
     _check_rows(store.uri, frame)
@@ -205,7 +215,7 @@ def read_table(store: Store) -> VolumesTable:
     if declared_sha256 != cohort_sha256:
         place = f"{store.uri}/{COHORT_FILE}"
         raise UsageError(f"{place} is not the table {VOLUMES_FILE} declares; run jobs.prepare again")
-    return VolumesTable(store.uri, frame, volume, cohort_sha256)
+    return VolumesTable(store.uri, frame, volume, cohort_sha256, division)
 
 
 def read_index(folder: Path) -> VolumesIndex:
@@ -216,7 +226,7 @@ def read_index(folder: Path) -> VolumesIndex:
     table = read_table(open_store(str(folder)))
     for name in table.frame["array"]:
         _check_array(folder / name, table.volume.shape)
-    return VolumesIndex(table.place, table.frame, table.volume, table.cohort_sha256, folder)
+    return VolumesIndex(table.place, table.frame, table.volume, table.cohort_sha256, table.division, folder)
 
 
 def digest_cohort(frame: pd.DataFrame) -> str:
@@ -262,19 +272,21 @@ def _check_rows(place: str, frame: pd.DataFrame) -> None:
             raise UsageError(f"{place}/{COHORT_FILE}: {fault}: scan_id {row['scan_id']} ({facts})")
 
 
-def _parse_declaration(place: str, text: bytes) -> tuple[VolumeConfig, str]:
-    """Volume settings and cohort digest; settings that this code would carry out otherwise are refused."""
+def _parse_declaration(place: str, text: bytes) -> tuple[VolumeConfig, str, Division | None]:
+    """Volume settings, cohort digest and division; settings that this code would carry out otherwise are refused."""
     try:
         declared = json.loads(text)
         volume = VolumeConfig.model_validate(declared["volume"])
         version, cohort_sha256 = declared["preprocessing_version"], str(declared["cohort_sha256"])
+        recorded = declared.get("division")
+        division = None if recorded is None else Division.model_validate(recorded)
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise UsageError(f"{place}: not written by jobs.prepare: {error}") from error
     if version != volume.preprocessing_version:
         raise UsageError(
             f"{place}: prepared as {version}, this code prepares {volume.preprocessing_version}; run jobs.prepare again"
         )
-    return volume, cohort_sha256
+    return volume, cohort_sha256, division
 
 
 def _check_array(path: Path, shape: tuple[int, int, int]) -> None:

@@ -18,6 +18,7 @@ from darnet.cohort import (
     find_left_out,
     find_reversed,
     match_cohort,
+    record_division,
 )
 from darnet.config import PrepareSettings
 from darnet.dataset import write_array, write_facts, write_index
@@ -64,13 +65,11 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     volumes.write_bytes(EXCLUDED_FILE, table.encode())
     if not is_usable.any():
         raise UsageError(f"no scan of the cohort is usable; {volumes.uri}/{EXCLUDED_FILE} says why for each")
+    usable, deal = frame[is_usable], {"num_folds": settings.train.num_folds, "seed": settings.train.seed}
     divided = divide_cohort(
-        frame[is_usable],
-        num_folds=settings.train.num_folds,
-        seed=settings.train.seed,
-        division=settings.cohorts.division,
-        test_fraction=settings.cohorts.test_fraction,
+        usable, division=settings.cohorts.division, test_fraction=settings.cohorts.test_fraction, **deal
     )
+    division = record_division(usable, settings.cohorts, **deal)
     write_facts(volumes, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {
         "volumes": volumes.uri,
@@ -80,7 +79,7 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
         "turned": len(reversed_sources),
         "counts": count_cohort(divided),
         "patients_in_both_cohorts": len(find_leaking_patients(divided)),
-        "cohort_sha256": write_index(volumes, divided, settings.volume),
+        "cohort_sha256": write_index(volumes, divided, settings.volume, division),
     }
 
 

@@ -4,18 +4,14 @@ A fold is one `TorchTrainer` run of some DDP workers; folds run side by side as 
 """
 
 import contextlib
-import hashlib
-import math
 import os
-import shutil
 import sys
 import tempfile
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -37,19 +33,28 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer, enable_reproducibility, get_device, prepare_model
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
-from darnet.bundle import Bundle, BundleSettings, TrainedFold, name_model, write_bundle
-from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
+from darnet.bundle import (
+    Bundle,
+    BundleSettings,
+    TrainedFold,
+    make_bundle,
+    name_model,
+    publish_bundles,
+    refuse_existing,
+)
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings
 from darnet.dataset import VolumesTable, read_table
-from darnet.errors import RunError, UsageError
+from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.history import render_files
 from darnet.model import build_network
 from darnet.score import Ensemble
 from darnet.storage import Store, open_store
-from darnet.storage_local import explain_os_errors
 from darnet.terminal import Meter, print_heading, show_progress
+from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import (
     FoldResult,
     FoldState,
@@ -61,10 +66,10 @@ from darnet.train import (
     fit_fold,
     make_result,
 )
+from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, plan_gangs
 from darnet.volumes_cache import open_volumes
 
 STATE_FILE = "state.pt"
-MIN_WORKER_CPUS = 1  # folds that share a CPU train slower together than one after another. Source: ours, by the demo
 MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
 COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800
 PROGRESS_WAIT_S = 0.5
@@ -72,43 +77,8 @@ PROGRESS_WAIT_S = 0.5
 POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where a training reads and writes, as every node finds it: addresses of volumes and runs, and a local folder."""
-
-    volumes: str
-    runs: str
-    cache: Path
-
-
-@dataclass(frozen=True, slots=True)
-class FoldTask:
-    """What a worker needs to train one fold of one network; `run` is the name its checkpoints are kept under."""
-
-    places: Places
-    run: str
-    network: ModelConfig
-    config: TrainConfig
-    fold: int
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return f"{name_model(self.network)} fold {self.fold}"
-
-
 OnProgress: TypeAlias = Callable[[FoldTask, Metrics], None]
 """Called in the driver with each epoch's metrics."""
-
-
-@dataclass(frozen=True, slots=True)
-class GangPlan:
-    """How the folds share the cluster: `side_by_side` folds at once, each of `workers` with these resources."""
-
-    workers: int
-    side_by_side: int
-    cpus_per_worker: float
-    has_gpus: bool
 
 
 class _ReportForwarder(UserCallback):
@@ -126,28 +96,31 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
 
     Raises: RunError of every kind; there is no bundle then, and the same call again resumes.
     """
-    if settings.out.exists():
-        raise UsageError(f"{settings.out}: exists already, and a bundle is never overwritten; name another folder")
+    out = open_store(settings.out)
+    refuse_existing(settings.out)
     volumes = open_store(settings.volumes)
     table = read_table(volumes)
     networks = choose_networks(settings, table.volume)
-    runs = open_store(settings.runs or f"{settings.out}.runs", create=True)
+    runs = open_store(settings.runs or f"{out.uri}.runs", create=True)
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
     total = settings.train.epochs * settings.train.num_folds * len(networks)
-    with show_progress("training, epochs of all folds", total) as meter:
-        trained = train_folds(
-            table,
-            networks,
-            settings.train,
-            places,
-            workers=settings.workers,
-            on_progress=_meter_epochs(meter),
-        )
-    tested_on = measure_networks(table, networks, trained, places, settings)
-    bundles = write_bundles(settings, table, networks, trained, tested_on, today)
+    with track_training(settings.mlflow, _describe_networks(settings, table, networks, runs)) as tracker:
+        with show_progress("training, epochs of all folds", total) as meter:
+            trained = train_folds(
+                table,
+                networks,
+                settings.train,
+                places,
+                workers=settings.workers,
+                on_progress=_follow_epochs(meter, tracker),
+            )
+        tested_on = measure_networks(table, networks, trained, places, settings)
+        bundles = write_bundles(settings, table, networks, trained, tested_on, today)
+        for bundle in bundles:
+            tracker.finish(bundle.manifest, out if len(bundles) == 1 else out.child(bundle.manifest.model_name))
     models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
-    return {"bundle": str(settings.out), **(models[0] if len(models) == 1 else {"models": models})}
+    return {"bundle": out.uri, **(models[0] if len(models) == 1 else {"models": models})}
 
 
 def measure_networks(
@@ -200,43 +173,30 @@ def write_bundles(
     tested_on: Sequence[str],
     today: date,
 ) -> list[Bundle]:
-    """Write a single network's bundle to `settings.out`, several to folders of it named like them; all or none.
+    """Write a single network's bundle to `settings.out`, several to folders of it named like them.
 
     `tested_on` is what each model card says of the test cohort.
     """
-    out = settings.out.absolute()
-    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    places = [out] if len(networks) == 1 else [staged / name_model(network) for network in networks]
-    try:
-        bundles = [
-            write_bundle(
-                place,
-                settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
-                folds=[
-                    TrainedFold(
-                        fold.state,
-                        settings.workers,
-                        settings.train.seed,
-                        fold.metrics,
-                        fold.temperature,
-                        fold.history,
-                    )
-                    for fold in folds
-                ],
-                cohort_sha256=table.cohort_sha256,
-                model_version=today.isoformat(),
-                code_version=__version__,
-                trained_on=describe_cohort(table),
-                tested_on=told,
-            )
-            for place, network, folds, told in zip(places, networks, trained, tested_on, strict=True)
-        ]
-        if len(networks) > 1:
-            with explain_os_errors(str(out), "write the bundles"):
-                staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return bundles
+    made = [
+        make_bundle(
+            settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
+            folds=[
+                TrainedFold(
+                    fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature, fold.history
+                )
+                for fold in folds
+            ],
+            cohort_sha256=table.cohort_sha256,
+            model_version=today.isoformat(),
+            code_version=__version__,
+            trained_on=describe_cohort(table),
+            tested_on=told,
+        )
+        for network, folds, told in zip(networks, trained, tested_on, strict=True)
+    ]
+    names = [""] if len(made) == 1 else [bundle.manifest.model_name for bundle, _ in made]
+    publish_bundles(settings.out, dict(zip(names, (files for _, files in made), strict=True)))
+    return [bundle for bundle, _ in made]
 
 
 def _summarise(bundle: Bundle, folds: Sequence[FoldResult]) -> dict[str, Any]:
@@ -252,34 +212,6 @@ def _check_writable(store: Store) -> None:
     probe = f".probe-{uuid.uuid4().hex}"
     store.write_bytes(probe, b"")
     store.delete(probe)
-
-
-def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[ModelConfig]:
-    """The networks of Table 3 that are asked for, or the one of the settings.
-
-    Raises: UsageError as `match_network`.
-    """
-    network = match_network(settings, volume)
-    if not settings.networks:
-        return [network]
-    attentions = [set(name.split("-")) for name in settings.networks]
-    return [
-        network.model_copy(update={"depth_attention": "da" in wanted, "channel_attention": "ca" in wanted})
-        for wanted in attentions
-    ]
-
-
-def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
-    """The network of the settings, built for the volumes there are.
-
-    Raises: UsageError naming both where the settings ask for other volumes than these.
-    """
-    if settings.volume not in (VolumeConfig(), volume):
-        raise UsageError(f"{settings.volumes} was prepared with {volume}, the settings ask for {settings.volume}")
-    shape = settings.network.volume_shape
-    if shape not in (ModelConfig().volume_shape, volume.shape):
-        raise UsageError(f"{settings.volumes} holds volumes of {volume.shape}, network.volume_shape is {shape}")
-    return settings.network.model_copy(update={"volume_shape": volume.shape})
 
 
 def train_folds(
@@ -307,7 +239,9 @@ def train_folds(
     plan = plan_gangs(ray.cluster_resources(), workers, len(tasks))
     check_device(config, has_gpu=plan.has_gpus)
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
@@ -317,49 +251,35 @@ def train_folds(
     return [results[start : start + config.num_folds] for start in range(0, len(results), config.num_folds)]
 
 
-def plan_gangs(resources: Mapping[str, float], workers: int, num_gangs: int) -> GangPlan:
-    """Share out a cluster: a GPU a worker where there are GPUs, and CPUs so that as many folds as can run at once.
-
-    A worker asks for one CPU at most: more would not make it faster, and whole nodes could stay half empty.
-    Source: ours: starting a small fold takes longer than training it, so that folds overlap on shared CPUs.
-    Raises: UsageError naming what the cluster lacks; an impossible request would wait for ever.
-    """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    if 0 < gpus < workers:
-        raise UsageError(f"--workers {workers} takes {workers} GPUs at once, the cluster has {gpus:g}")
-    if cpus < workers * MIN_WORKER_CPUS:
-        raise UsageError(
-            f"--workers {workers} takes at least {workers * MIN_WORKER_CPUS:g} CPUs, the cluster has {cpus:g}"
+def _describe_networks(
+    settings: TrainSettings, table: VolumesTable, networks: Sequence[ModelConfig], runs: Store
+) -> list[TrackedNetwork]:
+    """What MLflow is told of each network before it is trained."""
+    told = {"volume": table.volume.model_dump(mode="json"), "train": settings.train.model_dump(mode="json")}
+    tags = {"cohort_sha256": table.cohort_sha256, "preprocessing_version": table.volume.preprocessing_version}
+    return [
+        TrackedNetwork(
+            name_model(network),
+            f"{runs.uri}/{name_run(table, network, settings.train, settings.workers, 0)}",
+            settings.train.num_folds,
+            told | {"network": network.model_dump(mode="json"), "workers": settings.workers},
+            tags | {"code_version": __version__},
         )
-    room = [num_gangs, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
-    side_by_side = int(min(room))
-    share = math.floor(cpus / (workers * side_by_side) * 100) / 100
-    return GangPlan(workers, side_by_side, min(1.0, share), gpus > 0)
+        for network in networks
+    ]
 
 
-def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
-    """A name that changes with all that changes the result: Ray resumes whatever is stored under it."""
-    facts = (
-        fingerprint(network),
-        fingerprint(config),
-        table.cohort_sha256,
-        table.volume.preprocessing_version,
-        str(workers),
-        __version__,
-    )
-    return f"{name_model(network)}-fold{fold}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}"
-
-
-def _meter_epochs(meter: Meter) -> OnProgress:
+def _follow_epochs(meter: Meter, tracker: Tracker) -> OnProgress:
     """Epochs a fold had before it was killed count as done; those it has twice count once."""
     done: Counter[FoldTask] = Counter()
 
-    def advance(task: FoldTask, metrics: Metrics) -> None:
+    def follow(task: FoldTask, metrics: Metrics) -> None:
         units = max(0, int(metrics["epoch"]) + 1 - done[task])
         done[task] += units
         meter.advance(units, {task.title: units})
+        tracker.log_epoch(name_model(task.network), task.fold, metrics)
 
-    return advance
+    return follow
 
 
 def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> TorchTrainer:

@@ -3,22 +3,24 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from darnet.config import Settings
-from darnet.errors import UsageError
+from darnet.errors import ObjectMissing, UsageError
+from darnet.storage import Store, has_object
 from darnet.terminal import print_heading
 
 SETTINGS_FILE = "settings.json"
+UNNOTED = {"config", "out", "cache", "mlflow"}  # settings that change nothing in what is made
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A piece of work that is complete when `proof` exists, which it writes last."""
+    """A piece of work that is complete when the small object `proof` is in `out`, which it writes last."""
 
     title: str
-    proof: Path
+    out: Store
+    proof: str
     work: Callable[[], Mapping[str, Any]]
 
 
@@ -26,8 +28,8 @@ def run_steps(steps: Sequence[Step]) -> list[str]:
     """Do what is not complete, in order; returns the titles of what was done."""
     done = []
     for number, step in enumerate(steps, 1):
-        if step.proof.exists():
-            print_heading(f"{number}  {step.title}: complete already ({step.proof})")
+        if has_object(step.out, step.proof):
+            print_heading(f"{number}  {step.title}: complete already ({step.out.uri}/{step.proof})")
             continue
         print_heading(f"{number}  {step.title}")
         step.work()
@@ -35,20 +37,21 @@ def run_steps(steps: Sequence[Step]) -> list[str]:
     return done
 
 
-def claim_folder(out: Path, settings: Settings) -> None:
+def claim_folder(out: Store, settings: Settings) -> None:
     """Note the settings that `out` is made with, so that a resumed job cannot mix two studies.
 
     Raises: UsageError naming what differs if it was begun with others.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    noted, told = out / SETTINGS_FILE, settings.model_dump(mode="json", exclude={"config"})
-    if not noted.exists():
-        noted.write_text(json.dumps(told, indent=2) + "\n")
+    told = settings.model_dump(mode="json", exclude=UNNOTED)
+    try:
+        noted = json.loads(out.read_bytes(SETTINGS_FILE))
+    except ObjectMissing:
+        out.write_bytes(SETTINGS_FILE, (json.dumps(told, indent=2) + "\n").encode())
         return
-    begun = json.loads(noted.read_text())
+    begun = {name: value for name, value in noted.items() if name not in UNNOTED}
     differs = sorted(name for name in begun | told if begun.get(name) != told.get(name))
     if differs:
         raise UsageError(
-            f"{noted}: this folder was begun with other settings ({', '.join(differs)}); name another folder, or use "
-            "those"
+            f"{out.uri}/{SETTINGS_FILE}: this folder was begun with other settings ({', '.join(differs)}); "
+            "name another folder, or use those"
         )

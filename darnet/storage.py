@@ -147,6 +147,18 @@ def transfer_all(move: Callable[[ItemT], None], items: Sequence[ItemT]) -> None:
             raise
 
 
+def has_object(store: Store, key: str) -> bool:
+    """Whether there is a (small) object of this key.
+
+    Raises: StorageError, CredentialsError.
+    """
+    try:
+        store.read_bytes(key)
+    except ObjectMissing:
+        return False
+    return True
+
+
 def connect_s3() -> Any:
     """A client from boto3's own chain (environment, profile, instance role), with bounded waiting."""
     settings = Config(

@@ -28,25 +28,25 @@ def open_volumes(uri: str, cache: Path) -> VolumesIndex:
 def copy_volumes(store: Store, cache: Path) -> Path:
     """Copy a volumes folder below `cache`, unless it is there; whoever comes meanwhile waits.
 
-    The copy's name holds the digest of all its arrays, so it can never be an older one. A copy that was broken off goes
-    on where it stopped.
+    The copy's name holds the digest of all its arrays, so it can never be an older one; its tables are written anew. A
+    copy that was broken off goes on where it stopped.
     """
     table = read_table(store)
     folder = cache / f"{table.volume.preprocessing_version}-{table.cohort_sha256[:24]}"
     with _lock(folder.with_suffix(".lock")):
+        local = open_store(str(folder), create=True)
         if not (folder / VOLUMES_FILE).is_file():
-            _copy(store, table, folder)
+            _copy_arrays(store, local, table)
+        write_index(local, table.frame, table.volume, table.division)
     return folder
 
 
-def _copy(store: Store, table: VolumesTable, folder: Path) -> None:
-    """Arrays first, then the tables that declare them complete."""
-    local = open_store(str(folder), create=True)
+def _copy_arrays(store: Store, local: Store, table: VolumesTable) -> None:
+    """Those that are not there yet; the tables, which declare them complete, come after them."""
     present = {item.key for item in local.list_objects(f"{ARRAYS_FOLDER}/")}
     digests = dict(zip(table.frame["array"], table.frame["sha256"], strict=True))
     missing = [name for name in digests if name not in present]
     transfer_all(lambda name: _copy_array(store, local, name, digests[name]), missing)
-    write_index(local, table.frame, table.volume)
 
 
 def _copy_array(store: Store, local: Store, name: str, sha256: str) -> None:

@@ -36,7 +36,7 @@ def work(settings: DemoSettings) -> dict[str, Any]:
     jobs.prepare.work(prepare)
     jobs.prepare.work(prepare.model_copy(update={"audit": True, "out": str(out / "audit")}))
     print_heading("3  jobs.train: volumes -> a bundle of five folds")
-    jobs.train.work(TrainSettings(volumes=str(volumes), out=bundle, **tree))
+    jobs.train.work(TrainSettings(volumes=str(volumes), out=str(bundle), **tree))
 
     night = ScoreSettings(archive=str(archive), model=str(bundle), results=str(results), **tree)
     print_heading("4  jobs.score, night one: everything is new")

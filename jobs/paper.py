@@ -5,43 +5,50 @@ from typing import Any
 
 import jobs.prepare
 import jobs.train
+from darnet.bundle import NETWORK_NAMES
 from darnet.config import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
 from darnet.job import run_job
 from darnet.ray_evaluate import evaluate_on_cluster
 from darnet.steps import Step, claim_folder, run_steps
+from darnet.storage import open_store
 
 
 def work(settings: PaperSettings) -> dict[str, Any]:
     """Make what `out` still lacks."""
-    out = settings.out.absolute()
-    claim_folder(out, settings)
+    store = open_store(settings.out, create=True)
+    claim_folder(store, settings)
+    out = store.uri
     tree: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score")
+        name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score", "cache")
     }
-    volumes, bundles, report = out / "volumes", out / "bundles", out / "report"
-    cohort: dict[str, Any] = {"archive": settings.archive, "cohort": settings.cohort, "volumes": str(volumes)}
+    volumes, bundles, report = (f"{out}/{name}" for name in ("volumes", "bundles", "report"))
+    cohort: dict[str, Any] = {"archive": settings.archive, "cohort": settings.cohort, "volumes": volumes}
     prepare = PrepareSettings(**cohort, **tree)
-    audit = PrepareSettings(**cohort, audit=True, out=str(out / "audit"), **tree)
+    audit = PrepareSettings(**cohort, audit=True, out=f"{out}/audit", **tree)
     train = TrainSettings(
-        volumes=str(volumes), out=bundles, networks=("plain", "ca", "da", "da-ca"), workers=settings.workers, **tree
+        volumes=volumes,
+        out=bundles,
+        networks=("plain", "ca", "da", "da-ca"),
+        workers=settings.workers,
+        mlflow=settings.mlflow,
+        **tree,
     )
-    last = bundles / "darnet-da-ca" / "bundle.json"  # the folder of bundles appears whole
     evaluate = EvaluateSettings(
-        model=str(bundles),
-        volumes=str(volumes),
-        out=str(report),
+        model=bundles,
+        volumes=volumes,
+        out=report,
         truth=settings.truth,
-        audit=str(out / "audit"),
+        audit=f"{out}/audit",
         replicates=settings.replicates,
         **tree,
     )
     steps = [
-        Step("volumes and folds", volumes / "volumes.json", lambda: jobs.prepare.work(prepare)),
-        Step("audit of the cohort", out / "audit" / "excluded.csv", lambda: jobs.prepare.work(audit)),
-        Step("training the networks of Table 3", last, lambda: jobs.train.work(train)),
-        Step("evaluation", report / "report.html", lambda: evaluate_on_cluster(evaluate)),
+        Step("volumes and folds", store, "volumes/volumes.json", lambda: jobs.prepare.work(prepare)),
+        Step("audit of the cohort", store, "audit/excluded.csv", lambda: jobs.prepare.work(audit)),
+        Step("training", store, f"bundles/{NETWORK_NAMES[-1]}/bundle.json", lambda: jobs.train.work(train)),
+        Step("evaluation", store, "report/report.html", lambda: evaluate_on_cluster(evaluate)),
     ]
-    return {"out": str(out), "done": run_steps(steps), "report": str(report / "report.html")}
+    return {"out": out, "done": run_steps(steps), "report": f"{report}/report.html"}
 
 
 def main() -> int:

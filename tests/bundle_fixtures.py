@@ -28,7 +28,7 @@ def write_random_bundle(
         state["head.weight"] = torch.randn(state["head.weight"].shape, generator=torch.Generator().manual_seed(drawn))
         states.append(state)
     return write_bundle(
-        out,
+        str(out),
         settings=BundleSettings(volume=VolumeConfig(shape=shape), network=network, train=TrainConfig(seed=seed or 0)),
         folds=[TrainedFold(state, 1, fold if seed is None else seed, {}) for fold, state in enumerate(states)],
         cohort_sha256="0" * 64,

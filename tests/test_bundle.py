@@ -19,16 +19,20 @@ from darnet.bundle import (
     Bundle,
     BundleSettings,
     TrainedFold,
+    find_bundles,
     load_networks,
+    make_bundle,
     name_model,
+    publish_bundles,
     read_bundle,
+    refuse_existing,
     write_bundle,
 )
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import StorageError, UsageError
 from darnet.model import DARNet, build_network
 from darnet.scan import DIAGNOSES
-from darnet.storage import open_store
+from darnet.storage import Store, open_store
 
 SHAPE = (8, 16, 16)
 NETWORK = ModelConfig(volume_shape=SHAPE, base_channels=2)
@@ -54,7 +58,7 @@ def _fold(number: int, **changes: Any) -> TrainedFold:
     return TrainedFold(**({"state": _trained_network(number).state_dict(), **fields} | changes))
 
 
-def _write(out: Path, **changes: Any) -> Bundle:
+def _write(out: Path | str, **changes: Any) -> Bundle:
     arguments: dict[str, Any] = {
         "settings": SETTINGS,
         "folds": [_fold(seed) for seed in range(3)],
@@ -63,7 +67,7 @@ def _write(out: Path, **changes: Any) -> Bundle:
         "code_version": "0.1.0",
         "trained_on": "Twelve phantoms of no patient.",
     }
-    return write_bundle(out, **(arguments | changes))
+    return write_bundle(str(out), **(arguments | changes))
 
 
 def _read(path: Path) -> Bundle:
@@ -365,3 +369,36 @@ def test_other_users_may_read_the_bundle(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_bundle_is_written_to_any_place_once(store: Store) -> None:
+    written = _write(store.uri)
+    assert read_bundle(store) == written
+    assert [place.uri for place in find_bundles(store)] == [store.uri]
+    with pytest.raises(UsageError, match="exists already"):
+        _write(store.uri)
+    assert read_bundle(store) == written
+
+
+@pytest.mark.s3
+def test_in_a_bucket_nothing_is_a_bundle_until_the_files_of_all_are_there(s3: Callable[[], str]) -> None:
+    out = s3() + "/bundles"
+    facts: dict[str, Any] = {
+        "cohort_sha256": COHORT_SHA256,
+        "model_version": "1",
+        "code_version": "0",
+        "trained_on": "",
+    }
+    bundle, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], **facts)
+    spoiled = dict(files) | {"MODEL_CARD.md": 7}
+    with pytest.raises(UsageError):
+        publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": spoiled})  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match=r"no bundle\.json here"):
+        find_bundles(open_store(out))
+    refuse_existing(out)
+    publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": files})
+    assert [read_bundle(place) for place in find_bundles(open_store(out))] == [bundle, bundle]
+    with pytest.raises(UsageError, match="bundles: exists already"):
+        refuse_existing(out)
+    with pytest.raises(UsageError, match="bundles: exists already"):  # another training that began meanwhile
+        publish_bundles(out, {"darnet-da-ca": files})

@@ -10,12 +10,14 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from darnet.cohort import (
     count_cohort,
+    describe_division,
     divide_cohort,
     find_leaking_patients,
     find_left_out,
     find_reversed,
     has_cohorts,
     read_cohort,
+    record_division,
 )
 from darnet.config import CohortConfig
 from darnet.errors import UsageError
@@ -438,3 +440,42 @@ def test_the_defects_of_cc_ccii_are_counted_and_its_default_division_leaks_no_pa
     assert len(divided) == 4078
     assert find_leaking_patients(divided) == []
     assert (divided["cohort"] == "test").mean() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("columns", "division", "told"),
+    [
+        ({}, "patient", "patient: cohorts dealt by patient (seed 7); 2 folds dealt by patient (seed 7)"),
+        (
+            {"cohort": "train"},
+            "patient",
+            "patient: cohorts of the table's column cohort; 2 folds dealt by patient (seed 7)",
+        ),
+        (
+            {"cohort": "train", "fold": 0},
+            "patient",
+            "patient: cohorts of the table's column cohort; 2 folds of the table's column fold",
+        ),
+        (
+            {"cohort": "test", "fold": 0, "paper_cohort": "train"},
+            "paper",
+            "paper: cohorts of the table's column paper_cohort; 2 folds dealt by patient (seed 7)",
+        ),
+    ],
+)
+def test_a_division_is_recorded_with_the_columns_that_made_it(
+    columns: dict[str, object], division: str, told: str
+) -> None:
+    frame = pd.DataFrame({"scan_id": ["a", "b"], "patient_id": ["1", "2"], "diagnosis": ["CP", "CP"], **columns})
+    config = CohortConfig.model_validate({"division": division, "drop_duplicates": division == "paper"})
+    left_out = {"patient": "discarded, shuffled", "paper": "duplicate or noise slices"}[division]
+    recorded = record_division(frame, config, num_folds=2, seed=7)
+    assert describe_division(recorded) == f"{told}; left out for defects: {left_out}"
+    assert (recorded.seed, recorded.num_folds) == (7, 2)
+
+
+def test_a_recorded_division_keeps_what_its_defaults_meant() -> None:
+    """Under other defaults of a later version it must still say what was done."""
+    frame = pd.DataFrame({"scan_id": ["a"], "patient_id": ["1"], "diagnosis": ["CP"]})
+    recorded = record_division(frame, CohortConfig(), num_folds=2, seed=0).cohorts
+    assert (recorded.drop_discarded, recorded.drop_shuffled, recorded.drop_duplicates) == (True, True, False)

@@ -23,7 +23,7 @@ from darnet.dataset import (
 )
 from darnet.errors import UsageError
 from darnet.storage import open_store
-from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes, make_voxels
+from tests.volumes_fixtures import DIVISION, SMALL_VOLUME, make_cohort, make_volumes, make_voxels
 
 
 def test_an_array_is_named_by_its_scan_and_its_content(tmp_path: Path) -> None:
@@ -43,7 +43,17 @@ def test_an_index_is_read_back_as_written(tmp_path: Path) -> None:
     assert index.volume == SMALL_VOLUME
     assert index.cohort_sha256 == cohort_sha256
     assert index.labels.tolist() == [0, 1, 2] * 3
+    assert index.division is None
     assert json.loads((tmp_path / "volumes.json").read_text())["preprocessing_version"].startswith("2-")
+
+
+def test_the_division_is_declared_and_that_of_an_older_folder_is_unknown(tmp_path: Path) -> None:
+    assert make_volumes(tmp_path, 6, 2).division == DIVISION
+    declared = json.loads((tmp_path / "volumes.json").read_text())
+    assert (declared["division"]["cohorts_by"], declared["division"]["seed"]) == ("cohort", 5)
+    del declared["division"]
+    (tmp_path / "volumes.json").write_text(json.dumps(declared))
+    assert read_index(tmp_path).division is None
 
 
 def test_no_test_scan_is_trained_or_validated_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from darnet.storage import has_object, open_store
 from tests.places import ROOT
 
 TINY = (
@@ -28,22 +29,26 @@ def run(job: str, *arguments: object) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     phantoms = tmp_path / "phantoms"
     sizes = ("--train-scans", 4, "--test-scans", 2, "--volume.shape", "[16,64,64]", "--volume.crop", "body")
     run("phantoms", "--out", phantoms, *sizes)
     places = ("--archive", phantoms / "archive", "--cohort", phantoms / "cohort.csv", "--truth", phantoms / "truth")
-    study = tmp_path / "study"
-    assert len(run("paper", *places, "--out", study, *TINY)["done"]) == 4  # volumes, audit, training, evaluation
-    metrics = json.loads((study / "report" / "metrics.json").read_text())
+    study = open_store(str(tmp_path / "study") if place == "local" else request.getfixturevalue("s3")() + "/study")
+    settings = (*TINY, "--cache", tmp_path / "cache")
+    assert len(run("paper", *places, "--out", study.uri, *settings)["done"]) == 4  # volumes, audit, training, report
+    metrics = json.loads(study.read_bytes("report/metrics.json"))
     assert list(metrics["networks"]) == ["ResNet18", "CA", "DA", "DA+CA"]
     assert metrics["cohort_counts"]["test"] == {"CP": 2, "NCP": 2, "Normal": 2}
     assert [maps["diagnosis"] for maps in metrics["activation_maps"]] == ["NCP", "CP"]
-    assert (study / "report" / "fig2.png").stat().st_size > 10_000
-    assert (study / "audit" / "audit.html").exists()
+    assert len(study.read_bytes("report/fig2.png")) > 10_000
+    assert has_object(study, "audit/audit.html")
 
-    bundle = (study / "bundles" / "darnet-da" / "bundle.json").read_bytes()
-    (study / "report" / "report.html").unlink()
-    assert run("paper", *places, "--out", study, *TINY)["done"] == ["evaluation"]
-    assert (study / "report" / "report.html").exists()
-    assert (study / "bundles" / "darnet-da" / "bundle.json").read_bytes() == bundle
+    bundle = study.read_bytes("bundles/darnet-da/bundle.json")
+    study.delete("report/report.html")
+    assert run("paper", *places, "--out", study.uri, *settings)["done"] == ["evaluation"]
+    assert has_object(study, "report/report.html")
+    assert study.read_bytes("bundles/darnet-da/bundle.json") == bundle

@@ -70,7 +70,14 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
         f"p{number:02d}": "test" if number in (0, 12) else "train" for number in range(13) if number not in (4, 5)
     }
     assert index.frame["sha256"].nunique() == 1  # the reversed one too
-    facts = read_facts(tmp_path / "volumes").set_index("scan_id")
+    assert index.division is not None
+    assert index.division.cohorts == settings.cohorts
+    assert (index.division.cohorts_by, index.division.folds_by, index.division.num_folds) == (
+        "paper_cohort",
+        "patient",
+        2,
+    )
+    facts = read_facts(volumes).set_index("scan_id")
     assert set(facts["file_format"]) == {"png"}
     assert facts.loc["3", ["num_slices", "num_rows", "num_columns", "source"]].tolist() == [24, 64, 64, "CP/p03/3"]
 

@@ -9,33 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from darnet.bundle import load_networks, name_model, read_bundle
-from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig
+from darnet.bundle import load_networks, read_bundle
+from darnet.config import ModelConfig, TrainConfig, TrainSettings
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.history import render_history
 from darnet.model import build_network
-from darnet.ray_train import (
-    MIN_WORKER_CPUS,
-    FoldTask,
-    Places,
-    choose_networks,
-    match_network,
-    name_run,
-    plan_gangs,
-    train_folds,
-    train_model,
-    write_bundles,
-)
+from darnet.ray_train import train_folds, train_model, write_bundles
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
+from darnet.training_plan import MIN_WORKER_CPUS, FoldTask, Places, choose_networks
 from tests.gloo_ranks import train_with_torch_alone
 from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
@@ -56,7 +47,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> VolumesIndex:
 
 
 def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSettings:
-    values = {"volumes": str(index.folder), "out": out, "workers": WORKERS, "train": CONFIG, "network": NETWORK}
+    values = {"volumes": str(index.folder), "out": str(out), "workers": WORKERS, "train": CONFIG, "network": NETWORK}
     return TrainSettings.model_validate(values | changed)
 
 
@@ -163,7 +154,8 @@ def test_training_prints_nothing_on_stdout(killed: Killed) -> None:
 @pytest.mark.slow
 def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, killed: Killed, tmp_path: Path) -> None:
     results = killed.results
-    summary = train_model(make_settings(index, tmp_path / "bundle", runs=str(killed.runs)), DAY)
+    settings = make_settings(index, tmp_path / "bundle", runs=str(killed.runs), mlflow=str(tmp_path / "mlflow"))
+    summary = train_model(settings, DAY)
     assert summary["validation_accuracy_3class"] == [result.metrics["accuracy_3class"] for result in results]
     bundle = read_bundle(open_store(str(tmp_path / "bundle")))
     assert bundle.manifest.cohort_sha256 == index.cohort_sha256
@@ -174,6 +166,22 @@ def test_a_finished_training_is_read_back_into_a_bundle(index: VolumesIndex, kil
     for result, network in zip(results, load_networks(bundle), strict=True):
         measured = evaluate(network, index, index.select_validation(result.fold), 2, ALONE)
         assert measured == pytest.approx({name: result.metrics[name] for name in measured}, abs=1e-5)
+    check_mlflow(tmp_path / "mlflow", summary["model_sha256"], index)
+
+
+def check_mlflow(folder: Path, model_sha256: str, index: VolumesIndex) -> None:
+    """Every epoch of both folds, although they were trained before anybody asked for MLflow; no scan, no patient."""
+    client = MlflowClient(str(folder))
+    (experiment,) = client.search_experiments(filter_string="name = 'darnet'")
+    runs = client.search_runs([experiment.experiment_id])
+    (network,) = [run for run in runs if run.data.tags.get("model_sha256") == model_sha256]
+    assert network.data.params["train.epochs"] == "6"
+    folds = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == network.info.run_id]
+    curves = [client.get_metric_history(run.info.run_id, "validation_loss") for run in folds]
+    assert [[point.step for point in curve] for curve in curves] == [list(range(6))] * 2
+    logged = "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
+    names = [*index.frame["scan_id"], *index.frame["patient_id"]]
+    assert [name for name in names if name in logged] == []
 
 
 @pytest.mark.ray
@@ -193,70 +201,6 @@ def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: Volumes
 def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesIndex, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         train_model(make_settings(index, tmp_path), DAY)
-
-
-@pytest.mark.parametrize(
-    ("resources", "workers", "side_by_side", "cpus_per_worker"),
-    [
-        ({"CPU": 2}, 1, 2, 1.0),
-        ({"CPU": 2}, 2, 1, 1.0),
-        ({"CPU": 3}, 1, 3, 1.0),
-        ({"CPU": 64}, 4, 5, 1.0),
-        ({"CPU": 32, "GPU": 8}, 4, 2, 1.0),
-        ({"CPU": 8, "GPU": 5}, 2, 2, 1.0),
-        ({"CPU": 5, "GPU": 8}, 4, 1, 1.0),
-    ],
-)
-def test_a_cluster_is_shared_out_without_asking_for_more_than_it_has(
-    resources: dict[str, float], workers: int, side_by_side: int, cpus_per_worker: float
-) -> None:
-    plan = plan_gangs(resources, workers, num_gangs=5)
-    assert (plan.side_by_side, plan.cpus_per_worker) == (side_by_side, cpus_per_worker)
-    assert plan.has_gpus == ("GPU" in resources)
-    gangs = workers * side_by_side
-    assert gangs * cpus_per_worker <= resources["CPU"]
-    assert not plan.has_gpus or gangs <= resources["GPU"]
-
-
-def test_a_cluster_without_enough_gpus_or_cpus_is_named() -> None:
-    with pytest.raises(UsageError, match="--workers 4 takes 4 GPUs at once, the cluster has 2"):
-        plan_gangs({"CPU": 64, "GPU": 2}, 4, 5)
-    with pytest.raises(UsageError, match=f"--workers 4 takes at least {4 * MIN_WORKER_CPUS:g} CPUs, the cluster has 0"):
-        plan_gangs({}, 4, 5)
-
-
-def test_a_run_is_resumed_only_by_the_same_training(index: VolumesIndex) -> None:
-    names = {
-        name_run(index, NETWORK, CONFIG, 2, 0),
-        name_run(index, NETWORK, CONFIG, 2, 1),
-        name_run(index, NETWORK, CONFIG, 1, 0),
-        name_run(index, NETWORK, CONFIG.model_copy(update={"epochs": 7}), 2, 0),
-        name_run(index, NETWORK.model_copy(update={"channel_attention": False}), CONFIG, 2, 0),
-        name_run(replace(index, cohort_sha256="0" * 64), NETWORK, CONFIG, 2, 0),
-        name_run(replace(index, volume=VolumeConfig(shape=(8, 32, 32), crop="body")), NETWORK, CONFIG, 2, 0),
-    }
-    assert len(names) == 7
-    assert name_run(index, NETWORK, CONFIG, 2, 0) in names
-
-
-def test_the_network_is_built_for_the_volumes_there_are(index: VolumesIndex, tmp_path: Path) -> None:
-    unasked = ModelConfig(base_channels=4)
-    assert match_network(make_settings(index, tmp_path, network=unasked), SMALL_VOLUME) == NETWORK
-    other = ModelConfig(volume_shape=(16, 32, 32))
-    with pytest.raises(UsageError, match=r"\(8, 32, 32\), network.volume_shape is \(16, 32, 32\)"):
-        match_network(make_settings(index, tmp_path, network=other), SMALL_VOLUME)
-    with pytest.raises(UsageError, match=r"the settings ask for .*crop='body'"):
-        match_network(make_settings(index, tmp_path, volume=VolumeConfig(crop="body")), SMALL_VOLUME)
-
-
-def test_the_networks_of_table_3_are_trained_by_name(index: VolumesIndex, tmp_path: Path) -> None:
-    assert choose_networks(make_settings(index, tmp_path), SMALL_VOLUME) == [NETWORK]
-    asked = ("plain", "ca", "da", "da-ca")
-    networks = choose_networks(make_settings(index, tmp_path, networks=asked), SMALL_VOLUME)
-    assert [name_model(network) for network in networks] == [f"darnet-{name}" for name in asked]
-    assert {network.base_channels for network in networks} == {4}
-    with pytest.raises(ValueError, match="name each once"):
-        make_settings(index, tmp_path, networks=("ca", "ca"))
 
 
 def test_several_networks_leave_a_folder_of_bundles_whole_or_not_at_all(index: VolumesIndex, tmp_path: Path) -> None:
@@ -292,7 +236,7 @@ def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturb
     volumes, runs = open_store(uri + "/volumes"), open_store(uri + "/runs")
     for item in open_store(str(index.folder)).list_objects():
         volumes.write_bytes(item.key, (index.folder / item.key).read_bytes())
-    places = ["--volumes", volumes.uri, "--runs", runs.uri, "--out", f"{tmp_path}/out", "--cache", f"{tmp_path}/cache"]
+    places = ["--volumes", volumes.uri, "--runs", runs.uri, "--out", f"{uri}/out", "--cache", f"{tmp_path}/cache"]
     train = ["--train.epochs", "4", "--train.num-folds", "2", "--train.learning-rate", "3e-3"]
     arguments = [*places, *train, "--network.base-channels", "4", "--networks", "plain,ca"]
 
@@ -311,6 +255,6 @@ def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturb
     assert kept
     (network,) = choose_networks(make_settings(index, tmp_path, networks=("plain",)), SMALL_VOLUME)
     expected = train_with_torch_alone(index.folder, network, CONFIG.model_copy(update={"epochs": 4}), 1, tmp_path)
-    bundle = read_bundle(open_store(str(tmp_path / "out" / "darnet-plain")))
+    bundle = read_bundle(open_store(f"{uri}/out/darnet-plain"))
     for fold, trained in zip(expected, load_networks(bundle), strict=True):
         assert all(torch.equal(fold.state[name], tensor) for name, tensor in trained.state_dict().items())

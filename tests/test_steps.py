@@ -1,7 +1,6 @@
 """A job in steps resumes and does not mix two studies; the paper's settings are the defaults, with their sources."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +8,14 @@ import pytest
 from darnet.config import PaperSettings, PhantomsSettings, read_settings
 from darnet.errors import UsageError
 from darnet.steps import Step, claim_folder, run_steps
+from darnet.storage import Store
 from tests.places import ROOT
 
 JOBS = ROOT / "jobs"
 PLACES = ["--archive", "a", "--cohort", "c.csv", "--out", "o"]
 
 
-def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
+def test_what_is_complete_is_not_made_again(store: Store) -> None:
     made: list[str] = []
 
     def make(name: str, fails: bool = False) -> Step:
@@ -23,10 +23,10 @@ def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
             made.append(name)
             if fails:
                 raise UsageError(name)
-            (tmp_path / name).write_text("")
+            store.write_bytes(f"made/{name}", b"")
             return {}
 
-        return Step(name, tmp_path / name, work)
+        return Step(name, store, f"made/{name}", work)
 
     with pytest.raises(UsageError):
         run_steps([make("one"), make("two", fails=True), make("three")])
@@ -35,11 +35,11 @@ def test_what_is_complete_is_not_made_again(tmp_path: Path) -> None:
     assert run_steps([make("one"), make("two"), make("three")]) == []
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
-    for _ in range(2):
-        claim_folder(tmp_path / "out", read_settings(PaperSettings, PLACES, "x"))
+def test_a_place_of_other_settings_is_refused(store: Store) -> None:
+    for more in ([], ["--mlflow", "http://mlflow", "--cache", "elsewhere"]):
+        claim_folder(store, read_settings(PaperSettings, [*PLACES, *more], "x"))
     with pytest.raises(UsageError, match=r"begun with other settings \(train\)"):
-        claim_folder(tmp_path / "out", read_settings(PaperSettings, [*PLACES, "--train.epochs", "3"], "x"))
+        claim_folder(store, read_settings(PaperSettings, [*PLACES, "--train.epochs", "3"], "x"))
 
 
 def test_the_papers_settings_are_the_defaults() -> None:

@@ -7,7 +7,6 @@ slices are out of order.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -42,11 +41,12 @@ from darnet.cohort import (
     name_own_cohorts,
 )
 from darnet.config import PrepareSettings, digest_json
-from darnet.dataset import VolumesIndex, read_facts, read_index
+from darnet.dataset import VolumesIndex, read_facts
 from darnet.errors import UsageError
 from darnet.reading.slice_order import SliceOrder
 from darnet.scan import Source
 from darnet.storage import Store, open_store
+from darnet.volumes_cache import open_volumes
 
 KEYS = ("found", "known")
 
@@ -76,12 +76,13 @@ class OrderFinding:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """What was there besides the table: sources by scan, the volumes folder, and a look at each volume."""
+    """What was there besides the table: sources by scan, the volumes folder, a look at each volume, and its facts."""
 
     sources: Mapping[str, Source] = field(default_factory=dict)
     index: VolumesIndex | None = None
     looks: Mapping[str, Look] = field(default_factory=dict)
     duplicates: Sequence[Duplicate] = ()
+    facts: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,11 +253,12 @@ def _gather_images(cohort: pd.DataFrame, settings: PrepareSettings) -> Images:
         duplicates += find_same_sources(sources) + find_same_files(sources, store)
     if not settings.volumes:
         return Images(sources, None, {}, duplicates)
-    index = read_index(Path(settings.volumes))
+    index = open_volumes(settings.volumes, settings.cache)
     looks = look_at_volumes(index, cohort["scan_id"])
     if not looks:
         raise UsageError(f"--volumes {settings.volumes}: no scan of the table is there; name the folder made from it")
-    return Images(sources, index, looks, duplicates + find_same_volumes(index.frame))
+    facts = read_facts(open_store(settings.volumes))
+    return Images(sources, index, looks, duplicates + find_same_volumes(index.frame), facts)
 
 
 def _match(cohort: pd.DataFrame, store: Store, archive: str) -> dict[str, Source]:
@@ -275,7 +277,7 @@ def _list_features(cohort: pd.DataFrame, images: Images) -> tuple[list[Feature],
         features += list_file_features(scan_ids, images.sources)
     if images.index is not None:
         listed = {feature.name for feature in features}  # what the archive's own listing says is of more scans
-        facts = list_fact_features(scan_ids, read_facts(images.index.folder))
+        facts = list_fact_features(scan_ids, images.facts)
         features += [feature for feature in facts if feature.name not in listed]
         features += list_image_features(scan_ids, images.looks)
     return features, unread
@@ -298,10 +300,8 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
 
 def _describe_settings(settings: PrepareSettings) -> dict[str, Any]:
     """What divided the table, its defaults resolved; the fingerprint is of this and of nothing else."""
-    config = settings.cohorts
-    drops = {"drop_discarded": config.is_discarded_dropped, "drop_shuffled": config.is_shuffled_dropped}
     train = settings.train.model_dump(mode="json", include={"seed", "num_folds"})
-    described = {"cohorts": config.model_dump(mode="json") | drops, "train": train}
+    described = {"cohorts": settings.cohorts.resolved.model_dump(mode="json"), "train": train}
     return described | {"sha256": digest_json(described)}
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from darnet.auditing.audit import Audit, CohortCounts, summarise_audit
@@ -60,7 +59,7 @@ def write_audit(audit: Audit, out: str) -> dict[str, Any]:
     told = ("counts", "test_patients", "patients_in_both_cohorts", "test_scans_of_those")
     strong = [item.feature for item in audit.shortcuts if is_strong(item)]
     return {
-        "audit": str(Path(out) / "audit.html") if "://" not in out else f"{out}/audit.html",
+        "audit": f"{store.uri}/audit.html",
         **{name: summary[name] for name in told},
         "strong_shortcuts": sorted(set(strong)),
         "duplicates": len(audit.duplicates),

@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,9 @@ from darnet.bundle import (
     load_networks,
     read_bundle,
 )
-from darnet.cohort import count_cohort, find_leaking_patients
+from darnet.cohort import count_cohort, describe_division, find_leaking_patients
 from darnet.config import EvaluateSettings, ScoreConfig, digest_json, fingerprint
-from darnet.dataset import VolumesIndex, read_index
+from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
     Evaluation,
@@ -52,6 +51,7 @@ from darnet.page import Section, figure_to_png
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
+from darnet.volumes_cache import open_volumes
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
@@ -298,9 +298,7 @@ def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
 
 def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
     assert settings.volumes is not None, "the settings have checked it"
-    if "://" in settings.volumes:
-        raise UsageError(f"--volumes {settings.volumes}: give a folder on this machine; volumes are read as files")
-    return read_index(Path(settings.volumes).absolute())
+    return open_volumes(settings.volumes, settings.cache)
 
 
 def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex) -> list[ScanScore]:
@@ -340,6 +338,7 @@ def _describe_origin(settings: EvaluateSettings, manifest: BundleManifest, index
         "cohort_sha256": index.cohort_sha256,
         "bundle_settings_sha256": manifest.settings_sha256,
         **_describe_settings(settings),
+        "division": describe_division(index.division),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")

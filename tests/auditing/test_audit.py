@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from darnet.auditing.audit import audit_cohort, describe_duplicates, summarise_a
 from darnet.auditing.features import Duplicate
 from darnet.auditing.report import describe_audit, render_audit, write_audit
 from darnet.cohort import read_cohort
-from darnet.config import PrepareSettings, VolumeConfig
+from darnet.config import PrepareSettings, TrainConfig, VolumeConfig
 from darnet.dataset import write_array, write_facts, write_index
 from darnet.decode import VolumeStack
 from darnet.errors import UsageError
@@ -254,6 +255,22 @@ def seen(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     out = tmp_path_factory.mktemp("seen")
     found = audit_text(table.to_csv(index=False), out, volumes=str(volumes), train={"num_folds": 2})
     return found | {"page": (out / "audit.html").read_text()}
+
+
+@pytest.mark.s3
+def test_volumes_in_a_bucket_are_audited_like_those_here(
+    s3: Callable[[], str], seen: dict[str, Any], volumes: Path, tmp_path: Path
+) -> None:
+    bucket = s3()
+    for item in open_store(str(volumes)).list_objects():
+        open_store(f"{bucket}/volumes").write_bytes(item.key, (volumes / item.key).read_bytes())
+    table = pd.read_parquet(volumes / "cohort.parquet")[["scan_id", "patient_id", "diagnosis", "cohort"]]
+    places = {"volumes": f"{bucket}/volumes", "out": f"{bucket}/audit", "cache": tmp_path / "cache"}
+    settings = make_settings(tmp_path).model_copy(update=places | {"train": TrainConfig(num_folds=2)})
+    audit = audit_cohort(read_cohort("table.csv", table.to_csv(index=False).encode()), settings)
+    assert write_audit(audit, settings.out)["audit"] == f"{bucket}/audit/audit.html"
+    found = json.loads(open_store(settings.out).read_bytes("audit.json"))
+    assert found == {name: value for name, value in seen.items() if name != "page"}
 
 
 def test_masked_scans_are_a_shortcut_found_in_the_pixels(seen: dict[str, Any]) -> None:

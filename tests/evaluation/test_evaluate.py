@@ -22,7 +22,7 @@ from darnet.page import NOTICE
 from darnet.storage import open_store
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_random_bundle
-from tests.volumes_fixtures import make_cohort
+from tests.volumes_fixtures import DIVISION, make_cohort
 
 VOLUME = VolumeConfig(shape=SHAPE)
 TABLE = """\
@@ -52,7 +52,7 @@ def volumes(tmp_path: Path) -> Path:
     """Ten training scans and seven test scans; patient 3 of training is also the patient of one test scan."""
     frame = make_cohort(tmp_path / "volumes", 10, 2, 7, VOLUME)
     frame.loc[frame["scan_id"] == "scan-012", "patient_id"] = "patient-003"
-    write_index(open_store(str(tmp_path / "volumes")), frame, VOLUME)
+    write_index(open_store(str(tmp_path / "volumes")), frame, VOLUME, DIVISION)
     return tmp_path / "volumes"
 
 
@@ -204,6 +204,8 @@ def test_patients_that_the_network_knows_are_warned_of(
     assert leak in metrics["warnings"][0]
     assert "another cohort" in metrics["warnings"][0]  # this bundle's digest is no cohort's at all
     assert leak in (out / "report.html").read_text()
+    assert metrics["division"].startswith("patient: cohorts of the table's column cohort; 2 folds dealt by patient")
+    assert "2 folds dealt by patient (seed 5)" in (out / "report.html").read_text()
     assert (metrics["num_patients"], metrics["num_folds"], metrics["model_version"]) == (7, 5, "untrained")
 
 
@@ -247,6 +249,22 @@ def test_tables_come_from_and_reports_go_to_a_bucket(
         assert open_store(f"{bucket}/out").read_bytes(name) == (tmp_path / "out" / name).read_bytes()
     summary, _ = run(capsys, "--predictions", f"{bucket}/in/none.csv", "--out", f"{bucket}/out")
     assert summary["exit_code"] == 2
+
+
+@pytest.mark.s3
+def test_bundle_and_volumes_come_from_a_bucket_too(
+    s3: Callable[[], str], tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket, cache = s3(), tmp_path / "cache"
+    for folder in (model, volumes):
+        for item in open_store(str(folder)).list_objects():
+            open_store(f"{bucket}/{folder.name}").write_bytes(item.key, (folder / item.key).read_bytes())
+    places = ("--model", f"{bucket}/bundle", "--volumes", f"{bucket}/volumes", "--cache", cache)
+    run(capsys, *places, "--out", f"{bucket}/out")
+    run(capsys, "--model", model, "--volumes", volumes, "--out", tmp_path / "out")
+    for name in FILES:
+        assert open_store(f"{bucket}/out").read_bytes(name) == (tmp_path / "out" / name).read_bytes()
+    assert len(list(cache.glob("*/volumes.json"))) == 1
 
 
 @pytest.mark.browser

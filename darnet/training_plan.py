@@ -1,0 +1,114 @@
+"""What a training consists of: settings, a volumes table and a cluster's resources enter, networks and folds leave.
+
+No Ray: what runs where is decided here and done in `ray_train`.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from darnet import __version__
+from darnet.bundle import name_model
+from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
+from darnet.dataset import VolumesTable
+from darnet.errors import UsageError
+
+MIN_WORKER_CPUS = 1  # folds that share a CPU train slower together than one after another. Source: ours, by the demo
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a training reads and writes, as every node finds it: addresses of volumes and runs, and a local folder."""
+
+    volumes: str
+    runs: str
+    cache: Path
+
+
+@dataclass(frozen=True, slots=True)
+class FoldTask:
+    """What a worker needs to train one fold of one network; `run` is the name its checkpoints are kept under."""
+
+    places: Places
+    run: str
+    network: ModelConfig
+    config: TrainConfig
+    fold: int
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{name_model(self.network)} fold {self.fold}"
+
+
+@dataclass(frozen=True, slots=True)
+class GangPlan:
+    """How the folds share the cluster: `side_by_side` folds at once, each of `workers` with these resources."""
+
+    workers: int
+    side_by_side: int
+    cpus_per_worker: float
+    has_gpus: bool
+
+
+def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[ModelConfig]:
+    """The networks of Table 3 that are asked for, or the one of the settings.
+
+    Raises: UsageError as `match_network`.
+    """
+    network = match_network(settings, volume)
+    if not settings.networks:
+        return [network]
+    attentions = [set(name.split("-")) for name in settings.networks]
+    return [
+        network.model_copy(update={"depth_attention": "da" in wanted, "channel_attention": "ca" in wanted})
+        for wanted in attentions
+    ]
+
+
+def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
+    """The network of the settings, built for the volumes there are.
+
+    Raises: UsageError naming both where the settings ask for other volumes than these.
+    """
+    if settings.volume not in (VolumeConfig(), volume):
+        raise UsageError(f"{settings.volumes} was prepared with {volume}, the settings ask for {settings.volume}")
+    shape = settings.network.volume_shape
+    if shape not in (ModelConfig().volume_shape, volume.shape):
+        raise UsageError(f"{settings.volumes} holds volumes of {volume.shape}, network.volume_shape is {shape}")
+    return settings.network.model_copy(update={"volume_shape": volume.shape})
+
+
+def plan_gangs(resources: Mapping[str, float], workers: int, num_gangs: int) -> GangPlan:
+    """Share out a cluster: a GPU a worker where there are GPUs, and CPUs so that as many folds as can run at once.
+
+    A worker asks for one CPU at most: more would not make it faster, and whole nodes could stay half empty.
+    Source: ours: starting a small fold takes longer than training it, so that folds overlap on shared CPUs.
+    Raises: UsageError naming what the cluster lacks; an impossible request would wait for ever.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    if 0 < gpus < workers:
+        raise UsageError(f"--workers {workers} takes {workers} GPUs at once, the cluster has {gpus:g}")
+    if cpus < workers * MIN_WORKER_CPUS:
+        raise UsageError(
+            f"--workers {workers} takes at least {workers * MIN_WORKER_CPUS:g} CPUs, the cluster has {cpus:g}"
+        )
+    room = [num_gangs, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
+    side_by_side = int(min(room))
+    share = math.floor(cpus / (workers * side_by_side) * 100) / 100
+    return GangPlan(workers, side_by_side, min(1.0, share), gpus > 0)
+
+
+def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
+    """A name that changes with all that changes the result: Ray resumes whatever is stored under it."""
+    facts = (
+        fingerprint(network),
+        fingerprint(config),
+        table.cohort_sha256,
+        table.volume.preprocessing_version,
+        str(workers),
+        __version__,
+    )
+    return f"{name_model(network)}-fold{fold}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}"

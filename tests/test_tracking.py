@@ -1,0 +1,180 @@
+"""A training in MLflow, read back by MLflow's own client from its own file store."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from darnet.bundle import Bundle, BundleSettings, TrainedFold, write_bundle
+from darnet.config import ModelConfig, TrainConfig, VolumeConfig
+from darnet.errors import UsageError
+from darnet.model import build_network
+from darnet.storage import open_store
+from darnet.tracking import EXPERIMENT, TrackedNetwork, Tracker, track_training
+from tests.places import ROOT
+
+SHAPE = (16, 32, 32)
+NETWORK = ModelConfig(base_channels=4, volume_shape=SHAPE)
+TRAINING = TrackedNetwork(
+    "darnet-da-ca",
+    "s3://it's/runs/darnet-da-ca-fold0-0123",
+    2,
+    {"train": {"epochs": 3, "augment": {"zoom": [0.9, 1.1]}}, "workers": 2},
+    {"cohort_sha256": "c" * 64},
+)
+
+
+def make_epoch(fold: int, epoch: int) -> dict[str, float]:
+    """The first has no AUC: a fold without a class."""
+    auc = math.nan if epoch == 0 else 0.5 + epoch / 10
+    return {"epoch": epoch, "learning_rate": 1e-3, "train_loss": 3.0 - epoch - fold, "auc_ncp": auc}
+
+
+def make_bundle(out: Path) -> Bundle:
+    return write_bundle(
+        str(out),
+        settings=BundleSettings(volume=VolumeConfig(shape=SHAPE), network=NETWORK, train=TrainConfig()),
+        folds=[
+            TrainedFold(
+                build_network(NETWORK, fold).state_dict(),
+                2,
+                0,
+                make_epoch(fold, 2),
+                history=[make_epoch(fold, epoch) for epoch in range(3)],
+            )
+            for fold in range(2)
+        ],
+        cohort_sha256="c" * 64,
+        model_version="1",
+        code_version="0",
+        trained_on="nothing",
+    )
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """A reader of the store that the tests log to, and none of this machine's own settings."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return MlflowClient(str(tmp_path / "mlflow"))
+
+
+def find_runs(client: MlflowClient) -> tuple[list[Run], list[Run]]:
+    """Runs of networks, and runs of folds below them in the order of the folds."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    runs = list(client.search_runs([experiment.experiment_id]))
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    return [run for run in runs if run not in children], sorted(children, key=lambda run: run.info.run_name or "")
+
+
+def read_curve(client: MlflowClient, run: Run, metric: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def break_off(tracker: Tracker) -> None:
+    """Two epochs of one fold, and then a failure."""
+    for epoch in range(2):
+        tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, epoch))
+    raise KeyboardInterrupt
+
+
+def start_and_break_off(place: str) -> None:
+    with track_training(place, [TRAINING]) as tracker:
+        break_off(tracker)
+
+
+def test_a_training_that_was_resumed_is_logged_once(client: MlflowClient, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start_and_break_off(str(tmp_path / "mlflow"))
+    (network,), (first, _) = find_runs(client)
+    assert (network.info.status, first.info.status) == ("FAILED", "FAILED")
+    assert read_curve(client, first, "train_loss") == [(0, 3.0), (1, 2.0)]
+
+    bundle = make_bundle(tmp_path / "bundle")
+    with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
+        assert client.get_run(network.info.run_id).info.status == "RUNNING"
+        tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 1))  # what was done after the last checkpoint
+        tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 2))
+        tracker.finish(bundle.manifest, open_store(str(tmp_path / "bundle")))
+
+    (again,), folds = find_runs(client)
+    assert again.info.run_id == network.info.run_id
+    assert [run.info.status for run in (again, *folds)] == ["FINISHED"] * 3
+    for fold, run in enumerate(folds):
+        assert run.data.tags["mlflow.parentRunId"] == network.info.run_id
+        assert read_curve(client, run, "train_loss") == [(epoch, 3.0 - epoch - fold) for epoch in range(3)]
+        assert read_curve(client, run, "auc_ncp") == [(1, 0.6), (2, 0.7)]
+        assert "epoch" not in run.data.metrics
+
+
+def test_a_networks_run_tells_settings_means_and_documents(client: MlflowClient, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    for _ in range(2):
+        with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
+            tracker.finish(bundle.manifest, open_store(str(tmp_path / "bundle")))
+    (run,), _ = find_runs(client)
+    assert run.info.run_name == "darnet-da-ca"
+    assert run.data.params == {"train.epochs": "3", "train.augment.zoom": "[0.9, 1.1]", "workers": "2"}
+    assert run.data.metrics == {"mean_train_loss": 0.5, "mean_auc_ncp": 0.7}
+    assert len(client.get_metric_history(run.info.run_id, "mean_auc_ncp")) == 1
+    assert run.data.tags["cohort_sha256"] == "c" * 64
+    assert run.data.tags["model_sha256"] == bundle.manifest.model_sha256
+    folder = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
+    for name in ("MODEL_CARD.md", "bundle.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "bundle" / name).read_bytes()
+
+
+def test_another_place_of_checkpoints_is_another_training(client: MlflowClient, tmp_path: Path) -> None:
+    for training in ("runs/a", "runs/b", "runs/a"):
+        network = TrackedNetwork(TRAINING.name, training, 2, {}, {})
+        with track_training(str(tmp_path / "mlflow"), [network]):
+            pass
+    networks, folds = find_runs(client)
+    assert (len(networks), len(folds)) == (2, 4)
+
+
+def test_a_training_goes_on_when_mlflow_fails(
+    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
+        _, folds = find_runs(client)
+        client.delete_run(folds[0].info.run_id)
+        tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 0))
+        assert "MLflow did not take all of it" in capsys.readouterr().err
+        client.restore_run(folds[0].info.run_id)
+        tracker.finish(bundle.manifest, open_store(str(tmp_path / "bundle")))
+    assert [step for step, _ in read_curve(client, folds[0], "train_loss")] == [0, 1, 2]
+
+
+def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path: Path) -> None:
+    def start(place: str) -> Any:
+        with track_training(place, [TRAINING]) as tracker:
+            return tracker
+
+    with pytest.raises(UsageError, match=r"--mlflow gopher://x: MLflow cannot be used there \(.*unsupported URI"):
+        start("gopher://x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=f"--mlflow {tmp_path}/file: MLflow cannot be used there"):
+        start(str(tmp_path / "file"))
+
+
+def test_without_mlflow_nothing_is_logged_and_asking_for_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['mlflow'] = None\n"
+        "from darnet.errors import UsageError\n"
+        "from darnet.tracking import track_training\n"
+        "with track_training(None, []) as tracker: tracker.log_epoch('darnet-da-ca', 0, {'epoch': 0})\n"
+        "try:\n"
+        "    with track_training('http://mlflow', []): pass\n"
+        "except UsageError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "--mlflow http://mlflow: MLflow is not installed; pip install 'darnet[mlflow]'\n"
