@@ -117,7 +117,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
             if hasattr(field.annotation, "model_fields"):
                 check(field.annotation, f"{prefix}{name}.")
             elif not prefix.startswith("--network") or name != "num_classes":
-                assert f"{prefix}{name.replace('_', '-')}" in told
+                assert f"{prefix}{name}".replace("_", "-") in told
                 assert field.description, f"{prefix}{name} has no description"
 
     check(ScoreSettings, "--")
