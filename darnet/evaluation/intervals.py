@@ -5,13 +5,13 @@ take every scan as independent of the others: with several scans a patient they 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
 
-from darnet.metrics import NCP_LABEL, LabelArray, measure_scans, trace_roc
+from darnet.metrics import NCP_LABEL, LabelArray, measure_reliability, measure_scans, trace_roc
 from darnet.scan import FloatArray
 
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
@@ -31,13 +31,7 @@ class Interval:
 
 
 UNDEFINED = Interval(math.nan, math.nan)
-WITHOUT_INTERVAL = {
-    "ece_3class": (
-        "the calibration error is never negative and chance alone raises it; resampling raises it again, so that the "
-        "percentiles of its replicates can lie above the true value altogether"
-    )
-}
-"""Metrics whose bootstrap interval would not cover, and why."""
+CALIBRATION = "ece_3class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +51,22 @@ class Resampling:
 
         Shape: (N, 3), (N,) -> (replicates,) each.
         """
-        step = max(1, CHUNK_WEIGHTS // max(1, len(labels)))
-        chunks = [
-            measure_scans(probabilities, labels, self.weights[start : start + step])
-            for start in range(0, len(self.weights), step)
-        ]
+        chunks = [measure_scans(probabilities, labels, weights) for weights in self._chunks(len(labels))]
         return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    def measure_calibration_shift(self, probabilities: FloatArray, labels: LabelArray) -> FloatArray:
+        """How far each set moves the gaps between confidence and accuracy, summed over the bins.
+
+        No set can move the calibration error further, whatever the signs of the gaps.
+        Shape: (N, 3), (N,) -> (replicates,).
+        """
+        gaps = _measure_gaps(probabilities, labels)
+        chunks = [_measure_gaps(probabilities, labels, weights) - gaps for weights in self._chunks(len(labels))]
+        return np.concatenate([np.abs(chunk).sum(axis=-1) for chunk in chunks])
+
+    def _chunks(self, num_scans: int) -> Iterator[FloatArray]:
+        step = max(1, CHUNK_WEIGHTS // max(1, num_scans))
+        return (self.weights[start : start + step] for start in range(0, len(self.weights), step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,25 +164,33 @@ def correct_holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resampling: Resampling) -> dict[str, Interval]:
-    """A percentile interval for every metric.
+    """A percentile interval for every metric but `ece_3class`, which has one by `_bound_calibration_error`.
 
     Shape:  (N, 3), (N,).
     Source: Efron & Tibshirani 1993, ch. 13. Where no scan is called wrongly it has no width: that says that no error
-            was seen, not that none can be. Undefined for `WITHOUT_INTERVAL`.
+            was seen, not that none can be.
     """
     replicates = resampling.measure(probabilities, labels)
-    return {name: _take_interval_of(name, values) for name, values in replicates.items()}
+    shift = resampling.measure_calibration_shift(probabilities, labels)
+    error = float(np.abs(_measure_gaps(probabilities, labels)).sum())
+    return {name: take_interval(values) for name, values in replicates.items()} | {
+        CALIBRATION: _bound_calibration_error(error, shift, 0.0)
+    }
 
 
 def bootstrap_differences(
     first: FloatArray, second: FloatArray, labels: LabelArray, resampling: Resampling
 ) -> dict[str, Interval]:
-    """A percentile interval for first minus second in every metric but `WITHOUT_INTERVAL`, both on the same sets.
+    """An interval for first minus second in every metric, as `bootstrap_intervals`, both on the same sets.
 
     Shape: (N, 3), (N, 3), (N,).
     """
     ours, theirs = (resampling.measure(probabilities, labels) for probabilities in (first, second))
-    return {name: _take_interval_of(name, ours[name] - theirs[name]) for name in ours}
+    shift = sum(resampling.measure_calibration_shift(probabilities, labels) for probabilities in (first, second))
+    errors = [float(np.abs(_measure_gaps(probabilities, labels)).sum()) for probabilities in (first, second)]
+    return {name: take_interval(ours[name] - theirs[name]) for name in ours} | {
+        CALIBRATION: _bound_calibration_error(errors[0] - errors[1], np.asarray(shift), -1.0)
+    }
 
 
 def measure_cohort_variance(
@@ -284,8 +296,25 @@ def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float 
     return FoldDifference(num_pairs, num_seeds, mean, Interval(mean - reach, mean + reach), p_value)
 
 
-def _take_interval_of(name: str, replicates: FloatArray) -> Interval:
-    return UNDEFINED if name in WITHOUT_INTERVAL else take_interval(replicates)
+def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatArray | None = None) -> FloatArray:
+    """Confidence minus accuracy of each bin, times its share of the scans.
+
+    Shape: (N, 3), (N,), weights (..., N) -> (..., bins).
+    """
+    found = measure_reliability(probabilities, labels, weights)
+    gaps: FloatArray = np.nan_to_num(found.num_scans * (found.confidence - found.accuracy))
+    gaps /= found.num_scans.sum(axis=-1, keepdims=True)
+    return gaps
+
+
+def _bound_calibration_error(error: float, shift: FloatArray, least: float) -> Interval:
+    """The error, or the difference of two, plus and minus what resampling moves the bins' gaps by, from `least` to 1.
+
+    Percentiles would not cover: an error that is never negative is raised by chance, and by resampling again.
+    Source: ours; the triangle inequality makes it cover, and wide.
+    """
+    reach = float(np.quantile(shift, 1 - ALPHA))
+    return Interval(max(least, error - reach), min(1.0, error + reach))
 
 
 def _take_variance(replicates: FloatArray) -> float:

@@ -13,7 +13,6 @@ import numpy as np
 
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import (
-    WITHOUT_INTERVAL,
     AucDifference,
     AucEstimate,
     DecisionDifference,
@@ -196,11 +195,7 @@ def count_clusters(predictions: Predictions) -> list[int]:
 
 def _warn_of_intervals(evaluation: Evaluation) -> list[str]:
     """Name the metrics whose interval is lacking though they are defined, or has no width."""
-    known = {
-        name: item
-        for name, item in evaluation.intervals.items()
-        if name not in WITHOUT_INTERVAL and not math.isnan(evaluation.metrics[name])
-    }
+    known = {name: item for name, item in evaluation.intervals.items() if not math.isnan(evaluation.metrics[name])}
     lacking = [name for name, item in known.items() if math.isnan(item.low)]
     flat = [name for name, item in known.items() if item.low == item.high]
     warnings = []
@@ -228,7 +223,6 @@ def describe_evaluation(evaluation: Evaluation, origin: Origin, comparison: Comp
         "auc_ncp_ci95_delong": [evaluation.auc.interval.low, evaluation.auc.interval.high],
         "ci95_clustered_by": evaluation.clustered_by,
         "ci95_replicates": evaluation.num_replicates,
-        "ci95_absent": dict(WITHOUT_INTERVAL),
         "ece_bins": ECE_BINS,
         "classes": list(LABELS),
         "confusion_matrix": evaluation.confusion.astype(int).tolist(),

@@ -11,11 +11,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from darnet.charts import draw_histories, draw_rocs
-from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, WITHOUT_INTERVAL, judge_p
+from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, judge_p
 from darnet.evaluation.maps_report import describe_measured_maps
 from darnet.evaluation.measures import Evaluation, find_warnings
 from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
-from darnet.evaluation.report import LIMITS, describe_input, picture_calibration, picture_confusion
+from darnet.evaluation.report import (
+    CALIBRATION_INTERVAL,
+    LIMITS,
+    describe_input,
+    picture_calibration,
+    picture_confusion,
+)
 from darnet.evaluation.study import Pair, Study
 from darnet.evaluation.tabulate import (
     format_difference,
@@ -160,8 +166,8 @@ def tabulate_ensembles(study: Study) -> HtmlTable:
     full = study.evaluations[study.full]
     caption = (
         f"Ensembles: mean probability of the fold models{_name_seeds(study)}, 95% percentile intervals of "
-        f"{full.num_replicates} bootstrap replicates by {full.clustered_by}, the same for every network; "
-        f"{', '.join(WITHOUT_INTERVAL)} has none, as it would not cover."
+        f"{full.num_replicates} bootstrap replicates by {full.clustered_by}, the same for every network. "
+        f"{CALIBRATION_INTERVAL}"
     )
     return HtmlTable(["", *study.runs], rows, caption)
 
