@@ -130,6 +130,7 @@ def test_the_night_runs_a_command_that_the_job_understands() -> None:
     assert (python, flag, module) == ("python", "-m", "jobs.score")
     settings = read_settings(ScoreSettings, flags, "x")
     assert settings.archive.startswith("s3://")
+    assert settings.settle_s == 1800  # a scan that is still arriving waits for the next night
 
 
 def test_the_night_tries_again_on_a_new_cluster_and_only_there() -> None:
