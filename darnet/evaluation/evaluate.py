@@ -55,17 +55,8 @@ from darnet.volumes_cache import open_volumes
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
-PLACES = {
-    "out",
-    "predictions",
-    "model",
-    "volumes",
-    "truth",
-    "compare",
-    "audit",
-    "cache",
-    "config",
-}  # where things lie changes no number
+# Where things lie changes no number.
+PLACES = set("out predictions model volumes truth compare audit cache config".split())
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
