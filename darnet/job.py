@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from darnet.config import Settings, read_settings
 from darnet.errors import ExitCode, RunError
+from darnet.settings import Settings, read_settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 

@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from darnet.config import EvaluateSettings
 from darnet.errors import RunError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.ray_cluster import connect, count_resource
+from darnet.settings import EvaluateSettings
 
 
 def evaluate_on_cluster(settings: EvaluateSettings) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from darnet.cohort import (
     match_cohort,
     record_division,
 )
-from darnet.config import PrepareSettings
 from darnet.dataset import write_array, write_facts, write_index
 from darnet.errors import Status, UsageError
 from darnet.ingest import Road
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
 from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
 from darnet.scan import Source
+from darnet.settings import PrepareSettings
 from darnet.storage import Store
 from darnet.terminal import show_progress
 

@@ -45,13 +45,14 @@ from darnet.bundle import (
     publish_bundles,
     refuse_existing,
 )
-from darnet.config import ModelConfig, ScoreConfig, TrainConfig, TrainSettings
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.history import render_files
 from darnet.model import build_network
 from darnet.score import Ensemble
+from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
 from darnet.tracking import TrackedNetwork, Tracker, track_training

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darnet.config import Settings
 from darnet.errors import ObjectMissing, UsageError
+from darnet.settings import Settings
 from darnet.storage import Store, has_object
 from darnet.terminal import print_heading
 

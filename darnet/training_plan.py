@@ -11,9 +11,10 @@ from pathlib import Path
 
 from darnet import __version__
 from darnet.bundle import name_model
-from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig, fingerprint
+from darnet.config import ModelConfig, TrainConfig, VolumeConfig, fingerprint
 from darnet.dataset import VolumesTable
 from darnet.errors import UsageError
+from darnet.settings import TrainSettings
 
 MIN_WORKER_CPUS = 1  # folds that share a CPU train slower together than one after another. Source: ours, by the demo
 

@@ -8,10 +8,10 @@ import jobs.prepare
 import jobs.score
 import jobs.train
 from darnet import demo
-from darnet.config import DemoSettings, PrepareSettings, ScoreSettings, TrainSettings
 from darnet.job import run_job
 from darnet.phantoms.archive import write_archive, write_cohort
 from darnet.results import read_predictions
+from darnet.settings import DemoSettings, PrepareSettings, ScoreSettings, TrainSettings
 from darnet.terminal import print_heading, print_table, show_progress
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from darnet.checkup.findings import examine, report_findings
 from darnet.checkup.machine import check_bundle, check_machine
 from darnet.checkup.places import check_archive, check_results
-from darnet.config import DoctorSettings
 from darnet.job import run_job
 from darnet.ray_doctor import check_cluster
+from darnet.settings import DoctorSettings
 from darnet.storage import open_store
 
 

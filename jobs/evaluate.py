@@ -2,9 +2,9 @@
 
 import sys
 
-from darnet.config import EvaluateSettings
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
+from darnet.settings import EvaluateSettings
 
 
 def main() -> int:

@@ -6,9 +6,9 @@ from typing import Any
 import jobs.prepare
 import jobs.train
 from darnet.bundle import NETWORK_NAMES
-from darnet.config import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
 from darnet.job import run_job
 from darnet.ray_evaluate import evaluate_on_cluster
+from darnet.settings import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
 from darnet.steps import Step, claim_folder, run_steps
 from darnet.storage import open_store
 

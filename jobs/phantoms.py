@@ -3,11 +3,11 @@
 import sys
 from typing import Any
 
-from darnet.config import PhantomsSettings
 from darnet.errors import UsageError
 from darnet.job import run_job
 from darnet.phantoms.archive import write_cohort
 from darnet.phantoms.study import plan_study, write_study
+from darnet.settings import PhantomsSettings
 from darnet.terminal import show_progress
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from darnet.auditing.audit import audit_cohort
 from darnet.auditing.report import write_audit
 from darnet.cohort import read_cohort
-from darnet.config import PrepareSettings
 from darnet.job import run_job
 from darnet.ray_prepare import prepare_volumes
+from darnet.settings import PrepareSettings
 from darnet.storage import open_store, read_file
 
 

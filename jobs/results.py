@@ -2,9 +2,9 @@
 
 import sys
 
-from darnet.config import ResultsSettings
 from darnet.job import run_job
 from darnet.publishing.check import care_for_results
+from darnet.settings import ResultsSettings
 
 
 def main() -> int:

@@ -6,11 +6,11 @@ from typing import Any
 
 from darnet.archive import Selection
 from darnet.cam_images import CamImages
-from darnet.config import ScoreSettings
 from darnet.errors import UsageError
 from darnet.job import run_job
 from darnet.publishing.hold import decide_hold
 from darnet.ray_score import preview_archive, score_archive
+from darnet.settings import ScoreSettings
 from darnet.storage import open_store
 
 

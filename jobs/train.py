@@ -4,10 +4,10 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from darnet.config import TrainSettings
 from darnet.job import run_job
 from darnet.ray_cluster import connect
 from darnet.ray_train import train_model
+from darnet.settings import TrainSettings
 
 
 def work(settings: TrainSettings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from darnet.config import ScoreSettings, read_settings
+from darnet.settings import ScoreSettings, read_settings
 from tests.places import ROOT
 
 CLUSTER_TEXT = (ROOT / "cluster.yaml").read_text()

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 
 from darnet.archive import EVERYTHING, Selection
-from darnet.config import (
-    PrepareSettings,
-    ScoreSettings,
-    Settings,
-    fingerprint,
-    read_settings,
-)
+from darnet.config import fingerprint
 from darnet.errors import CredentialsError, RunError, StorageError, UsageError
 from darnet.job import run_job
+from darnet.settings import PrepareSettings, ScoreSettings, Settings, read_settings
 
 PLACES = ["--archive", "a", "--model", "m", "--results", "r"]
 

@@ -11,18 +11,19 @@ from tests.places import ROOT
 
 ROWS = (
     "errors config scan",
-    "archive auditing.shortcuts augment cam evaluation.paper history job lung metrics model page phantoms.canvas "
-    "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report storage_local tables "
-    "terminal volume",
-    "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions phantoms.body "
-    "phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
+    "archive auditing.shortcuts augment cam evaluation.paper history lung metrics model page phantoms.canvas "
+    "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report settings storage_local "
+    "tables terminal volume",
+    "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions job "
+    "phantoms.body phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
     "bundle cam_images dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys "
     "publishing.nightly_report publishing.objects steps",
     "auditing.features evaluation.cam_truth evaluation.tabulate phantoms.archive prepared publishing.commit "
     "publishing.runs publishing.scored_keys ray_cluster results score tracking train training_plan volumes_cache",
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study phantoms.study "
     "publishing.hold publishing.planning ray_doctor ray_prepare",
-    "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
+    "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score "
+    "ray_train",
     "evaluation.study_report",
     "evaluation.evaluate",
     "ray_evaluate",

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from darnet.config import EvaluateSettings
 from darnet.errors import UsageError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.ray_evaluate import evaluate_in_task
+from darnet.settings import EvaluateSettings
 
 TABLE = "scan_id,label,prob_cp,prob_ncp,prob_normal\na,CP,0.8,0.1,0.1\nb,NCP,0.1,0.8,0.1\nc,Normal,0.1,0.5,0.4\n"
 

@@ -9,9 +9,9 @@ import pytest
 
 from darnet.auditing.audit import audit_cohort, summarise_audit
 from darnet.cohort import read_cohort
-from darnet.config import PrepareSettings
 from darnet.dataset import read_facts, read_index
 from darnet.ray_prepare import prepare_volumes
+from darnet.settings import PrepareSettings
 from darnet.storage import open_store
 from tests.ct_fixtures import make_chest
 

@@ -23,7 +23,7 @@ from ray.data import Dataset
 
 from darnet.archive import EVERYTHING
 from darnet.bundle import read_bundle
-from darnet.config import DecodeConfig, ScoreConfig, ScoreSettings
+from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, UsageError
 from darnet.page import NOTICE
 from darnet.publishing.hold import decide_hold
@@ -35,6 +35,7 @@ from darnet.ray_score import describe_work, preview_archive, score_archive, scor
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
+from darnet.settings import ScoreSettings
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle

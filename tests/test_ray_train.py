@@ -18,12 +18,13 @@ import torch
 from mlflow import MlflowClient
 
 from darnet.bundle import load_networks, read_bundle
-from darnet.config import ModelConfig, TrainConfig, TrainSettings
+from darnet.config import ModelConfig, TrainConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.history import render_history
 from darnet.model import build_network
 from darnet.ray_train import train_folds, train_model, write_bundles
+from darnet.settings import TrainSettings
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
 from darnet.training_plan import MIN_WORKER_CPUS, FoldTask, Places, choose_networks

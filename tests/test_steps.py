@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from darnet.config import PaperSettings, PhantomsSettings, read_settings
 from darnet.errors import UsageError
+from darnet.settings import PaperSettings, PhantomsSettings, read_settings
 from darnet.steps import Step, claim_folder, run_steps
 from darnet.storage import Store
 from tests.places import ROOT

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from darnet.bundle import name_model
-from darnet.config import ModelConfig, TrainConfig, TrainSettings, VolumeConfig
+from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
+from darnet.settings import TrainSettings
 from darnet.training_plan import MIN_WORKER_CPUS, choose_networks, match_network, name_run, plan_gangs
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 

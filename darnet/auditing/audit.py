@@ -40,11 +40,12 @@ from darnet.cohort import (
     match_cohort,
     name_own_cohorts,
 )
-from darnet.config import PrepareSettings, digest_json
+from darnet.config import digest_json
 from darnet.dataset import VolumesIndex, read_facts
 from darnet.errors import UsageError
 from darnet.reading.slice_order import SliceOrder
 from darnet.scan import Source
+from darnet.settings import PrepareSettings
 from darnet.storage import Store, open_store
 from darnet.volumes_cache import open_volumes
 

@@ -25,7 +25,7 @@ from darnet.bundle import (
     read_bundle,
 )
 from darnet.cohort import count_cohort, describe_division, find_leaking_patients
-from darnet.config import EvaluateSettings, ScoreConfig, digest_json, fingerprint
+from darnet.config import ScoreConfig, digest_json, fingerprint
 from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
@@ -49,6 +49,7 @@ from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
 from darnet.page import Section, figure_to_png
 from darnet.score import Ensemble, ScanScore
+from darnet.settings import EvaluateSettings
 from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
 from darnet.volumes_cache import open_volumes

@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from darnet.config import ResultsSettings
 from darnet.errors import FolderMissing, RunError, UsageError
 from darnet.publishing.hold import list_held_runs
 from darnet.publishing.objects import NOTICE, Stored, list_commits, make_commit_key, parse_stored
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
 from darnet.publishing.runs import ENDED, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
+from darnet.settings import ResultsSettings
 from darnet.storage import Store, open_store
 
 NUM_NAMED = 5  # Source: ours; faults told in full, of which one usually explains the rest

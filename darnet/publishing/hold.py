@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from darnet.cam_images import CamImages
-from darnet.config import GateConfig, ScoreSettings
+from darnet.config import GateConfig
 from darnet.errors import HeldError, UsageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.gates import Verdict, judge
@@ -18,6 +18,7 @@ from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, lis
 from darnet.publishing.objects import NOTICE, list_commit_objects, list_commits, read_objects, stream_objects
 from darnet.publishing.rows import SCHEMA
 from darnet.publishing.runs import HELD, PLAN, RUNS, RunFolder, list_run_files
+from darnet.settings import ScoreSettings
 from darnet.storage import Store
 
 ACCEPTED, DISCARDED = "ACCEPTED.json", "DISCARDED.json"

@@ -14,11 +14,12 @@ from darnet.auditing.audit import audit_cohort
 from darnet.auditing.report import write_audit
 from darnet.bundle import load_networks, read_bundle
 from darnet.cohort import read_cohort
-from darnet.config import EvaluateSettings, PrepareSettings, VolumeConfig
+from darnet.config import VolumeConfig
 from darnet.dataset import write_index
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
 from darnet.page import NOTICE
+from darnet.settings import EvaluateSettings, PrepareSettings
 from darnet.storage import open_store
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_random_bundle

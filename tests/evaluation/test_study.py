@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 
 from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
-from darnet.config import EvaluateSettings, ModelConfig, VolumeConfig
+from darnet.config import ModelConfig, VolumeConfig
 from darnet.dataset import write_index
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
@@ -24,6 +24,7 @@ from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
 from darnet.model import DARNet, count_parameters
 from darnet.page import NOTICE
+from darnet.settings import EvaluateSettings
 from darnet.storage import open_store
 from tests.browser_fixtures import list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_four_bundles, write_random_bundle

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from darnet.config import ResultsSettings
 from darnet.job import run_job
 from darnet.publishing.check import care_for_results
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
+from darnet.settings import ResultsSettings
 from darnet.storage import Store
 from tests.results_fixtures import begin_run, make_row, make_source, publish_rows
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from darnet.config import ScoreSettings
 from darnet.errors import ExitCode, HeldError, UsageError
 from darnet.job import run_job
 from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
 from darnet.publishing.runs import RunFolder, find_unfinished
+from darnet.settings import ScoreSettings
 from darnet.storage import Store, open_store
 from tests.results_fixtures import (
     WORK,
