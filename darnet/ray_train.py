@@ -36,15 +36,8 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
-from darnet.bundle import (
-    Bundle,
-    BundleSettings,
-    TrainedFold,
-    make_bundle,
-    name_model,
-    publish_bundles,
-    refuse_existing,
-)
+from darnet.bundle import Bundle, BundleSettings, name_model
+from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from darnet.bundle import NETWORKS, Bundle, BundleSettings, TrainedFold, name_model, write_bundle
+from darnet.bundle import NETWORKS, Bundle, BundleSettings, name_model
+from darnet.bundle_writing import TrainedFold, write_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.model import build_network
 

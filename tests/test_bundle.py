@@ -15,19 +15,8 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from darnet import config
-from darnet.bundle import (
-    Bundle,
-    BundleSettings,
-    TrainedFold,
-    find_bundles,
-    load_networks,
-    make_bundle,
-    name_model,
-    publish_bundles,
-    read_bundle,
-    refuse_existing,
-    write_bundle,
-)
+from darnet.bundle import Bundle, BundleSettings, find_bundles, load_networks, name_model, read_bundle
+from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing, write_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import StorageError, UsageError
 from darnet.model import DARNet, build_network

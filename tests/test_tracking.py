@@ -10,7 +10,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from darnet.bundle import Bundle, BundleSettings, TrainedFold, write_bundle
+from darnet.bundle import Bundle, BundleSettings
+from darnet.bundle_writing import TrainedFold, write_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import UsageError
 from darnet.model import build_network

@@ -1,0 +1,263 @@
+"""Trained folds and the settings they need enter, a model bundle leaves, in a folder or a bucket."""
+
+import hashlib
+import math
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import safetensors.torch
+from torch import Tensor
+
+from darnet.bundle import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    Bundle,
+    BundleManifest,
+    BundleSettings,
+    FoldRecord,
+    build_blueprint,
+    count_network_parameters,
+    digest_model,
+    list_bundles,
+    name_model,
+)
+from darnet.config import fingerprint
+from darnet.errors import StorageError, UsageError
+from darnet.history import HISTORY_FILE, History, render_history
+from darnet.model import DARNet
+from darnet.scan import DIAGNOSES
+from darnet.storage import open_store
+from darnet.storage_local import LocalStore
+
+Files: TypeAlias = Mapping[str, bytes]
+"""A bundle's files by name, the manifest last."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedFold:
+    """What training one fold leaves: weights, how they came about, and the metrics of its validation scans.
+
+    `temperature` is what its logits are divided by; 1 leaves them as they are. `history` has an entry an epoch.
+    """
+
+    state: Mapping[str, Tensor]
+    world_size: int
+    seed: int
+    validation: Mapping[str, float]
+    temperature: float = 1.0
+    history: History = ()
+
+
+def write_bundle(out: str, **facts: Any) -> Bundle:
+    """Make one bundle and publish it; `facts` are those of `make_bundle`.
+
+    Raises: as `make_bundle` and `publish_bundles`.
+    """
+    refuse_existing(out)
+    bundle, files = make_bundle(**facts)
+    publish_bundles(out, {"": files})
+    return bundle
+
+
+def make_bundle(
+    *,
+    settings: BundleSettings,
+    folds: Sequence[TrainedFold],
+    cohort_sha256: str,
+    model_version: str,
+    code_version: str,
+    trained_on: str,
+    tested_on: str = "Not measured on a test cohort yet: `python -m jobs.evaluate` does.",
+) -> tuple[Bundle, Files]:
+    """A bundle and its files; `trained_on` and `tested_on` are the model card's Markdown on the data, and on how the
+    ensemble fared on a test cohort.
+
+    Raises: ValueError if a fold's weights are not of this network.
+    """
+    blueprint = build_blueprint(settings.network)
+    for trained in folds:
+        _check_state(blueprint, trained.state)
+    weights = tuple(_serialize(trained.state) for trained in folds)
+    records = tuple(_describe_fold(*fold) for fold in zip(range(len(folds)), folds, weights, strict=True))
+    history = b"".join(render_history(fold, trained.history) for fold, trained in enumerate(folds))
+    manifest = BundleManifest(
+        model_name=name_model(settings.network),
+        model_version=model_version,
+        model_sha256=digest_model(settings, DIAGNOSES, records),
+        preprocessing_version=settings.volume.preprocessing_version,
+        code_version=code_version,
+        cohort_sha256=cohort_sha256,
+        classes=DIAGNOSES,
+        settings=settings,
+        settings_sha256=fingerprint(settings),
+        folds=records,
+        history_sha256=hashlib.sha256(history).hexdigest() if history else None,
+    )
+    files = {record.file: data for record, data in zip(records, weights, strict=True)}
+    if history:
+        files[HISTORY_FILE] = history
+    files[CARD_FILE] = render_model_card(manifest, trained_on, tested_on).encode()
+    files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    return Bundle(manifest, weights), files
+
+
+def publish_bundles(out: str, bundles: Mapping[str, Files]) -> None:
+    """Write bundles below `out`, each under its name; under the name "" to `out` itself.
+
+    A local folder appears whole or not at all. In a bucket every bundle does: its manifest, without which it is none,
+    comes when the other files of all are there.
+    Raises: UsageError if a bundle is there already; StorageError, CredentialsError.
+    """
+    files = {f"{name}/{file}".lstrip("/"): data for name, held in bundles.items() for file, data in held.items()}
+    store = open_store(out)
+    if isinstance(store, LocalStore):
+        _publish_folder(store.root, files)
+        return
+    manifests = {key: data for key, data in files.items() if key.rpartition("/")[2] == MANIFEST_FILE}
+    for key in files.keys() - manifests.keys():
+        store.write_bytes(key, files[key])
+    for key, data in manifests.items():
+        if not store.put_if_absent(key, data):
+            raise _refuse(store.uri)
+
+
+def refuse_existing(out: str) -> None:
+    """Raises: UsageError if `out` is a folder, or holds bundles in a bucket; StorageError, CredentialsError."""
+    store = open_store(out)
+    if store.root.exists() if isinstance(store, LocalStore) else list_bundles(store):
+        raise _refuse(store.uri)
+
+
+def render_model_card(manifest: BundleManifest, trained_on: str, tested_on: str) -> str:
+    """The model card, in Markdown, from what the run itself knows."""
+    settings = manifest.settings
+    switch = {True: "on", False: "off"}
+    return MODEL_CARD.format(
+        manifest=manifest,
+        settings=settings,
+        train=settings.train,
+        shape=" x ".join(map(str, settings.volume.shape)),
+        num_folds=len(manifest.folds),
+        depth_attention=switch[settings.network.depth_attention],
+        channel_attention=switch[settings.network.channel_attention],
+        num_parameters=count_network_parameters(settings.network),
+        classes="\n".join(f"{index}. {name}" for index, name in enumerate(manifest.classes)),
+        folds=_render_folds(manifest.folds),
+        trained_on=trained_on.strip(),
+        tested_on=tested_on.strip(),
+    )
+
+
+def _render_folds(folds: Sequence[FoldRecord]) -> str:
+    """Markdown table of the folds, one column a metric."""
+    names = list(dict.fromkeys(name for fold in folds for name in fold.validation))
+    rows = [["file", "seed", "workers", "temperature", *names], ["---"] * (4 + len(names))]
+    for fold in folds:
+        values = (fold.validation.get(name) for name in names)
+        metrics = ["undefined" if value is None else f"{value:.4f}" for value in values]
+        rows.append([fold.file, str(fold.seed), str(fold.world_size), f"{fold.temperature:.4g}", *metrics])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _describe_fold(index: int, trained: TrainedFold, data: bytes) -> FoldRecord:
+    return FoldRecord(
+        file=f"fold{index}.safetensors",
+        sha256=hashlib.sha256(data).hexdigest(),
+        world_size=trained.world_size,
+        seed=trained.seed,
+        # JSON has no NaN, which is what a metric without any scan of a class is.
+        validation={name: value if math.isfinite(value) else None for name, value in trained.validation.items()},
+        temperature=trained.temperature,
+    )
+
+
+def _serialize(state: Mapping[str, Tensor]) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return safetensors.torch.save(tensors)
+
+
+def _check_state(blueprint: DARNet, state: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError naming the tensors that are missing, unknown, or of another shape or type."""
+    expected = {(name, tensor.shape, tensor.dtype) for name, tensor in blueprint.state_dict().items()}
+    found = {(name, tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    wrong = sorted({name for name, _, _ in expected ^ found})
+    if wrong:
+        raise ValueError(f"these weights are not of the network {blueprint.config}: {', '.join(wrong)}")
+
+
+def _refuse(place: str) -> UsageError:
+    return UsageError(f"{place}: exists already, and a bundle is never overwritten; name another folder")
+
+
+def _publish_folder(out: Path, files: Files) -> None:
+    """Fill a hidden folder beside `out` and rename it, so that no reader meets a part of a bundle."""
+    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        store = open_store(str(staged), create=True)
+        for name, data in files.items():
+            store.write_bytes(name, data)
+        staged.rename(out)
+    except OSError as error:
+        if out.exists():
+            raise _refuse(str(out)) from error
+        raise StorageError(f"{out}: cannot write the bundle ({error.strerror}); check rights and space") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+MODEL_CARD = """\
+# {manifest.model_name} {manifest.model_version}
+
+**Research use only. Not a medical device: no decision about a patient may rest on it.**
+
+An ensemble of {num_folds} networks that sorts a chest CT scan into three classes; the mean of their probabilities is
+the ensemble's. The network follows Shi et al., "Dual-Attention Residual Network for Automatic Diagnosis of COVID-19".
+
+| | |
+| --- | --- |
+| model_sha256 | `{manifest.model_sha256}` |
+| network | attention by depth {depth_attention}, by channel {channel_attention}; {num_parameters:,} parameters |
+| code | {manifest.code_version} |
+| preprocessing | {manifest.preprocessing_version} |
+| cohort_sha256 | `{manifest.cohort_sha256}` |
+| input | one scan as {shape} voxels, crop `{settings.volume.crop}`, window {settings.volume.window_hu} HU |
+| training | {train.epochs} epochs, learning rate {train.learning_rate}, batch {train.batch_size}, seed {train.seed} |
+
+## Classes
+
+{classes}
+
+NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
+
+## Trained on
+
+{trained_on}
+
+## Folds
+
+{folds}
+
+Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
+read it as an upper estimate. A temperature other than 1 was fitted on the same scans. The figures printed in the
+paper were not measured on these weights and say nothing about them.
+
+## Test cohort
+
+{tested_on}
+
+## Intended use
+
+Research on batches of chest CT: ranking scans, comparing models, studying where a class activation map lies.
+
+## Limits
+
+- It knows three classes. A scan of anything else still gets three probabilities that add up to one.
+- Probabilities are calibrated by one temperature a fold at most, and shift with scanner, reconstruction, population
+  and prevalence.
+- A class activation map shows what the network used, not where disease is.
+- It has not been validated on any site or population other than the data named above.
+"""
