@@ -23,6 +23,7 @@ LISTED_UNTIL = "listed_until"
 NOTICE = "research use only"
 ROW_GROUP_ROWS = 65_536  # Source: ours; about 30 MB of rows, so that a reader of few columns skips well
 WHOLE_BYTES = 1 << 20  # Source: ours; up to here one request for all is quicker than several for a few columns
+PIECE_ROWS = 8_192  # Source: ours; a few MB of key columns and of what Python makes of them
 READ_THREADS = 8  # Source: ours; half of the store's connections
 
 PREDICTIONS = "predictions/"
@@ -148,10 +149,17 @@ def stream_objects(store: Store, items: Sequence[StoredObject], columns: list[st
 def _stream_object(store: Store, item: StoredObject, columns: list[str]) -> Iterator[Stored]:
     with store.open_range_reader(item) as reader:
         file, run_id = _parse_parquet(store, item.key, reader)
-        for group in range(file.num_row_groups):
-            with _explain_damage(store, item.key):
-                rows = file.read_row_group(group, columns)
-            yield Stored(item.key, run_id, _read_listed_until(file), rows)
+        for group in range(file.num_row_groups):  # one at a time: all of them at once would fetch ahead
+            batches = file.iter_batches(PIECE_ROWS, [group], columns)
+            while (rows := _read_batch(store, item.key, batches)) is not None:
+                yield Stored(item.key, run_id, _read_listed_until(file), rows)
+
+
+def _read_batch(store: Store, key: str, batches: Iterator[Any]) -> Any:
+    """The next batch as a table; None when there is none."""
+    with _explain_damage(store, key):
+        batch = next(batches, None)
+        return None if batch is None else pa.Table.from_batches([batch])
 
 
 def list_parquet_keys(store: Store, prefix: str) -> list[str]:

@@ -82,32 +82,35 @@ class _Events:
 
     def __init__(self) -> None:
         self._pairs, self._is_open = bytearray(), bytearray()  # they grow without a second copy
-        self._commit, self._start = 0, 0
+        self._held: list[Digests] = []
+        self._commit = 0
 
     def note(self, stored: Stored, is_ours: Any) -> None:
         """Add the rows of a commit, which may come in several pieces."""
+        if stored.commit != self._commit:
+            self._end_commit()
+            self._commit = stored.commit
         rows = stored.rows.filter(is_ours)
         rows = rows.append_column("is_open", pc.starts_with(rows["status"], "ERR_"))
         found = rows.group_by(SOURCE_KEY, use_threads=False).aggregate([("is_open", "any")])
         pairs = _digest_pairs(found["source"].to_pylist(), found["input_sha256"].to_pylist())
         is_open = np.asarray(found["is_open_any"].to_numpy(), np.bool_)
-        if stored.commit == self._commit:  # a source may lie across the border of two pieces
-            earlier, was_open = self._get_pairs(self._start), self._get_open(self._start)
-            pairs, is_open = np.concatenate([earlier, pairs]), np.concatenate([was_open, is_open])
-            is_open = np.isin(pairs, pairs[is_open])
-            del self._pairs[self._start * PAIR_BYTES :], self._is_open[self._start :]
-        self._commit, self._start = stored.commit, len(self._is_open)
+        self._add(pairs[~is_open], is_open=False)
+        self._held.append(pairs[is_open])
+
+    def _end_commit(self) -> None:
+        """What is open comes last of its commit, and so counts: a source may lie across the border of two pieces."""
+        for pairs in self._held:
+            self._add(pairs, is_open=True)
+        self._held = []
+
+    def _add(self, pairs: Digests, *, is_open: bool) -> None:
         self._pairs += pairs.tobytes()
-        self._is_open += is_open.tobytes()
-
-    def _get_pairs(self, start: int) -> Digests:
-        return np.frombuffer(bytes(self._pairs[start * PAIR_BYTES :]), f"S{PAIR_BYTES}")
-
-    def _get_open(self, start: int) -> BoolArray:
-        return np.frombuffer(bytes(self._is_open[start:]), np.bool_)
+        self._is_open += bytes([is_open]) * len(pairs)
 
     def settle(self) -> tuple[Digests, BoolArray]:
         """Each source and bytes once, sorted, and whether they are done; forgets the rest."""
+        self._end_commit()
         pairs, is_open = np.frombuffer(self._pairs, f"S{PAIR_BYTES}"), np.frombuffer(self._is_open, np.bool_)
         order = np.argsort(pairs, kind="stable")  # of equal ones the newest comes last
         pairs, is_done = pairs[order], ~is_open[order]

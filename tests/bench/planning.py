@@ -120,8 +120,8 @@ def main(arguments: list[str]) -> int:
     for plan in [*((size, 1, NIGHTS) for size in sizes), *((small, 1, nights) for nights in (10, 100))]:
         print(json.dumps(measure(*plan)), flush=True)
     is_past = False
-    for objects_per_source in (100, 1):
-        found = measure(largest, objects_per_source, NIGHTS)
+    for objects_per_source, nights in ((100, NIGHTS), (1, NIGHTS), (1, 1)):  # the last: a first night of everything
+        found = measure(largest, objects_per_source, nights)
         print(json.dumps(found), flush=True)
         is_past |= any(found[name] > limit for name, limit in GOAL.items())
     return int(is_past)

@@ -27,6 +27,18 @@ def test_a_damaged_object_is_named(local: Store, monkeypatch: pytest.MonkeyPatch
             list(objects.stream_objects(local, list_commit_objects(local), ["run_id", "source"]))
 
 
+@pytest.mark.parametrize("columns", [[], ["source"]])
+def test_a_large_object_comes_in_small_pieces(
+    local: Store, monkeypatch: pytest.MonkeyPatch, columns: list[str]
+) -> None:
+    """Even of no column at all: its run must be known."""
+    publish_rows(local, "run", *(make_row(f"{number:02d}") for number in range(20)))
+    monkeypatch.setattr(objects, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(objects, "PIECE_ROWS", 8)
+    pieces = list(objects.stream_objects(local, list_commit_objects(local), columns))
+    assert [(piece.run_id, piece.rows.num_rows) for piece in pieces] == [("run", 8), ("run", 8), ("run", 4)]
+
+
 def test_commits_are_listed_by_their_numbers(store: Store) -> None:
     assert list_commits(store) == []
     for number in (1, 2, 3):

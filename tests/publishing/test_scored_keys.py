@@ -89,10 +89,11 @@ def count_by_hand(nights: list[list[dict[str, Any]]], source: Source) -> Reason 
 def test_every_history_is_read_as_by_hand(
     local: Store, seed: int, is_large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large objects come in pieces of three rows, so that a source lies in two of them."""
+    """Large objects come in pieces of two rows and of one, so that a source lies in several of them."""
     if is_large:
         monkeypatch.setattr(objects, "WHOLE_BYTES", 0)
         monkeypatch.setattr(objects, "ROW_GROUP_ROWS", 3)
+        monkeypatch.setattr(objects, "PIECE_ROWS", 2)
     rng = random.Random(seed)
     nights: list[list[dict[str, Any]]] = []
     for night in range(1, 8):
