@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from darnet.cam import class_activation_maps, find_peak
-from darnet.evaluation.intervals import MIN_PAIRS, UNDEFINED, Interval, Resampling, take_interval
+from darnet.evaluation.intervals import ALPHA, UNDEFINED, Interval, Resampling, take_interval
 from darnet.evaluation.truth import Truth
 from darnet.model import DARNet, build_network
 from darnet.scan import FloatArray, Uint8Array
@@ -42,7 +42,7 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class MapDifference:
     """First minus second network in one measure, on the same scans; the interval is corrected for the number of such
-    differences in a `MapStudy`, and undefined with fewer than `MIN_PAIRS` patients."""
+    differences in a `MapStudy`, and undefined with fewer than `count_needed_patients`."""
 
     first: str
     second: str
@@ -105,18 +105,47 @@ def measure_distances(truth: Truth) -> FloatArray:
     return distances_mm
 
 
-def estimate_mean(values: FloatArray, resampling: Resampling, num_comparisons: int = 1) -> Estimate:
+def estimate_mean(values: FloatArray, resampling: Resampling) -> Estimate:
     """Mean over scans; those that leave the value undefined (NaN) are left out of mean and replicates.
 
     Shape: (scans,).
     """
+    return Estimate(_mean_of_defined(values), take_interval(_replicate_means(values, resampling)))
+
+
+def estimate_difference(values: FloatArray, resampling: Resampling, num_comparisons: int) -> Estimate:
+    """Mean of paired differences, as `estimate_mean`, with an interval that holds for all comparisons together.
+
+    Student's t by patients on the bootstrap's standard error, at Bonferroni's level: percentiles that far out are too
+    narrow with few patients. Undefined with fewer patients than `count_needed_patients`.
+    Shape: (scans,).
+    """
+    num_patients, mean = resampling.num_clusters, _mean_of_defined(values)
+    if num_patients < count_needed_patients(num_comparisons):
+        return Estimate(mean, UNDEFINED)
+    variance = float(np.nanvar(_replicate_means(values, resampling))) * num_patients / (num_patients - 1)
+    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2 / num_comparisons, num_patients - 1)) * math.sqrt(variance)
+    return Estimate(mean, Interval(mean - reach, mean + reach))
+
+
+def count_needed_patients(num_comparisons: int) -> int:
+    """So many that all falling on one side is no chance finding among so many comparisons: a sign test's least."""
+    return 1 + math.ceil(math.log2(num_comparisons / ALPHA))
+
+
+def _mean_of_defined(values: FloatArray) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
+def _replicate_means(values: FloatArray, resampling: Resampling) -> FloatArray:
+    """Shape: (scans,) -> (replicates,), NaN in a set without any defined value."""
     is_defined = ~np.isnan(values)
-    if not is_defined.any():
-        return Estimate(math.nan, Interval(math.nan, math.nan))
     weights = resampling.weights[:, is_defined]
     totals = weights.sum(axis=1)
-    replicates = np.divide(weights @ values[is_defined], totals, out=np.full(len(totals), np.nan), where=totals > 0)
-    return Estimate(float(values[is_defined].mean()), take_interval(replicates, num_comparisons))
+    means: FloatArray = np.full(len(totals), np.nan)
+    np.divide(weights @ values[is_defined], totals, out=means, where=totals > 0)
+    return means
 
 
 def study_maps(
@@ -222,9 +251,7 @@ def _subtract(
     resampling: Resampling,
     num_comparisons: int,
 ) -> MapDifference:
-    estimate = estimate_mean(values[first][measure] - values[second][measure], resampling, num_comparisons)
-    if resampling.num_clusters < MIN_PAIRS:
-        estimate = Estimate(estimate.mean, UNDEFINED)
+    estimate = estimate_difference(values[first][measure] - values[second][measure], resampling, num_comparisons)
     return MapDifference(first, second, measure, estimate)
 
 

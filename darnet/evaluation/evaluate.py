@@ -103,6 +103,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         name = MODEL_NAMES[bundle.manifest.model_name]
         trainings.setdefault(name, []).append((bundle, read_history(place)))
     bundles = {name: merge_seeds([bundle for bundle, _ in items]) for name, items in trainings.items()}
+    _refuse_unlike([bundle.manifest for bundle in bundles.values()])
     runs, scores = [], {}
     for name, bundle in bundles.items():
         scores[name] = _score_test(settings, bundle, index)
@@ -148,6 +149,29 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
     }
     weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
     return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
+
+
+def _refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
+    """Raises: UsageError naming two networks that differ in more than attention: their folds are no pairs."""
+    first, *others = manifests
+    for other in others:
+        ours, theirs = (_describe_training(manifest) for manifest in (first, other))
+        if differs := [name for name, value in ours.items() if value != theirs[name]]:
+            raise UsageError(
+                f"{first.model_name} and {other.model_name} were not trained alike ({', '.join(differs)}); compare "
+                "networks of one training, such as jobs.train --networks makes"
+            )
+
+
+def _describe_training(manifest: BundleManifest) -> dict[str, Any]:
+    """What networks must agree in so that their folds can be paired; seeds are compared with the predictions."""
+    settings = manifest.settings
+    return {
+        "cohort": manifest.cohort_sha256,
+        "volume": settings.volume,
+        "base_channels": settings.network.base_channels,
+        **settings.train.model_dump(exclude={"seed"}),
+    }
 
 
 def _digest_but_seed(manifest: BundleManifest) -> str:

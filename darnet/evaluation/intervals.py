@@ -130,17 +130,15 @@ def resample_scans(
     return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient", num_clusters)
 
 
-def take_interval(replicates: FloatArray, num_comparisons: int = 1) -> Interval:
+def take_interval(replicates: FloatArray) -> Interval:
     """The middle 95% of the replicates that define the metric; undefined if more than `MAX_UNDEFINED` do not.
 
-    Of several comparisons it is as much wider as makes 95% hold for all of them together (Bonferroni).
     Shape: (replicates,).
     """
     is_defined = ~np.isnan(replicates)
     if is_defined.mean() < 1 - MAX_UNDEFINED:
         return UNDEFINED
-    tail = ALPHA / 2 / num_comparisons
-    low, high = np.quantile(replicates[is_defined], [tail, 1 - tail])
+    low, high = np.quantile(replicates[is_defined], [ALPHA / 2, 1 - ALPHA / 2])
     return Interval(float(low), float(high))
 
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, MapStudy
-from darnet.evaluation.intervals import MIN_PAIRS
+from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, MapStudy, count_needed_patients
 from darnet.evaluation.study import Study
 from darnet.evaluation.tabulate import format_difference, format_interval, format_metric
 from darnet.page import Cell, HtmlTable, Section
@@ -75,9 +74,10 @@ def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
         ]
         for item in maps.differences
     ]
+    needed = count_needed_patients(len(maps.differences))
     caption = (
-        f"Differences on the same {maps.diagnosis} scans, paired bootstrap by patient; the intervals are widened "
-        f"(Bonferroni) for {len(maps.differences)} differences, and undefined with fewer than {MIN_PAIRS} patients."
+        f"Differences on the same {maps.diagnosis} scans, t-intervals by patient, widened (Bonferroni) for the "
+        f"{len(maps.differences)} differences of this table; undefined with fewer than {needed} patients."
     )
     return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
 

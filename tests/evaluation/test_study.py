@@ -238,6 +238,16 @@ def test_two_bundles_of_one_network_are_refused(tmp_path: Path, capsys: pytest.C
     assert "of the same network" in capsys.readouterr().err
 
 
+def test_networks_of_two_trainings_are_no_pair(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = write_four_bundles(tmp_path / "bundles")
+    path = bundles / "darnet-da" / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cohort_sha256": "1" * 64}))
+    assert run("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
+    assert "darnet-plain and darnet-da were not trained alike (cohort)" in capsys.readouterr().err
+
+
 def test_a_damaged_history_is_refused_by_name(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
