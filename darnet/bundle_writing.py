@@ -1,6 +1,7 @@
 """Trained folds and the settings they need enter, a model bundle leaves, in a folder or a bucket."""
 
 import hashlib
+import json
 import math
 import shutil
 import uuid
@@ -26,11 +27,11 @@ from darnet.bundle import (
     name_model,
 )
 from darnet.config import fingerprint
-from darnet.errors import StorageError, UsageError
+from darnet.errors import PutUncertain, StorageError, UsageError
 from darnet.history import HISTORY_FILE, History, render_history
 from darnet.model import DARNet
 from darnet.scan import DIAGNOSES
-from darnet.storage import open_store
+from darnet.storage import Store, has_object, open_store
 from darnet.storage_local import LocalStore
 
 Files: TypeAlias = Mapping[str, bytes]
@@ -109,26 +110,59 @@ def publish_bundles(out: str, bundles: Mapping[str, Files]) -> None:
     """Write bundles below `out`, each under its name; under the name "" to `out` itself.
 
     A local folder appears whole or not at all. In a bucket every bundle does: its manifest, without which it is none,
-    comes when the other files of all are there.
-    Raises: UsageError if a bundle is there already; StorageError, CredentialsError.
+    comes when the other files of all are there. Nothing there is replaced but a model card: what a killed publishing of
+    the same networks left is gone on with.
+    Raises: UsageError if another bundle, or a part of one, is there already; StorageError, CredentialsError.
     """
     files = {f"{name}/{file}".lstrip("/"): data for name, held in bundles.items() for file, data in held.items()}
     store = open_store(out)
     if isinstance(store, LocalStore):
         _publish_folder(store.root, files)
         return
-    manifests = {key: data for key, data in files.items() if key.rpartition("/")[2] == MANIFEST_FILE}
-    for key in files.keys() - manifests.keys():
-        store.write_bytes(key, files[key])
-    for key, data in manifests.items():
-        if not store.put_if_absent(key, data):
+    manifests = [key for key in files if key.rpartition("/")[2] == MANIFEST_FILE]
+    for key in (key for key in files if key not in manifests):
+        if key.rpartition("/")[2] == CARD_FILE:  # says the day it was written
+            store.write_bytes(key, files[key])
+        elif _put_once(store, key, files[key]) != files[key]:
+            raise _refuse(store.uri)
+    for key in manifests:
+        if _name_networks(_put_once(store, key, files[key])) != _name_networks(files[key]):
             raise _refuse(store.uri)
 
 
-def refuse_existing(out: str) -> None:
-    """Raises: UsageError if `out` is a folder, or holds bundles in a bucket; StorageError, CredentialsError."""
+def _put_once(store: Store, key: str, data: bytes) -> bytes:
+    """Create an object unless there is one; what is there then, also where the store's answer got lost."""
+    try:
+        if store.put_if_absent(key, data):
+            return data
+    except PutUncertain:
+        if not has_object(store, key):
+            raise
+    return store.read_bytes(key)
+
+
+def _name_networks(manifest: bytes) -> tuple[Any, ...]:
+    """What tells one training's bundle from another's; the day of writing does not."""
+    fields = json.loads(manifest)
+    return tuple(fields.get(name) for name in ("model_sha256", "settings_sha256", "cohort_sha256"))
+
+
+def refuse_existing(out: str, names: Sequence[str] = ("",)) -> None:
+    """Refuse a place where bundles of these names cannot be published ("" is `out` itself).
+
+    In a bucket, some of several may be there: a killed publishing goes on.
+    Raises: UsageError if `out` is a folder, or holds all of them or others in a bucket; StorageError, CredentialsError.
+    """
     store = open_store(out)
-    if store.root.exists() if isinstance(store, LocalStore) else list_bundles(store):
+    if isinstance(store, LocalStore):
+        if store.root.exists():
+            raise _refuse(store.uri)
+        return
+    present, wanted = (
+        {place.uri for place in list_bundles(store)},
+        {f"{store.uri}/{name}".rstrip("/") for name in names},
+    )
+    if present >= wanted or not present <= wanted:
         raise _refuse(store.uri)
 
 

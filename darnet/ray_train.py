@@ -91,10 +91,10 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     Raises: RunError of every kind; there is no bundle then, and the same call again resumes.
     """
     out = open_store(settings.out)
-    refuse_existing(settings.out)
     volumes = open_store(settings.volumes)
     table = read_table(volumes)
     networks = choose_networks(settings, table.volume)
+    refuse_existing(settings.out, _name_bundles(networks))
     runs = open_store(settings.runs or f"{out.uri}.runs", create=True)
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
@@ -188,9 +188,14 @@ def write_bundles(
         )
         for network, folds, told in zip(networks, trained, tested_on, strict=True)
     ]
-    names = [""] if len(made) == 1 else [bundle.manifest.model_name for bundle, _ in made]
+    names = _name_bundles(networks)
     publish_bundles(settings.out, dict(zip(names, (files for _, files in made), strict=True)))
     return [bundle for bundle, _ in made]
+
+
+def _name_bundles(networks: Sequence[ModelConfig]) -> list[str]:
+    """A single network's bundle is `out` itself, several are folders in it."""
+    return [""] if len(networks) == 1 else [name_model(network) for network in networks]
 
 
 def _summarise(bundle: Bundle, folds: Sequence[FoldResult]) -> dict[str, Any]:

@@ -389,5 +389,21 @@ def test_in_a_bucket_nothing_is_a_bundle_until_the_files_of_all_are_there(s3: Ca
     assert [read_bundle(place) for place in find_bundles(open_store(out))] == [bundle, bundle]
     with pytest.raises(UsageError, match="bundles: exists already"):
         refuse_existing(out)
+    _, others = make_bundle(settings=SETTINGS, folds=[_fold(1)], **facts)
     with pytest.raises(UsageError, match="bundles: exists already"):  # another training that began meanwhile
-        publish_bundles(out, {"darnet-da-ca": files})
+        publish_bundles(out, {"darnet-da-ca": others})
+    assert read_bundle(open_store(f"{out}/darnet-da-ca")) == bundle
+
+
+@pytest.mark.s3
+def test_a_publishing_that_was_killed_between_two_bundles_goes_on(s3: Callable[[], str]) -> None:
+    out, names = s3() + "/bundles", ("darnet-plain", "darnet-da-ca")
+    facts: dict[str, Any] = {"cohort_sha256": COHORT_SHA256, "code_version": "0", "trained_on": ""}
+    bundle, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], model_version="the day it was killed", **facts)
+    publish_bundles(out, {names[0]: files})
+    refuse_existing(out, names)
+    later, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], model_version="a day later", **facts)
+    publish_bundles(out, dict.fromkeys(names, files))
+    assert [read_bundle(place) for place in find_bundles(open_store(out))] == [bundle, later]
+    with pytest.raises(UsageError, match="exists already"):
+        refuse_existing(out, names)
