@@ -188,7 +188,7 @@ def render_model_card(manifest: BundleManifest, trained_on: str, tested_on: str)
 
 def _render_folds(folds: Sequence[FoldRecord]) -> str:
     """Markdown table of the folds, one column a metric."""
-    names = list(dict.fromkeys(name for fold in folds for name in fold.validation))
+    names = list(dict.fromkeys(name for fold in folds for name in fold.validation if name != "temperature"))
     rows = [["file", "seed", "workers", "temperature", *names], ["---"] * (4 + len(names))]
     for fold in folds:
         values = (fold.validation.get(name) for name in names)

@@ -221,6 +221,18 @@ def find_leaking_patients(frame: pd.DataFrame) -> list[str]:
     return sorted(train & test)
 
 
+def tell_leak(frame: pd.DataFrame) -> str:
+    """One sentence, without its full stop, on patients of the test cohort that are in training too."""
+    leaking, test = find_leaking_patients(frame), frame[frame["cohort"] == "test"]
+    if not leaking:
+        return "No patient of the test cohort has a scan in the training cohort"
+    num_scans = int(test["patient_id"].isin(leaking).sum())
+    return (
+        f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) also "
+        "have scans in the training cohort"
+    )
+
+
 def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
     """Count scans: cohort -> diagnosis -> scans. Source: form of paper Table 1."""
     return {

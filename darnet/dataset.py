@@ -76,6 +76,15 @@ class VolumesIndex(VolumesTable):
 
     folder: Path
 
+    def read_batches(self, cohort: str, batch_size: int) -> Iterator[Uint8Array]:
+        """The volumes of a cohort, in the order of its rows.
+
+        Shape: (n, D, H, W), n <= batch_size.
+        """
+        arrays = self.frame.loc[self.frame["cohort"] == cohort, "array"].tolist()
+        for start in range(0, len(arrays), batch_size):
+            yield np.stack([np.load(self.folder / name) for name in arrays[start : start + batch_size]])
+
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:

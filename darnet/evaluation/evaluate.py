@@ -24,7 +24,7 @@ from darnet.bundle import (
     load_networks,
     read_bundle,
 )
-from darnet.cohort import count_cohort, describe_division, find_leaking_patients
+from darnet.cohort import count_cohort, describe_division, find_leaking_patients, tell_leak
 from darnet.config import ScoreConfig, digest_json, fingerprint
 from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
@@ -259,10 +259,8 @@ def score_cohort(
 ) -> list[ScanScore]:
     """Score the index's test scans, in the order of its rows; `advance` hears of each batch."""
     ensemble = Ensemble.from_bundle(bundle, config, _name_device())
-    arrays = index.frame.loc[index.frame["cohort"] == "test", "array"].tolist()
     scores = []
-    for start in range(0, len(arrays), config.batch_size):
-        batch = np.stack([np.load(index.folder / name) for name in arrays[start : start + config.batch_size]])
+    for batch in index.read_batches("test", config.batch_size):
         scores += ensemble.score(batch)
         advance(len(batch))
     return scores
@@ -288,18 +286,10 @@ def tabulate_predictions(
 
 def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, bool]:
     """Say whether the bundle knows patients of the test cohort, and whether that is something to be warned of."""
-    test = index.frame[index.frame["cohort"] == "test"]
-    leaking = find_leaking_patients(index.frame)
-    num_scans = int(test["patient_id"].isin(leaking).sum())
-    if leaking:
-        told = (
-            f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) "
-            "also have scans in the training cohort: these figures flatter the model."
-        )
-    else:
-        told = "No patient of the test cohort has a scan in the training cohort."
+    is_leaking = bool(find_leaking_patients(index.frame))
+    told = tell_leak(index.frame) + (": these figures flatter the model." if is_leaking else ".")
     if manifest.cohort_sha256 == index.cohort_sha256:
-        return told, bool(leaking)
+        return told, is_leaking
     return f"The bundle was trained on another cohort than the volumes folder declares; by the latter: {told}", True
 
 

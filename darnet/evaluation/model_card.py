@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from darnet.cohort import COHORTS, describe_division, find_leaking_patients
+from darnet.cohort import COHORTS, describe_division, find_leaking_patients, tell_leak
 from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
 from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
@@ -34,27 +34,18 @@ def describe_cohort(table: VolumesTable) -> str:
 
 def describe_leak(table: VolumesTable) -> str:
     """Whether patients of the test cohort are in training too."""
-    test = table.frame[table.frame["cohort"] == "test"]
-    leaking = find_leaking_patients(table.frame)
-    if test.empty:
+    if not (table.frame["cohort"] == "test").any():
         return NO_TEST
-    if not leaking:
-        return "No patient of the test cohort has a scan in the training cohort."
-    num_scans = int(test["patient_id"].isin(leaking).sum())
-    return (
-        f"**{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) "
-        "also have scans in the training cohort: figures on the test cohort flatter the model.**"
-    )
+    if not find_leaking_patients(table.frame):
+        return f"{tell_leak(table.frame)}."
+    return f"**{tell_leak(table.frame)}: figures on the test cohort flatter the model.**"
 
 
 def evaluate_test(ensemble: Ensemble, index: VolumesIndex, batch_size: int, seed: int) -> Evaluation:
     """Score the test cohort of the volumes and measure it; intervals count patients."""
     test = index.frame[index.frame["cohort"] == "test"]
-    arrays, scores = test["array"].tolist(), []
-    for start in range(0, len(arrays), batch_size):
-        batch = np.stack([np.load(index.folder / name) for name in arrays[start : start + batch_size]])
-        scores += [score.fold_probability for score in ensemble.score(batch)]
-    probabilities = np.stack(scores, axis=1)  # (folds, N, classes)
+    scores = [score for batch in index.read_batches("test", batch_size) for score in ensemble.score(batch)]
+    probabilities = np.stack([score.fold_probability for score in scores], axis=1)  # (folds, N, classes)
     predictions = Predictions(
         name="test cohort",
         sha256=index.cohort_sha256,
