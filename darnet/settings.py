@@ -5,6 +5,7 @@ An unknown key is an error that names it.
 
 import argparse
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -148,6 +149,13 @@ class ScoreSettings(Settings):
     """In place of scoring: drop this run, held or unfinished; the next night scores its scans anew."""
     reason: str = ""
     """Why a held run is accepted or discarded; kept beside it."""
+
+    @field_validator("since", mode="before")
+    @classmethod
+    def _refuse_numbers(cls, since: Any) -> Any:
+        if isinstance(since, int | float) or (isinstance(since, str) and re.fullmatch(r"[\d.]+", since.strip())):
+            raise ValueError("write a date or time, such as 2026-01-31 or 2026-01-31T18:00, not a bare number")
+        return since
 
     @field_validator("since")
     @classmethod

@@ -92,6 +92,9 @@ def test_a_night_can_be_narrowed_by_flags() -> None:
     assert Selection(plain.prefix, plain.since, plain.glob, plain.settle_s) == EVERYTHING
     with pytest.raises(UsageError, match="since"):
         read_settings(ScoreSettings, [*PLACES, "--since", "yesterday"], "x")
+    for number in ("20260101", "2026", "1767225600.5"):  # seconds since 1970, for a library
+        with pytest.raises(UsageError, match="not a bare number"):
+            read_settings(ScoreSettings, [*PLACES, "--since", number], "x")
 
 
 def test_only_an_audit_does_without_archive_and_volumes() -> None:

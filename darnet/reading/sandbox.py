@@ -21,6 +21,7 @@ from darnet.errors import ScanError, Status
 
 START_TIMEOUT_S = 120.0  # Source: ours; imports take a second, on a machine with too much to do many more
 
+SECRETS = ("AWS_", "DARNET_", "MLFLOW_", "RAY_")  # of the environment; hostile bytes may take over a decoder
 _LENGTH = struct.Struct("<Q")
 _ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
@@ -72,7 +73,8 @@ class Sandbox:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", _ENTRY, self.target, str(self.memory_bytes)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(SECRETS)}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0)
 
     def _receive(self, timeout_s: float, doing: str) -> tuple[bool, Any]:

@@ -29,6 +29,8 @@ def act(order: str) -> object:
         return bytearray(4 * MEMORY_BYTES)[0]
     if order == "scan error":
         raise ScanError(Status.BAD_PIXELS, "said so")
+    if order == "environment":
+        return sorted(os.environ)
     if order == "print":
         print("decoders print what they like", flush=True)
     return order, os.getpid()
@@ -114,3 +116,11 @@ def test_a_hang_ends_at_the_time_limit_and_leaves_no_child() -> None:
     assert caught.value.status is Status.ERR_TIMEOUT
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_the_child_knows_none_of_its_owners_secrets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "DARNET_PSEUDONYM_KEY", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    names = sandbox.call("environment")
+    assert "PATH" in names
+    assert [name for name in names if name.startswith(("AWS_", "DARNET_", "RAY_"))] == []
