@@ -87,7 +87,7 @@ class Selection:
 
     def admits(self, source: Source) -> bool:
         """Whether to look at a source: also not at one of which a prefix lists only a part."""
-        folder = "" if source.key == "." else f"{source.key}/"
+        folder = "" if source.key == "." else f"{source.key.rstrip('/')}/"
         if not folder.startswith(self.prefixes or ""):
             return False
         if self.since is not None and source.modified_s < self.since.timestamp():
@@ -144,6 +144,10 @@ def _is_below(key: str, prefix: str) -> bool:
 
 
 def _close(branch: tuple[str, list[StoredObject]]) -> Source:
-    """A source whose slices lie at the archive's root is called "."."""
+    """A source whose slices lie at the archive's root is called ".".
+
+    A prefix named like a volume file, or ".", keeps its slash: S3 may hold `x.zip` beside `x.zip/1.dcm`.
+    """
     prefix, objects = branch
-    return Source(prefix or ".", tuple(objects))
+    is_ambiguous = prefix == "." or prefix.lower().endswith(VOLUME_SUFFIXES)
+    return Source(f"{prefix}/" if is_ambiguous else prefix or ".", tuple(objects))

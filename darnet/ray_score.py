@@ -17,11 +17,11 @@ from darnet import __version__
 from darnet.archive import EVERYTHING, Selection
 from darnet.bundle import Bundle, read_bundle
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
-from darnet.config import ScoreConfig, fingerprint
+from darnet.config import ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.publishing.commit import check_rows, publish
-from darnet.publishing.hold import PAGE, refuse_if_held, review_run
+from darnet.publishing.hold import PAGE, is_published, refuse_if_held, review_run
 from darnet.publishing.planning import plan_night, preview_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
 from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
@@ -108,7 +108,8 @@ def preview_archive(
 def describe_work(archive: Store, bundle: Bundle, config: ScoreConfig) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
     manifest = bundle.manifest
-    return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, fingerprint(config))
+    settings = digest_json(config.model_dump(mode="json", exclude={"num_actors", "part_scans"}))  # these change no row
+    return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, settings)
 
 
 def finish_run(
@@ -127,7 +128,10 @@ def finish_run(
         stage_rows(score_sources(archive, model, run, config, missing, images), folder, len(missing), config.part_scans)
     rows = folder.read_parts()
     check_rows((source.key for source in planned), rows)
-    verdict = review_run(folder, rows, config, images)
+    if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
+        gates = "judged by another driver"
+    else:
+        gates = review_run(folder, rows, config, images).describe()
     number = publish(folder.store, folder.run_id, rows, record.listing)
     folder.write_end(number)
     pictures = {} if images is None else {"cam_images": images.describe(rows.select(IMAGE_COLUMNS).to_pylist())}
@@ -138,7 +142,7 @@ def finish_run(
         "resumed_sources": len(planned) - len(missing),
         "scans": rows.num_rows,
         "statuses": dict(Counter(rows["status"].to_pylist()).most_common()),
-        "gates": verdict.describe(),
+        "gates": gates,
         "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
         "published": number,
         **pictures,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from darnet.publishing.commit import publish
 from darnet.publishing.objects import Listing
 from darnet.publishing.rows import SCHEMA, Reason, make_table
-from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, write_plan
+from darnet.publishing.runs import PLAN, PlannedSource, RunFolder, RunRecord, Work, list_run_files, write_plan
 from darnet.results import read_predictions
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
@@ -96,6 +96,11 @@ def begin_run(
         folder = RunFolder(store, run_id or record.run_id)
         folder.begin(record, plan)
     return folder
+
+
+def has_plan(folder: RunFolder) -> bool:
+    """Whether there is a plan to go on from."""
+    return PLAN in list_run_files(folder.store).get(folder.run_id, ())
 
 
 def read_statuses(store: Store, latest: bool = True) -> dict[str, str]:

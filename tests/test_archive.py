@@ -33,6 +33,14 @@ def test_each_volume_file_is_a_source_of_its_own() -> None:
     assert _grouped(*names, "x/6.dcm") == {name: [name] for name in names} | {"x": ["x/6.dcm"]}
 
 
+def test_no_two_sources_of_a_bucket_have_one_key() -> None:
+    """On S3 an object may be named like a prefix, and a prefix be a dot."""
+    keys = ["./1.dcm", "2.dcm", "x.zip", "x.zip/1.dcm", "y.nii.gz/1.dcm"]
+    found = list(list_sources(StoredObject(key, 1, "v") for key in keys))
+    assert sorted(source.key for source in found) == [".", "./", "x.zip", "x.zip/", "y.nii.gz/"]
+    assert all(Selection(prefixes=("x.zip/",)).admits(source) for source in found if source.key == "x.zip/")
+
+
 def test_slices_at_the_root_are_source_dot() -> None:
     assert _grouped("1.dcm", "2.dcm", "a/3.dcm") == {"a": ["a/3.dcm"], ".": ["1.dcm", "2.dcm"]}
 

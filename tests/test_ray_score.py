@@ -26,12 +26,12 @@ from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, UsageError
 from darnet.page import NOTICE
-from darnet.publishing.hold import decide_hold
+from darnet.publishing.hold import decide_hold, refuse_if_held
 from darnet.publishing.planning import plan_night
-from darnet.publishing.runs import find_unfinished
+from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
-from darnet.ray_score import describe_work, preview_archive, score_archive, score_sources
+from darnet.ray_score import describe_work, finish_run, preview_archive, score_archive, score_sources
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
@@ -142,6 +142,23 @@ def test_a_night_of_spoiled_scans_is_held_until_it_is_accepted(model: str, tmp_p
     assert decide_hold(results, settings)["published"] == 2
     assert set(read_predictions(results.uri)["status"]) == {"OK", "BAD_MISSING_SLICE"}
     assert score_archive(*stores, config, date(2026, 1, 3))["published"] is None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_late_driver_of_a_published_run_holds_nothing_back(model: str, tmp_path: Path) -> None:
+    """Its storage failed: the rows it staged last would be held, had the run not been published."""
+    archive, results = open_store(str(tmp_path / "archive")), open_store(str(tmp_path / "results"), create=True)
+    config = CONFIG.model_copy(update={"gate_min_scans": 1, "gate_min_nights": 1})
+    for number in (1, 2):
+        write_chest(tmp_path / "archive" / f"night{number}")
+        run_id = score_archive(archive, open_store(model), results, config, date(2026, 1, number))["run_id"]
+    folder = RunFolder(results, run_id)
+    (part,) = [path.stem for path in (tmp_path / "results" / "_runs" / run_id / "parts").iterdir()]
+    row = folder.read_parts().to_pylist()[0]
+    folder.write_part(part, [make_row(row["source"], "ERR_STORAGE", run_id=run_id)])
+    late = finish_run(archive, open_store(model), read_bundle(open_store(model)), config, None, folder)
+    assert (late["published"], late["gates"]) == (2, "judged by another driver")
+    refuse_if_held(results)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -4,6 +4,7 @@ One conditional put decides which of several runs takes a number; whoever loses 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,9 +54,11 @@ def check_rows(planned_sources: Iterable[str], table: Any) -> None:
     Raises: RunError naming a source that is without rows, not planned, has a scan twice, an unknown status,
         probabilities that are none, or another model than the rest.
     """
-    planned = {spell_key(key) for key in planned_sources}
+    times = Counter(map(spell_key, planned_sources))
+    planned = set(times)
     frame = table.select(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]).to_pandas()
     found = set(frame["source"])
+    _demand_none("planned twice", {key for key, number in times.items() if number > 1})
     _demand_none("planned, but has no row", planned - found)
     _demand_none("has rows, but was not planned", found - planned)
     _demand_none("has a scan twice", frame.loc[frame.duplicated(["source", "scan_id"]), "source"])

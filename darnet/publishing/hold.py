@@ -17,11 +17,11 @@ from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, list_scans, render_nightly
 from darnet.publishing.objects import NOTICE, list_commit_objects, list_commits, read_objects, stream_objects
 from darnet.publishing.rows import SCHEMA
-from darnet.publishing.runs import HELD, PLAN, RUNS, RunFolder, list_run_files
+from darnet.publishing.runs import DISCARDED, HELD, PLAN, RUNS, RunFolder, list_run_files
 from darnet.settings import ScoreSettings
 from darnet.storage import Store
 
-ACCEPTED, DISCARDED = "ACCEPTED.json", "DISCARDED.json"
+ACCEPTED = "ACCEPTED.json"
 PAGE = "nightly.html"
 
 
@@ -77,7 +77,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     run_id = settings.accept or settings.discard or ""
     files = list_run_files(store)
     held = [name for name, names in files.items() if HELD in names]
-    is_begun = settings.discard is not None and PLAN in files.get(run_id, ()) and not _is_published(store, run_id)
+    is_begun = settings.discard is not None and PLAN in files.get(run_id, ()) and not is_published(store, run_id)
     if run_id not in held and not is_begun:
         raise UsageError(f"run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
     folder = RunFolder(store, run_id)
@@ -95,7 +95,8 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     return {"decision": "accepted" if settings.accept else "discarded", **decision}
 
 
-def _is_published(store: Store, run_id: str) -> bool:
+def is_published(store: Store, run_id: str) -> bool:
+    """Whether the table has this run."""
     return any(stored.run_id == run_id for stored in stream_objects(store, list_commit_objects(store), []))
 
 

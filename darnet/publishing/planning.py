@@ -1,6 +1,6 @@
 """An archive's listing and the results table go in; the run of a night that is to be scored, or its preview, comes out.
 
-The listing is never held: prefixes stream side by side, and what is not settled goes to a file as it is found.
+Planning never holds the listing: prefixes stream side by side, and what is not settled goes to a file as it is found.
 """
 
 import gc
@@ -148,9 +148,14 @@ def survey_archive(
             is_over.set()
             pool.shutdown(wait=False, cancel_futures=True)
             gc.unfreeze()
+    within = f" below {' or '.join(selection.prefixes)}" if selection.prefixes else ""
     if survey.listed == 0:
-        within = f" below {' or '.join(selection.prefixes)}" if selection.prefixes else ""
         raise UsageError(f"{archive.uri}: nothing in it{within} looks like a scan; is the address right?")
+    if survey.selected == 0 and selection.since is None:
+        raise UsageError(
+            f"{archive.uri}: of {survey.listed} sources{within} none matches the glob {selection.glob!r}, or a prefix "
+            "ends inside a source's name; are they right?"
+        )
 
 
 class _Listing:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet.archive import batch_by
 from darnet.config import digest_json
-from darnet.errors import FolderMissing, PutUncertain, UsageError
+from darnet.errors import FolderMissing, ObjectMissing, PutUncertain, UsageError
 from darnet.publishing.objects import (
     NOTICE,
     Listing,
@@ -37,6 +37,7 @@ from darnet.storage import Store
 
 RUNS = "_runs/"
 RECORD, PLAN, HELD, ENDED = "run.json", "plan.parquet", "HELD.json", "ENDED.json"
+DISCARDED = "DISCARDED.json"
 PLAN_BATCH_OBJECTS = 20_000  # Source: ours; about 10 MB of a plan in memory
 PLAN_BATCH_SOURCES = 100
 
@@ -132,13 +133,10 @@ class RunFolder:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):
             raise UsageError(f"run id {self.run_id!r}: use up to 100 letters, digits, dots, dashes, underscores")
 
-    def has_plan(self) -> bool:
-        """Whether there is a plan to go on from."""
-        return self._plan_key in list_parquet_keys(self.store, self._plan_key)
-
     def begin(self, record: RunRecord, plan: Path) -> None:
         """Fix what this run is and what it scores, in this order; a plan that is there already stays.
 
+        What a person discarded of a run of this name goes first, in case that was killed half-way.
         Raises: UsageError if a run of this name and other parameters is there.
         """
         if not self._put(self.locate(RECORD), record.to_json()):
@@ -148,7 +146,19 @@ class RunFolder:
                     f"{self.store.uri}/{self.locate(RECORD)}: another run of this name is here, with another "
                     f"{', '.join(wrong)}; move the folder away, or score for another --night"
                 )
+        self._clear_discarded()
         self._put(self._plan_key, plan)
+
+    def _clear_discarded(self) -> None:
+        """Make room for a run that was discarded and is begun again; the decision stays, under a name of its own."""
+        try:
+            decision = self.store.read_bytes(self.locate(DISCARDED))
+        except ObjectMissing:
+            return
+        self.delete_work()
+        kept = DISCARDED.replace(".", f"-{hashlib.sha256(decision).hexdigest()[:8]}.")
+        self.store.write_bytes(self.locate(kept), decision)
+        self.store.delete(self.locate(DISCARDED))
 
     def _put(self, key: str, data: bytes | Path) -> bool:
         """Whether this call, and nobody before, made this object. Twice after a lost answer: it may say no wrongly."""
@@ -202,13 +212,20 @@ class RunFolder:
         self.store.write_bytes(f"{self._parts}{name}.parquet", to_parquet(make_table(rows), self.run_id))
 
     def read_parts(self) -> Any:
-        """All staged rows. A source staged twice, by a worker that outlived its driver, counts once and whole."""
-        seen: set[str] = set()
+        """All staged rows. A source staged twice, by a driver that outlived its time, counts once and whole.
+
+        The one without an ERR row counts, if there is one, else the first by name.
+        """
+        parts = [part.rows for part in read_objects(self.store, list_parquet_keys(self.store, self._parts))]
+        chosen: dict[str, tuple[bool, int]] = {}
+        for number, rows in enumerate(parts):
+            failed = set(rows.filter(pc.starts_with(rows["status"], "ERR_"))["source"].to_pylist())
+            for source in set(rows["source"].to_pylist()):
+                chosen[source] = min(chosen.get(source, (True, len(parts))), (source in failed, number))
         tables = [SCHEMA.empty_table()]
-        for part in read_objects(self.store, list_parquet_keys(self.store, self._parts)):
-            fresh = set(part.rows["source"].to_pylist()) - seen
-            tables.append(part.rows.filter(pc.is_in(part.rows["source"], pa.array(sorted(fresh), pa.string()))))
-            seen |= fresh
+        for number, rows in enumerate(parts):
+            ours = [source for source, (_, place) in chosen.items() if place == number]
+            tables.append(rows.filter(pc.is_in(rows["source"], pa.array(ours, pa.string()))))
         return pa.concat_tables(tables)
 
     def list_staged_sources(self) -> set[str]:
@@ -261,7 +278,8 @@ def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
     Raises: UsageError if the record of one is of another run.
     """
     files = list_run_files(store)
-    open_runs = [run_id for run_id, names in files.items() if {RECORD, PLAN} <= names and not {HELD, ENDED} & names]
+    over = {HELD, ENDED, DISCARDED}
+    open_runs = [run_id for run_id, names in files.items() if {RECORD, PLAN} <= names and not over & names]
     begun = [(folder, folder.read_record()) for folder in (RunFolder(store, run_id) for run_id in sorted(open_runs))]
     ours = [(folder, record) for folder, record in begun if record.work == work]
     if not ours:
@@ -273,6 +291,7 @@ def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
                 f"{store.uri}/{folder.locate(RECORD)}: says what run {record.run_id} would say; somebody changed it. "
                 f"Move {RUNS}{folder.run_id} away, and its sources are planned anew"
             )
+    ours.sort(key=lambda item: item[1].listing.started_at)
     return [folder for folder, _ in ours if folder.run_id not in published]
 
 

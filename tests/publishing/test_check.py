@@ -18,7 +18,7 @@ from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
 from darnet.settings import ResultsSettings
 from darnet.storage import Store
-from tests.results_fixtures import begin_run, make_row, make_source, publish_rows
+from tests.results_fixtures import begin_run, has_plan, make_row, make_source, publish_rows
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
@@ -91,7 +91,7 @@ def test_only_the_work_of_runs_long_published_is_removed(store: Store, capsys: p
         "_runs/r1/nightly.html",
         "_runs/r1/run.json",
     ]
-    assert [RunFolder(store, run_id).has_plan() for run_id in ("r2", "r3", "unpublished")] == [True] * 3
+    assert [has_plan(RunFolder(store, run_id)) for run_id in ("r2", "r3", "unpublished")] == [True] * 3
     assert run(capsys, "clean", "--results", store.uri, "--keep-commits", "2")[0]["removed_objects"] == 0
     assert run(capsys, "check", "--results", store.uri)[0]["objects"] == 3
 
@@ -103,7 +103,7 @@ def test_the_work_of_a_run_that_had_nothing_to_publish_is_removed(
     begin_run(local, make_source("a"), run_id="late").write_end(None)
     summary, _ = run(capsys, "clean", "--results", local.uri)
     assert (summary["cleaned_runs"], summary["unpublished_runs"]) == (1, [])
-    assert not RunFolder(local, "late").has_plan()
+    assert not has_plan(RunFolder(local, "late"))
 
 
 def test_latest_is_one_row_a_scan_in_both_formats(

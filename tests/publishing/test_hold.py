@@ -16,6 +16,7 @@ from darnet.storage import Store, open_store
 from tests.results_fixtures import (
     WORK,
     begin_run,
+    has_plan,
     list_commit_numbers,
     make_row,
     make_source,
@@ -107,7 +108,7 @@ def test_a_discarded_run_leaves_nothing_to_go_on_from(store: Store) -> None:
     folder = hold_night(store)
     assert decide(store, "discard", "run3")["decision"] == "discarded"
     assert list_commit_numbers(store) == [1, 2]
-    assert not folder.has_plan()
+    assert not has_plan(folder)
     assert folder.list_staged_sources() == set()
     assert json.loads(store.read_bytes("_runs/run3/DISCARDED.json"))["reason"] == "looked at it"
     refuse_if_held(store)
@@ -128,7 +129,7 @@ def test_a_decision_killed_at_any_step_is_carried_out_again(tmp_path: Path, verb
         else:
             break
         assert list_commit_numbers(store) == ([1, 2, 3] if verb == "accept" else [1, 2])
-        assert RunFolder(store, "run3").has_plan() == (verb == "accept")
+        assert has_plan(RunFolder(store, "run3")) == (verb == "accept")
         refuse_if_held(store)
     assert num_writes > 2
 
@@ -148,7 +149,7 @@ def test_an_unfinished_run_can_be_discarded_and_not_accepted(store: Store) -> No
     with pytest.raises(UsageError, match="is not held"):
         decide(store, "accept", folder.run_id)
     assert decide(store, "discard", folder.run_id)["decision"] == "discarded"
-    assert not folder.has_plan()
+    assert not has_plan(folder)
     assert json.loads(store.read_bytes(folder.locate("DISCARDED.json")))["reason"] == "looked at it"
 
 
@@ -159,9 +160,25 @@ def test_a_discard_killed_at_any_step_is_carried_out_again(local: Store, num_wri
     if num_writes < 3:  # the decision, the part, the plan
         with pytest.raises(KeyboardInterrupt):
             decide(KillingStore(local, num_writes), "discard", folder.run_id)
-        assert folder.has_plan()
+        assert has_plan(folder)
+        assert (find_unfinished(local, WORK) == []) == (
+            num_writes > 0
+        )  # from the decision on, no night goes on with it
     decide(local, "discard", folder.run_id)
     assert find_unfinished(local, WORK) == []
+
+
+def test_a_discarded_run_begun_again_starts_afresh_and_keeps_the_decision(local: Store) -> None:
+    """The discard is killed after its first write; the same night plans the same sources."""
+    folder = begin_run(local, make_source("a"))
+    folder.write_part("p", [make_row("a", run_id=folder.run_id)])
+    with pytest.raises(KeyboardInterrupt):
+        decide(KillingStore(local, 1), "discard", folder.run_id)
+    assert begin_run(local, make_source("a")).run_id == folder.run_id
+    assert [found.run_id for found in find_unfinished(local, WORK)] == [folder.run_id]
+    assert folder.list_staged_sources() == set()
+    (kept,) = [item.key for item in local.list_objects(folder.locate("DISCARDED"))]
+    assert json.loads(local.read_bytes(kept))["reason"] == "looked at it"
 
 
 def test_a_published_run_cannot_be_discarded(local: Store) -> None:

@@ -157,7 +157,11 @@ def test_an_archive_without_a_source_is_a_mistyped_address(local: Store) -> None
     with pytest.raises(UsageError, match=r"nothing in it below xt or 2027 looks like a scan"):
         survey(archive, local, Selection(("xt", "2027")))
     assert survey(archive, local, Selection(("xt", "ct")))[1].listed == 1
-    assert survey(archive, local, Selection(glob="nothing"))[1] == Survey(listed=1)
+    for selection in (Selection(glob="*/torax/*"), Selection(("ct/1/00",))):  # which is within a source
+        with pytest.raises(UsageError, match=r"of 1 sources.* none matches"):
+            survey(archive, local, selection)
+    late = datetime.fromtimestamp(MIDNIGHT_S, UTC)
+    assert survey(archive, local, Selection(since=late))[1] == Survey(listed=1)  # a quiet night
 
 
 def test_only_what_is_selected_and_has_settled_is_planned(local: Store) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import Status, UsageError
+from darnet.errors import RunError, Status, UsageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import Reason, spell_key
 from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part
@@ -22,6 +22,7 @@ from tests.results_fixtures import (
     ODD_KEYS,
     WORK,
     begin_run,
+    has_plan,
     make_listing,
     make_row,
     make_source,
@@ -36,11 +37,11 @@ def test_a_plan_comes_back_as_written(store: Store) -> None:
     sources = [make_source(key) for key in ODD_KEYS]
     for number, reason in enumerate(Reason, 1):
         folder = begin_run(store, *sources, reason=reason, night=number)
-        assert folder.has_plan()
+        assert has_plan(folder)
         assert list(folder.read_plan()) == [PlannedSource(source, reason) for source in sources]
         assert folder.read_sources() == sources
         assert folder.list_planned_sources() == [source.key for source in sources]
-        assert not RunFolder(store, folder.run_id[:-1]).has_plan()
+        assert not has_plan(RunFolder(store, folder.run_id[:-1]))
 
 
 def test_a_plan_larger_than_a_batch_keeps_its_order(local: Store) -> None:
@@ -163,6 +164,21 @@ def test_a_source_in_two_parts_counts_once_and_whole(local: Store) -> None:
 
 
 # A run as a whole
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_of_a_source_scored_twice_the_rows_without_an_error_count(local: Store, names: tuple[str, str]) -> None:
+    folder = begin_run(local, make_source("s"))
+    folder.write_part(names[0], [make_row("s", "ERR_STORAGE", run_id=folder.run_id)])
+    folder.write_part(names[1], [make_row("s", run_id=folder.run_id)])
+    assert folder.read_parts()["status"].to_pylist() == ["OK"]
+
+
+def test_a_source_planned_twice_is_not_published(local: Store) -> None:
+    folder = begin_run(local, make_source("s"))
+    folder.write_part("p", [make_row("s", run_id=folder.run_id)])
+    with pytest.raises(RunError, match="'s' planned twice"):
+        check_rows(["s", "s"], folder.read_parts())
 
 
 def test_a_restarted_run_scores_what_is_missing_and_publishes_once(store: Store) -> None:
