@@ -30,6 +30,7 @@ class Measure:
 
     @property
     def is_breach(self) -> bool:
+        """Whether a judged run is held for it."""
         return self.value > self.limit
 
     def describe(self) -> str:

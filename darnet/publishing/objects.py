@@ -53,6 +53,7 @@ class Stored:
 
     @property
     def commit(self) -> int:
+        """The number of the table's object that this is."""
         return read_commit_number(self.key)
 
 
