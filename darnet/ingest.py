@@ -4,7 +4,6 @@ This is the one road from bytes to network input: training and scoring both take
 """
 
 import functools
-import hmac
 import lzma
 import re
 import tempfile
@@ -14,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,6 +28,7 @@ from darnet.decode import (
 )
 from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
+from darnet.pseudonym import pseudonymise
 from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
 from darnet.reading.sandbox import Sandbox
 from darnet.reading.series import IMAGE_SUFFIXES, sort_files
@@ -39,7 +38,6 @@ from darnet.storage_local import check_unchanged as check_file
 from darnet.volume import make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:decode_source"
-PSEUDONYM_VARIABLE = "DARNET_PSEUDONYM_KEY"
 # The number of a slice behind two letters at most: too little for a patient's name, number or UID. Source: ours.
 HARMLESS_NAME = re.compile(r"[a-z]{0,2}[-_]?0*[0-9]{1,4}(\.[a-z]{2,5})?", re.IGNORECASE)
 
@@ -296,13 +294,6 @@ def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None
         patient_key=pseudonymise(first.patient_id, "patient", pseudonym_key),
         series_key=pseudonymise(first.series_uid, "series", pseudonym_key),
     )
-
-
-def pseudonymise(value: str, kind: str, key: bytes | None) -> str | None:
-    """HMAC-SHA256 of an identifier in hex; None without a secret or a value."""
-    if key is None or not value:
-        return None
-    return hmac.new(key, f"{kind}\0{value}".encode("utf-8", "surrogateescape"), sha256).hexdigest()
 
 
 def _count(files: Sequence[StagedFile]) -> ScanFacts:

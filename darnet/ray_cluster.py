@@ -4,26 +4,34 @@ import functools
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, Dataset
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet.config import VolumeConfig
 from darnet.errors import RunError, Status, UsageError
-from darnet.ingest import PSEUDONYM_VARIABLE, Ingester, Road
+from darnet.ingest import Ingester, Road
+from darnet.pseudonym import PSEUDONYM_VARIABLE, mark_secret, read_secret
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
 
+AnswerT = TypeVar("AnswerT")
 DECODE_CPUS = 1.0
 # Less than DECODE_CPUS, or Ray fuses an actor of one CPU with decoding and the two never overlap.
 CPU_MARGIN = 0.01
 SOURCES_PER_BLOCK = 8
+SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
+AUTH_REMEDY = (
+    "set RAY_AUTH_MODE=token for `ray start` on every node and for this job, and share the token that "
+    "`ray get-auth-token --generate` makes"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class DecodedScan:
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
 
-    Raises: UsageError if RAY_ADDRESS leads nowhere, or the cluster has a single CPU.
+    Raises: UsageError if RAY_ADDRESS leads nowhere or to machines that ask for no token, or if the cluster has a single
+        CPU.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -56,6 +65,7 @@ def connect() -> None:
                 _start_local()
         except ConnectionError as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
+        refuse_open_cluster({node["NodeManagerAddress"] for node in list_nodes()}, os.environ.get("RAY_AUTH_MODE", ""))
     if ray.cluster_resources().get("CPU", 0) < 2:
         raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
     for name in ("ray.data", "ray.data._internal.progress"):
@@ -75,15 +85,68 @@ def _start_local() -> None:
     )
 
 
+def refuse_open_cluster(addresses: Set[str], auth_mode: str) -> None:
+    """Raises: UsageError for several machines without a token: who reaches them runs code among patients' scans."""
+    if len(addresses) > 1 and auth_mode.lower() != "token":
+        raise UsageError(f"the cluster has {len(addresses)} machines and asks nobody for a token; {AUTH_REMEDY}")
+
+
+def list_nodes() -> list[dict[str, Any]]:
+    """The nodes that are alive, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def count_resource(name: str) -> float:
     """How much of a resource ("CPU", "GPU") the cluster has."""
     return float(ray.cluster_resources().get(name, 0.0))
 
 
-def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_size: int) -> Dataset:
+def agree_on_secret() -> str | None:
+    """The mark of the secret for pseudonyms, which this process and every node must share; None if none has any.
+
+    Raises: UsageError naming the nodes that have another or none: one patient would get two keys in the table.
+    """
+    own = mark_secret(read_secret())
+    for address, mark in _ask_nodes(read_mark):
+        if isinstance(mark, UsageError):
+            raise UsageError(f"node {address}: {mark}")
+        if mark != own:
+            raise UsageError(f"node {address} has {_compare_secrets(own, mark)}; {SECRET_REMEDY}")
+    return own
+
+
+def _ask_nodes(question: Callable[[], AnswerT]) -> Iterator[tuple[str, AnswerT]]:
+    """What each node answers, under its address. One that is lost meanwhile is asked nothing."""
+    ask = ray.remote(num_cpus=0)(question)
+    answers = {
+        node["NodeManagerAddress"]: ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in list_nodes()
+    }
+    for address, answer in answers.items():
+        try:
+            yield address, ray.get(answer)
+        except RayError:
+            continue
+
+
+def read_mark() -> str | UsageError | None:
+    """The mark of this node's secret, or what is wrong with it: Ray would strip an error of its type."""
+    try:
+        return mark_secret(read_secret())
+    except UsageError as error:
+        return error
+
+
+def decode_sources(
+    sources: Sequence[Source], store: Store, road: Road, batch_size: int, secret_mark: str | None = None
+) -> Dataset:
     """A lazy data set with one row a scan: `voxels` (D, H, W) uint8, `lung` its mask as packed bits, `record`.
 
-    A scan that is not OK carries zeros, so that every row and block has one shape. `record` is read by `unpack_scan`.
+    Patient and series keys are of the secret with this mark, which each node takes from its own environment; without a
+    mark there are none. A scan that is not OK carries zeros, so that every row and block has one shape. `record` is
+    read by `unpack_scan`.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -93,7 +156,7 @@ def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_si
     num_blocks = max(1, min(len(sources), max(2 * int(count_resource("CPU")), len(sources) // SOURCES_PER_BLOCK)))
     items = [{"source": pickle.dumps(source)} for source in sources]
     planned = ray.data.from_items(items, override_num_blocks=num_blocks)
-    decode = functools.partial(decode_row, store=store, road=replace(road, pseudonym_key=None))
+    decode = functools.partial(decode_row, store=store, road=replace(road, pseudonym_key=None), secret_mark=secret_mark)
     return planned.flat_map(decode, num_cpus=DECODE_CPUS)
 
 
@@ -122,11 +185,11 @@ def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[An
     return replace(decoded, scan=replace(scan, volume=volume, lung=mask if has_mask else None))
 
 
-def decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
+def decode_row(row: dict[str, Any], store: Store, road: Road, secret_mark: str | None = None) -> list[dict[str, Any]]:
     """What a worker does with one source: a row for each of its scans, or one with what must stop the job."""
     source: Source = pickle.loads(row["source"])
     try:
-        scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+        scans = _keep_ingester(store, road, secret_mark).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
     except RunError as error:
         scan = IngestedScan(source.key, Status.ERR_STORAGE, str(error))
         return [_pack_scan(DecodedScan(source.key, source.input_sha256, 1, scan, error), road.volume)]
@@ -134,10 +197,24 @@ def decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, 
 
 
 @functools.lru_cache(maxsize=1)
-def _keep_ingester(store: Store, road: Road) -> Ingester:
-    """A worker keeps its decoding child from row to row. The secret comes from this node's own environment."""
-    secret = os.environ.get(PSEUDONYM_VARIABLE)
-    return Ingester(store, replace(road, pseudonym_key=secret.encode() if secret else None))
+def _keep_ingester(store: Store, road: Road, secret_mark: str | None) -> Ingester:
+    """A worker keeps its decoding child from row to row. The secret comes from this node's own environment.
+
+    Raises: UsageError if the node, which may have joined in mid-run, has not the secret of this mark.
+    """
+    if secret_mark is None:
+        return Ingester(store, road)
+    secret = read_secret()
+    if mark_secret(secret) != secret_mark:
+        node = ray.util.get_node_ip_address()
+        raise UsageError(f"node {node} has {_compare_secrets(secret_mark, mark_secret(secret))}; {SECRET_REMEDY}")
+    return Ingester(store, replace(road, pseudonym_key=secret))
+
+
+def _compare_secrets(own: str | None, other: str | None) -> str:
+    if other is None:
+        return f"no {PSEUDONYM_VARIABLE}, which the driver has"
+    return f"{'another' if own else 'a'} {PSEUDONYM_VARIABLE} {'than the driver' if own else 'and the driver none'}"
 
 
 def _pack_scan(decoded: DecodedScan, volume: VolumeConfig) -> dict[str, Any]:

@@ -24,7 +24,15 @@ from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.hold import PAGE, is_published, refuse_if_held, review_run
 from darnet.publishing.planning import plan_night, preview_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
-from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
+from darnet.ray_cluster import (
+    CPU_MARGIN,
+    agree_on_secret,
+    connect,
+    count_resource,
+    decode_sources,
+    iterate_blocks,
+    unpack_scan,
+)
 from darnet.ray_metrics import ScanCounters
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
@@ -125,7 +133,8 @@ def finish_run(
     missing = [source for source in planned if source.key not in staged]
     if missing:
         connect()
-        stage_rows(score_sources(archive, model, run, config, missing, images), folder, len(missing), config.part_scans)
+        dataset = score_sources(archive, model, run, config, missing, images, agree_on_secret())
+        stage_rows(dataset, folder, len(missing), config.part_scans)
     rows = folder.read_parts()
     check_rows((source.key for source in planned), rows)
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
@@ -175,6 +184,7 @@ def score_sources(
     config: ScoreConfig,
     sources: Sequence[Source],
     images: CamImages | None = None,
+    secret_mark: str | None = None,
 ) -> Dataset:
     """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
 
@@ -184,7 +194,7 @@ def score_sources(
     if 0 < num_gpus < config.num_actors:
         raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
     road = Road(run.model.settings.volume, config.decode)
-    return decode_sources(sources, archive, road, config.batch_size).map_batches(
+    return decode_sources(sources, archive, road, config.batch_size, secret_mark).map_batches(
         ScoringActor,
         fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu", images),
         batch_size=config.batch_size,

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3.session
 import pytest
@@ -70,6 +71,27 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def local(tmp_path: Path) -> Store:
     """The same on this disk only."""
     return open_store(str(tmp_path / "results"))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that does no work, like that of cluster.yaml. Its jobs are processes of their own."""
+    from ray._common.utils import reset_ray_address
+    from ray.cluster_utils import Cluster  # takes seconds, and most runs of pytest deselect this file
+
+    for name, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for node in reversed(
+            cluster.list_all_nodes()
+        ):  # not shutdown(), which also resets this process's other session
+            cluster.remove_node(node, allow_graceful=False)
+        reset_ray_address()
+        gc.collect()
 
 
 def find_free_port() -> int:

@@ -11,7 +11,7 @@ from tests.places import ROOT
 
 ROWS = (
     "errors config scan",
-    "archive auditing.shortcuts augment cam evaluation.paper history lung metrics model page phantoms.canvas "
+    "archive auditing.shortcuts augment cam evaluation.paper history lung metrics model page phantoms.canvas pseudonym "
     "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report settings storage_local "
     "tables terminal volume",
     "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions job "

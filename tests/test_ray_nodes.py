@@ -1,14 +1,12 @@
 """A node of the cluster is lost in mid-work, as a spot machine is: training and scoring go on to the same bits."""
 
-import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from darnet.publishing.rows import PROBABILITIES
 from darnet.results import read_predictions
 from darnet.storage import open_store
 from tests.bundle_fixtures import write_random_bundle
-from tests.conftest import RAY_ENVIRONMENT
 from tests.ct_fixtures import make_chest, write_chest
 from tests.gloo_ranks import train_with_torch_alone
 from tests.places import ROOT
@@ -33,27 +30,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("def
 
 PATIENCE_S = 600
 Job = subprocess.Popen[str]
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head that does no work, like that of cluster.yaml. Its jobs are processes of their own."""
-    from ray._common.utils import reset_ray_address
-    from ray.cluster_utils import Cluster  # takes seconds, and most runs of pytest deselect this file
-
-    for name, value in RAY_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        for node in reversed(
-            cluster.list_all_nodes()
-        ):  # not shutdown(), which also resets this process's other session
-            cluster.remove_node(node, allow_graceful=False)
-        reset_ray_address()
-        gc.collect()
 
 
 def start_job(name: str, *arguments: str) -> Job:

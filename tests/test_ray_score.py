@@ -47,6 +47,7 @@ from tests.results_fixtures import make_row
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
 CONFIG = ScoreConfig(part_scans=2)
+SECRET = "a secret of thirty-two bytes or more"
 NUMBERS = ["probability_cp", "probability_ncp", "probability_normal", "fold_std_ncp", "cam_in_lung_fraction"]
 NIGHT = date(2026, 1, 1)
 REAL_CT = ROOT.parent / "shared" / "data" / "ct"
@@ -207,7 +208,7 @@ def _digest_source(archive: Path, source: Path) -> str:
 
 
 def _hmac(kind: str, value: str) -> str:
-    return hmac.new(b"a secret", f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()
+    return hmac.new(SECRET.encode(), f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()
 
 
 def test_published_rows_are_filled_and_their_pictures_kept(
@@ -220,7 +221,7 @@ def test_published_rows_are_filled_and_their_pictures_kept(
     (archive / "png").mkdir()
     for index, pixels in enumerate((make_chest() + 1000).clip(0, 255).astype(np.uint8)):
         cv2.imwrite(str(archive / "png" / f"{index:03d}.png"), pixels)
-    monkeypatch.setenv("DARNET_PSEUDONYM_KEY", "a secret")
+    monkeypatch.setenv("DARNET_PSEUDONYM_KEY", SECRET)
     flags = ["--cam-images", str(images), "--cam-choice.predictions", "CP,NCP,Normal"]
     summary = finish_job(start_job(archive, model, tmp_path / "results", *flags))
     assert summary["cam_images"] == {"place": str(images), "chosen": 2, "written": 2}

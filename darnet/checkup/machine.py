@@ -15,17 +15,17 @@ from darnet.archive import list_sources
 from darnet.bundle import Bundle, read_bundle
 from darnet.checkup.findings import Check, CheckError, Verdict
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
-from darnet.errors import ScanError, Status
-from darnet.ingest import PSEUDONYM_VARIABLE, Ingester, Road
+from darnet.errors import ScanError, Status, UsageError
+from darnet.ingest import Ingester, Road
 from darnet.phantom import make_phantom
 from darnet.phantoms.archive import STYLES
 from darnet.phantoms.files import write_dicom
+from darnet.pseudonym import MIN_KEY_BYTES, PSEUDONYM_VARIABLE, read_secret
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import Diagnosis
 from darnet.score import Ensemble
 from darnet.storage import Store, open_store
 
-MIN_KEY_BYTES = 32  # Source: RFC 2104 sec. 3: not below the 32 bytes of SHA-256
 DISK_MIND_BYTES, DISK_WRONG_BYTES = 20 << 30, 2 << 30  # Source: ours; volumes of CC-CCII take 13 GB, a scan's files 1
 SHARED_MEMORY_BYTES = 2 << 30  # Source: Ray's object store lies there, and falls back to disk below that
 OPEN_FILES = 4_096  # Source: Ray warns below it
@@ -111,13 +111,13 @@ def _look_at_open_files() -> str:
 
 
 def _look_at_key() -> str:
-    key = os.environ.get(PSEUDONYM_VARIABLE, "")
-    if not key:
+    try:
+        secret = read_secret()
+    except UsageError as error:
+        raise CheckError("set, and too short", str(error)) from error
+    if secret is None:
         remedy = f"set {PSEUDONYM_VARIABLE} on every node, or leave patient_key and series_key null"
         raise CheckError("not set", remedy, Verdict.MIND)
-    if len(key.encode()) < MIN_KEY_BYTES:
-        remedy = "take a longer one, such as of `openssl rand -hex 32`"
-        raise CheckError(f"{PSEUDONYM_VARIABLE} is shorter than {MIN_KEY_BYTES} bytes", remedy)
     return f"set, {MIN_KEY_BYTES} bytes or more"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from darnet.checkup.findings import Finding, Verdict, examine
 from darnet.checkup.machine import check_bundle, check_machine
-from darnet.ingest import PSEUDONYM_VARIABLE
+from darnet.pseudonym import PSEUDONYM_VARIABLE
 from darnet.storage import open_store
 from tests.bundle_fixtures import write_random_bundle
 
@@ -74,5 +74,5 @@ def test_the_job_tries_everything_that_is_named(
     monkeypatch.setattr(sys, "argv", ["doctor", *places, "--results", str(tmp_path / "results")])
     assert doctor.main() == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["checks"] == len(summary["findings"]) == 26
+    assert summary["checks"] == len(summary["findings"]) == 27
     assert set(summary["verdicts"]) <= {"fine", "mind"}

@@ -1,0 +1,72 @@
+"""The secret of pseudonyms: long enough, the same everywhere, and told nowhere."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import pytest
+
+from darnet.archive import list_sources
+from darnet.config import DecodeConfig, VolumeConfig
+from darnet.errors import UsageError
+from darnet.ingest import Road
+from darnet.pseudonym import PSEUDONYM_VARIABLE, mark_secret, pseudonymise, read_secret
+from darnet.storage import open_store
+from tests.ct_fixtures import write_chest
+
+SECRET = "a secret of thirty-two bytes or more"
+
+
+def hmac_by_hand(key: bytes, text: bytes) -> str:
+    """RFC 2104 as it is written there."""
+    block = key.ljust(64, b"\0")
+    inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block) + text).digest()
+    return hashlib.sha256(bytes(byte ^ 0x5C for byte in block) + inner).hexdigest()
+
+
+def test_a_pseudonym_is_the_keyed_digest_of_kind_and_value() -> None:
+    expected = hmac_by_hand(SECRET.encode(), b"patient\0Doe^Jane")
+    assert pseudonymise("Doe^Jane", "patient", SECRET.encode()) == expected
+    assert pseudonymise("", "patient", SECRET.encode()) is None
+    assert pseudonymise("Doe^Jane", "patient", None) is None
+
+
+@pytest.mark.parametrize(("secret", "is_long_enough"), [("x" * 31, False), ("x" * 32, True), ("ü" * 16, True)])
+def test_a_secret_has_32_bytes_at_least(secret: str, is_long_enough: bool) -> None:
+    if is_long_enough:
+        assert read_secret({PSEUDONYM_VARIABLE: secret}) == secret.encode()
+        return
+    with pytest.raises(UsageError, match="shorter than 32 bytes") as caught:
+        read_secret({PSEUDONYM_VARIABLE: secret})
+    assert secret not in str(caught.value)
+
+
+def test_no_secret_is_none() -> None:
+    assert read_secret({}) is read_secret({PSEUDONYM_VARIABLE: ""}) is mark_secret(None) is None
+
+
+def test_a_mark_tells_secrets_apart_and_is_no_pseudonym() -> None:
+    marks = {mark_secret(f"{index:032d}".encode()) for index in range(1000)}
+    assert len(marks) == 1000
+    assert SECRET not in str(mark_secret(SECRET.encode()))
+    assert mark_secret(SECRET.encode()) == mark_secret(SECRET.encode())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("other", ["", SECRET[::-1], "k33p-out"])
+def test_a_node_that_joins_with_another_secret_stops_the_run(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker checks its own node's secret before it decodes anything; the failure goes to the driver whole."""
+    from darnet.ray_cluster import decode_row, unpack_scan
+
+    write_chest(tmp_path / "archive" / "chest")
+    store = open_store(str(tmp_path / "archive"))
+    (source,) = list_sources(store.list_objects())
+    road = Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig())
+    monkeypatch.setenv(PSEUDONYM_VARIABLE, other)
+    (row,) = decode_row({"source": pickle.dumps(source)}, store, road, secret_mark=mark_secret(SECRET.encode()))
+    failure = unpack_scan(row["record"], row["voxels"], row["lung"]).failure
+    assert isinstance(failure, UsageError)
+    assert PSEUDONYM_VARIABLE in str(failure)
+    assert not other or other not in str(failure)

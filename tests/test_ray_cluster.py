@@ -1,0 +1,76 @@
+"""What a cluster must agree to before anything is scored: who may reach it, and one secret of pseudonyms."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from darnet.errors import UsageError
+from darnet.pseudonym import PSEUDONYM_VARIABLE
+from tests.bundle_fixtures import write_random_bundle
+from tests.ct_fixtures import write_chest
+from tests.places import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+
+SECRET = "a secret of thirty-two bytes or more"
+
+
+def score(folder: Path) -> tuple[int, dict[str, Any], str]:
+    """Exit code, summary and what was told of a night on one chest."""
+    write_chest(folder / "archive" / "chest")
+    write_random_bundle(folder / "model")
+    places = [f"--{name}={folder / name}" for name in ("archive", "model", "results")]
+    command = [sys.executable, "-m", "jobs.score", *places]
+    job = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+    return job.returncode, json.loads(job.stdout.splitlines()[-1]), job.stderr
+
+
+def add_node(cluster: Any, secret: str, **arguments: Any) -> Mapping[str, Any]:
+    node: Mapping[str, Any] = cluster.add_node(num_cpus=2, env_vars={PSEUDONYM_VARIABLE: secret}, **arguments)
+    return node
+
+
+@pytest.mark.parametrize("other", ["", SECRET[::-1], "k33p-out"])
+def test_nodes_of_different_secrets_score_nothing(
+    other: str, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PSEUDONYM_VARIABLE, SECRET)
+    add_node(cluster, SECRET)
+    add_node(cluster, other)
+    code, summary, told = score(tmp_path)
+    assert code == summary["exit_code"] == 2
+    assert PSEUDONYM_VARIABLE in summary["error"]
+    assert SECRET not in told + str(summary)
+    assert not list((tmp_path / "results").rglob("part*"))
+
+
+def test_machines_that_ask_for_no_token_are_refused(cluster: Any, tmp_path: Path) -> None:
+    add_node(cluster, "", node_ip_address="127.0.0.2")
+    code, summary, _ = score(tmp_path)
+    assert code == 2
+    assert "2 machines" in summary["error"]
+    assert "RAY_AUTH_MODE=token" in summary["error"]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "mode", "is_refused"),
+    [
+        ({"10.0.0.1"}, "", False),
+        ({"10.0.0.1", "10.0.0.2"}, "", True),
+        ({"10.0.0.1", "10.0.0.2"}, "disabled", True),
+        ({"10.0.0.1", "10.0.0.2"}, "token", False),
+    ],
+)
+def test_several_machines_need_a_token(addresses: set[str], mode: str, is_refused: bool) -> None:
+    from darnet.ray_cluster import refuse_open_cluster
+
+    if not is_refused:
+        refuse_open_cluster(addresses, mode)
+        return
+    with pytest.raises(UsageError, match="RAY_AUTH_MODE=token"):
+        refuse_open_cluster(addresses, mode)
