@@ -1,0 +1,137 @@
+"""Patients' data and secrets are looked for, as marked strings, in everything that a night leaves and says."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from pydicom.dataset import FileDataset
+
+from tests.bundle_fixtures import write_random_bundle
+from tests.ct_fixtures import make_chest, write_chest
+from tests.places import ROOT
+from tests.poison_fixtures import write_crash
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+
+TEXT, FILE, FOLDER = "ZQ7CANARYTEXT", "Zq7CanaryFile", "Zq7CanaryFolder"
+SECRETS = {
+    "DARNET_PSEUDONYM_KEY": "Zq7CanarySecretOfThirtyTwoBytesOrMore",
+    "AWS_SECRET_ACCESS_KEY": "Zq7CanaryPasswordOfTheStore",
+}
+# Every text that a scanner, a registry or a reader may have filled in.
+TAGS = """PatientName PatientID OtherPatientNames PatientBirthName PatientMotherBirthName PatientAddress PatientComments
+    PatientTelephoneNumbers MilitaryRank Occupation EthnicGroup AdditionalPatientHistory
+    AccessionNumber StudyID StudyDescription SeriesDescription ProtocolName ImageComments InstitutionName
+    InstitutionAddress InstitutionalDepartmentName ReferringPhysicianName PerformingPhysicianName OperatorsName
+    NameOfPhysiciansReadingStudy RequestingPhysician RequestedProcedureDescription RequestedProcedureComments
+    RequestedProcedureID AdmittingDiagnosesDescription StationName DeviceSerialNumber ManufacturerModelName
+    Manufacturer SoftwareVersions BodyPartExamined ContrastBolusAgent ConvolutionKernel DerivationDescription
+    PerformedProcedureStepDescription PerformedProcedureStepID ScheduledProcedureStepDescription CurrentPatientLocation
+    MedicalAlerts Allergies""".split()
+
+
+def mark(_: int, dataset: FileDataset) -> None:
+    """The marked text in every tag, in a private block, and as a long comment."""
+    for name in TAGS:
+        setattr(dataset, name, TEXT)
+    block = dataset.private_block(0x0041, TEXT, create=True)
+    block.add_new(1, "LO", TEXT)
+    block.add_new(2, "OB", TEXT.encode())
+    dataset.ImageComments = TEXT * 100
+
+
+def spoil(name: str, text: str) -> Any:
+    """Marks a slice and puts words where a number belongs, as damaged headers do: parsers like to repeat those."""
+
+    def edit(index: int, dataset: FileDataset) -> None:
+        mark(index, dataset)
+        if index == 5:
+            dataset.add_new(name, "LO", text)
+
+    return edit
+
+
+def write_archive(folder: Path) -> None:
+    """Sound, refused and deadly scans, all marked."""
+    write_chest(folder / f"{FOLDER} sound", make_chest(), edit=mark)
+    for path in (folder / f"{FOLDER} sound").iterdir():
+        path.rename(path.with_name(f"{FILE} {path.name}"))
+    for number, name in enumerate(("PixelSpacing", "RescaleSlope", "ImagePositionPatient", "Rows", "Columns")):
+        write_chest(folder / f"{FOLDER} spoiled {number}", edit=spoil(name, TEXT))
+    gap = write_chest(folder / f"{FOLDER} gap", edit=mark)
+    gap.pop(7).unlink()
+    cut = write_chest(folder / f"{FOLDER} cut", edit=mark)[5]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    for path in [*gap, cut]:
+        path.rename(path.with_name(f"{FILE} {path.name}"))
+    write_crash(folder / f"{FOLDER} crash")
+    (folder / f"{FILE}.nii.gz").write_bytes(TEXT.encode() * 10)
+    (folder / f"{FOLDER} zip").mkdir()
+    (folder / f"{FOLDER} zip" / f"{FILE}.zip").write_bytes(b"PK\3\4" + TEXT.encode() * 10)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Ray's sockets lie in its folder, and their addresses hold 107 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="zq", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_texts(texts: tuple[str, ...], folder: Path) -> list[str]:
+    """Files of a folder, by their bytes or, of Parquet, their values, that hold one of these, whatever its case."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.is_socket():
+            continue
+        data = path.read_bytes().lower()
+        if path.suffix == ".parquet":
+            data += str(pq.read_table(path).to_pylist()).lower().encode()
+        found += [f"{path.name}: {text}" for text in texts if text.lower().encode() in data]
+    return found
+
+
+def test_marked_strings_are_nowhere(short_folder: Path, tmp_path: Path) -> None:
+    archive, results, images = tmp_path / "archive", tmp_path / "results", tmp_path / "images"
+    write_archive(archive)
+    write_random_bundle(tmp_path / "model")
+    places = [f"--archive={archive}", f"--model={tmp_path / 'model'}", f"--results={results}", f"--cam-images={images}"]
+    environment = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", *SECRETS}}
+    environment |= {**SECRETS, "AWS_ACCESS_KEY_ID": "key", "RAY_TMPDIR": str(short_folder)}
+    job = subprocess.run(
+        [sys.executable, "-m", "jobs.score", *places, "--cam-choice.predictions=CP,NCP,Normal"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr[-2000:]
+    rows = pq.read_table(results / "predictions" / "c00000001.parquet").to_pylist()
+    statuses = {row["source"].removeprefix(f"{FOLDER} "): row["status"] for row in rows}
+    assert statuses.pop("sound") == "OK"
+    assert len(statuses) == 10
+    assert "OK" not in statuses.values()
+    assert statuses["crash"] == "ERR_DECODER_CRASH"
+    assert list(images.rglob("*.png"))
+    assert list(short_folder.rglob("*.log")), "Ray kept its logs elsewhere, so that they were not searched"
+
+    forbidden = (TEXT, *SECRETS.values())
+    assert not [text for text in (*forbidden, FILE, FOLDER) if text.lower() in (job.stdout + job.stderr).lower()]
+    assert find_texts((*forbidden, FILE, FOLDER), short_folder) == []
+    assert find_texts((*forbidden, FILE, FOLDER), images) == []
+    assert find_texts(("ScoringActor",), short_folder), "the search does not see what is there"
+    assert find_texts((FOLDER,), results), "the search does not see what is there"
+    # Results hold the scans' own keys in the archive, of which a volume file's name is one, and nothing else of these.
+    assert find_texts(forbidden, results) == []
+    kept = {name: {str(row[name]) for row in rows} for name in rows[0]}
+    assert {name for name, values in kept.items() if FILE in str(values)} <= {"source", "scan_id"}
+    assert {name for name, values in kept.items() if FOLDER in str(values)} == {"source", "scan_id"}
