@@ -6,7 +6,7 @@ The driver plans, collects, verifies and publishes; decoding and the networks ru
 import functools
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -24,7 +24,7 @@ from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.hold import PAGE, is_published, refuse_if_held, review_run
 from darnet.publishing.planning import plan_night, preview_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
-from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_sources, iterate_blocks, unpack_scan
+from darnet.ray_cluster import CPU_MARGIN, connect, count_resource, decode_planned, iterate_blocks, unpack_scan
 from darnet.ray_metrics import ScanCounters
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
@@ -46,7 +46,7 @@ class ScoringActor:
         self._ensemble = Ensemble.from_bundle(bundle, config, device)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row or failure) out."""
+        """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out."""
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
@@ -119,15 +119,17 @@ def finish_run(
 
     Raises: as `score_archive`.
     """
-    record, planned = folder.read_record(), folder.read_sources()
+    record, planned = folder.read_record(), folder.list_planned_sources()
     run = RunFacts(folder.run_id, record.night, bundle.manifest, __version__)
     staged = folder.list_staged_sources()
-    missing = [source for source in planned if source.key not in staged]
+    missing = [place for place, key in enumerate(planned) if key not in staged]
+    del staged
     if missing:
         connect()
-        stage_rows(score_sources(archive, model, run, config, missing, images), folder, len(missing), config.part_scans)
+        dataset = score_planned(archive, model, run, config, missing, folder.read_sources, images)
+        stage_rows(dataset, folder, len(missing), config.part_scans)
     rows = folder.read_parts()
-    check_rows((source.key for source in planned), rows)
+    check_rows(planned, rows)
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
         gates = "judged by another driver"
     else:
@@ -154,7 +156,7 @@ def _now() -> datetime:
 
 
 def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sources: int) -> None:
-    """Run the road of `score_sources` and stage its rows, `part_sources` sources a part, every source whole."""
+    """Run the road of `score_planned` and stage its rows, `part_sources` sources a part, every source whole."""
     finished: dict[str, list[dict[str, Any]]] = {}
     counters = ScanCounters()
     with show_progress("scoring", num_sources) as meter:
@@ -168,15 +170,18 @@ def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sourc
             _write_part(folder, finished)
 
 
-def score_sources(
+def score_planned(
     archive: Store,
     model: Store,
     run: RunFacts,
     config: ScoreConfig,
-    sources: Sequence[Source],
+    places: Sequence[int],
+    read: Callable[[Sequence[int]], list[Source]],
     images: CamImages | None = None,
 ) -> Dataset:
     """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
+
+    Workers `read` sources by their places in the plan.
 
     Raises: RunError if the cluster has too few GPUs for the actors.
     """
@@ -184,7 +189,7 @@ def score_sources(
     if 0 < num_gpus < config.num_actors:
         raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
     road = Road(run.model.settings.volume, config.decode)
-    return decode_sources(sources, archive, road, config.batch_size).map_batches(
+    return decode_planned(places, read, archive, road, config.batch_size).map_batches(
         ScoringActor,
         fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu", images),
         batch_size=config.batch_size,

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray.data import Dataset
 
-from darnet.archive import EVERYTHING
+from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, UsageError
@@ -31,7 +31,7 @@ from darnet.publishing.planning import plan_night
 from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
-from darnet.ray_score import describe_work, finish_run, preview_archive, score_archive, score_sources
+from darnet.ray_score import describe_work, finish_run, preview_archive, score_archive, score_planned
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
@@ -84,13 +84,11 @@ def _list_operators(dataset: Dataset) -> list[str]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) -> None:
-    from darnet.archive import list_sources
-    from darnet.bundle import read_bundle
-
     write_chest(tmp_path / "archive" / "a")
     archive = open_store(str(tmp_path / "archive"))
     run = RunFacts("r", NIGHT, read_bundle(open_store(model)).manifest, "0")
-    dataset = score_sources(archive, open_store(model), run, CONFIG, list(list_sources(archive.list_objects())))
+    sources = list(list_sources(archive.list_objects()))
+    dataset = score_planned(archive, open_store(model), run, CONFIG, [0], lambda _: sources)
     names = _list_operators(dataset)
     assert [name for name in names if "FlatMap" in name and "ScoringActor" in name] == []
     assert sum("FlatMap" in name for name in names) == sum("ScoringActor" in name for name in names) == 1

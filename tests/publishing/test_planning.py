@@ -19,7 +19,7 @@ from darnet.publishing.runs import PlannedSource, RunFolder
 from darnet.publishing.scored_keys import read_scored_keys
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store, open_store
-from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows
+from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows, read_plan
 
 NIGHT = date(2030, 1, 1)
 MIDNIGHT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -199,7 +199,7 @@ def test_a_run_holds_its_plan_and_what_it_was_made_of(store: Store) -> None:
     publish_sources(store, b, status="ERR_TIMEOUT")
     folder = plan(ListedStore(objects), store, Selection(("a", "b", "c"), settle_s=5))
     assert folder is not None
-    assert list(folder.read_plan()) == [PlannedSource(b, Reason.RETRY), PlannedSource(c, Reason.NEW)]
+    assert read_plan(folder) == [PlannedSource(b, Reason.RETRY), PlannedSource(c, Reason.NEW)]
     record = folder.read_record()
     assert (record.run_id, record.work, record.night) == (folder.run_id, WORK, NIGHT)
     assert record.listing.last_commit == 2
