@@ -154,7 +154,7 @@ def _refuse(source: Source, error: ScanError) -> IngestedScan:
 def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
     """Put the source's objects on this disk under names any decoder accepts: links where they are here already.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE; CredentialsError.
+    Raises: ScanError, CredentialsError, as `Store.fetch`.
     """
     staged, remote = [], []
     for index, item in enumerate(source.objects):
@@ -191,7 +191,7 @@ def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
 def check_unchanged(store: Store, source: Source) -> None:
     """Files read in place must still be the planned ones; fetched ones were checked while they were fetched.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
+    Raises: ScanError, as `storage_local.check_unchanged`.
     """
     for index, item in enumerate(source.objects):
         path = store.local_path(item.key)

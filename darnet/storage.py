@@ -69,8 +69,9 @@ class Store(Protocol):
     def fetch(self, item: StoredObject, path: Path) -> None:
         """Copy exactly the object that was listed, same version and length, to a local file.
 
-        Raises: ScanError ERR_GONE, ERR_INPUT_CHANGED or ERR_STORAGE, which concern this object; CredentialsError
-            when the store no longer accepts us at all, because every other scan would fail the same way.
+        Raises: ScanError ERR_GONE, ERR_INPUT_CHANGED, ERR_DENIED, ERR_ARCHIVED or ERR_STORAGE, which concern this
+            object; CredentialsError when the store no longer accepts us at all, because every other scan would fail the
+            same way.
         """
 
     def local_path(self, key: str) -> Path | None:
@@ -351,7 +352,10 @@ _NO_IDENTITY = (
 )
 # The store's words for "I do not know you", as against "you may not read this object".
 _REFUSED_IDENTITY = frozenset(
-    {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+    {
+        *("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"),
+        *("AccountProblem", "NotSignedUp", "RequestTimeTooSkewed"),
+    }
 )
 
 
@@ -378,6 +382,8 @@ def _explain(error: Exception, uri: str) -> RunError:
     status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
     if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status in (401, 403):
         remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
+        if code == "RequestTimeTooSkewed":
+            remedy = "set this machine's clock"
         return CredentialsError(f"{uri}: the store does not let us in ({code}); {remedy}")
     if code == "NoSuchBucket":
         return StorageError(f"{uri}: no such bucket; create it or correct the address")
@@ -395,9 +401,13 @@ def _explain(error: Exception, uri: str) -> RunError:
 def _explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
     code = _code(error)
-    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY:
-        return _explain(error, uri)
     status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
+    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status == 401:
+        return _explain(error, uri)
+    if code == "InvalidObjectState":
+        return ScanError(Status.ERR_ARCHIVED, f"in a storage class for archives ({code}); restore it")
+    if status == 403:
+        return ScanError(Status.ERR_DENIED, f"may not be read ({code}); give this job the right to")
     if status == 412:
         return ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
     if status == 404 and code != "NoSuchBucket":

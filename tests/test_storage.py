@@ -387,7 +387,8 @@ def test_no_credentials_is_a_credentials_error(monkeypatch: pytest.MonkeyPatch, 
     [
         ("NoSuchKey", 404, Status.ERR_GONE),
         ("PreconditionFailed", 412, Status.ERR_INPUT_CHANGED),
-        ("AccessDenied", 403, Status.ERR_STORAGE),
+        ("AccessDenied", 403, Status.ERR_DENIED),
+        ("InvalidObjectState", 403, Status.ERR_ARCHIVED),
         ("SlowDown", 503, Status.ERR_STORAGE),
     ],
 )
@@ -397,9 +398,19 @@ def test_trouble_with_one_object_concerns_one_scan(code: str, status: int, expec
     assert caught.value.status is expected
 
 
-def test_expired_credentials_stop_the_job_instead_of_failing_every_scan(tmp_path: Path) -> None:
-    with pytest.raises(CredentialsError):
-        answer_with_error("get_object", "ExpiredToken", 400).fetch(StoredObject("a", 1, "tag"), tmp_path / "copy")
+@pytest.mark.parametrize(
+    ("code", "status", "remedy"),
+    [
+        ("ExpiredToken", 400, "AWS_ACCESS_KEY_ID"),
+        ("Unauthorized", 401, "AWS_ACCESS_KEY_ID"),
+        ("RequestTimeTooSkewed", 403, "this machine's clock"),
+    ],
+)
+def test_an_identity_that_is_refused_stops_the_job_instead_of_failing_every_scan(
+    code: str, status: int, remedy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CredentialsError, match=remedy):
+        answer_with_error("get_object", code, status).fetch(StoredObject("a", 1, "tag"), tmp_path / "copy")
 
 
 class BreakingBody(io.BytesIO):
