@@ -87,7 +87,7 @@ def score_archive(
     work = describe_work(archive, bundle, config)
     finish = functools.partial(finish_run, archive, model, bundle, config, images)
     runs = [finish(folder) for folder in find_unfinished(results, work)]
-    plan = plan_night(archive, results, work, night or _now().date(), selection, _now)
+    plan = plan_night(archive, results, work, night or _now().date(), selection)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}

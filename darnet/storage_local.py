@@ -7,10 +7,12 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -89,6 +91,12 @@ class LocalStore:
         path = self.local_path(key)
         with explain_os_errors(str(path), "delete the file"):
             path.unlink(missing_ok=True)
+
+    def read_clock(self) -> datetime:
+        with explain_os_errors(self.uri, "write to the folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)  # the server's, on a mount
 
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self.local_path(prefix.rstrip("/")))

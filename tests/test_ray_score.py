@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -305,8 +305,8 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
 def _begin_night(archive: Path, model: str, results: Path) -> str:
     """What a job killed right after planning leaves; the run's id."""
     store, bundle = LocalStore(archive), read_bundle(open_store(model))
-    work, clock = describe_work(store, bundle, CONFIG), lambda: datetime.now(UTC)
-    folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING, clock).folder
+    work = describe_work(store, bundle, CONFIG)
+    folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING).folder
     assert folder is not None
     return folder.run_id
 

@@ -33,7 +33,7 @@ COMMIT_KEY = re.compile(r"predictions/c(\d{8,})\.parquet")
 
 @dataclass(frozen=True)
 class Listing:
-    """When a run listed the archive, and the last number of the table it knew by then."""
+    """When a run listed the archive, by the results store's clock, and the last number of the table it knew by then."""
 
     last_commit: int
     started_at: datetime

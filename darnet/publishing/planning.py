@@ -66,22 +66,22 @@ class Plan:
     survey: Survey
 
 
-def plan_night(
-    archive: Store, results: Store, work: Work, night: date, selection: Selection, clock: Callable[[], datetime]
-) -> Plan:
+def plan_night(archive: Store, results: Store, work: Work, night: date, selection: Selection) -> Plan:
     """Begin the run of what is selected and not settled, in the archive's order; a run of the same work goes on.
+
+    All times are of the results store's clock, so that runs of several machines can be told which came first.
 
     Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters.
     """
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version)  # first: see Listing
-    started_at, survey = clock(), Survey()
+    started_at, survey = results.read_clock(), Survey()
     planned = survey_archive(archive, keys, selection, started_at.timestamp(), survey)
     first = next(planned, None)
     if first is None:
         return Plan(None, survey)
 
     def make_record(plan_sha256: str) -> RunRecord:
-        listing = Listing(keys.last_commit, started_at, clock())
+        listing = Listing(keys.last_commit, started_at, results.read_clock())
         return RunRecord(night, work, selection.describe(), plan_sha256, listing)
 
     with tempfile.TemporaryDirectory(prefix="darnet-") as temporary:

@@ -3,8 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, date, datetime, timedelta
-from itertools import count
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import pytest
 
 from darnet.archive import EVERYTHING, Selection, list_sources
 from darnet.errors import StorageError, UsageError
-from darnet.publishing.objects import list_commits
+from darnet.publishing.objects import Listing, list_commits
 from darnet.publishing.planning import LOOKUP_OBJECTS, Survey, plan_night, preview_night, survey_archive
 from darnet.publishing.rows import Reason
 from darnet.publishing.runs import PlannedSource, RunFolder
 from darnet.publishing.scored_keys import read_scored_keys
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store, open_store
+from darnet.storage_local import LocalStore
 from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows, read_plan
 
 NIGHT = date(2030, 1, 1)
@@ -64,9 +64,7 @@ def publish_sources(results: Store, *sources: Source, status: str = "OK", **chan
 
 
 def plan(archive: Any, results: Store, selection: Selection = EVERYTHING, night: date = NIGHT) -> RunFolder | None:
-    minutes = count()
-    clock = lambda: MIDNIGHT + timedelta(minutes=next(minutes))  # noqa: E731
-    return plan_night(archive, results, WORK, night, selection, clock).folder
+    return plan_night(archive, results, WORK, night, selection).folder
 
 
 # What is planned
@@ -203,8 +201,40 @@ def test_a_run_holds_its_plan_and_what_it_was_made_of(store: Store) -> None:
     record = folder.read_record()
     assert (record.run_id, record.work, record.night) == (folder.run_id, WORK, NIGHT)
     assert record.listing.last_commit == 2
-    assert (record.listing.started_at, record.listing.ended_at) == (MIDNIGHT, MIDNIGHT + timedelta(minutes=1))
     assert record.selection == {"prefixes": ["a", "b", "c"], "since": None, "glob": "*", "settle_s": 5}
+
+
+def test_a_listing_lies_between_what_was_written_before_and_after_it(store: Store) -> None:
+    """By the store's times, which are the same for all drivers, whatever their own clocks say."""
+
+    def read_time(key: str) -> float:
+        store.write_bytes(key, b"")
+        return next(item.modified_s for item in store.list_objects(key))
+
+    during: list[float] = []
+    archive = ListedStore(list_slices("a"), lambda _: during.append(read_time("during")))
+    before_s = read_time("before")
+    folder = plan(archive, store)
+    assert folder is not None
+    listing, after_s = folder.read_record().listing, read_time("after")
+    times = [before_s, listing.started_at.timestamp(), *during, listing.ended_at.timestamp(), after_s]
+    whole_s = [int(time_s) if store.uri.startswith("s3") else time_s for time_s in times]
+    assert whole_s == sorted(whole_s)
+
+
+class LateStore(LocalStore):
+    """A results store whose clock is years ahead of this machine's."""
+
+    def read_clock(self) -> datetime:
+        return MIDNIGHT
+
+
+def test_times_are_the_results_store_s(tmp_path: Path) -> None:
+    archive = ListedStore([*list_slices("a", age_s=59), *list_slices("b", age_s=61)])
+    folder = plan(archive, LateStore(tmp_path), Selection(settle_s=60))
+    assert folder is not None
+    assert folder.list_planned_sources() == ["b"]
+    assert folder.read_record().listing == Listing(0, MIDNIGHT, MIDNIGHT)
 
 
 def test_the_same_night_again_is_the_same_run(local: Store) -> None:
