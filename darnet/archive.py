@@ -21,6 +21,7 @@ STRAY_NAMES = frozenset(
     "authors changelog changes checksums citation copying dicomdir licence license lockfile makefile manifest notice"
     " readme version".split()
 )
+FUTURE_S = 86_400.0  # Source: ours; more than any mistaken time zone (14 hours), and over by the next night
 STRAY_STEMS = ("thumb", "preview")
 
 
@@ -95,8 +96,12 @@ class Selection:
         return fnmatchcase(source.key, self.glob)
 
     def is_arriving(self, source: Source, now_s: float) -> bool:
-        """Whether a source may not be whole yet. What is from a far future has a wrong clock, and would wait for it."""
-        return abs(now_s - source.modified_s) < self.settle_s
+        """Whether a source may not be whole yet: its newest object is young, or from a future that still comes soon."""
+        return self.settle_s > 0 and now_s - self.settle_s < source.modified_s <= now_s + FUTURE_S
+
+    def is_misdated(self, source: Source, now_s: float) -> bool:
+        """Whether a source's time says nothing of whether it is whole. Waiting for it would take days or years."""
+        return self.settle_s > 0 and source.modified_s > now_s + FUTURE_S
 
     def describe(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -4,6 +4,7 @@ Planning never holds the listing: prefixes stream side by side, and what is not 
 """
 
 import gc
+import sys
 import tempfile
 import threading
 from collections import Counter, deque
@@ -33,12 +34,17 @@ PREVIEW_SOURCES = 20
 
 @dataclass
 class Survey:
-    """What planning counted: sources listed and selected, those still arriving, and those to score by reason."""
+    """What planning counted: sources listed and selected, those still arriving, and those to score by reason.
+
+    `misdated` are those of the last whose time lies too far in the future to wait for, `example` one of them.
+    """
 
     listed: int = 0
     selected: int = 0
     waiting: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
+    misdated: int = 0
+    example: str = ""
 
     def add(self, other: "Survey") -> None:
         """Count another part of the archive in."""
@@ -46,6 +52,8 @@ class Survey:
         self.selected += other.selected
         self.waiting += other.waiting
         self.reasons += other.reasons
+        self.misdated += other.misdated
+        self.example = self.example or other.example
 
     def describe(self) -> dict[str, Any]:
         """For a summary."""
@@ -53,6 +61,7 @@ class Survey:
             "listed_sources": self.listed,
             "selected_sources": self.selected,
             "waiting_sources": self.waiting,
+            "misdated_sources": self.misdated,
             "planned_sources": self.reasons.total(),
             "reasons": {str(reason): self.reasons[reason] for reason in Reason if self.reasons[reason]},
         }
@@ -156,6 +165,12 @@ def survey_archive(
             f"{archive.uri}: of {survey.listed} sources{within} none matches the glob {selection.glob!r}, or a prefix "
             "ends inside a source's name; are they right?"
         )
+    if survey.misdated:
+        print(
+            f"{survey.misdated} sources are dated more than a day ahead, such as {survey.example!r}; they are scored "
+            "as they are: mend the clock of what writes them",
+            file=sys.stderr,
+        )
 
 
 class _Listing:
@@ -187,6 +202,9 @@ class _Listing:
                 if self._selection.is_arriving(source, self._now_s):
                     self.survey.waiting += 1
                     continue
+                if self._selection.is_misdated(source, self._now_s):
+                    self.survey.misdated += 1
+                    self.survey.example = self.survey.example or source.key
                 self.survey.reasons[reason] += 1
                 yield PlannedSource(source, reason)
 

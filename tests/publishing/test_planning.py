@@ -180,6 +180,19 @@ def test_a_settled_source_does_not_wait(local: Store) -> None:
     assert (planned, counted.waiting) == ([], 1)
 
 
+def test_a_source_of_a_wrong_year_is_scored_and_the_summary_says_so(
+    local: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of a clock some minutes ahead waits, though it is ahead by more than what sources settle in."""
+    objects = [*list_slices("ahead", age_s=-300), *list_slices("settled", age_s=300), *list_slices("year", age_s=-1e8)]
+    planned, counted = survey(ListedStore(objects), local, Selection(settle_s=60))
+    assert list_keys(planned) == ["settled", "year"]
+    summary = counted.describe()
+    assert (summary["waiting_sources"], summary["misdated_sources"]) == (1, 1)
+    assert "1 sources are dated more than a day ahead, such as 'year'" in capsys.readouterr().err
+    assert survey(ListedStore(objects), local)[1].misdated == 0  # nothing settles
+
+
 # The run
 
 
