@@ -1,7 +1,7 @@
 """A store's listing, page by page, in; sources that may hold scans, judged by their names alone, out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -88,12 +88,17 @@ class Selection:
 
     def admits(self, source: Source) -> bool:
         """Whether to look at a source: also not at one of which a prefix lists only a part."""
-        folder = "" if source.key == "." else f"{source.key.rstrip('/')}/"
-        if not folder.startswith(self.prefixes or ""):
+        if not _name_folder(source).startswith(self.prefixes or ""):
             return False
         if self.since is not None and source.modified_s < self.since.timestamp():
             return False
         return fnmatchcase(source.key, self.glob)
+
+    def list_empty(self, prefixes: Sequence[str], source: Source) -> list[str]:
+        """Those of some prefixes that select nothing yet, now that a source was listed; whenever that is from."""
+        if not fnmatchcase(source.key, self.glob):
+            return list(prefixes)
+        return [prefix for prefix in prefixes if not _name_folder(source).startswith(prefix)]
 
     def is_arriving(self, source: Source, now_s: float) -> bool:
         """Whether a source may not be whole yet: its newest object is young, or from a future that still comes soon."""
@@ -129,6 +134,11 @@ def batch_by(items: Iterable[ItemT], weigh: Callable[[ItemT], int], limit: int) 
             batch, weight = [], 0
     if batch:
         yield batch
+
+
+def _name_folder(source: Source) -> str:
+    """What a source's key begins with for prefixes: a slash at its end, so that none ends within it unnoticed."""
+    return "" if source.key == "." else f"{source.key.rstrip('/')}/"
 
 
 def name_format(source: Source) -> str:

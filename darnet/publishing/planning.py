@@ -36,7 +36,8 @@ PREVIEW_SOURCES = 20
 class Survey:
     """What planning counted: sources listed and selected, those still arriving, and those to score by reason.
 
-    `misdated` are those of the last whose time lies too far in the future to wait for, `example` one of them.
+    `misdated` are those of the last whose time lies too far in the future to wait for, `example` one of them;
+    `empty_prefixes` were asked for and select nothing.
     """
 
     listed: int = 0
@@ -45,6 +46,7 @@ class Survey:
     reasons: Counter[Reason] = field(default_factory=Counter)
     misdated: int = 0
     example: str = ""
+    empty_prefixes: list[str] = field(default_factory=list)
 
     def add(self, other: "Survey") -> None:
         """Count another part of the archive in."""
@@ -54,6 +56,7 @@ class Survey:
         self.reasons += other.reasons
         self.misdated += other.misdated
         self.example = self.example or other.example
+        self.empty_prefixes += other.empty_prefixes
 
     def describe(self) -> dict[str, Any]:
         """For a summary."""
@@ -63,6 +66,7 @@ class Survey:
             "waiting_sources": self.waiting,
             "misdated_sources": self.misdated,
             "planned_sources": self.reasons.total(),
+            "empty_prefixes": self.empty_prefixes,
             "reasons": {str(reason): self.reasons[reason] for reason in Reason if self.reasons[reason]},
         }
 
@@ -117,12 +121,19 @@ def preview_night(
             source = planned.source
             shown.append((source.key, str(planned.reason), len(source.objects), source.num_bytes / 1e6))
     counts = survey.describe()
-    reasons = counts.pop("reasons")
+    reasons, empty = counts.pop("reasons"), counts.pop("empty_prefixes")
     print_table("What a night would do", ["", "sources"], [*_spell_counts(counts), *reasons.items()])
     if shown:
         title = f"The first {len(shown)} of {counts['planned_sources']} sources to score"
         print_table(title, ["source", "why", "objects", "MB"], shown)
-    return {"dry_run": True, "unfinished_runs": unfinished, **counts, "reasons": reasons, "published": None}
+    return {
+        "dry_run": True,
+        "unfinished_runs": unfinished,
+        **counts,
+        "empty_prefixes": empty,
+        "reasons": reasons,
+        "published": None,
+    }
 
 
 def _spell_counts(counts: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -165,12 +176,19 @@ def survey_archive(
             f"{archive.uri}: of {survey.listed} sources{within} none matches the glob {selection.glob!r}, or a prefix "
             "ends inside a source's name; are they right?"
         )
+    _warn(survey)
+
+
+def _warn(survey: Survey) -> None:
+    """Tell people what may be wrong with an archive, or with what was asked for."""
     if survey.misdated:
         print(
             f"{survey.misdated} sources are dated more than a day ahead, such as {survey.example!r}; they are scored "
             "as they are: mend the clock of what writes them",
             file=sys.stderr,
         )
+    for prefix in survey.empty_prefixes:
+        print(f"prefix {prefix!r} selects nothing; is it right?", file=sys.stderr)
 
 
 class _Listing:
@@ -185,7 +203,8 @@ class _Listing:
         now_s: float,
         is_over: threading.Event,
     ) -> None:
-        self.survey = Survey()
+        asked_for = [asked for asked in dict.fromkeys(selection.prefixes) if asked.startswith(prefix)]
+        self.survey = Survey(empty_prefixes=asked_for)
         self._keys, self._selection, self._now_s = keys, selection, now_s
         sources = list_sources(archive.list_objects(prefix))
         self._planned = self._plan(takewhile(lambda _: not is_over.is_set(), sources))
@@ -211,6 +230,8 @@ class _Listing:
     def _select(self, sources: Iterator[Source]) -> Iterator[Source]:
         for source in sources:
             self.survey.listed += 1
+            if self.survey.empty_prefixes:
+                self.survey.empty_prefixes = self._selection.list_empty(self.survey.empty_prefixes, source)
             if self._selection.admits(source):
                 self.survey.selected += 1
                 yield source

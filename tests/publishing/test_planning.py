@@ -162,6 +162,29 @@ def test_an_archive_without_a_source_is_a_mistyped_address(local: Store) -> None
     assert survey(archive, local, Selection(since=late))[1] == Survey(listed=1)  # a quiet night
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "glob", "empty"),
+    [
+        (("ct/1", "xt", "mr"), "*", ["xt"]),
+        (("ct", "ct/2"), "*", ["ct/2"]),  # within another, which is listed in its place
+        (("ct/1/00", "mr"), "*", ["ct/1/00"]),  # within a source
+        (("ct", "mr"), "ct/*", ["mr"]),
+        (("", "mr", "mr"), "*", []),
+        ((), "*", []),
+    ],
+)
+def test_a_prefix_among_others_that_selects_nothing_is_named(
+    local: Store, capsys: pytest.CaptureFixture[str], prefixes: tuple[str, ...], glob: str, empty: list[str]
+) -> None:
+    archive = ListedStore(list_slices("ct/1", "mr/1"))
+    for selection in (Selection(prefixes, glob=glob), Selection(prefixes, MIDNIGHT, glob)):  # a quiet night is none
+        assert survey(archive, local, selection)[1].describe()["empty_prefixes"] == empty
+        told = capsys.readouterr().err
+        assert [line for line in told.splitlines() if "selects nothing" in line] == [
+            f"prefix {prefix!r} selects nothing; is it right?" for prefix in empty
+        ]
+
+
 def test_only_what_is_selected_and_has_settled_is_planned(local: Store) -> None:
     fresh, old = list_slices("ct/fresh", age_s=60), list_slices("ct/old", "mr/old", age_s=9e5)
     archive = ListedStore(sorted(fresh + old, key=lambda item: item.key))
