@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from darnet.errors import StorageError
 from darnet.scan import Source, StoredObject
 
 ItemT = TypeVar("ItemT")
@@ -30,14 +31,17 @@ def list_sources(objects: Iterable[StoredObject]) -> Iterator[Source]:
 
     A prefix that directly holds slice files is one source, each volume file or zip another. Stray files
     (licences, text, thumbnails, DICOMDIR, dot files) are left out.
-    Raises: ValueError if the listing is not sorted, since a prefix could then come twice.
+    Raises: StorageError if the listing is not sorted, since a prefix could then come twice.
     """
     branch: list[tuple[str, list[StoredObject]]] = []
     previous = b""
     for item in objects:
         order = encode_key(item.key)
         if order < previous:
-            raise ValueError(f"listing is not sorted at {item.key!r}")
+            raise StorageError(
+                f"the listing is not sorted at {item.key!r}; use a store that lists by the bytes of its keys, as AWS "
+                "S3 does in general purpose buckets"
+            )
         previous = order
         if is_stray(item.key):
             continue

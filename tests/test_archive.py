@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from darnet.archive import Selection, batch_by, is_stray, list_sources, name_format
+from darnet.errors import StorageError
 from darnet.scan import Source, StoredObject
 
 
@@ -70,7 +71,7 @@ def test_sources_come_while_the_listing_still_streams() -> None:
 
 
 def test_an_unsorted_listing_is_refused() -> None:
-    with pytest.raises(ValueError, match="not sorted"):
+    with pytest.raises(StorageError, match="not sorted at 'a/1'; use a store that lists by the bytes"):
         list(list_sources([StoredObject("b/1", 1, "v"), StoredObject("a/1", 1, "v")]))
 
 
