@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -134,6 +135,10 @@ class Trial:
             self._store.delete(key)
         if left := list(self._store.list_objects(self._prefix)):
             raise CheckError(f"{len(left)} objects are still listed", f"remove {self._store.uri}/{self._prefix}")
+        folder = self._store.local_path(self._prefix.rstrip("/"))
+        if folder is not None:  # on a disk a folder outlives what was in it
+            with suppress(FileNotFoundError):
+                folder.rmdir()
         return f"{len(listed)} objects of this check-up"
 
     def _key(self, name: str) -> str:

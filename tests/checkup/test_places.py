@@ -69,6 +69,11 @@ def test_a_good_place_passes_and_is_left_as_it_was(store: Store) -> None:
     assert [item.key for item in store.list_objects()] == ["predictions/note.txt"]
 
 
+def test_no_folder_of_a_check_up_stays_on_a_disk(local: Store, tmp_path: Path) -> None:
+    _try_results(local)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_runs", "results"]
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
     [
