@@ -21,6 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray.data import Dataset
 
+import jobs.score
 from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig
@@ -352,6 +353,14 @@ def test_a_discarded_run_is_not_finished_and_its_sources_are_planned_anew(model:
     write_chest(archive / "b", make_chest()[:, :, ::-1])
     summary = _score(archive, model, results)
     assert (summary["finished_first"], summary["planned_sources"], summary["published"]) == ([], 2, 1)
+
+
+@pytest.mark.parametrize("verb", ["accept", "discard"])
+def test_a_decision_makes_no_place_for_results(verb: str, tmp_path: Path) -> None:
+    settings = ScoreSettings(results=str(tmp_path / "typo"), reason="seen", **{verb: "run"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="typo: run 'run' is not held; held here: none"):
+        jobs.score.work(settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("ray_cluster")
