@@ -268,13 +268,20 @@ def test_a_bucket_gives_the_bits_of_a_folder(model: str, s3: Callable[[], str], 
     local, remote = open_store(str(tmp_path / "archive")), open_store(f"{bucket}/archive/with space")
     for item in local.list_objects():
         remote.write_bytes(item.key, local.read_bytes(item.key))
-    for archive, results in ((str(tmp_path / "archive"), str(tmp_path / "results")), (remote.uri, f"{bucket}/results")):
-        summary = finish_job(start_job(archive, model, results))
+    pictures = []
+    for archive, place in ((str(tmp_path / "archive"), str(tmp_path)), (remote.uri, bucket)):
+        flags = ["--cam-images", f"{place}/images", "--cam-choice.predictions", "CP,NCP,Normal"]
+        summary = finish_job(start_job(archive, model, f"{place}/results", *flags))
         assert (summary["exit_code"], summary["published"]) == (0, 1)
+        assert summary["cam_images"] == {"place": f"{place}/images", "chosen": 5, "written": 5}
+        images = open_store(f"{place}/images")
+        pictures.append(sorted(images.read_bytes(item.key) for item in images.list_objects(f"{summary['run_id']}/")))
     here, there = read_predictions(str(tmp_path / "results")), read_predictions(f"{bucket}/results")
     assert list(here["scan_id"]) == list(there["scan_id"])
     assert here[NUMBERS].equals(there[NUMBERS])
     assert here.loc[here["status"] == "OK", NUMBERS[0]].nunique() == 4  # one chest is there twice: the same bits
+    assert [len(found) for found in pictures] == [5, 5]
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.usefixtures("ray_cluster")
