@@ -6,7 +6,7 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-poison bench-workers bench-kills bench-planning lint format clean
+.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,6 +66,10 @@ bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curv
 
 bench-kills: $(ENVIRONMENT) ## what a night loses when its driver is killed at 20 moments, or started twice
 	@$(BIN)/python -m tests.bench.kills
+
+bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 sources are scored; NUM_OBJECTS=60 of each
+	@$(BIN)/python -m tests.bench.first_night $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
+
 bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
 

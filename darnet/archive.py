@@ -1,13 +1,14 @@
 """A store's listing, page by page, in; sources that may hold scans, judged by their names alone, out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from darnet.errors import StorageError
 from darnet.scan import Source, StoredObject
 
 ItemT = TypeVar("ItemT")
@@ -21,6 +22,7 @@ STRAY_NAMES = frozenset(
     "authors changelog changes checksums citation copying dicomdir licence license lockfile makefile manifest notice"
     " readme version".split()
 )
+FUTURE_S = 86_400.0  # Source: ours; more than any mistaken time zone (14 hours), and over by the next night
 STRAY_STEMS = ("thumb", "preview")
 
 
@@ -29,14 +31,17 @@ def list_sources(objects: Iterable[StoredObject]) -> Iterator[Source]:
 
     A prefix that directly holds slice files is one source, each volume file or zip another. Stray files
     (licences, text, thumbnails, DICOMDIR, dot files) are left out.
-    Raises: ValueError if the listing is not sorted, since a prefix could then come twice.
+    Raises: StorageError if the listing is not sorted, since a prefix could then come twice.
     """
     branch: list[tuple[str, list[StoredObject]]] = []
     previous = b""
     for item in objects:
         order = encode_key(item.key)
         if order < previous:
-            raise ValueError(f"listing is not sorted at {item.key!r}")
+            raise StorageError(
+                f"the listing is not sorted at {item.key!r}; use a store that lists by the bytes of its keys, as AWS "
+                "S3 does in general purpose buckets"
+            )
         previous = order
         if is_stray(item.key):
             continue
@@ -87,16 +92,25 @@ class Selection:
 
     def admits(self, source: Source) -> bool:
         """Whether to look at a source: also not at one of which a prefix lists only a part."""
-        folder = "" if source.key == "." else f"{source.key.rstrip('/')}/"
-        if not folder.startswith(self.prefixes or ""):
+        if not _name_folder(source).startswith(self.prefixes or ""):
             return False
         if self.since is not None and source.modified_s < self.since.timestamp():
             return False
         return fnmatchcase(source.key, self.glob)
 
+    def list_empty(self, prefixes: Sequence[str], source: Source) -> list[str]:
+        """Those of some prefixes that select nothing yet, now that a source was listed; whenever that is from."""
+        if not fnmatchcase(source.key, self.glob):
+            return list(prefixes)
+        return [prefix for prefix in prefixes if not _name_folder(source).startswith(prefix)]
+
     def is_arriving(self, source: Source, now_s: float) -> bool:
-        """Whether a source may not be whole yet. What is from a far future has a wrong clock, and would wait for it."""
-        return abs(now_s - source.modified_s) < self.settle_s
+        """Whether a source may not be whole yet: its newest object is young, or from a future that still comes soon."""
+        return self.settle_s > 0 and now_s - self.settle_s < source.modified_s <= now_s + FUTURE_S
+
+    def is_misdated(self, source: Source, now_s: float) -> bool:
+        """Whether a source's time says nothing of whether it is whole. Waiting for it would take days or years."""
+        return self.settle_s > 0 and source.modified_s > now_s + FUTURE_S
 
     def describe(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -124,6 +138,11 @@ def batch_by(items: Iterable[ItemT], weigh: Callable[[ItemT], int], limit: int) 
             batch, weight = [], 0
     if batch:
         yield batch
+
+
+def _name_folder(source: Source) -> str:
+    """What a source's key begins with for prefixes: a slash at its end, so that none ends within it unnoticed."""
+    return "" if source.key == "." else f"{source.key.rstrip('/')}/"
 
 
 def name_format(source: Source) -> str:

@@ -213,7 +213,8 @@ class ScoreConfig(GateConfig):
     num_actors: int = Field(1, ge=1)
     """Model actors, one GPU each where the cluster has GPUs."""
     part_scans: int = Field(64, ge=1)
-    """Sources whose rows are staged together: at most this much work is lost by a kill."""
+    """Sources whose rows are staged together. A kill loses those that are scored and not yet staged, fewer than these,
+    and what the cluster is then decoding or scoring."""
     decode: DecodeConfig = DecodeConfig()
 
 

@@ -38,6 +38,8 @@ class Status(StrEnum):
     BAD_GAVE_UP = "BAD_GAVE_UP"
 
     ERR_STORAGE = "ERR_STORAGE"
+    ERR_DENIED = "ERR_DENIED"
+    ERR_ARCHIVED = "ERR_ARCHIVED"
     ERR_GONE = "ERR_GONE"
     ERR_INPUT_CHANGED = "ERR_INPUT_CHANGED"
     ERR_TIMEOUT = "ERR_TIMEOUT"
@@ -49,6 +51,9 @@ class Status(StrEnum):
         """Whether the next night leaves this scan alone."""
         return not self.value.startswith("ERR_")
 
+
+# What a person must put right says nothing of the scan, however many nights it lasts.
+NEVER_GIVEN_UP = frozenset({Status.ERR_DENIED, Status.ERR_ARCHIVED})
 
 STATUS_MEANINGS: Mapping[Status, str] = {
     Status.OK: "scored",
@@ -73,6 +78,8 @@ STATUS_MEANINGS: Mapping[Status, str] = {
     Status.BAD_ZIP: "encrypted, damaged or hostile zip",
     Status.BAD_GAVE_UP: "the same ERR on the same bytes for the third night",
     Status.ERR_STORAGE: "could not be fetched",
+    Status.ERR_DENIED: "we may not read it: give this job the right to; tried every night",
+    Status.ERR_ARCHIVED: "in a storage class for archives: restore it; tried every night",
     Status.ERR_GONE: "deleted between plan and read",
     Status.ERR_INPUT_CHANGED: "replaced between plan and read",
     Status.ERR_TIMEOUT: "decoding took too long",

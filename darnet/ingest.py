@@ -74,12 +74,14 @@ class DicomStack:
 class Road:
     """What decides a network input: settings, limits, and the secret for patient and series keys.
 
+    A road that travels has only the secret's mark: each node takes the secret from its own environment.
     `reversed_sources` are keys of slice-image folders that are stored the other way round than `slice_order` says.
     """
 
     volume: VolumeConfig
     decode: DecodeConfig
     pseudonym_key: bytes | None = None
+    secret_mark: str | None = None
     reversed_sources: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
@@ -152,7 +154,7 @@ def _refuse(source: Source, error: ScanError) -> IngestedScan:
 def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
     """Put the source's objects on this disk under names any decoder accepts: links where they are here already.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE; CredentialsError.
+    Raises: ScanError, CredentialsError, as `Store.fetch`.
     """
     staged, remote = [], []
     for index, item in enumerate(source.objects):
@@ -189,7 +191,7 @@ def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
 def check_unchanged(store: Store, source: Source) -> None:
     """Files read in place must still be the planned ones; fetched ones were checked while they were fetched.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
+    Raises: ScanError, as `storage_local.check_unchanged`.
     """
     for index, item in enumerate(source.objects):
         path = store.local_path(item.key)

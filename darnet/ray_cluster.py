@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ DECODE_CPUS = 1.0
 # Less than DECODE_CPUS, or Ray fuses an actor of one CPU with decoding and the two never overlap.
 CPU_MARGIN = 0.01
 SOURCES_PER_BLOCK = 8
+MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some KB of each
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
 AUTH_REMEDY = (
     "set RAY_AUTH_MODE=token for `ray start` on every node and for this job, and share the token that "
@@ -139,25 +140,47 @@ def read_mark() -> str | UsageError | None:
         return error
 
 
-def decode_sources(
-    sources: Sequence[Source], store: Store, road: Road, batch_size: int, secret_mark: str | None = None
-) -> Dataset:
+def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_size: int) -> Dataset:
     """A lazy data set with one row a scan: `voxels` (D, H, W) uint8, `lung` its mask as packed bits, `record`.
 
-    Patient and series keys are of the secret with this mark, which each node takes from its own environment; without a
-    mark there are none. A scan that is not OK carries zeros, so that every row and block has one shape. `record` is
-    read by `unpack_scan`.
+    A scan that is not OK carries zeros, so that every row and block has one shape. `record` is read by `unpack_scan`.
     """
+    items = [{"source": pickle.dumps(source)} for source in sources]
+    return _decode(items, _count_blocks(len(items)), decode_row, store, road, batch_size)
+
+
+def decode_planned(
+    places: Sequence[int], read: Callable[[Sequence[int]], list[Source]], store: Store, road: Road, batch_size: int
+) -> Dataset:
+    """As `decode_sources`, of sources that are known here by their places in a plan alone, and read by the workers.
+
+    So a driver holds nothing of their objects, of which a night may have millions.
+    """
+    num_blocks = min(_count_blocks(len(places)), MAX_BLOCKS)
+    items = [{"places": few.tolist()} for few in np.array_split(np.asarray(places), num_blocks)]
+    return _decode(items, num_blocks, functools.partial(decode_places, read=read), store, road, batch_size)
+
+
+def _count_blocks(num_sources: int) -> int:
+    return max(1, min(num_sources, max(2 * int(count_resource("CPU")), num_sources // SOURCES_PER_BLOCK)))
+
+
+def _decode(
+    items: list[dict[str, Any]],
+    num_blocks: int,
+    decode: Callable[..., Iterable[dict[str, Any]]],
+    store: Store,
+    road: Road,
+    batch_size: int,
+) -> Dataset:
+    """`decode` of every item, where there is room."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     voxels = int(np.prod(road.volume.shape))
     context.target_max_block_size = batch_size * (voxels + voxels // 8 + 4096)
-    num_blocks = max(1, min(len(sources), max(2 * int(count_resource("CPU")), len(sources) // SOURCES_PER_BLOCK)))
-    items = [{"source": pickle.dumps(source)} for source in sources]
-    planned = ray.data.from_items(items, override_num_blocks=num_blocks)
-    decode = functools.partial(decode_row, store=store, road=replace(road, pseudonym_key=None), secret_mark=secret_mark)
-    return planned.flat_map(decode, num_cpus=DECODE_CPUS)
+    decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
+    return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
 
 
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
@@ -185,29 +208,50 @@ def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[An
     return replace(decoded, scan=replace(scan, volume=volume, lung=mask if has_mask else None))
 
 
-def decode_row(row: dict[str, Any], store: Store, road: Road, secret_mark: str | None = None) -> list[dict[str, Any]]:
+def decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
     """What a worker does with one source: a row for each of its scans, or one with what must stop the job."""
     source: Source = pickle.loads(row["source"])
+    return _decode_source(source, store, road)
+
+
+def decode_places(
+    row: dict[str, Any], read: Callable[[Sequence[int]], list[Source]], store: Store, road: Road
+) -> Iterator[dict[str, Any]]:
+    """What a worker does with some places of a plan: the rows of their sources as they come."""
     try:
-        scans = _keep_ingester(store, road, secret_mark).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+        sources = read(row["places"])
     except RunError as error:
-        scan = IngestedScan(source.key, Status.ERR_STORAGE, str(error))
-        return [_pack_scan(DecodedScan(source.key, source.input_sha256, 1, scan, error), road.volume)]
+        yield _pack_failure(Source("", ()), error, road)
+        return
+    for source in sources:
+        yield from _decode_source(source, store, road)
+
+
+def _decode_source(source: Source, store: Store, road: Road) -> list[dict[str, Any]]:
+    try:
+        scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+    except RunError as error:
+        return [_pack_failure(source, error, road)]
     return [_pack_scan(DecodedScan(source.key, source.input_sha256, len(scans), scan), road.volume) for scan in scans]
 
 
+def _pack_failure(source: Source, error: RunError, road: Road) -> dict[str, Any]:
+    scan = IngestedScan(source.key, Status.ERR_STORAGE, str(error))
+    return _pack_scan(DecodedScan(source.key, source.input_sha256, 1, scan, error), road.volume)
+
+
 @functools.lru_cache(maxsize=1)
-def _keep_ingester(store: Store, road: Road, secret_mark: str | None) -> Ingester:
+def _keep_ingester(store: Store, road: Road) -> Ingester:
     """A worker keeps its decoding child from row to row. The secret comes from this node's own environment.
 
-    Raises: UsageError if the node, which may have joined in mid-run, has not the secret of this mark.
+    Raises: UsageError if the node, which may have joined in mid-run, has not the secret of the road's mark.
     """
-    if secret_mark is None:
+    if road.secret_mark is None:
         return Ingester(store, road)
     secret = read_secret()
-    if mark_secret(secret) != secret_mark:
+    if mark_secret(secret) != road.secret_mark:
         node = ray.util.get_node_ip_address()
-        raise UsageError(f"node {node} has {_compare_secrets(secret_mark, mark_secret(secret))}; {SECRET_REMEDY}")
+        raise UsageError(f"node {node} has {_compare_secrets(road.secret_mark, mark_secret(secret))}; {SECRET_REMEDY}")
     return Ingester(store, replace(road, pseudonym_key=secret))
 
 

@@ -6,7 +6,7 @@ The driver plans, collects, verifies and publishes; decoding and the networks ru
 import functools
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -29,7 +29,7 @@ from darnet.ray_cluster import (
     agree_on_secret,
     connect,
     count_resource,
-    decode_sources,
+    decode_planned,
     iterate_blocks,
     unpack_scan,
 )
@@ -54,7 +54,7 @@ class ScoringActor:
         self._ensemble = Ensemble.from_bundle(bundle, config, device)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        """Rows of `decode_sources` in; per scan a pickle of (source, scans of the source, row or failure) out."""
+        """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out."""
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
@@ -95,7 +95,7 @@ def score_archive(
     work = describe_work(archive, bundle, config)
     finish = functools.partial(finish_run, archive, model, bundle, config, images)
     runs = [finish(folder) for folder in find_unfinished(results, work)]
-    plan = plan_night(archive, results, work, night or _now().date(), selection, _now)
+    plan = plan_night(archive, results, work, night or _now().date(), selection)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}
@@ -127,16 +127,17 @@ def finish_run(
 
     Raises: as `score_archive`.
     """
-    record, planned = folder.read_record(), folder.read_sources()
+    record, planned = folder.read_record(), folder.list_planned_sources()
     run = RunFacts(folder.run_id, record.night, bundle.manifest, __version__)
     staged = folder.list_staged_sources()
-    missing = [source for source in planned if source.key not in staged]
+    missing = [place for place, key in enumerate(planned) if key not in staged]
+    del staged
     if missing:
         connect()
-        dataset = score_sources(archive, model, run, config, missing, images, agree_on_secret())
+        dataset = score_planned(archive, model, run, config, missing, folder.read_sources, images)
         stage_rows(dataset, folder, len(missing), config.part_scans)
     rows = folder.read_parts()
-    check_rows((source.key for source in planned), rows)
+    check_rows(planned, rows)
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
         gates = "judged by another driver"
     else:
@@ -163,7 +164,7 @@ def _now() -> datetime:
 
 
 def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sources: int) -> None:
-    """Run the road of `score_sources` and stage its rows, `part_sources` sources a part, every source whole."""
+    """Run the road of `score_planned` and stage its rows, `part_sources` sources a part, every source whole."""
     finished: dict[str, list[dict[str, Any]]] = {}
     counters = ScanCounters()
     with show_progress("scoring", num_sources) as meter:
@@ -177,24 +178,26 @@ def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sourc
             _write_part(folder, finished)
 
 
-def score_sources(
+def score_planned(
     archive: Store,
     model: Store,
     run: RunFacts,
     config: ScoreConfig,
-    sources: Sequence[Source],
+    places: Sequence[int],
+    read: Callable[[Sequence[int]], list[Source]],
     images: CamImages | None = None,
-    secret_mark: str | None = None,
 ) -> Dataset:
     """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
 
-    Raises: RunError if the cluster has too few GPUs for the actors.
+    Workers `read` sources by their places in the plan.
+
+    Raises: RunError if the cluster has too few GPUs for the actors; UsageError as `agree_on_secret`.
     """
     num_gpus = count_resource("GPU")
     if 0 < num_gpus < config.num_actors:
         raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
-    road = Road(run.model.settings.volume, config.decode)
-    return decode_sources(sources, archive, road, config.batch_size, secret_mark).map_batches(
+    road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret())
+    return decode_planned(places, read, archive, road, config.batch_size).map_batches(
         ScoringActor,
         fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu", images),
         batch_size=config.batch_size,

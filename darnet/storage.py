@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
@@ -69,8 +70,9 @@ class Store(Protocol):
     def fetch(self, item: StoredObject, path: Path) -> None:
         """Copy exactly the object that was listed, same version and length, to a local file.
 
-        Raises: ScanError ERR_GONE, ERR_INPUT_CHANGED or ERR_STORAGE, which concern this object; CredentialsError
-            when the store no longer accepts us at all, because every other scan would fail the same way.
+        Raises: ScanError ERR_GONE, ERR_INPUT_CHANGED, ERR_DENIED, ERR_ARCHIVED or ERR_STORAGE, which concern this
+            object; CredentialsError when the store no longer accepts us at all, because every other scan would fail the
+            same way.
         """
 
     def local_path(self, key: str) -> Path | None:
@@ -94,6 +96,12 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is fine."""
+
+    def read_clock(self) -> datetime:
+        """The store's own time, which is one for all who write to it; on S3 in whole seconds. Leaves nothing behind.
+
+        Raises: StorageError, CredentialsError.
+        """
 
     def child(self, prefix: str) -> "Store":
         """The store rooted at a folder of this one."""
@@ -258,6 +266,14 @@ class S3Store:
         with _s3_errors(f"{self.uri}/{key}"):
             self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
 
+    def read_clock(self) -> datetime:
+        with _s3_errors(self.uri):
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if told is None:
+            raise StorageError(f"{self.uri}: the store's answers have no date; use one that gives it, as HTTP demands")
+        return parsedate_to_datetime(told)
+
     def child(self, prefix: str) -> "S3Store":
         return S3Store(self.bucket, f"{self.prefix}{prefix.rstrip('/')}/", self.connect)
 
@@ -351,7 +367,10 @@ _NO_IDENTITY = (
 )
 # The store's words for "I do not know you", as against "you may not read this object".
 _REFUSED_IDENTITY = frozenset(
-    {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+    {
+        *("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"),
+        *("AccountProblem", "NotSignedUp", "RequestTimeTooSkewed"),
+    }
 )
 
 
@@ -378,6 +397,8 @@ def _explain(error: Exception, uri: str) -> RunError:
     status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
     if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status in (401, 403):
         remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
+        if code == "RequestTimeTooSkewed":
+            remedy = "set this machine's clock"
         return CredentialsError(f"{uri}: the store does not let us in ({code}); {remedy}")
     if code == "NoSuchBucket":
         return StorageError(f"{uri}: no such bucket; create it or correct the address")
@@ -395,9 +416,13 @@ def _explain(error: Exception, uri: str) -> RunError:
 def _explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
     code = _code(error)
-    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY:
-        return _explain(error, uri)
     status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
+    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status == 401:
+        return _explain(error, uri)
+    if code == "InvalidObjectState":
+        return ScanError(Status.ERR_ARCHIVED, f"in a storage class for archives ({code}); restore it")
+    if status == 403:
+        return ScanError(Status.ERR_DENIED, f"may not be read ({code}); give this job the right to")
     if status == 412:
         return ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
     if status == 404 and code != "NoSuchBucket":

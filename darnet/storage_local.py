@@ -7,10 +7,12 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,7 @@ from darnet.errors import FolderMissing, ObjectMissing, ScanError, Status, Stora
 from darnet.scan import StoredObject
 
 COPY_CHUNK_BYTES = 1 << 20
+_DENIED = "may not be read; give this job the right to"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,12 @@ class LocalStore:
         with explain_os_errors(str(path), "delete the file"):
             path.unlink(missing_ok=True)
 
+    def read_clock(self) -> datetime:
+        with explain_os_errors(self.uri, "write to the folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)  # the server's, on a mount
+
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self.local_path(prefix.rstrip("/")))
 
@@ -139,9 +148,9 @@ def _describe(entry: "os.DirEntry[str]", key: str) -> StoredObject | None:
 
 
 def check_unchanged(path: Path, item: StoredObject) -> None:
-    """Demand the size and time of the file that was listed; to be said before and after it is read.
+    """Demand the right to read a file, and its size and time when it was listed; before and after it is read.
 
-    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_STORAGE.
+    Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_DENIED, ERR_STORAGE.
     """
     with _explain_reading():
         found = path.stat()
@@ -149,6 +158,8 @@ def check_unchanged(path: Path, item: StoredObject) -> None:
         raise ScanError(Status.ERR_STORAGE, "not a regular file")
     if (found.st_size, str(found.st_mtime_ns)) != (item.num_bytes, item.version):
         raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
+    if not os.access(path, os.R_OK, effective_ids=True):  # a decoder would call the scan damaged, for good
+        raise ScanError(Status.ERR_DENIED, _DENIED)
 
 
 @contextmanager
@@ -158,6 +169,8 @@ def _explain_reading() -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ScanError(Status.ERR_GONE, "deleted since it was listed") from error
+    except PermissionError as error:
+        raise ScanError(Status.ERR_DENIED, _DENIED) from error
     except OSError as error:
         raise ScanError(Status.ERR_STORAGE, str(error.strerror)) from error
 

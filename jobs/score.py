@@ -16,8 +16,9 @@ from darnet.storage import open_store
 
 def work(settings: ScoreSettings) -> dict[str, Any]:
     """Score the archive, say what would be scored, or decide on a run."""
-    results = open_store(settings.results, create=not settings.dry_run)
-    if settings.accept is not None or settings.discard is not None:
+    is_decision = settings.accept is not None or settings.discard is not None
+    results = open_store(settings.results, create=not (is_decision or settings.dry_run))
+    if is_decision:
         return decide_hold(results, settings)
     try:
         night = None if settings.night is None else date.fromisoformat(settings.night)

@@ -98,6 +98,13 @@ def begin_run(
     return folder
 
 
+def read_plan(folder: RunFolder) -> list[PlannedSource]:
+    """The whole plan, as it was listed."""
+    table = pq.read_table(pa.BufferReader(folder.store.read_bytes(folder.locate(PLAN))))
+    sources = folder.read_sources(range(table.num_rows))
+    return [PlannedSource(*pair) for pair in zip(sources, map(Reason, table["reason"].to_pylist()), strict=True)]
+
+
 def has_plan(folder: RunFolder) -> bool:
     """Whether there is a plan to go on from."""
     return PLAN in list_run_files(folder.store).get(folder.run_id, ())

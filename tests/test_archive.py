@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from darnet.archive import Selection, batch_by, is_stray, list_sources, name_format
+from darnet.errors import StorageError
 from darnet.scan import Source, StoredObject
 
 
@@ -70,7 +71,7 @@ def test_sources_come_while_the_listing_still_streams() -> None:
 
 
 def test_an_unsorted_listing_is_refused() -> None:
-    with pytest.raises(ValueError, match="not sorted"):
+    with pytest.raises(StorageError, match="not sorted at 'a/1'; use a store that lists by the bytes"):
         list(list_sources([StoredObject("b/1", 1, "v"), StoredObject("a/1", 1, "v")]))
 
 
@@ -136,10 +137,11 @@ def test_a_pattern_is_matched_with_the_whole_key() -> None:
 
 def test_a_source_settles_by_its_newest_object() -> None:
     selection = Selection(settle_s=100)
-    ages_s = [0.0, 99.0, 100.0, 1e6, -99.0, -1e6]  # the last two from the future: a clock ahead, and one that is wrong
-    arriving = [selection.is_arriving(_source("a", 1e9 - age_s), 1e9) for age_s in ages_s]
-    assert arriving == [True, True, False, False, True, False]
-    assert not Selection().is_arriving(_source("a", 1e9), 1e9)
+    ages_s = [0.0, 99.0, 100.0, 1e6, -99.0, -300.0, -14 * 3600.0, -1e6]  # a clock ahead, a time zone, a wrong clock
+    sources = [_source("a", 1e9 - age_s) for age_s in ages_s]
+    assert [selection.is_arriving(source, 1e9) for source in sources] == [True, True, False, False, *[True] * 3, False]
+    assert [selection.is_misdated(source, 1e9) for source in sources] == [*[False] * 7, True]
+    assert not any(Selection().is_arriving(source, 1e9) or Selection().is_misdated(source, 1e9) for source in sources)
 
 
 def test_batches_end_when_they_are_heavy_enough() -> None:

@@ -63,9 +63,9 @@ def test_a_node_that_joins_with_another_secret_stops_the_run(
     write_chest(tmp_path / "archive" / "chest")
     store = open_store(str(tmp_path / "archive"))
     (source,) = list_sources(store.list_objects())
-    road = Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig())
+    road = Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig(), secret_mark=mark_secret(SECRET.encode()))
     monkeypatch.setenv(PSEUDONYM_VARIABLE, other)
-    (row,) = decode_row({"source": pickle.dumps(source)}, store, road, secret_mark=mark_secret(SECRET.encode()))
+    (row,) = decode_row({"source": pickle.dumps(source)}, store, road)
     failure = unpack_scan(row["record"], row["voxels"], row["lung"]).failure
     assert isinstance(failure, UsageError)
     assert PSEUDONYM_VARIABLE in str(failure)

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray.data import Dataset
 
-from darnet.archive import EVERYTHING
+import jobs.score
+from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, UsageError
@@ -31,7 +32,7 @@ from darnet.publishing.planning import plan_night
 from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
-from darnet.ray_score import describe_work, finish_run, preview_archive, score_archive, score_sources
+from darnet.ray_score import describe_work, finish_run, preview_archive, score_archive, score_planned
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
@@ -85,13 +86,11 @@ def _list_operators(dataset: Dataset) -> list[str]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) -> None:
-    from darnet.archive import list_sources
-    from darnet.bundle import read_bundle
-
     write_chest(tmp_path / "archive" / "a")
     archive = open_store(str(tmp_path / "archive"))
     run = RunFacts("r", NIGHT, read_bundle(open_store(model)).manifest, "0")
-    dataset = score_sources(archive, open_store(model), run, CONFIG, list(list_sources(archive.list_objects())))
+    sources = list(list_sources(archive.list_objects()))
+    dataset = score_planned(archive, open_store(model), run, CONFIG, [0], lambda _: sources)
     names = _list_operators(dataset)
     assert [name for name in names if "FlatMap" in name and "ScoringActor" in name] == []
     assert sum("FlatMap" in name for name in names) == sum("ScoringActor" in name for name in names) == 1
@@ -270,13 +269,20 @@ def test_a_bucket_gives_the_bits_of_a_folder(model: str, s3: Callable[[], str], 
     local, remote = open_store(str(tmp_path / "archive")), open_store(f"{bucket}/archive/with space")
     for item in local.list_objects():
         remote.write_bytes(item.key, local.read_bytes(item.key))
-    for archive, results in ((str(tmp_path / "archive"), str(tmp_path / "results")), (remote.uri, f"{bucket}/results")):
-        summary = finish_job(start_job(archive, model, results))
+    pictures = []
+    for archive, place in ((str(tmp_path / "archive"), str(tmp_path)), (remote.uri, bucket)):
+        flags = ["--cam-images", f"{place}/images", "--cam-choice.predictions", "CP,NCP,Normal"]
+        summary = finish_job(start_job(archive, model, f"{place}/results", *flags))
         assert (summary["exit_code"], summary["published"]) == (0, 1)
+        assert summary["cam_images"] == {"place": f"{place}/images", "chosen": 5, "written": 5}
+        images = open_store(f"{place}/images")
+        pictures.append(sorted(images.read_bytes(item.key) for item in images.list_objects(f"{summary['run_id']}/")))
     here, there = read_predictions(str(tmp_path / "results")), read_predictions(f"{bucket}/results")
     assert list(here["scan_id"]) == list(there["scan_id"])
     assert here[NUMBERS].equals(there[NUMBERS])
     assert here.loc[here["status"] == "OK", NUMBERS[0]].nunique() == 4  # one chest is there twice: the same bits
+    assert [len(found) for found in pictures] == [5, 5]
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -308,8 +314,8 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
 def _begin_night(archive: Path, model: str, results: Path) -> str:
     """What a job killed right after planning leaves; the run's id."""
     store, bundle = LocalStore(archive), read_bundle(open_store(model))
-    work, clock = describe_work(store, bundle, CONFIG), lambda: datetime.now(UTC)
-    folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING, clock).folder
+    work = describe_work(store, bundle, CONFIG)
+    folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING).folder
     assert folder is not None
     return folder.run_id
 
@@ -355,6 +361,14 @@ def test_a_discarded_run_is_not_finished_and_its_sources_are_planned_anew(model:
     write_chest(archive / "b", make_chest()[:, :, ::-1])
     summary = _score(archive, model, results)
     assert (summary["finished_first"], summary["planned_sources"], summary["published"]) == ([], 2, 1)
+
+
+@pytest.mark.parametrize("verb", ["accept", "discard"])
+def test_a_decision_makes_no_place_for_results(verb: str, tmp_path: Path) -> None:
+    settings = ScoreSettings(results=str(tmp_path / "typo"), reason="seen", **{verb: "run"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="typo: run 'run' is not held; held here: none"):
+        jobs.score.work(settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("ray_cluster")

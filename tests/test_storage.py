@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,30 @@ def test_listed_times_are_those_of_botocore(s3: Callable[[], str]) -> None:
 @pytest.mark.parametrize("value", ["2026-01-01T02:03:04.567Z", "Thu, 01 Jan 2026 02:03:04 GMT", "1767232984"])
 def test_other_spellings_of_times_are_read_too(value: str) -> None:
     assert _parse_time(value).timestamp() == parse_timestamp(value).timestamp()
+
+
+def test_a_store_tells_its_own_time_and_keeps_nothing_of_it(store: Store) -> None:
+    store.write_bytes("a", b"")
+    told = store.read_clock()
+    store.write_bytes("b", b"")
+    first, second = store.list_objects()  # a bucket's clock shows whole seconds
+    assert int(first.modified_s) <= told.timestamp() <= second.modified_s
+    assert told.tzinfo is not None
+
+
+@pytest.mark.parametrize("headers", [{"date": "Tue, 01 Jan 2030 00:00:05 GMT"}, {}])
+def test_the_time_of_a_bucket_is_that_of_its_answer(headers: dict[str, str]) -> None:
+    client = connect_stub()
+    stub = Stubber(client)
+    answer = {"KeyCount": 0, "ResponseMetadata": {"HTTPStatusCode": 200, "HTTPHeaders": headers}}
+    stub.add_response("list_objects_v2", answer, {"Bucket": "bucket", "Prefix": "top/", "MaxKeys": 1})
+    stub.activate()
+    store = S3Store("bucket", "top/", lambda: client)
+    if headers:
+        assert store.read_clock() == datetime(2030, 1, 1, 0, 0, 5, tzinfo=UTC)
+        return
+    with pytest.raises(StorageError, match="have no date"):
+        store.read_clock()
 
 
 def test_one_of_many_racing_puts_wins(store: Store) -> None:
@@ -387,7 +412,8 @@ def test_no_credentials_is_a_credentials_error(monkeypatch: pytest.MonkeyPatch, 
     [
         ("NoSuchKey", 404, Status.ERR_GONE),
         ("PreconditionFailed", 412, Status.ERR_INPUT_CHANGED),
-        ("AccessDenied", 403, Status.ERR_STORAGE),
+        ("AccessDenied", 403, Status.ERR_DENIED),
+        ("InvalidObjectState", 403, Status.ERR_ARCHIVED),
         ("SlowDown", 503, Status.ERR_STORAGE),
     ],
 )
@@ -397,9 +423,19 @@ def test_trouble_with_one_object_concerns_one_scan(code: str, status: int, expec
     assert caught.value.status is expected
 
 
-def test_expired_credentials_stop_the_job_instead_of_failing_every_scan(tmp_path: Path) -> None:
-    with pytest.raises(CredentialsError):
-        answer_with_error("get_object", "ExpiredToken", 400).fetch(StoredObject("a", 1, "tag"), tmp_path / "copy")
+@pytest.mark.parametrize(
+    ("code", "status", "remedy"),
+    [
+        ("ExpiredToken", 400, "AWS_ACCESS_KEY_ID"),
+        ("Unauthorized", 401, "AWS_ACCESS_KEY_ID"),
+        ("RequestTimeTooSkewed", 403, "this machine's clock"),
+    ],
+)
+def test_an_identity_that_is_refused_stops_the_job_instead_of_failing_every_scan(
+    code: str, status: int, remedy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CredentialsError, match=remedy):
+        answer_with_error("get_object", code, status).fetch(StoredObject("a", 1, "tag"), tmp_path / "copy")
 
 
 class BreakingBody(io.BytesIO):

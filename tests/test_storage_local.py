@@ -1,13 +1,14 @@
 """What a disk can hold that a bucket cannot: links, pipes, odd names, and ways out of the folder."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from darnet.errors import ScanError, Status, StorageError, UsageError
 from darnet.scan import StoredObject
-from darnet.storage_local import LocalStore
+from darnet.storage_local import LocalStore, check_unchanged
 
 
 def list_keys(store: LocalStore) -> list[str]:
@@ -63,6 +64,27 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     (item,) = store.list_objects()
     with pytest.raises(ScanError, match="not a regular file"):
         store.fetch(item, tmp_path / "copy")
+
+
+NOBODY = 65534
+
+
+def test_a_file_that_may_not_be_read_is_told_before_a_decoder_calls_it_damaged() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to others
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "a").write_bytes(b"1")
+        (folder / "a").chmod(0)
+        (item,) = LocalStore(folder).list_objects()
+        before = os.geteuid()
+        try:
+            if before == 0:  # root may read everything
+                os.seteuid(NOBODY)
+            with pytest.raises(ScanError, match="give this job the right") as caught:
+                check_unchanged(folder / "a", item)
+        finally:
+            os.seteuid(before)
+    assert caught.value.status is Status.ERR_DENIED
 
 
 def test_a_file_touched_within_the_same_length_is_a_change(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
 
 import pyarrow.fs  # type: ignore[import-untyped]
 
-from darnet.archive import list_sources
+from darnet.archive import is_stray, list_sources
 from darnet.checkup.findings import Check, CheckError, Verdict
 from darnet.errors import FolderMissing, ScanError, Status
 from darnet.publishing.hold import list_held_runs
@@ -134,6 +135,10 @@ class Trial:
             self._store.delete(key)
         if left := list(self._store.list_objects(self._prefix)):
             raise CheckError(f"{len(left)} objects are still listed", f"remove {self._store.uri}/{self._prefix}")
+        folder = self._store.local_path(self._prefix.rstrip("/"))
+        if folder is not None:  # on a disk a folder outlives what was in it
+            with suppress(OSError):  # missing, or not empty where a store does not list what it holds
+                folder.rmdir()
         return f"{len(listed)} objects of this check-up"
 
     def _key(self, name: str) -> str:
@@ -157,11 +162,16 @@ class Trial:
 
 
 def _list_first(archive: Store) -> str:
-    objects = list(islice(archive.list_objects(), FIRST_OBJECTS))
+    objects = _list_likely(archive)
     num_sources = sum(1 for _ in list_sources(objects))
     if not num_sources:
-        raise CheckError(f"no scan among the first {len(objects)} objects", "is the address right?")
-    return f"{num_sources} sources of scans among the first {len(objects)} objects"
+        raise CheckError("nothing in it looks like a scan", "is the address right?")
+    return f"{num_sources} sources of scans among {len(objects)} objects, of which the first is no stray"
+
+
+def _list_likely(archive: Store) -> list[StoredObject]:
+    """The first objects from the first on that may be of a scan; any number of strays may lie before it."""
+    return list(islice(dropwhile(lambda item: is_stray(item.key), archive.list_objects()), FIRST_OBJECTS))
 
 
 def _fetch_one(archive: Store) -> str:
@@ -187,8 +197,8 @@ def _fetch_another_version(archive: Store) -> str:
 
 def _choose_object(archive: Store) -> StoredObject:
     """The smallest object of the first source that has any bytes."""
-    objects = islice(archive.list_objects(), FIRST_OBJECTS)
-    return min(next(iter(list_sources(objects))).objects, key=lambda item: (item.num_bytes == 0, item.num_bytes))
+    first = next(list_sources(_list_likely(archive)))
+    return min(first.objects, key=lambda item: (item.num_bytes == 0, item.num_bytes))
 
 
 def _fetch(store: Store, item: StoredObject) -> None:

@@ -10,7 +10,15 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from darnet.errors import FolderMissing, RunError, UsageError
 from darnet.publishing.hold import list_held_runs
-from darnet.publishing.objects import NOTICE, Stored, list_commits, make_commit_key, parse_stored
+from darnet.publishing.objects import (
+    NOTICE,
+    Stored,
+    list_commit_objects,
+    list_commits,
+    make_commit_key,
+    parse_stored,
+    stream_objects,
+)
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
 from darnet.publishing.runs import ENDED, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
@@ -108,7 +116,9 @@ def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
     So goes the work of runs that ended with nothing to publish. Other work that was never published is left alone and
     counted: it may be a run in progress.
     """
-    published = {read_run_id(store, key): index for index, key in enumerate(reversed(list_commits(store)))}
+    objects = list_commit_objects(store)
+    num_later = {item.key: index for index, item in enumerate(reversed(objects))}
+    published = {stored.run_id: num_later[stored.key] for stored in stream_objects(store, objects, [])}
     found = _list_runs_with_work(store)
     is_ended = {run_id: ENDED in names for run_id, names in list_run_files(store).items()}
     over = [
@@ -119,11 +129,6 @@ def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
     num_removed = sum(RunFolder(store, run_id).delete_work() for run_id in over)
     unpublished = [run_id for run_id in found if run_id not in published and run_id not in over]
     return {"cleaned_runs": len(over), "removed_objects": num_removed, "unpublished_runs": unpublished}
-
-
-def read_run_id(store: Store, key: str) -> str:
-    """The run that published an object."""
-    return parse_stored(store, key, store.read_bytes(key), []).run_id
 
 
 def _list_runs_with_work(store: Store) -> list[str]:

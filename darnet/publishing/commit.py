@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from darnet.errors import ObjectMissing, PutUncertain, RunError, Status, StorageError
+from darnet.errors import NEVER_GIVEN_UP, ObjectMissing, PutUncertain, RunError, Status, StorageError
 from darnet.publishing.objects import (
     Listing,
     Stored,
@@ -187,10 +187,19 @@ def _done_sources(past: pd.DataFrame) -> pd.DataFrame:
 
 
 def _count_nights(mine: pd.DataFrame, past: pd.DataFrame) -> Any:
-    """For each of our rows, tonight included, on how many nights this scan ended in this ERR; 0 if it did not."""
+    """For each of our rows, tonight included, on how many nights this scan ended in this ERR; 0 if it did not.
+
+    Nor is counted what may never become final.
+    """
     columns = [*SCAN_KEY, "status"]
     both = pd.concat([past, mine])[[*columns, "night"]]
-    counts = both[is_error(both)].groupby(columns)["night"].nunique().rename("num_nights").reset_index()
+    counts = (
+        both[is_error(both) & ~both["status"].isin(list(NEVER_GIVEN_UP))]
+        .groupby(columns)["night"]
+        .nunique()
+        .rename("num_nights")
+        .reset_index()
+    )
     return mine.merge(counts, how="left", on=columns)["num_nights"].fillna(0).to_numpy()
 
 

@@ -79,7 +79,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     held = [name for name, names in files.items() if HELD in names]
     is_begun = settings.discard is not None and PLAN in files.get(run_id, ()) and not is_published(store, run_id)
     if run_id not in held and not is_begun:
-        raise UsageError(f"run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
+        raise UsageError(f"{store.uri}: run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
     folder = RunFolder(store, run_id)
     hold = _read_hold(store, run_id) if run_id in held else {"run_id": run_id, "notice": NOTICE}
     decision: dict[str, Any] = hold | {"reason": settings.reason, "published": None}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -32,7 +33,7 @@ COMMIT_KEY = re.compile(r"predictions/c(\d{8,})\.parquet")
 
 @dataclass(frozen=True)
 class Listing:
-    """When a run listed the archive, and the last number of the table it knew by then."""
+    """When a run listed the archive, by the results store's clock, and the last number of the table it knew by then."""
 
     last_commit: int
     started_at: datetime
@@ -154,6 +155,24 @@ def _stream_object(store: Store, item: StoredObject, columns: list[str]) -> Iter
             batches = file.iter_batches(PIECE_ROWS, [group], columns)
             while (rows := _read_batch(store, item.key, batches)) is not None:
                 yield Stored(item.key, run_id, _read_listed_until(file), rows)
+
+
+def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Any:
+    """Rows of an object by their places in it, in the object's order; of the others, no more than lie in their groups.
+
+    Raises: ObjectMissing; StorageError, as `read_stored`.
+    """
+    wanted = np.sort(np.asarray(places, np.int64))
+    with store.open_range_reader(item) as reader:
+        file, _ = _parse_parquet(store, item.key, reader)
+        num_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = np.cumsum(num_rows)
+        groups = np.searchsorted(ends, wanted, side="right")
+        with _explain_damage(store, item.key):
+            return pa.concat_tables(
+                file.read_row_group(group).take(wanted[groups == group] - (ends[group] - num_rows[group]))
+                for group in np.unique(groups).tolist()
+            )
 
 
 def _read_batch(store: Store, key: str, batches: Iterator[Any]) -> Any:

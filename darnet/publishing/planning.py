@@ -4,6 +4,7 @@ Planning never holds the listing: prefixes stream side by side, and what is not 
 """
 
 import gc
+import sys
 import tempfile
 import threading
 from collections import Counter, deque
@@ -33,12 +34,19 @@ PREVIEW_SOURCES = 20
 
 @dataclass
 class Survey:
-    """What planning counted: sources listed and selected, those still arriving, and those to score by reason."""
+    """What planning counted: sources listed and selected, those still arriving, and those to score by reason.
+
+    `misdated` are those of the last whose time lies too far in the future to wait for, `example` one of them;
+    `empty_prefixes` were asked for and select nothing.
+    """
 
     listed: int = 0
     selected: int = 0
     waiting: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
+    misdated: int = 0
+    example: str = ""
+    empty_prefixes: list[str] = field(default_factory=list)
 
     def add(self, other: "Survey") -> None:
         """Count another part of the archive in."""
@@ -46,6 +54,9 @@ class Survey:
         self.selected += other.selected
         self.waiting += other.waiting
         self.reasons += other.reasons
+        self.misdated += other.misdated
+        self.example = self.example or other.example
+        self.empty_prefixes += other.empty_prefixes
 
     def describe(self) -> dict[str, Any]:
         """For a summary."""
@@ -53,7 +64,9 @@ class Survey:
             "listed_sources": self.listed,
             "selected_sources": self.selected,
             "waiting_sources": self.waiting,
+            "misdated_sources": self.misdated,
             "planned_sources": self.reasons.total(),
+            "empty_prefixes": self.empty_prefixes,
             "reasons": {str(reason): self.reasons[reason] for reason in Reason if self.reasons[reason]},
         }
 
@@ -66,22 +79,22 @@ class Plan:
     survey: Survey
 
 
-def plan_night(
-    archive: Store, results: Store, work: Work, night: date, selection: Selection, clock: Callable[[], datetime]
-) -> Plan:
+def plan_night(archive: Store, results: Store, work: Work, night: date, selection: Selection) -> Plan:
     """Begin the run of what is selected and not settled, in the archive's order; a run of the same work goes on.
+
+    All times are of the results store's clock, so that runs of several machines can be told which came first.
 
     Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters.
     """
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version)  # first: see Listing
-    started_at, survey = clock(), Survey()
+    started_at, survey = results.read_clock(), Survey()
     planned = survey_archive(archive, keys, selection, started_at.timestamp(), survey)
     first = next(planned, None)
     if first is None:
         return Plan(None, survey)
 
     def make_record(plan_sha256: str) -> RunRecord:
-        listing = Listing(keys.last_commit, started_at, clock())
+        listing = Listing(keys.last_commit, started_at, results.read_clock())
         return RunRecord(night, work, selection.describe(), plan_sha256, listing)
 
     with tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
@@ -108,12 +121,19 @@ def preview_night(
             source = planned.source
             shown.append((source.key, str(planned.reason), len(source.objects), source.num_bytes / 1e6))
     counts = survey.describe()
-    reasons = counts.pop("reasons")
+    reasons, empty = counts.pop("reasons"), counts.pop("empty_prefixes")
     print_table("What a night would do", ["", "sources"], [*_spell_counts(counts), *reasons.items()])
     if shown:
         title = f"The first {len(shown)} of {counts['planned_sources']} sources to score"
         print_table(title, ["source", "why", "objects", "MB"], shown)
-    return {"dry_run": True, "unfinished_runs": unfinished, **counts, "reasons": reasons, "published": None}
+    return {
+        "dry_run": True,
+        "unfinished_runs": unfinished,
+        **counts,
+        "empty_prefixes": empty,
+        "reasons": reasons,
+        "published": None,
+    }
 
 
 def _spell_counts(counts: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -156,6 +176,19 @@ def survey_archive(
             f"{archive.uri}: of {survey.listed} sources{within} none matches the glob {selection.glob!r}, or a prefix "
             "ends inside a source's name; are they right?"
         )
+    _warn(survey)
+
+
+def _warn(survey: Survey) -> None:
+    """Tell people what may be wrong with an archive, or with what was asked for."""
+    if survey.misdated:
+        print(
+            f"{survey.misdated} sources are dated more than a day ahead, such as {survey.example!r}; they are scored "
+            "as they are: mend the clock of what writes them",
+            file=sys.stderr,
+        )
+    for prefix in survey.empty_prefixes:
+        print(f"prefix {prefix!r} selects nothing; is it right?", file=sys.stderr)
 
 
 class _Listing:
@@ -170,7 +203,8 @@ class _Listing:
         now_s: float,
         is_over: threading.Event,
     ) -> None:
-        self.survey = Survey()
+        asked_for = [asked for asked in dict.fromkeys(selection.prefixes) if asked.startswith(prefix)]
+        self.survey = Survey(empty_prefixes=asked_for)
         self._keys, self._selection, self._now_s = keys, selection, now_s
         sources = list_sources(archive.list_objects(prefix))
         self._planned = self._plan(takewhile(lambda _: not is_over.is_set(), sources))
@@ -187,12 +221,17 @@ class _Listing:
                 if self._selection.is_arriving(source, self._now_s):
                     self.survey.waiting += 1
                     continue
+                if self._selection.is_misdated(source, self._now_s):
+                    self.survey.misdated += 1
+                    self.survey.example = self.survey.example or source.key
                 self.survey.reasons[reason] += 1
                 yield PlannedSource(source, reason)
 
     def _select(self, sources: Iterator[Source]) -> Iterator[Source]:
         for source in sources:
             self.survey.listed += 1
+            if self.survey.empty_prefixes:
+                self.survey.empty_prefixes = self._selection.list_empty(self.survey.empty_prefixes, source)
             if self._selection.admits(source):
                 self.survey.selected += 1
                 yield source

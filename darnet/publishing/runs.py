@@ -6,7 +6,8 @@ All of it lies below `_runs/<run_id>/` of the results.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -25,10 +26,9 @@ from darnet.publishing.objects import (
     describe_file,
     list_commit_objects,
     list_parquet_keys,
-    open_parquet,
     read_objects,
-    read_stored,
     stream_objects,
+    take_rows,
     to_parquet,
 )
 from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA, Reason, make_table, spell_key, unspell_key
@@ -39,7 +39,6 @@ RUNS = "_runs/"
 RECORD, PLAN, HELD, ENDED = "run.json", "plan.parquet", "HELD.json", "ENDED.json"
 DISCARDED = "DISCARDED.json"
 PLAN_BATCH_OBJECTS = 20_000  # Source: ours; about 10 MB of a plan in memory
-PLAN_BATCH_SOURCES = 100
 
 
 @dataclass(frozen=True)
@@ -180,32 +179,38 @@ class RunFolder:
                 f"{self.store.uri}/{key}: damaged ({error}); move its folder away, and its sources are planned anew"
             ) from error
 
-    def read_sources(self) -> list[Source]:
-        """The planned sources, as they were listed.
+    def list_planned_sources(self) -> list[str]:
+        """Keys of the planned sources, in the plan's order.
 
         Raises: UsageError if the plan is not the one of the run's record.
         """
-        digest, sources = hashlib.sha256(), []
-        for planned in self.read_plan():
-            digest.update(_spell_line(spell_key(planned.source.key), planned.source.input_sha256).encode())
-            sources.append(planned.source)
+        digest, keys = hashlib.sha256(), []
+        for piece in stream_objects(self.store, [self._find_plan()], ["source", "input_sha256"]):
+            columns = [piece.rows[name].to_pylist() for name in ("source", "input_sha256")]
+            digest.update("".join(map(_spell_line, *columns)).encode())
+            keys += [unspell_key(text) for text in columns[0]]
         if digest.hexdigest() != self.read_record().plan_sha256:
             raise UsageError(
                 f"{self.store.uri}/{self._plan_key}: not the plan this run was begun with; say python -m jobs.score "
                 f"--results {self.store.uri} --discard {self.run_id} --reason WHY, and its sources are planned anew"
             )
-        return sources
+        return keys
 
-    def read_plan(self) -> Iterator[PlannedSource]:
-        """The plan, one source at a time."""
-        for batch in open_parquet(self.store, self._plan_key)[0].iter_batches(PLAN_BATCH_SOURCES):
-            for row in batch.to_pylist():
-                yield _planned_source(row)
+    def read_sources(self, places: Sequence[int]) -> list[Source]:
+        """Some of the planned sources, as they were listed, by their places in the plan; holds no others.
 
-    def list_planned_sources(self) -> list[str]:
-        """Keys of the planned sources."""
-        rows = read_stored(self.store, self._plan_key, ["source"]).rows
-        return [unspell_key(text) for text in rows["source"].to_pylist()]
+        Raises: ObjectMissing if the plan is gone, or not to be seen from this machine; StorageError.
+        """
+        return [_read_source(row) for row in take_rows(self.store, self._find_plan(), places).to_pylist()]
+
+    def _find_plan(self) -> StoredObject:
+        with suppress(FolderMissing):
+            for item in self.store.list_objects(self._plan_key):
+                if item.key == self._plan_key:
+                    return item
+        raise ObjectMissing(
+            f"{self.store.uri}/{self._plan_key}: no such object; every node must see the place of the results"
+        )
 
     def write_part(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Stage all rows of some sources under the name that `name_part` gives them; again is harmless."""
@@ -319,6 +324,7 @@ def _plan_row(planned: PlannedSource) -> dict[str, Any]:
     }
 
 
-def _planned_source(row: Mapping[str, Any]) -> PlannedSource:
+def _read_source(row: Mapping[str, Any]) -> Source:
+    """What `_plan_row` wrote of a source."""
     objects = tuple(StoredObject(**item | {"key": unspell_key(item["key"])}) for item in row["objects"])
-    return PlannedSource(Source(unspell_key(row["source"]), objects), Reason(row["reason"]))
+    return Source(unspell_key(row["source"]), objects)

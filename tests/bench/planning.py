@@ -65,21 +65,20 @@ def _make_column(field: Any, num_rows: int, row: Any, given: dict[str, list[str]
 
 def measure_here(results: str) -> dict[str, float]:
     """Plan a night in this process: seconds, of them this process's own, and MB that its memory grew."""
-    before_kb = _read_memory_kb("VmRSS")
+    before_kb = read_memory_kb("VmRSS")
     start_s, own_start_s = time.perf_counter(), time.process_time()
-    clock = lambda: datetime.datetime.now(datetime.UTC)  # noqa: E731
     night = datetime.date(2031, 1, 1)
-    plan = plan_night(open_store("s3://archive"), open_store(results), WORK, night, EVERYTHING, clock)
+    plan = plan_night(open_store("s3://archive"), open_store(results), WORK, night, EVERYTHING)
     assert plan.folder is None, "the benchmark's table does not settle its archive"
     return {
         "sources": plan.survey.listed,
         "seconds": round(time.perf_counter() - start_s, 1),
         "own_seconds": round(time.process_time() - own_start_s, 1),
-        "growth_mb": round((_read_memory_kb("VmHWM") - before_kb) / 1e3, 1),
+        "growth_mb": round((read_memory_kb("VmHWM") - before_kb) / 1e3, 1),
     }
 
 
-def _read_memory_kb(name: str) -> int:
+def read_memory_kb(name: str) -> int:
     """A figure of Linux's account of this process: memory now (VmRSS), or at most so far (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -69,6 +69,11 @@ def test_a_good_place_passes_and_is_left_as_it_was(store: Store) -> None:
     assert [item.key for item in store.list_objects()] == ["predictions/note.txt"]
 
 
+def test_no_folder_of_a_check_up_stays_on_a_disk(local: Store, tmp_path: Path) -> None:
+    _try_results(local)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_runs", "results"]
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
     [
@@ -138,8 +143,15 @@ def test_an_archive_is_read_and_not_written(tmp_path: Path) -> None:
     (tmp_path / "ct" / "1.dcm").write_bytes(b"x" * 100)
     found = _try_archive(open_store(str(tmp_path)))
     assert {finding.verdict for finding in found.values()} == {Verdict.FINE}
-    assert found["listing"].told == "1 sources of scans among the first 1 objects"
+    assert found["listing"].told == "1 sources of scans among 1 objects, of which the first is no stray"
     assert [path.name for path in tmp_path.rglob("*")] == ["ct", "1.dcm"]
+
+
+def test_strays_before_the_first_scan_are_no_harm(tmp_path: Path) -> None:
+    for number in range(1_001):
+        (tmp_path / f"a{number:04d}.log").touch()
+    (tmp_path / "b.nii").write_bytes(b"x")
+    assert {finding.verdict for finding in _try_archive(open_store(str(tmp_path))).values()} == {Verdict.FINE}
 
 
 def test_an_archive_without_a_scan_or_a_folder_is_wrong(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import random
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from darnet.job import run_job
-from darnet.publishing.check import care_for_results
+from darnet.publishing.check import care_for_results, clean_runs
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
 from darnet.settings import ResultsSettings
 from darnet.storage import Store
+from darnet.storage_local import LocalStore
 from tests.results_fixtures import begin_run, has_plan, make_row, make_source, publish_rows
 
 
@@ -94,6 +97,28 @@ def test_only_the_work_of_runs_long_published_is_removed(store: Store, capsys: p
     assert [has_plan(RunFolder(store, run_id)) for run_id in ("r2", "r3", "unpublished")] == [True] * 3
     assert run(capsys, "clean", "--results", store.uri, "--keep-commits", "2")[0]["removed_objects"] == 0
     assert run(capsys, "check", "--results", store.uri)[0]["objects"] == 3
+
+
+@dataclass(frozen=True)
+class CountingStore(LocalStore):
+    """Notes what is read whole."""
+
+    whole: list[str] = field(default_factory=list)
+
+    def read_bytes(self, key: str) -> bytes:
+        self.whole.append(key)
+        return super().read_bytes(key)
+
+
+def test_cleaning_reads_no_large_object_whole(tmp_path: Path) -> None:
+    store = CountingStore(tmp_path)
+    noise = random.Random(0).randbytes(3 << 20).hex()
+    publish_rows(store, "large", make_row("a", "BAD_TILT", status_detail=noise))
+    publish_rows(store, "small", make_row("b"))
+    begin_run(store, make_source("a"), run_id="large")
+    store.whole.clear()
+    assert clean_runs(store, 1)["cleaned_runs"] == 1
+    assert store.whole == ["predictions/c00000002.parquet"]
 
 
 def test_the_work_of_a_run_that_had_nothing_to_publish_is_removed(

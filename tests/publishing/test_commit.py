@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import PutUncertain, RunError, StorageError
+from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, StorageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import make_table
 from darnet.results import read_predictions
@@ -143,6 +143,15 @@ def test_the_third_night_of_the_same_error_is_final(store: Store) -> None:
     assert detail["a"] == "ERR_TIMEOUT, 3 nights: what happened"
     assert detail["b"] == "what happened"
     assert publish_rows(store, "run4", make_row("a", "ERR_TIMEOUT", night=4)) is None
+
+
+@pytest.mark.parametrize("status", sorted(NEVER_GIVEN_UP))
+def test_what_a_person_must_put_right_is_never_given_up(local: Store, status: str) -> None:
+    for night in range(1, 6):
+        publish_rows(local, f"run{night}", make_row("a", status, night=night))
+    assert read_statuses(local) == {"a": status}
+    publish_rows(local, "run6", make_row("a", night=6))
+    assert read_statuses(local) == {"a": "OK"}
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, date, datetime, timedelta
-from itertools import count
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ import pytest
 
 from darnet.archive import EVERYTHING, Selection, list_sources
 from darnet.errors import StorageError, UsageError
-from darnet.publishing.objects import list_commits
+from darnet.publishing.objects import Listing, list_commits
 from darnet.publishing.planning import LOOKUP_OBJECTS, Survey, plan_night, preview_night, survey_archive
 from darnet.publishing.rows import Reason
 from darnet.publishing.runs import PlannedSource, RunFolder
 from darnet.publishing.scored_keys import read_scored_keys
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store, open_store
-from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows
+from darnet.storage_local import LocalStore
+from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows, read_plan
 
 NIGHT = date(2030, 1, 1)
 MIDNIGHT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -64,9 +64,7 @@ def publish_sources(results: Store, *sources: Source, status: str = "OK", **chan
 
 
 def plan(archive: Any, results: Store, selection: Selection = EVERYTHING, night: date = NIGHT) -> RunFolder | None:
-    minutes = count()
-    clock = lambda: MIDNIGHT + timedelta(minutes=next(minutes))  # noqa: E731
-    return plan_night(archive, results, WORK, night, selection, clock).folder
+    return plan_night(archive, results, WORK, night, selection).folder
 
 
 # What is planned
@@ -164,6 +162,29 @@ def test_an_archive_without_a_source_is_a_mistyped_address(local: Store) -> None
     assert survey(archive, local, Selection(since=late))[1] == Survey(listed=1)  # a quiet night
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "glob", "empty"),
+    [
+        (("ct/1", "xt", "mr"), "*", ["xt"]),
+        (("ct", "ct/2"), "*", ["ct/2"]),  # within another, which is listed in its place
+        (("ct/1/00", "mr"), "*", ["ct/1/00"]),  # within a source
+        (("ct", "mr"), "ct/*", ["mr"]),
+        (("", "mr", "mr"), "*", []),
+        ((), "*", []),
+    ],
+)
+def test_a_prefix_among_others_that_selects_nothing_is_named(
+    local: Store, capsys: pytest.CaptureFixture[str], prefixes: tuple[str, ...], glob: str, empty: list[str]
+) -> None:
+    archive = ListedStore(list_slices("ct/1", "mr/1"))
+    for selection in (Selection(prefixes, glob=glob), Selection(prefixes, MIDNIGHT, glob)):  # a quiet night is none
+        assert survey(archive, local, selection)[1].describe()["empty_prefixes"] == empty
+        told = capsys.readouterr().err
+        assert [line for line in told.splitlines() if "selects nothing" in line] == [
+            f"prefix {prefix!r} selects nothing; is it right?" for prefix in empty
+        ]
+
+
 def test_only_what_is_selected_and_has_settled_is_planned(local: Store) -> None:
     fresh, old = list_slices("ct/fresh", age_s=60), list_slices("ct/old", "mr/old", age_s=9e5)
     archive = ListedStore(sorted(fresh + old, key=lambda item: item.key))
@@ -180,6 +201,19 @@ def test_a_settled_source_does_not_wait(local: Store) -> None:
     publish_sources(local, next(list_sources(objects)))
     planned, counted = survey(ListedStore(objects), local, Selection(settle_s=1800))
     assert (planned, counted.waiting) == ([], 1)
+
+
+def test_a_source_of_a_wrong_year_is_scored_and_the_summary_says_so(
+    local: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of a clock some minutes ahead waits, though it is ahead by more than what sources settle in."""
+    objects = [*list_slices("ahead", age_s=-300), *list_slices("settled", age_s=300), *list_slices("year", age_s=-1e8)]
+    planned, counted = survey(ListedStore(objects), local, Selection(settle_s=60))
+    assert list_keys(planned) == ["settled", "year"]
+    summary = counted.describe()
+    assert (summary["waiting_sources"], summary["misdated_sources"]) == (1, 1)
+    assert "1 sources are dated more than a day ahead, such as 'year'" in capsys.readouterr().err
+    assert survey(ListedStore(objects), local)[1].misdated == 0  # nothing settles
 
 
 # The run
@@ -199,12 +233,44 @@ def test_a_run_holds_its_plan_and_what_it_was_made_of(store: Store) -> None:
     publish_sources(store, b, status="ERR_TIMEOUT")
     folder = plan(ListedStore(objects), store, Selection(("a", "b", "c"), settle_s=5))
     assert folder is not None
-    assert list(folder.read_plan()) == [PlannedSource(b, Reason.RETRY), PlannedSource(c, Reason.NEW)]
+    assert read_plan(folder) == [PlannedSource(b, Reason.RETRY), PlannedSource(c, Reason.NEW)]
     record = folder.read_record()
     assert (record.run_id, record.work, record.night) == (folder.run_id, WORK, NIGHT)
     assert record.listing.last_commit == 2
-    assert (record.listing.started_at, record.listing.ended_at) == (MIDNIGHT, MIDNIGHT + timedelta(minutes=1))
     assert record.selection == {"prefixes": ["a", "b", "c"], "since": None, "glob": "*", "settle_s": 5}
+
+
+def test_a_listing_lies_between_what_was_written_before_and_after_it(store: Store) -> None:
+    """By the store's times, which are the same for all drivers, whatever their own clocks say."""
+
+    def read_time(key: str) -> float:
+        store.write_bytes(key, b"")
+        return next(item.modified_s for item in store.list_objects(key))
+
+    during: list[float] = []
+    archive = ListedStore(list_slices("a"), lambda _: during.append(read_time("during")))
+    before_s = read_time("before")
+    folder = plan(archive, store)
+    assert folder is not None
+    listing, after_s = folder.read_record().listing, read_time("after")
+    times = [before_s, listing.started_at.timestamp(), *during, listing.ended_at.timestamp(), after_s]
+    whole_s = [int(time_s) if store.uri.startswith("s3") else time_s for time_s in times]
+    assert whole_s == sorted(whole_s)
+
+
+class LateStore(LocalStore):
+    """A results store whose clock is years ahead of this machine's."""
+
+    def read_clock(self) -> datetime:
+        return MIDNIGHT
+
+
+def test_times_are_the_results_store_s(tmp_path: Path) -> None:
+    archive = ListedStore([*list_slices("a", age_s=59), *list_slices("b", age_s=61)])
+    folder = plan(archive, LateStore(tmp_path), Selection(settle_s=60))
+    assert folder is not None
+    assert folder.list_planned_sources() == ["b"]
+    assert folder.read_record().listing == Listing(0, MIDNIGHT, MIDNIGHT)
 
 
 def test_the_same_night_again_is_the_same_run(local: Store) -> None:

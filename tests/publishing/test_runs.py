@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import RunError, Status, UsageError
+from darnet.errors import ObjectMissing, RunError, Status, UsageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import Reason, spell_key
 from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part
@@ -27,6 +28,7 @@ from tests.results_fixtures import (
     make_row,
     make_source,
     publish_rows,
+    read_plan,
     read_statuses,
 )
 
@@ -38,15 +40,42 @@ def test_a_plan_comes_back_as_written(store: Store) -> None:
     for number, reason in enumerate(Reason, 1):
         folder = begin_run(store, *sources, reason=reason, night=number)
         assert has_plan(folder)
-        assert list(folder.read_plan()) == [PlannedSource(source, reason) for source in sources]
-        assert folder.read_sources() == sources
+        assert read_plan(folder) == [PlannedSource(source, reason) for source in sources]
         assert folder.list_planned_sources() == [source.key for source in sources]
         assert not has_plan(RunFolder(store, folder.run_id[:-1]))
 
 
 def test_a_plan_larger_than_a_batch_keeps_its_order(local: Store) -> None:
     sources = [Source(f"{number:05d}", make_source("x").objects * 100) for number in range(250)]  # 50,000 objects
-    assert begin_run(local, *sources).read_sources() == sources
+    folder = begin_run(local, *sources)
+    assert folder.list_planned_sources() == [source.key for source in sources]
+    assert folder.read_sources(range(250)) == sources
+
+
+def test_some_sources_are_read_by_their_places(store: Store) -> None:
+    """Wherever the plan's row groups end, and in the plan's order."""
+    sources = [Source(f"{number:05d}", make_source(str(number)).objects * 4_000) for number in range(9)]  # 3 a group
+    folder = begin_run(store, *sources)
+    for places in ([4], [8, 0], [2, 3], [1, 5, 6, 7], range(9)):
+        assert folder.read_sources(places) == [sources[place] for place in sorted(places)]
+
+
+def test_a_driver_holds_no_object_of_its_plan(local: Store) -> None:
+    """120,000 of them would take some 30 MB of Python's memory alone."""
+    sources = [Source(f"{number:05d}", make_source("x").objects * 300) for number in range(200)]
+    folder = begin_run(local, *sources)
+    del sources
+    tracemalloc.start()
+    assert len(folder.list_planned_sources()) == 200
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+
+
+def test_a_plan_that_a_node_cannot_see_is_named(local: Store) -> None:
+    for folder in (RunFolder(local, "run"), RunFolder(open_store(f"{local.uri}/elsewhere"), "run")):
+        with pytest.raises(ObjectMissing, match=r"_runs/run/plan\.parquet: no such object; every node must see"):
+            folder.read_sources([0])
 
 
 def test_the_same_work_has_the_same_id_and_any_other_another(local: Store) -> None:
@@ -83,14 +112,14 @@ def test_the_first_plan_of_a_run_holds(store: Store) -> None:
     """Of two drivers that begin the same run, whatever each saw."""
     for reason in (Reason.NEW, Reason.RETRY):
         folder = begin_run(store, make_source("a"), reason=reason)
-    assert list(folder.read_plan()) == [PlannedSource(make_source("a"), Reason.NEW)]
+    assert read_plan(folder) == [PlannedSource(make_source("a"), Reason.NEW)]
 
 
 def test_a_plan_that_somebody_changed_is_refused(local: Store) -> None:
     folder, other = (begin_run(local, make_source(key)) for key in "ab")
     local.write_bytes(folder.locate("plan.parquet"), local.read_bytes(other.locate("plan.parquet")))
     with pytest.raises(UsageError, match=f"--discard {folder.run_id}"):
-        folder.read_sources()
+        folder.list_planned_sources()
 
 
 # What to finish first
@@ -203,6 +232,6 @@ def test_odd_names_on_disk_reach_the_table_and_the_plan(tmp_path: Path) -> None:
     source = Source(item.key, (item,))
     folder = begin_run(results, source)
     publish_rows(results, "run", make_row(source.key, "BAD_TRUNCATED", input_sha256=source.input_sha256))
-    assert folder.read_sources() == [source]
+    assert folder.read_sources([0]) == [source]
     assert read_statuses(results) == {"caf\\xe9.nii": Status.BAD_TRUNCATED}
     assert read_scored_keys(results, MODEL, "1-abc").find_reasons([source]) == [None]

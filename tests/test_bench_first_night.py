@@ -1,0 +1,13 @@
+"""The benchmark of a driver's memory measures what it says: a planned night, scored to its end."""
+
+import pytest
+
+from tests.bench.first_night import measure
+
+
+@pytest.mark.ray
+def test_the_benchmark_scores_every_planned_source() -> None:
+    """The measured process itself refuses another ending than that of sources of which nothing is left."""
+    found = measure(30, 3)
+    assert (found["planned_sources"], found["objects_per_source"]) == (30, 3)
+    assert found["growth_mb"] > 0
