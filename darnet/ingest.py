@@ -74,7 +74,8 @@ class DicomStack:
 class Road:
     """What decides a network input: settings, limits, and the secret for patient and series keys.
 
-    A road that travels has only the secret's mark: each node takes the secret from its own environment.
+    A road that travels has only the secret's mark: each node takes the secret from its own environment. One that
+    `hides_keys` leads to scans that are named by keyed digests.
     `reversed_sources` are keys of slice-image folders that are stored the other way round than `slice_order` says.
     """
 
@@ -82,6 +83,7 @@ class Road:
     decode: DecodeConfig
     pseudonym_key: bytes | None = None
     secret_mark: str | None = None
+    hides_keys: bool = False
     reversed_sources: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:

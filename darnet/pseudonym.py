@@ -2,12 +2,14 @@
 
 import hmac
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from darnet.errors import UsageError
 
 PSEUDONYM_VARIABLE = "DARNET_PSEUDONYM_KEY"
+HIDDEN_KEY = "hmac:"
 MIN_KEY_BYTES = 32  # Source: RFC 2104 sec. 3: not below the 32 bytes of SHA-256
 
 
@@ -35,3 +37,54 @@ def pseudonymise(value: str, kind: str, secret: bytes | None) -> str | None:
 def mark_secret(secret: bytes | None) -> str | None:
     """What tells one secret from another without telling it, None of none: nodes are compared by it."""
     return None if secret is None else hmac.new(secret, b"which secret is this", sha256).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class KeyNames:
+    """How a table names sources and scans: by their keys in the archive or, with a secret, by keyed digests of those.
+
+    A digest begins with `scheme`, which tells the secret's mark: a table of two schemes would hold each scan twice.
+    """
+
+    secret: bytes | None = field(default=None, repr=False)
+
+    @property
+    def scheme(self) -> str:
+        """What every name begins with; nothing where names are keys."""
+        return "" if self.secret is None else f"{HIDDEN_KEY}{mark_secret(self.secret)}:"
+
+    def name_source(self, key: str) -> str:
+        """The table's `source`."""
+        return key if self.secret is None else f"{self.scheme}{pseudonymise(key, 'source', self.secret)}"
+
+    def name_scan(self, scan_id: str) -> str:
+        """The table's `scan_id`."""
+        return scan_id if self.secret is None else f"{self.scheme}{pseudonymise(scan_id, 'scan', self.secret)}"
+
+    def refuse_others(self, names: Iterable[str]) -> None:
+        """Raises: UsageError if a table's names are of another scheme."""
+        for name in names:
+            if name.startswith(HIDDEN_KEY) == bool(self.scheme) and name.startswith(self.scheme):
+                continue
+            others = "--scan-id hmac" if name.startswith(HIDDEN_KEY) else "the keys of the archive"
+            told = f" and another {PSEUDONYM_VARIABLE}" if self.scheme and name.startswith(HIDDEN_KEY) else ""
+            raise UsageError(
+                f"the table names its scans by {others}{told}: score into it in the same way, or into a table of its "
+                "own; each scan would be in it twice"
+            )
+
+
+OPEN_KEYS = KeyNames()
+
+
+def choose_names(kind: str) -> KeyNames:
+    """Names of kind `key` or `hmac`.
+
+    Raises: UsageError if there is no secret for digests.
+    """
+    if kind == "key":
+        return OPEN_KEYS
+    secret = read_secret()
+    if secret is None:
+        raise UsageError(f"--scan-id hmac needs {PSEUDONYM_VARIABLE}, on the driver's machine and on every node")
+    return KeyNames(secret)

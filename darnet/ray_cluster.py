@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from darnet.config import VolumeConfig
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Ingester, Road
-from darnet.pseudonym import PSEUDONYM_VARIABLE, mark_secret, read_secret
+from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
 
@@ -37,12 +37,13 @@ AUTH_REMEDY = (
 
 @dataclass(frozen=True)
 class DecodedScan:
-    """One scan on its way through the cluster, with what its row needs of its source.
+    """One scan on its way through the cluster, with what its row needs of its source, which is named there as it says.
 
     `failure` stops the job when it reaches the driver: raised in a worker, Ray would strip it of its type.
     """
 
     source_key: str
+    source_name: str
     input_sha256: str
     num_scans: int
     scan: IngestedScan
@@ -229,30 +230,35 @@ def decode_places(
 
 def _decode_source(source: Source, store: Store, road: Road) -> list[dict[str, Any]]:
     try:
-        scans = _keep_ingester(store, road).ingest(source)  # type: ignore[arg-type]  # every store is a frozen value
+        ingester, names = _keep_ingester(store, road)  # type: ignore[arg-type]  # every store is a frozen value
+        scans = ingester.ingest(source)
     except RunError as error:
         return [_pack_failure(source, error, road)]
-    return [_pack_scan(DecodedScan(source.key, source.input_sha256, len(scans), scan), road.volume) for scan in scans]
+    told = (source.key, names.name_source(source.key), source.input_sha256, len(scans))
+    named = [replace(scan, scan_id=names.name_scan(scan.scan_id)) for scan in scans]
+    return [_pack_scan(DecodedScan(*told, scan), road.volume) for scan in named]
 
 
 def _pack_failure(source: Source, error: RunError, road: Road) -> dict[str, Any]:
     scan = IngestedScan(source.key, Status.ERR_STORAGE, str(error))
-    return _pack_scan(DecodedScan(source.key, source.input_sha256, 1, scan, error), road.volume)
+    return _pack_scan(DecodedScan(source.key, "", source.input_sha256, 1, scan, error), road.volume)
 
 
 @functools.lru_cache(maxsize=1)
-def _keep_ingester(store: Store, road: Road) -> Ingester:
-    """A worker keeps its decoding child from row to row. The secret comes from this node's own environment.
+def _keep_ingester(store: Store, road: Road) -> tuple[Ingester, KeyNames]:
+    """A worker keeps its decoding child from row to row, and how scans are named.
+
+    The secret comes from this node's own environment.
 
     Raises: UsageError if the node, which may have joined in mid-run, has not the secret of the road's mark.
     """
     if road.secret_mark is None:
-        return Ingester(store, road)
+        return Ingester(store, road), OPEN_KEYS
     secret = read_secret()
     if mark_secret(secret) != road.secret_mark:
         node = ray.util.get_node_ip_address()
         raise UsageError(f"node {node} has {_compare_secrets(road.secret_mark, mark_secret(secret))}; {SECRET_REMEDY}")
-    return Ingester(store, replace(road, pseudonym_key=secret))
+    return Ingester(store, replace(road, pseudonym_key=secret)), KeyNames(secret) if road.hides_keys else OPEN_KEYS
 
 
 def _compare_secrets(own: str | None, other: str | None) -> str:

@@ -20,6 +20,7 @@ from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.config import ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
+from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.hold import PAGE, is_published, refuse_if_held, review_run
 from darnet.publishing.planning import plan_night, preview_night
@@ -63,7 +64,7 @@ class ScoringActor:
         rows = []
         for item in decoded:
             score = next(scores) if item.scan.status is Status.OK else None
-            row = make_row(self._run, item.source_key, item.input_sha256, item.scan, score, datetime.now(UTC))
+            row = make_row(self._run, item.source_name, item.input_sha256, item.scan, score, datetime.now(UTC))
             if self._images is not None and score is not None and item.scan.volume is not None:
                 cam = score.draw_cam(score.prediction, item.scan.volume.voxels.shape)
                 self._images.write(row, item.scan.volume, cam)
@@ -79,6 +80,7 @@ def score_archive(
     night: date | None = None,
     selection: Selection = EVERYTHING,
     images: CamImages | None = None,
+    names: KeyNames = OPEN_KEYS,
 ) -> dict[str, Any]:
     """Score what is new or changed in the archive and publish it as one object; a summary for people and schedulers.
 
@@ -92,10 +94,10 @@ def score_archive(
     if images is not None:
         images.check()
     bundle = read_bundle(model)
-    work = describe_work(archive, bundle, config)
-    finish = functools.partial(finish_run, archive, model, bundle, config, images)
+    work = describe_work(archive, bundle, config, names)
+    finish = functools.partial(finish_run, archive, model, bundle, config, images, names=names)
     runs = [finish(folder) for folder in find_unfinished(results, work)]
-    plan = plan_night(archive, results, work, night or _now().date(), selection)
+    plan = plan_night(archive, results, work, night or _now().date(), selection, names)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}
@@ -105,23 +107,35 @@ def score_archive(
 
 
 def preview_archive(
-    archive: Store, model: Store, results: Store, config: ScoreConfig, selection: Selection
+    archive: Store,
+    model: Store,
+    results: Store,
+    config: ScoreConfig,
+    selection: Selection,
+    names: KeyNames = OPEN_KEYS,
 ) -> dict[str, Any]:
     """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
     refuse_if_held(results)
-    work = describe_work(archive, read_bundle(model), config)
-    return preview_night(archive, results, work, selection, _now)
+    work = describe_work(archive, read_bundle(model), config, names)
+    return preview_night(archive, results, work, selection, _now, names)
 
 
-def describe_work(archive: Store, bundle: Bundle, config: ScoreConfig) -> Work:
+def describe_work(archive: Store, bundle: Bundle, config: ScoreConfig, names: KeyNames = OPEN_KEYS) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
     manifest = bundle.manifest
-    settings = digest_json(config.model_dump(mode="json", exclude={"num_actors", "part_scans"}))  # these change no row
-    return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, settings)
+    settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans"})  # these change no row
+    digest = digest_json({**settings, "names": names.scheme})
+    return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, digest)
 
 
 def finish_run(
-    archive: Store, model: Store, bundle: Bundle, config: ScoreConfig, images: CamImages | None, folder: RunFolder
+    archive: Store,
+    model: Store,
+    bundle: Bundle,
+    config: ScoreConfig,
+    images: CamImages | None,
+    folder: RunFolder,
+    names: KeyNames = OPEN_KEYS,
 ) -> dict[str, Any]:
     """Score what a run's plan still lacks and publish the run; its part of the summary.
 
@@ -130,14 +144,16 @@ def finish_run(
     record, planned = folder.read_record(), folder.list_planned_sources()
     run = RunFacts(folder.run_id, record.night, bundle.manifest, __version__)
     staged = folder.list_staged_sources()
-    missing = [place for place, key in enumerate(planned) if key not in staged]
+    missing = [place for place, key in enumerate(planned) if names.name_source(key) not in staged]
     del staged
     if missing:
         connect()
-        dataset = score_planned(archive, model, run, config, missing, folder.read_sources, images)
+        dataset = score_planned(
+            archive, model, run, config, missing, folder.read_sources, images, hides_keys=bool(names.scheme)
+        )
         stage_rows(dataset, folder, len(missing), config.part_scans)
     rows = folder.read_parts()
-    check_rows(planned, rows)
+    check_rows(map(names.name_source, planned), rows)
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
         gates = "judged by another driver"
     else:
@@ -186,6 +202,8 @@ def score_planned(
     places: Sequence[int],
     read: Callable[[Sequence[int]], list[Source]],
     images: CamImages | None = None,
+    *,
+    hides_keys: bool = False,
 ) -> Dataset:
     """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
 
@@ -196,7 +214,7 @@ def score_planned(
     num_gpus = count_resource("GPU")
     if 0 < num_gpus < config.num_actors:
         raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
-    road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret())
+    road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
     return decode_planned(places, read, archive, road, config.batch_size).map_batches(
         ScoringActor,
         fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu", images),

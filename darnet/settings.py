@@ -137,6 +137,9 @@ class ScoreSettings(Settings):
     """Score only sources whose key matches this pattern of *, ? and [...], in which * also takes a slash."""
     settle_s: float = Field(0.0, ge=0)
     """A source whose newest object is younger than this many seconds is still arriving and waits for the next night."""
+    scan_id: Literal["key", "hmac"] = "key"
+    """How the table names sources and scans: by their keys in the archive, or by HMAC-SHA256 of those under the nodes'
+    DARNET_PSEUDONYM_KEY. A table keeps to one."""
     dry_run: bool = False
     """Say what would be scored and why, and write nothing anywhere."""
     cam_images: str = ""

@@ -8,6 +8,7 @@ from darnet.archive import Selection
 from darnet.cam_images import CamImages
 from darnet.errors import UsageError
 from darnet.job import run_job
+from darnet.pseudonym import choose_names
 from darnet.publishing.hold import decide_hold
 from darnet.ray_score import preview_archive, score_archive
 from darnet.settings import ScoreSettings
@@ -26,12 +27,13 @@ def work(settings: ScoreSettings) -> dict[str, Any]:
         raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
     selection = Selection(settings.prefix, settings.since, settings.glob, settings.settle_s)
     places = open_store(settings.archive), open_store(settings.model), results
+    names = choose_names(settings.scan_id)
     if settings.dry_run:
-        return preview_archive(*places, settings.score, selection)
+        return preview_archive(*places, settings.score, selection, names)
     images = None
     if settings.cam_images:
         images = CamImages(open_store(settings.cam_images, create=True), settings.cam_choice)
-    return score_archive(*places, settings.score, night, selection, images)
+    return score_archive(*places, settings.score, night, selection, images, names)
 
 
 def main() -> int:

@@ -10,7 +10,15 @@ from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import UsageError
 from darnet.ingest import Road
-from darnet.pseudonym import PSEUDONYM_VARIABLE, mark_secret, pseudonymise, read_secret
+from darnet.pseudonym import (
+    OPEN_KEYS,
+    PSEUDONYM_VARIABLE,
+    KeyNames,
+    choose_names,
+    mark_secret,
+    pseudonymise,
+    read_secret,
+)
 from darnet.storage import open_store
 from tests.ct_fixtures import write_chest
 
@@ -50,6 +58,43 @@ def test_a_mark_tells_secrets_apart_and_is_no_pseudonym() -> None:
     assert len(marks) == 1000
     assert SECRET not in str(mark_secret(SECRET.encode()))
     assert mark_secret(SECRET.encode()) == mark_secret(SECRET.encode())
+
+
+def test_names_are_keys_or_keyed_digests_under_the_mark_of_the_secret() -> None:
+    assert (OPEN_KEYS.name_source("ct/Doe"), OPEN_KEYS.name_scan("ct/Doe#1")) == ("ct/Doe", "ct/Doe#1")
+    names = KeyNames(SECRET.encode())
+    head = f"hmac:{hmac_by_hand(SECRET.encode(), b'which secret is this')[:16]}:"
+    assert names.name_source("ct/Doe") == head + hmac_by_hand(SECRET.encode(), b"source\0ct/Doe")
+    assert names.name_scan("ct/Doe#1") == head + hmac_by_hand(SECRET.encode(), b"scan\0ct/Doe#1")
+    assert SECRET not in repr(names)
+
+
+@pytest.mark.parametrize(
+    ("told", "names", "is_refused"),
+    [
+        ("ct/Doe", OPEN_KEYS, False),
+        ("ct/Doe", KeyNames(SECRET.encode()), True),
+        (KeyNames(SECRET.encode()).name_source("a"), OPEN_KEYS, True),
+        (KeyNames(SECRET.encode()).name_source("a"), KeyNames(SECRET.encode()), False),
+        (KeyNames(SECRET[::-1].encode()).name_source("a"), KeyNames(SECRET.encode()), True),
+    ],
+)
+def test_a_table_of_other_names_is_refused(told: str, names: KeyNames, is_refused: bool) -> None:
+    names.refuse_others([])
+    if not is_refused:
+        names.refuse_others([told])
+        return
+    with pytest.raises(UsageError, match="in the same way, or into a table of its own"):
+        names.refuse_others([told])
+
+
+def test_digests_need_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PSEUDONYM_VARIABLE, raising=False)
+    assert choose_names("key") is OPEN_KEYS
+    with pytest.raises(UsageError, match=PSEUDONYM_VARIABLE):
+        choose_names("hmac")
+    monkeypatch.setenv(PSEUDONYM_VARIABLE, SECRET)
+    assert choose_names("hmac") == KeyNames(SECRET.encode())
 
 
 @pytest.mark.ray

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.objects import Stored, list_commit_objects, read_commit_number, stream_objects
 from darnet.publishing.rows import MODEL_KEY, SOURCE_KEY, Reason, is_of_model, spell_key
 from darnet.scan import BoolArray, Source
@@ -34,10 +35,12 @@ class ScoredKeys:
     pairs: Digests
     is_done: BoolArray
     known_elsewhere: Digests
+    names: KeyNames = OPEN_KEYS
 
     def find_reasons(self, sources: Sequence[Source]) -> list[Reason | None]:
         """Why to score each source tonight; None if every one of its scans has a final row."""
-        wanted = _digest_pairs([spell_key(source.key) for source in sources], [item.input_sha256 for item in sources])
+        spelled = [spell_key(self.names.name_source(source.key)) for source in sources]
+        wanted = _digest_pairs(spelled, [source.input_sha256 for source in sources])
         places = _find_places(self.pairs, wanted)
         is_found = _is_equal(self.pairs, places, wanted)
         is_open = ~is_found
@@ -62,19 +65,23 @@ def _name_reason(is_retried: bool, is_known: bool, is_known_elsewhere: bool) -> 
     return Reason.OTHER_MODEL if is_known_elsewhere else Reason.NEW
 
 
-def read_scored_keys(store: Store, model_sha256: str, preprocessing_version: str) -> ScoredKeys:
+def read_scored_keys(
+    store: Store, model_sha256: str, preprocessing_version: str, names: KeyNames = OPEN_KEYS
+) -> ScoredKeys:
     """What is settled under this model and preprocessing, read commit after commit.
 
     A source is done if its newest commit holds no ERR row: a commit tells of all its scans that were not final.
+    Raises: UsageError if the table names its sources otherwise.
     """
     objects = list_commit_objects(store)
     events, elsewhere = _Events(), _Halves()
     for stored in stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]):
+        names.refuse_others(stored.rows["source"][:1].to_pylist())  # a commit is of one run, whose names are alike
         is_ours = is_of_model(stored.rows, model_sha256, preprocessing_version)
         events.note(stored, is_ours)
         elsewhere.note(stored.rows["source"].filter(pc.invert(is_ours)))
     last_commit = read_commit_number(objects[-1].key) if objects else 0
-    return ScoredKeys(last_commit, *events.settle(), elsewhere.collect())
+    return ScoredKeys(last_commit, *events.settle(), elsewhere.collect(), names)
 
 
 class _Events:
