@@ -27,7 +27,7 @@ DECODE_CPUS = 1.0
 # Less than DECODE_CPUS, or Ray fuses an actor of one CPU with decoding and the two never overlap.
 CPU_MARGIN = 0.01
 SOURCES_PER_BLOCK = 8
-MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some KB of each
+MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
 AUTH_REMEDY = (
     "set RAY_AUTH_MODE=token for `ray start` on every node and for this job, and share the token that "

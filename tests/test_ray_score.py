@@ -25,14 +25,21 @@ import jobs.score
 from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig
-from darnet.errors import CredentialsError, HeldError, UsageError
+from darnet.errors import CredentialsError, HeldError, ObjectMissing, UsageError
 from darnet.page import NOTICE
 from darnet.publishing.hold import decide_hold, refuse_if_held
 from darnet.publishing.planning import plan_night
 from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
-from darnet.ray_score import describe_work, finish_run, preview_archive, score_archive, score_planned
+from darnet.ray_score import (
+    collect_sources,
+    describe_work,
+    finish_run,
+    preview_archive,
+    score_archive,
+    score_planned,
+)
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
@@ -294,6 +301,17 @@ def test_a_store_that_lets_nobody_in_stops_the_job_with_that_error(model: str, t
     with pytest.raises(CredentialsError, match="nobody enters"):
         score_archive(archive, *stores, CONFIG, NIGHT)
     assert not list((tmp_path / "results").glob("predictions/*"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: str, tmp_path: Path) -> None:
+    """As where the results lie on a disk that only the driver sees."""
+    write_chest(tmp_path / "archive" / "a")
+    archive, results = open_store(str(tmp_path / "archive")), RunFolder(open_store(str(tmp_path / "elsewhere")), "run")
+    run = RunFacts("r", NIGHT, read_bundle(open_store(model)).manifest, "0")
+    dataset = score_planned(archive, open_store(model), run, CONFIG, [0], results.read_sources)
+    with pytest.raises(ObjectMissing, match="every node must see"):
+        next(collect_sources(dataset))
 
 
 def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_path: Path) -> None:
