@@ -18,7 +18,6 @@ from typing import Any, TypeAlias, cast
 
 import ray
 import torch
-import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train import (
     Checkpoint,
@@ -42,6 +41,7 @@ from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
+from darnet.gang import train_rank
 from darnet.history import render_files
 from darnet.model import build_network
 from darnet.score import Ensemble
@@ -49,17 +49,7 @@ from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
 from darnet.tracking import TrackedNetwork, Tracker, track_training
-from darnet.train import (
-    FoldResult,
-    FoldState,
-    Gang,
-    Metrics,
-    check_device,
-    check_fold,
-    equip_network,
-    fit_fold,
-    make_result,
-)
+from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fold, make_result
 from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, plan_gangs
 from darnet.volumes_cache import open_volumes
 
@@ -363,30 +353,13 @@ def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
 
 
 def _train_rank(loop_config: dict[str, Any]) -> None:
-    """One worker: read the index, join the gang, resume what there is, train."""
+    """One worker: resume what there is, train with the gang that Ray has put together."""
     task: FoldTask = loop_config["task"]
     torch.set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
     enable_reproducibility(task.config.seed)
-    context = ray.train.get_context()
-    gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())
     checkpoint = ray.train.get_checkpoint()
-    network = build_network(task.network, task.config.seed, task.config.head_init_std)
-    fit_fold(
-        prepare_model(equip_network(network, task.config, gang.device)),
-        open_volumes(task.places.volumes, task.places.cache),
-        task.fold,
-        task.config,
-        _report_as_rank(gang.rank, task),
-        gang,
-        None if checkpoint is None else _read_state(checkpoint),
-    )
-
-
-def _gather(item: Any) -> list[Any]:
-    """Every rank's item, on every rank."""
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
+    report = _report_as_rank(ray.train.get_context().get_world_rank(), task)
+    train_rank(task, get_device(), prepare_model, report, None if checkpoint is None else _read_state(checkpoint))
 
 
 def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldState], None]:
