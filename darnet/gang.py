@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from darnet.dataset import VolumesIndex
-from darnet.model import build_network
-from darnet.train import FoldResult, FoldState, Gang, Report, equip_network, fit_fold
+from darnet.train import FoldResult, FoldState, Gang, Report, build_start, equip_network, fit_fold
 from darnet.training_plan import FoldTask
 from darnet.volumes_cache import open_volumes
 
@@ -39,10 +38,9 @@ def train_rank(
     # The default group's collectives soon find a rank that is gone. They must not begin while some still copy volumes;
     # a rank that dies meanwhile ends the wait: by its lost connection, or by Ray, which ends the gang.
     dist.monitored_barrier(meeting, OPENING_LIMIT)
-    network = build_network(task.network, task.config.seed, task.config.head_init_std)
     gang = Gang(dist.get_rank(), dist.get_world_size(), _gather, device)
-    wrapped = prepare(equip_network(network, task.config, device))
-    return fit_fold(wrapped, index, task.fold, task.config, report, gang, resume)
+    network = equip_network(build_start(task.network, task.config, task.fold), task.config, device)
+    return fit_fold(prepare(network), index, task.fold, task.config, report, gang, resume)
 
 
 def _gather(item: Any) -> list[Any]:
