@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -116,7 +116,7 @@ def measure_networks(
 ) -> list[str]:
     """What each network's model card says of the test cohort, measured where the cluster has volumes and GPUs.
 
-    Raises: RunError if the cluster gives up; the same call again trains nothing twice.
+    Raises: RunError if the cluster or a task gives up; the same call again trains nothing twice.
     """
     if not (table.frame["cohort"] == "test").any():
         return [NO_TEST] * len(networks)
@@ -128,7 +128,8 @@ def measure_networks(
             for network, folds in zip(networks, trained, strict=True)
         ]
     except RayError as error:
-        raise RunError(f"the test cohort could not be measured: {error}") from error
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise _name_failure("the test cohort could not be measured", cause) from error
 
 
 def _measure_network(
@@ -340,16 +341,25 @@ def _start_fit(task: FoldTask, trainer: TorchTrainer) -> "Future[FoldResult]":
 
 
 def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
-    """Raises: RunError naming the network, the fold and the first worker's error."""
+    """Raises: RunError naming the network, the fold and a worker's error, with the exit code that this asks for."""
     try:
         checkpoint = trainer.fit().checkpoint
     except WorkerGroupError as error:
-        first = next(iter(error.worker_failures.values()))
-        raise RunError(f"{task.title} failed {MAX_FAILURES + 1} times, the last time with: {first}") from error
+        # Where one rank says what is wrong, the others only lose their connection to it.
+        failures = sorted(error.worker_failures.values(), key=lambda failure: not isinstance(failure, RunError))
+        raise _name_failure(f"{task.title} failed {MAX_FAILURES + 1} times, the last time with", failures[0]) from error
     except TrainingFailedError as error:
         raise RunError(f"{task.title} failed: {error}") from error
     assert checkpoint is not None, "every epoch reports a checkpoint"
     return make_result(task.fold, _read_state(checkpoint))
+
+
+def _name_failure(title: str, cause: BaseException) -> RunError:
+    """What ended a worker, with the exit code that it asks for."""
+    failure = RunError(f"{title}: {cause}")
+    if isinstance(cause, RunError):
+        failure.exit_code = cause.exit_code
+    return failure
 
 
 def _train_rank(loop_config: dict[str, Any]) -> None:
