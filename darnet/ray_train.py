@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
 from darnet.bundle import Bundle, BundleSettings, name_model
-from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
+from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError
@@ -101,9 +101,9 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
             )
         tested_on = measure_networks(table, networks, trained, places, settings)
         bundles = write_bundles(settings, table, networks, trained, tested_on, today)
-        for bundle in bundles:
-            tracker.finish(bundle.manifest, out if len(bundles) == 1 else out.child(bundle.manifest.model_name))
-    models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
+        for bundle, files in bundles:
+            tracker.finish(bundle.manifest, files)
+    models = [_summarise(bundle, folds) for (bundle, _), folds in zip(bundles, trained, strict=True)]
     return {"bundle": out.uri, **(models[0] if len(models) == 1 else {"models": models})}
 
 
@@ -157,10 +157,10 @@ def write_bundles(
     trained: Sequence[Sequence[FoldResult]],
     tested_on: Sequence[str],
     today: date,
-) -> list[Bundle]:
+) -> list[tuple[Bundle, Files]]:
     """Write a single network's bundle to `settings.out`, several to folders of it named like them.
 
-    `tested_on` is what each model card says of the test cohort.
+    `tested_on` is what each model card says of the test cohort. Returns each bundle with its files.
     """
     made = [
         make_bundle(
@@ -181,7 +181,7 @@ def write_bundles(
     ]
     names = _name_bundles(networks)
     publish_bundles(settings.out, dict(zip(names, (files for _, files in made), strict=True)))
-    return [bundle for bundle, _ in made]
+    return made
 
 
 def _name_bundles(networks: Sequence[ModelConfig]) -> list[str]:

@@ -19,7 +19,6 @@ import numpy as np
 from darnet.bundle import CARD_FILE, MANIFEST_FILE, BundleManifest
 from darnet.errors import UsageError
 from darnet.history import HISTORY_FILE
-from darnet.storage import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,9 +96,9 @@ class _NetworkRuns:
         points = {name: value for name, value in metrics.items() if name not in ("fold", "epoch")}
         self.folds[fold].log(int(metrics["epoch"] or 0), points)
 
-    def finish(self, manifest: BundleManifest, bundle: Store) -> None:
+    def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         """Add what a bundle says, and the epochs that are still missing."""
-        for line in bundle.read_bytes(HISTORY_FILE).decode().splitlines():
+        for line in files[HISTORY_FILE].decode().splitlines():
             metrics = json.loads(line)
             self.log_epoch(metrics["fold"], metrics)
         for name in set(manifest.folds[0].validation) - {"epoch", "learning_rate"}:
@@ -107,7 +106,7 @@ class _NetworkRuns:
             self.run.log(0, {f"mean_{name}": None if None in values else float(np.mean(np.array(values, float)))})
         self._client.set_tag(self.run.id, "model_sha256", manifest.model_sha256)
         for name in (CARD_FILE, MANIFEST_FILE):
-            self._client.log_text(self.run.id, bundle.read_bytes(name).decode(), name)
+            self._client.log_text(self.run.id, files[name].decode(), name)
         self.end("FINISHED")
 
     def end(self, status: str) -> None:
@@ -132,11 +131,11 @@ class Tracker:
             with _tell_trouble():
                 self._unfinished[network].log_epoch(fold, metrics)
 
-    def finish(self, manifest: BundleManifest, bundle: Store) -> None:
+    def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         """Add to a network's run what its bundle says, its card and its manifest."""
         if manifest.model_name in self._unfinished:
             with _tell_trouble():
-                self._unfinished.pop(manifest.model_name).finish(manifest, bundle)
+                self._unfinished.pop(manifest.model_name).finish(manifest, files)
 
     def fail(self) -> None:
         """Mark the runs of networks without a bundle."""
@@ -191,9 +190,7 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
 
 @contextmanager
 def _tell_trouble() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # an artifact store has its own library, and that its own errors
         print(f"MLflow did not take all of it: {error}", file=sys.stderr)

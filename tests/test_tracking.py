@@ -4,18 +4,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from darnet.bundle import Bundle, BundleSettings
-from darnet.bundle_writing import TrainedFold, write_bundle
+from darnet.bundle_writing import Files, TrainedFold, make_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import UsageError
 from darnet.model import build_network
-from darnet.storage import open_store
 from darnet.tracking import EXPERIMENT, TrackedNetwork, Tracker, track_training
 from tests.places import ROOT
 
@@ -36,9 +35,8 @@ def make_epoch(fold: int, epoch: int) -> dict[str, float]:
     return {"epoch": epoch, "learning_rate": 1e-3, "train_loss": 3.0 - epoch - fold, "auc_ncp": auc}
 
 
-def make_bundle(out: Path) -> Bundle:
-    return write_bundle(
-        str(out),
+def make_files() -> tuple[Bundle, Files]:
+    return make_bundle(
         settings=BundleSettings(volume=VolumeConfig(shape=SHAPE), network=NETWORK, train=TrainConfig()),
         folds=[
             TrainedFold(
@@ -98,12 +96,12 @@ def test_a_training_that_was_resumed_is_logged_once(client: MlflowClient, tmp_pa
     assert (network.info.status, first.info.status) == ("FAILED", "FAILED")
     assert read_curve(client, first, "train_loss") == [(0, 3.0), (1, 2.0)]
 
-    bundle = make_bundle(tmp_path / "bundle")
+    bundle, files = make_files()
     with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
         assert client.get_run(network.info.run_id).info.status == "RUNNING"
         tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 1))  # what was done after the last checkpoint
         tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 2))
-        tracker.finish(bundle.manifest, open_store(str(tmp_path / "bundle")))
+        tracker.finish(bundle.manifest, files)
 
     (again,), folds = find_runs(client)
     assert again.info.run_id == network.info.run_id
@@ -116,10 +114,10 @@ def test_a_training_that_was_resumed_is_logged_once(client: MlflowClient, tmp_pa
 
 
 def test_a_networks_run_tells_settings_means_and_documents(client: MlflowClient, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
+    bundle, files = make_files()
     for _ in range(2):
         with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
-            tracker.finish(bundle.manifest, open_store(str(tmp_path / "bundle")))
+            tracker.finish(bundle.manifest, files)
     (run,), _ = find_runs(client)
     assert run.info.run_name == "darnet-da-ca"
     assert run.data.params == {"train.epochs": "3", "train.augment.zoom": "[0.9, 1.1]", "workers": "2"}
@@ -129,7 +127,7 @@ def test_a_networks_run_tells_settings_means_and_documents(client: MlflowClient,
     assert run.data.tags["model_sha256"] == bundle.manifest.model_sha256
     folder = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     for name in ("MODEL_CARD.md", "bundle.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "bundle" / name).read_bytes()
+        assert (folder / name).read_bytes() == files[name]
 
 
 def test_another_place_of_checkpoints_is_another_training(client: MlflowClient, tmp_path: Path) -> None:
@@ -144,15 +142,28 @@ def test_another_place_of_checkpoints_is_another_training(client: MlflowClient, 
 def test_a_training_goes_on_when_mlflow_fails(
     client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
+    bundle, files = make_files()
     with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
         _, folds = find_runs(client)
         client.delete_run(folds[0].info.run_id)
         tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 0))
         assert "MLflow did not take all of it" in capsys.readouterr().err
         client.restore_run(folds[0].info.run_id)
-        tracker.finish(bundle.manifest, open_store(str(tmp_path / "bundle")))
+        tracker.finish(bundle.manifest, files)
     assert [step for step, _ in read_curve(client, folds[0], "train_loss")] == [0, 1, 2]
+
+
+class FullStore:
+    """The runs of a network whose artifacts lie where another library than MLflow refuses them."""
+
+    def finish(self, *_: object) -> NoReturn:
+        raise ArithmeticError("the artifact store is full")
+
+
+def test_a_trained_network_stays_trained_whatever_an_artifact_store_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, files = make_files()
+    Tracker({"darnet-da-ca": cast(Any, FullStore())}).finish(bundle.manifest, files)
+    assert "MLflow did not take all of it: the artifact store is full" in capsys.readouterr().err
 
 
 def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path: Path) -> None:
