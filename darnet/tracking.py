@@ -29,6 +29,9 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a hospital's machines report to nobody
     "MLFLOW_ALLOW_FILE_STORE": "true",  # who names a folder means one, though MLflow would rather have a database
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for the job's summary
+    # A server that is gone holds the training up for half a minute; MLflow's own 120 s and 7 retries take many.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
 
 
@@ -118,30 +121,39 @@ class _NetworkRuns:
 class Tracker:
     """The runs of a training, by network; where nobody asked for MLflow there are none, and nothing is logged.
 
-    A training does not fail with its tracking: what MLflow refuses meanwhile is told on stderr, and an epoch tried
-    again when its network is done.
+    A training neither fails with its tracking nor waits for it time and again: the first epoch that MLflow does not
+    take is told on stderr, and the last to be tried before its network is done. Then all that are missing are.
     """
 
     def __init__(self, networks: Mapping[str, _NetworkRuns]) -> None:
         self._unfinished = dict(networks)
+        self._has_failed = False
 
     def log_epoch(self, network: str, fold: int, metrics: Mapping[str, float]) -> None:
         """Add an epoch to a fold's curves."""
-        if network in self._unfinished:
-            with _tell_trouble():
+        if network in self._unfinished and not self._has_failed:
+            with self._tell_trouble():
                 self._unfinished[network].log_epoch(fold, metrics)
 
     def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         """Add to a network's run what its bundle says, its card and its manifest."""
         if manifest.model_name in self._unfinished:
-            with _tell_trouble():
+            with self._tell_trouble():
                 self._unfinished.pop(manifest.model_name).finish(manifest, files)
 
     def fail(self) -> None:
         """Mark the runs of networks without a bundle."""
-        for runs in self._unfinished.values():
-            with _tell_trouble():
+        with self._tell_trouble():
+            for runs in self._unfinished.values():
                 runs.end("FAILED")
+
+    @contextmanager
+    def _tell_trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # an artifact store has its own library, and that its own errors
+            self._has_failed = True
+            print(f"MLflow did not take all of it, which stops nothing: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -186,11 +198,3 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
     except (MlflowException, OSError) as error:
         remedy = "correct the address or leave it out"
         raise UsageError(f"--mlflow {uri}: MLflow cannot be used there ({error}); {remedy}") from error
-
-
-@contextmanager
-def _tell_trouble() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # an artifact store has its own library, and that its own errors
-        print(f"MLflow did not take all of it: {error}", file=sys.stderr)

@@ -1,8 +1,13 @@
 """A training in MLflow, read back by MLflow's own client from its own file store."""
 
+import itertools
+import json
 import math
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -153,6 +158,95 @@ def test_a_training_goes_on_when_mlflow_fails(
     assert [step for step, _ in read_curve(client, folds[0], "train_loss")] == [0, 1, 2]
 
 
+class TrackingServer(ThreadingHTTPServer):
+    """As much of MLflow's REST interface as a training needs, until it is told to fall silent."""
+
+    def __init__(self) -> None:
+        self.num_unanswered, self.is_silent, self.is_over = 0, False, threading.Event()
+        super().__init__(("127.0.0.1", 0), _Answer)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: TrackingServer
+    runs = itertools.count()
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.is_silent:
+            self.server.num_unanswered += 1
+            self.server.is_over.wait()
+            return
+        answers = {
+            "experiments/get-by-name": {"experiment": {"experiment_id": "1"}},
+            "runs/create": {"run": {"info": {"run_id": f"run{next(self.runs)}"}}},
+        }
+        path = self.path.partition("?")[0].partition("/mlflow/")[2]
+        body = json.dumps(answers.get(path, {})).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Not on stderr, which the tests read."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingServer]:
+    """Asked without a proxy and with a second's patience."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    server = TrackingServer()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.is_over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(None, 3), ("0", 1)])
+def test_a_server_that_falls_silent_is_waited_for_once(
+    server: TrackingServer,
+    retries: str | None,
+    attempts: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The number of retries is the user's, where there is one."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", retries or "")
+    if retries is None:
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    with track_training(server.address, [TRAINING]) as tracker:
+        server.is_silent = True
+        for epoch in range(5):
+            tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, epoch))
+    assert server.num_unanswered == attempts
+    assert capsys.readouterr().err.count("MLflow did not take all of it, which stops nothing") == 1
+
+
+def test_a_server_that_is_gone_is_told_of_once_and_tried_once_more_at_the_end(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    bundle, files = make_files()
+    with track_training(server.address, [TRAINING]) as tracker:
+        server.shutdown()
+        server.server_close()
+        for epoch in range(5):
+            tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, epoch))
+        assert capsys.readouterr().err.count("MLflow did not take all of it") == 1
+        tracker.finish(bundle.manifest, files)
+    assert capsys.readouterr().err.count("MLflow did not take all of it") == 1
+
+
 class FullStore:
     """The runs of a network whose artifacts lie where another library than MLflow refuses them."""
 
@@ -163,7 +257,7 @@ class FullStore:
 def test_a_trained_network_stays_trained_whatever_an_artifact_store_raises(capsys: pytest.CaptureFixture[str]) -> None:
     bundle, files = make_files()
     Tracker({"darnet-da-ca": cast(Any, FullStore())}).finish(bundle.manifest, files)
-    assert "MLflow did not take all of it: the artifact store is full" in capsys.readouterr().err
+    assert "stops nothing: the artifact store is full" in capsys.readouterr().err
 
 
 def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path: Path) -> None:
