@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,7 +154,8 @@ class Tracker:
             yield
         except Exception as error:  # an artifact store has its own library, and that its own errors
             self._has_failed = True
-            print(f"MLflow did not take all of it, which stops nothing: {error}", file=sys.stderr)
+            told = f"MLflow did not take all of it, which stops nothing: {error}"
+            print(hide_password(told), file=sys.stderr)
 
 
 @contextmanager
@@ -168,6 +170,11 @@ def track_training(uri: str | None, networks: Sequence[TrackedNetwork]) -> Itera
     except BaseException:
         tracker.fail()
         raise
+
+
+def hide_password(text: str) -> str:
+    """`http://user:password@host` as `http://***@host`, wherever the text has one."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -188,7 +195,8 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise UsageError(f"--mlflow {uri}: MLflow is not installed; pip install 'darnet[mlflow]'") from error
+        told = f"--mlflow {hide_password(uri)}: MLflow is not installed; pip install 'darnet[mlflow]'"
+        raise UsageError(told) from error
     try:
         client = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
@@ -196,5 +204,5 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
         experiment = client.create_experiment(name) if found is None else found.experiment_id
         return Tracker({network.name: _NetworkRuns(client, experiment, network) for network in networks})
     except (MlflowException, OSError) as error:
-        remedy = "correct the address or leave it out"
-        raise UsageError(f"--mlflow {uri}: MLflow cannot be used there ({error}); {remedy}") from error
+        told = f"--mlflow {uri}: MLflow cannot be used there ({error}); correct the address or leave it out"
+        raise UsageError(hide_password(told)) from error

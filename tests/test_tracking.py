@@ -247,6 +247,23 @@ def test_a_server_that_is_gone_is_told_of_once_and_tried_once_more_at_the_end(
     assert capsys.readouterr().err.count("MLflow did not take all of it") == 1
 
 
+@pytest.mark.parametrize("login", ["nurse:s3cret", ":s3cret", "s3cret", "nurse:s3cr@s3cret"])
+def test_no_message_repeats_a_password(
+    server: TrackingServer, login: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    address = server.address.replace("://", f"://{login}@")
+    with track_training(address, [TRAINING]) as tracker:
+        server.shutdown()
+        server.server_close()
+        tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 0))
+    with pytest.raises(UsageError) as refused, track_training(address, [TRAINING]):
+        pass
+    for told in (capsys.readouterr().err, str(refused.value)):
+        assert f"://***@127.0.0.1:{server.server_port}" in told
+        assert "s3c" not in told
+
+
 class FullStore:
     """The runs of a network whose artifacts lie where another library than MLflow refuses them."""
 
@@ -279,8 +296,8 @@ def test_without_mlflow_nothing_is_logged_and_asking_for_it_says_what_to_install
         "from darnet.tracking import track_training\n"
         "with track_training(None, []) as tracker: tracker.log_epoch('darnet-da-ca', 0, {'epoch': 0})\n"
         "try:\n"
-        "    with track_training('http://mlflow', []): pass\n"
+        "    with track_training('http://nurse:secret@mlflow', []): pass\n"
         "except UsageError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "--mlflow http://mlflow: MLflow is not installed; pip install 'darnet[mlflow]'\n"
+    assert done.stdout == "--mlflow http://***@mlflow: MLflow is not installed; pip install 'darnet[mlflow]'\n"
