@@ -50,7 +50,7 @@ from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
 from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fold, make_result
-from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, plan_gangs
+from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, place_runs, plan_gangs
 from darnet.volumes_cache import open_volumes
 
 STATE_FILE = "state.pt"
@@ -85,7 +85,7 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     table = read_table(volumes)
     networks = choose_networks(settings, table.volume)
     refuse_existing(settings.out, _name_bundles(networks))
-    runs = open_store(settings.runs or f"{out.uri}.runs", create=True)
+    runs = open_store(place_runs(settings, out.uri), create=True)
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
     total = settings.train.epochs * settings.train.num_folds * len(networks)
