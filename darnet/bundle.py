@@ -59,7 +59,7 @@ class FoldRecord(Section):
     world_size: int = Field(ge=1)
     """DDP workers that trained it."""
     seed: int
-    """Seed of its weights, order and augmentation."""
+    """What its weights, order and augmentation were drawn by, together with its number."""
     validation: dict[str, float | None]
     """Metrics on the fold's validation scans; null where one is undefined."""
     temperature: float = Field(1.0, gt=0)

@@ -102,7 +102,7 @@ class TrainConfig(Section):
     """Standard deviation of the head's first weights; with more, a short training leaves its plateau sooner.
     Source: authors' code."""
     seed: int = 0
-    """Seeds folds, weights, order and augmentation."""
+    """Seeds the division into folds and, each fold apart, weights, order and augmentation."""
     temperature_scaling: bool = False
     """Divide each fold's logits by the temperature that fits its validation scans best, in all later use of it.
     Source: Guo et al. 2017; the paper has none."""

@@ -18,8 +18,7 @@ from typing import Any, TypeAlias, cast
 
 import ray
 import torch
-import torch.distributed as dist
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -37,11 +36,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
 from darnet.bundle import Bundle, BundleSettings, name_model
-from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
+from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
+from darnet.gang import train_rank
 from darnet.history import render_files
 from darnet.model import build_network
 from darnet.score import Ensemble
@@ -49,18 +49,8 @@ from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
 from darnet.tracking import TrackedNetwork, Tracker, track_training
-from darnet.train import (
-    FoldResult,
-    FoldState,
-    Gang,
-    Metrics,
-    check_device,
-    check_fold,
-    equip_network,
-    fit_fold,
-    make_result,
-)
-from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, plan_gangs
+from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fold, make_result
+from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, place_runs, plan_gangs
 from darnet.volumes_cache import open_volumes
 
 STATE_FILE = "state.pt"
@@ -95,7 +85,7 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     table = read_table(volumes)
     networks = choose_networks(settings, table.volume)
     refuse_existing(settings.out, _name_bundles(networks))
-    runs = open_store(settings.runs or f"{out.uri}.runs", create=True)
+    runs = open_store(place_runs(settings, out.uri), create=True)
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
     total = settings.train.epochs * settings.train.num_folds * len(networks)
@@ -111,9 +101,9 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
             )
         tested_on = measure_networks(table, networks, trained, places, settings)
         bundles = write_bundles(settings, table, networks, trained, tested_on, today)
-        for bundle in bundles:
-            tracker.finish(bundle.manifest, out if len(bundles) == 1 else out.child(bundle.manifest.model_name))
-    models = [_summarise(*items) for items in zip(bundles, trained, strict=True)]
+        for bundle, files in bundles:
+            tracker.finish(bundle.manifest, files)
+    models = [_summarise(bundle, folds) for (bundle, _), folds in zip(bundles, trained, strict=True)]
     return {"bundle": out.uri, **(models[0] if len(models) == 1 else {"models": models})}
 
 
@@ -126,7 +116,7 @@ def measure_networks(
 ) -> list[str]:
     """What each network's model card says of the test cohort, measured where the cluster has volumes and GPUs.
 
-    Raises: RunError if the cluster gives up; the same call again trains nothing twice.
+    Raises: RunError if the cluster or a task gives up; the same call again trains nothing twice.
     """
     if not (table.frame["cohort"] == "test").any():
         return [NO_TEST] * len(networks)
@@ -138,7 +128,8 @@ def measure_networks(
             for network, folds in zip(networks, trained, strict=True)
         ]
     except RayError as error:
-        raise RunError(f"the test cohort could not be measured: {error}") from error
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise _name_failure("the test cohort could not be measured", cause) from error
 
 
 def _measure_network(
@@ -166,10 +157,10 @@ def write_bundles(
     trained: Sequence[Sequence[FoldResult]],
     tested_on: Sequence[str],
     today: date,
-) -> list[Bundle]:
+) -> list[tuple[Bundle, Files]]:
     """Write a single network's bundle to `settings.out`, several to folders of it named like them.
 
-    `tested_on` is what each model card says of the test cohort.
+    `tested_on` is what each model card says of the test cohort. Returns each bundle with its files.
     """
     made = [
         make_bundle(
@@ -190,7 +181,7 @@ def write_bundles(
     ]
     names = _name_bundles(networks)
     publish_bundles(settings.out, dict(zip(names, (files for _, files in made), strict=True)))
-    return [bundle for bundle, _ in made]
+    return made
 
 
 def _name_bundles(networks: Sequence[ModelConfig]) -> list[str]:
@@ -350,43 +341,35 @@ def _start_fit(task: FoldTask, trainer: TorchTrainer) -> "Future[FoldResult]":
 
 
 def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
-    """Raises: RunError naming the network, the fold and the first worker's error."""
+    """Raises: RunError naming the network, the fold and a worker's error, with the exit code that this asks for."""
     try:
         checkpoint = trainer.fit().checkpoint
     except WorkerGroupError as error:
-        first = next(iter(error.worker_failures.values()))
-        raise RunError(f"{task.title} failed {MAX_FAILURES + 1} times, the last time with: {first}") from error
+        # Where one rank says what is wrong, the others only lose their connection to it.
+        failures = sorted(error.worker_failures.values(), key=lambda failure: not isinstance(failure, RunError))
+        raise _name_failure(f"{task.title} failed {MAX_FAILURES + 1} times, the last time with", failures[0]) from error
     except TrainingFailedError as error:
         raise RunError(f"{task.title} failed: {error}") from error
     assert checkpoint is not None, "every epoch reports a checkpoint"
     return make_result(task.fold, _read_state(checkpoint))
 
 
+def _name_failure(title: str, cause: BaseException) -> RunError:
+    """What ended a worker, with the exit code that it asks for."""
+    failure = RunError(f"{title}: {cause}")
+    if isinstance(cause, RunError):
+        failure.exit_code = cause.exit_code
+    return failure
+
+
 def _train_rank(loop_config: dict[str, Any]) -> None:
-    """One worker: read the index, join the gang, resume what there is, train."""
+    """One worker: resume what there is, train with the gang that Ray has put together."""
     task: FoldTask = loop_config["task"]
     torch.set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
     enable_reproducibility(task.config.seed)
-    context = ray.train.get_context()
-    gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())
     checkpoint = ray.train.get_checkpoint()
-    network = build_network(task.network, task.config.seed, task.config.head_init_std)
-    fit_fold(
-        prepare_model(equip_network(network, task.config, gang.device)),
-        open_volumes(task.places.volumes, task.places.cache),
-        task.fold,
-        task.config,
-        _report_as_rank(gang.rank, task),
-        gang,
-        None if checkpoint is None else _read_state(checkpoint),
-    )
-
-
-def _gather(item: Any) -> list[Any]:
-    """Every rank's item, on every rank."""
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
+    report = _report_as_rank(ray.train.get_context().get_world_rank(), task)
+    train_rank(task, get_device(), prepare_model, report, None if checkpoint is None else _read_state(checkpoint))
 
 
 def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldState], None]:

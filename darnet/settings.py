@@ -107,7 +107,7 @@ class TrainSettings(CachingSettings):
     """DDP workers a fold; must divide train.batch_size."""
     runs: str = ""
     """Where checkpoints are kept, so that a killed training resumes: a folder that every node sees, or
-    s3://bucket/prefix. Default: beside `out`, `<out>.runs`."""
+    s3://bucket/prefix. Default: beside `out`, `<out>.runs`; there is none if `out` is a whole bucket."""
     mlflow: str | None = None
     """MLflow tracking URI, such as http://mlflow:5000 or a folder, to log the training to. Needs darnet[mlflow]."""
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ import numpy as np
 from darnet.bundle import CARD_FILE, MANIFEST_FILE, BundleManifest
 from darnet.errors import UsageError
 from darnet.history import HISTORY_FILE
-from darnet.storage import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +30,9 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a hospital's machines report to nobody
     "MLFLOW_ALLOW_FILE_STORE": "true",  # who names a folder means one, though MLflow would rather have a database
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for the job's summary
+    # A server that is gone holds the training up for half a minute; MLflow's own 120 s and 7 retries take many.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
 
 
@@ -97,9 +100,9 @@ class _NetworkRuns:
         points = {name: value for name, value in metrics.items() if name not in ("fold", "epoch")}
         self.folds[fold].log(int(metrics["epoch"] or 0), points)
 
-    def finish(self, manifest: BundleManifest, bundle: Store) -> None:
+    def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         """Add what a bundle says, and the epochs that are still missing."""
-        for line in bundle.read_bytes(HISTORY_FILE).decode().splitlines():
+        for line in files[HISTORY_FILE].decode().splitlines():
             metrics = json.loads(line)
             self.log_epoch(metrics["fold"], metrics)
         for name in set(manifest.folds[0].validation) - {"epoch", "learning_rate"}:
@@ -107,7 +110,7 @@ class _NetworkRuns:
             self.run.log(0, {f"mean_{name}": None if None in values else float(np.mean(np.array(values, float)))})
         self._client.set_tag(self.run.id, "model_sha256", manifest.model_sha256)
         for name in (CARD_FILE, MANIFEST_FILE):
-            self._client.log_text(self.run.id, bundle.read_bytes(name).decode(), name)
+            self._client.log_text(self.run.id, files[name].decode(), name)
         self.end("FINISHED")
 
     def end(self, status: str) -> None:
@@ -119,30 +122,40 @@ class _NetworkRuns:
 class Tracker:
     """The runs of a training, by network; where nobody asked for MLflow there are none, and nothing is logged.
 
-    A training does not fail with its tracking: what MLflow refuses meanwhile is told on stderr, and an epoch tried
-    again when its network is done.
+    A training neither fails with its tracking nor waits for it time and again: the first epoch that MLflow does not
+    take is told on stderr, and the last to be tried before its network is done. Then all that are missing are.
     """
 
     def __init__(self, networks: Mapping[str, _NetworkRuns]) -> None:
         self._unfinished = dict(networks)
+        self._has_failed = False
 
     def log_epoch(self, network: str, fold: int, metrics: Mapping[str, float]) -> None:
         """Add an epoch to a fold's curves."""
-        if network in self._unfinished:
-            with _tell_trouble():
+        if network in self._unfinished and not self._has_failed:
+            with self._tell_trouble():
                 self._unfinished[network].log_epoch(fold, metrics)
 
-    def finish(self, manifest: BundleManifest, bundle: Store) -> None:
+    def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         """Add to a network's run what its bundle says, its card and its manifest."""
         if manifest.model_name in self._unfinished:
-            with _tell_trouble():
-                self._unfinished.pop(manifest.model_name).finish(manifest, bundle)
+            with self._tell_trouble():
+                self._unfinished.pop(manifest.model_name).finish(manifest, files)
 
     def fail(self) -> None:
         """Mark the runs of networks without a bundle."""
-        for runs in self._unfinished.values():
-            with _tell_trouble():
+        with self._tell_trouble():
+            for runs in self._unfinished.values():
                 runs.end("FAILED")
+
+    @contextmanager
+    def _tell_trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # an artifact store has its own library, and that its own errors
+            self._has_failed = True
+            told = f"MLflow did not take all of it, which stops nothing: {error}"
+            print(hide_password(told), file=sys.stderr)
 
 
 @contextmanager
@@ -157,6 +170,11 @@ def track_training(uri: str | None, networks: Sequence[TrackedNetwork]) -> Itera
     except BaseException:
         tracker.fail()
         raise
+
+
+def hide_password(text: str) -> str:
+    """`http://user:password@host` as `http://***@host`, wherever the text has one."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -177,7 +195,8 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise UsageError(f"--mlflow {uri}: MLflow is not installed; pip install 'darnet[mlflow]'") from error
+        told = f"--mlflow {hide_password(uri)}: MLflow is not installed; pip install 'darnet[mlflow]'"
+        raise UsageError(told) from error
     try:
         client = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
@@ -185,15 +204,5 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
         experiment = client.create_experiment(name) if found is None else found.experiment_id
         return Tracker({network.name: _NetworkRuns(client, experiment, network) for network in networks})
     except (MlflowException, OSError) as error:
-        remedy = "correct the address or leave it out"
-        raise UsageError(f"--mlflow {uri}: MLflow cannot be used there ({error}); {remedy}") from error
-
-
-@contextmanager
-def _tell_trouble() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        print(f"MLflow did not take all of it: {error}", file=sys.stderr)
+        told = f"--mlflow {uri}: MLflow cannot be used there ({error}); correct the address or leave it out"
+        raise UsageError(hide_password(told)) from error

@@ -19,11 +19,11 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from darnet.calibration import fit_temperature
-from darnet.config import TrainConfig
+from darnet.config import ModelConfig, TrainConfig
 from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable, load_batches
 from darnet.errors import RunError, UsageError
 from darnet.metrics import compute_metrics
-from darnet.model import DARNet
+from darnet.model import DARNet, build_network
 from darnet.scan import DIAGNOSES, FloatArray
 
 Metrics: TypeAlias = dict[str, float]
@@ -138,6 +138,16 @@ def fit_fold(
         history.append(metrics)
         report(epoch, metrics, learner.save(best, history))
     return make_result(fold, learner.save(best, history))
+
+
+def build_start(network: ModelConfig, config: TrainConfig, fold: int) -> DARNet:
+    """The network that a fold's training starts from.
+
+    Source: ours: weights are drawn by (seed, fold). Were they a seed's alone, its folds would share their luck, and
+    fewer seeds than there seem to be would tell networks apart.
+    """
+    drawn = np.random.SeedSequence((config.seed, fold)).generate_state(1)
+    return build_network(network, int(drawn[0]), config.head_init_std)
 
 
 def equip_network(network: DARNet, config: TrainConfig, device: torch.device) -> DARNet:

@@ -5,6 +5,7 @@ No Ray: what runs where is decided here and done in `ray_train`.
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,16 @@ def match_network(settings: TrainSettings, volume: VolumeConfig) -> ModelConfig:
     if shape not in (ModelConfig().volume_shape, volume.shape):
         raise UsageError(f"{settings.volumes} holds volumes of {volume.shape}, network.volume_shape is {shape}")
     return settings.network.model_copy(update={"volume_shape": volume.shape})
+
+
+def place_runs(settings: TrainSettings, out: str) -> str:
+    """Where checkpoints are kept: where the settings say, or beside the address `out`.
+
+    Raises: UsageError if `out` is a whole bucket: beside it lies another, which may be anybody's.
+    """
+    if not settings.runs and re.fullmatch(r"s3://[^/]+", out):
+        raise UsageError(f"--out {out} is a whole bucket, with no place beside it for checkpoints; give --runs too")
+    return settings.runs or f"{out}.runs"
 
 
 def plan_gangs(resources: Mapping[str, float], workers: int, num_gangs: int) -> GangPlan:

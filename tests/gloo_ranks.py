@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from darnet.config import ModelConfig, TrainConfig
 from darnet.dataset import read_index
-from darnet.model import DARNet, build_network
-from darnet.train import FoldResult, Gang, fit_fold
+from darnet.model import DARNet
+from darnet.train import FoldResult, Gang, build_start, fit_fold
 
 
 def keep_network(network: DARNet) -> DARNet:
@@ -53,7 +53,7 @@ def run_rank(
         return items
 
     for fold in range(config.num_folds):
-        wrapped = DistributedDataParallel(equip(build_network(network, config.seed, config.head_init_std)))
+        wrapped = DistributedDataParallel(equip(build_start(network, config, fold)))
         gang = Gang(rank, workers, gather, torch.device("cpu"))
         result = fit_fold(wrapped, read_index(volumes), fold, config, lambda *_: None, gang)
         if rank == 0:

@@ -4,26 +4,31 @@ import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import NoReturn, cast
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray.train import WorkerGroupError
+from ray.train.torch import TorchTrainer
 
 from darnet.bundle import load_networks, read_bundle
 from darnet.config import ModelConfig, TrainConfig
 from darnet.dataset import VolumesIndex
-from darnet.errors import UsageError
+from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, UsageError
 from darnet.history import render_history
 from darnet.model import build_network
-from darnet.ray_train import train_folds, train_model, write_bundles
+from darnet.ray_train import _fit, measure_networks, train_folds, train_model, write_bundles
 from darnet.settings import TrainSettings
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
@@ -192,6 +197,44 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: Volum
     least = f"{12 * MIN_WORKER_CPUS:g}"
     with pytest.raises(UsageError, match=f"--workers 12 takes at least {least} CPUs, the cluster has 4"):
         train_folds(index, [NETWORK], config, make_places(index, tmp_path), workers=12, on_progress=ignore)
+
+
+class FailingTrainer:
+    """A trainer whose workers end with these."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self._failures = dict(enumerate(failures))
+
+    def fit(self) -> NoReturn:
+        raise WorkerGroupError("2 workers failed", self._failures)
+
+
+@pytest.mark.parametrize("error", [StorageError("s3://volumes: gone"), CredentialsError("s3://volumes: who are you?")])
+def test_what_a_worker_says_of_store_and_credentials_decides_the_exit_code(error: RunError, tmp_path: Path) -> None:
+    task = FoldTask(Places("volumes", "runs", tmp_path), "run", NETWORK, CONFIG, 1)
+    with pytest.raises(RunError, match=f"darnet-da-ca fold 1 failed 4 times, .* {re.escape(str(error))}") as caught:
+        _fit(task, cast(TorchTrainer, FailingTrainer(RuntimeError("Connection closed by peer"), error)))
+    assert caught.value.exit_code == error.exit_code > 1
+    with pytest.raises(RunError, match="Connection closed by peer") as caught:
+        _fit(task, cast(TorchTrainer, FailingTrainer(RuntimeError("Connection closed by peer"))))
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_workers_kind_of_failure_survives_the_way_back(index: VolumesIndex, tmp_path: Path) -> None:
+    """The driver reads the tables alone; that an array is missing is seen by the workers, and is wrong use."""
+    shutil.copytree(index.folder, tmp_path / "volumes")
+    array = tmp_path / "volumes" / index.frame["array"][0]
+    array.unlink()
+    places = replace(make_places(index, tmp_path / "runs"), volumes=str(tmp_path / "volumes"))
+    with pytest.raises(RunError, match=re.escape(f"{array}: cannot be read")) as caught:
+        train_folds(index, [NETWORK], CONFIG, places, workers=WORKERS, on_progress=ignore)
+    assert caught.value.exit_code == ExitCode.WRONG_USE
+    fold = FoldResult(0, build_network(NETWORK, 0).state_dict(), {}, [])
+    with pytest.raises(RunError, match=f"the test cohort could not be measured: {re.escape(str(array))}") as caught:
+        measure_networks(index, [NETWORK], [[fold]], places, make_settings(index, tmp_path))
+    assert caught.value.exit_code == ExitCode.WRONG_USE
 
 
 def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: VolumesIndex, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from darnet.train import (
     FoldState,
     Gang,
     Metrics,
+    build_start,
     check_fold,
     equip_network,
     evaluate,
@@ -103,6 +104,23 @@ def test_the_same_settings_give_the_same_bits(index: VolumesIndex, whole: tuple[
 def test_the_seed_decides_order_and_augmentation(index: VolumesIndex, whole: tuple[FoldResult, list[bytes]]) -> None:
     other, _ = fit(index, QUICK.model_copy(update={"seed": 1}))
     assert not is_same_state(whole[0].state, other.state)
+
+
+def test_every_fold_of_every_seed_starts_from_weights_of_its_own() -> None:
+    def draw(seed: int, fold: int) -> bytes:
+        network = build_start(NETWORK, QUICK.model_copy(update={"seed": seed}), fold)
+        return network.head.weight.detach().numpy().tobytes()
+
+    drawn = [draw(seed, fold) for seed in range(3) for fold in range(5)]
+    assert len(set(drawn)) == 15
+    assert drawn == [draw(seed, fold) for seed in range(3) for fold in range(5)]
+
+
+def test_a_start_has_the_networks_and_the_heads_settings() -> None:
+    wide = build_start(NETWORK, QUICK.model_copy(update={"head_init_std": 0.5}), 1)
+    plain = build_start(NETWORK, QUICK, 1)
+    assert wide.config == NETWORK
+    assert torch.allclose(wide.head.weight, plain.head.weight * 50)
 
 
 @pytest.mark.parametrize("epochs_done", [1, 2, 3])

@@ -10,7 +10,7 @@ from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.settings import TrainSettings
-from darnet.training_plan import MIN_WORKER_CPUS, choose_networks, match_network, name_run, plan_gangs
+from darnet.training_plan import MIN_WORKER_CPUS, choose_networks, match_network, name_run, place_runs, plan_gangs
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
@@ -89,3 +89,12 @@ def test_the_networks_of_table_3_are_trained_by_name(index: VolumesIndex, tmp_pa
     assert {network.base_channels for network in networks} == {4}
     with pytest.raises(ValueError, match="name each once"):
         make_settings(index, tmp_path, networks=("ca", "ca"))
+
+
+def test_checkpoints_lie_beside_the_bundle_but_never_in_another_bucket(index: VolumesIndex, tmp_path: Path) -> None:
+    settings = make_settings(index, tmp_path)
+    assert place_runs(settings, "s3://bucket/model") == "s3://bucket/model.runs"
+    assert place_runs(settings, "/data/model") == "/data/model.runs"
+    with pytest.raises(UsageError, match=r"--out s3://bucket is a whole bucket, .* give --runs too"):
+        place_runs(settings, "s3://bucket")
+    assert place_runs(make_settings(index, tmp_path, runs="s3://other/runs"), "s3://bucket") == "s3://other/runs"

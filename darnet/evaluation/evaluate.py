@@ -101,7 +101,8 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         bundle = read_bundle(place)
         _check_fit(settings, bundle.manifest, index)
         name = MODEL_NAMES[bundle.manifest.model_name]
-        trainings.setdefault(name, []).append((bundle, read_history(place)))
+        history = read_history(place).assign(seed=bundle.manifest.folds[0].seed)
+        trainings.setdefault(name, []).append((bundle, history))
     bundles = {name: merge_seeds([bundle for bundle, _ in items]) for name, items in trainings.items()}
     _refuse_unlike([bundle.manifest for bundle in bundles.values()])
     runs, scores = [], {}

@@ -34,7 +34,7 @@ Counts = Mapping[str, Mapping[str, int]]
 class NetworkRun:
     """One network's predictions of the test cohort, and what is known of it.
 
-    `name` is the paper's; `history` has one row an epoch and fold, or none where the bundle keeps none.
+    `name` is the paper's; `history` has one row an epoch, fold and seed, or none where the bundle keeps none.
     """
 
     name: str

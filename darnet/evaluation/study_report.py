@@ -291,7 +291,19 @@ def _describe_training(study: Study) -> list[Section]:
         for column, label in HISTORY_PICTURES
         if all(column in history for history in histories.values())
     ]
-    return [Section("Training curves", "", (), figures)]
+    return [Section("Training curves", _name_missing_histories(study), (), figures)]
+
+
+def _name_missing_histories(study: Study) -> str:
+    """Which networks' curves are drawn of a part of their fold models; nothing if all are there."""
+    lacking = []
+    for name, run in study.runs.items():
+        num_found = len(run.history[["fold", "seed"]].drop_duplicates()) if len(run.history) else 0
+        if num_found < len(run.predictions.members):
+            lacking.append(f"{name}: {num_found} of {len(run.predictions.members)}")
+    if not lacking:
+        return ""
+    return f"The bundles do not keep every fold model's history, and curves are of those kept ({'; '.join(lacking)})."
 
 
 def _describe_pairs(study: Study) -> list[Section]:

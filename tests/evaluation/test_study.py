@@ -1,5 +1,6 @@
 """The paper's comparison from the command line: each network as if alone, pairs by scikit-learn, tables counted."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -255,6 +256,27 @@ def test_a_damaged_history_is_refused_by_name(
     (bundles / "darnet-ca" / "metrics.jsonl").write_text("{half")
     assert run("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
     assert "darnet-ca/metrics.jsonl: not a line of JSON an epoch" in capsys.readouterr().err
+
+
+def test_the_report_says_which_fold_models_have_no_history(
+    places: dict[str, Path], seeds: Path, tmp_path: Path
+) -> None:
+    told = "The bundles do not keep every fold model's history, and curves are of those kept"
+    report = html.unescape((places["out"] / "report.html").read_text())
+    assert f"{told} (ResNet18: 0 of 5; CA: 0 of 5; DA+CA: 0 of 5)." in report
+    bundles = tmp_path / "bundles"
+    shutil.copytree(seeds / "bundles", bundles)
+    history = (places["bundles"] / "darnet-da" / "metrics.jsonl").read_text()
+    paths = sorted(path.parent / "metrics.jsonl" for path in bundles.rglob("bundle.json"))
+    assert len(paths) == 4
+    for path in paths[:-1]:  # the last seed of ResNet18 has none
+        path.write_text(history)
+    arguments = ("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out")
+    assert run(*arguments) == 0
+    assert f"{told} (ResNet18: 5 of 10)." in html.unescape((tmp_path / "out" / "report.html").read_text())
+    paths[-1].write_text(history)
+    assert run(*arguments) == 0
+    assert told not in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""One rank of the gang that trains a fold: its task and a process group of torch's enter, the trained fold leaves.
+
+No Ray: who starts the ranks, and wraps their networks for DDP, is `ray_train`'s business.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from darnet.dataset import VolumesIndex
+from darnet.train import FoldResult, FoldState, Gang, Report, build_start, equip_network, fit_fold
+from darnet.training_plan import FoldTask
+from darnet.volumes_cache import open_volumes
+
+# While a node copies 13 GB of volumes its ranks answer nobody. Source: ours: CC-CCII at 1 MB/s, and half as long again.
+OPENING_LIMIT = timedelta(hours=6)
+
+
+def train_rank(
+    task: FoldTask,
+    device: torch.device,
+    prepare: Callable[[nn.Module], nn.Module],
+    report: Report,
+    resume: FoldState | None,
+    open_index: Callable[[str, Path], VolumesIndex] = open_volumes,
+) -> FoldResult:
+    """Train a fold together with the other ranks of the default process group; `prepare` wraps the network for DDP.
+
+    Raises: as `fit_fold` and `open_index`; RuntimeError if another rank is gone.
+    """
+    meeting = dist.new_group(timeout=OPENING_LIMIT, backend="gloo")
+    index = open_index(task.places.volumes, task.places.cache)
+    # The default group's collectives soon find a rank that is gone. They must not begin while some still copy volumes;
+    # a rank that dies meanwhile ends the wait: by its lost connection, or by Ray, which ends the gang.
+    dist.monitored_barrier(meeting, OPENING_LIMIT)
+    gang = Gang(dist.get_rank(), dist.get_world_size(), _gather, device)
+    network = equip_network(build_start(task.network, task.config, task.fold), task.config, device)
+    return fit_fold(prepare(network), index, task.fold, task.config, report, gang, resume)
+
+
+def _gather(item: Any) -> list[Any]:
+    """Every rank's item, on every rank."""
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items

@@ -1,0 +1,53 @@
+"""Ranks of torch alone, without Ray: how they begin together."""
+
+import multiprocessing
+import time
+from datetime import timedelta
+from pathlib import Path
+from threading import Barrier
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from darnet.config import ModelConfig, TrainConfig
+from darnet.dataset import VolumesIndex
+from darnet.gang import train_rank
+from darnet.train import build_start
+from darnet.training_plan import FoldTask, Places
+from darnet.volumes_cache import open_volumes
+from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
+
+NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
+CONFIG = TrainConfig(epochs=1, num_folds=2, learning_rate=1e-9)  # the first weights can still be told
+FOLD = 1
+COLLECTIVE_TIMEOUT_S = 6
+
+
+def run_rank(rank: int, volumes: Path, scratch: Path, both_are_up: Barrier) -> None:
+    """Rank 1's node takes longer to copy volumes than a collective may take."""
+
+    def open_late(place: str, cache: Path) -> VolumesIndex:
+        time.sleep(rank * (COLLECTIVE_TIMEOUT_S + 3))
+        return open_volumes(place, cache)
+
+    torch.set_num_threads(1)
+    both_are_up.wait()
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group("gloo", f"file://{scratch / 'meeting'}", timeout, world_size=2, rank=rank)
+    task = FoldTask(Places(str(volumes), str(scratch), scratch), "run", NETWORK, CONFIG, FOLD)
+    result = train_rank(task, torch.device("cpu"), DistributedDataParallel, lambda *_: None, None, open_late)
+    torch.save(result.state, scratch / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_wait_for_one_that_copies_volumes_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+    index = make_volumes(tmp_path / "volumes", num_train=12, num_folds=2)
+    both_are_up = multiprocessing.get_context("spawn").Barrier(2)
+    torch.multiprocessing.start_processes(
+        run_rank, (index.folder, tmp_path, both_are_up), nprocs=2, start_method="spawn"
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.allclose(first["head.weight"], build_start(NETWORK, CONFIG, FOLD).head.weight, atol=1e-6)
