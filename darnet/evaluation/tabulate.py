@@ -30,6 +30,7 @@ MEANINGS = {
 }
 LATEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$"}
+    | {letter: f"${letter}$" for letter in "<>|"}  # of text in LaTeX's first encoding they are other letters
     | {letter: f"\\{letter}" for letter in "&%$#_{}"}
 )
 

@@ -30,9 +30,9 @@ from darnet.evaluation.measures import (
 from darnet.evaluation.paper import NETWORKS, TABLE_3
 from darnet.evaluation.predictions import Predictions, read_predictions_table
 from darnet.evaluation.report import render_report
-from darnet.evaluation.tabulate import render_csv, render_tex
+from darnet.evaluation.tabulate import render_csv, render_tables_tex, render_tex
 from darnet.metrics import TABLE_2, compute_all_metrics
-from darnet.page import NOTICE
+from darnet.page import NOTICE, HtmlTable
 from tests.places import SHARED
 
 ORIGIN = Origin("some model", "Nothing is known of its training.", {"model_version": "7"})
@@ -349,9 +349,21 @@ def test_a_comparison_is_in_the_tables_too() -> None:
     tex = render_tex(evaluation, found)
     assert r"\label{tab:comparison}" in tex
     assert r"\label{tab:fold-differences}" in tex
-    bare = tex.replace(r"\%", "").replace(r"\_", "").replace(r"\#", "").replace("$-$", "")
+    bare = tex.replace(r"\%", "").replace(r"\_", "").replace(r"\#", "").replace("$-$", "").replace("$<$", "")
     lines = [line for line in bare.splitlines() if not line.startswith(("%", r"\label"))]
     assert not [line for line in lines if set("%_#$−") & set(line)]  # what LaTeX would stumble over
+
+
+def test_latex_prints_every_letter_of_a_name_as_it_is() -> None:
+    """Each in the spelling of the LaTeX manual; < > | are other letters in the encoding that LaTeX starts with."""
+    table = HtmlTable(["a<b"], [["<0.05 & 5% #1 _x_ ~ ^ \\ {y} $ | >"]], "p < 0.05")
+    tex = render_tables_tex([(table, "tab:x")])
+    cell = (
+        r"$<$0.05 \& 5\% \#1 \_x\_ \textasciitilde{} \textasciicircum{} \textbackslash{} \{y\} \$ $|$ $>$ \\"
+    )
+    assert cell in tex.splitlines()
+    assert r"a$<$b \\" in tex
+    assert r"\caption{p $<$ 0.05 " in tex
 
 
 def test_a_report_without_folds_has_no_column_of_them() -> None:
