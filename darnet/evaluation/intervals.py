@@ -54,15 +54,17 @@ class Resampling:
         chunks = [measure_scans(probabilities, labels, weights) for weights in self._chunks(len(labels))]
         return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
-    def measure_calibration_shift(self, probabilities: FloatArray, labels: LabelArray) -> FloatArray:
-        """How far each set moves the gaps between confidence and accuracy, summed over the bins.
+    def bound_calibration_shift(self, probabilities: FloatArray, labels: LabelArray) -> float:
+        """How far chance moves the gaps between confidence and accuracy, summed over the bins, in 95 of 100 cases.
 
-        No set can move the calibration error further, whatever the signs of the gaps.
-        Shape: (N, 3), (N,) -> (replicates,).
+        The calibration error moves no further, whatever the signs of the gaps. It is the larger of what the sets do and
+        of what chance in who is called rightly does: a bin of one scan, or without an error, is alike in every set.
+        Shape: (N, 3), (N,).
         """
         gaps = _measure_gaps(probabilities, labels)
         chunks = [_measure_gaps(probabilities, labels, weights) - gaps for weights in self._chunks(len(labels))]
-        return np.concatenate([np.abs(chunk).sum(axis=-1) for chunk in chunks])
+        by_sets = np.quantile(np.concatenate([np.abs(chunk).sum(axis=-1) for chunk in chunks]), 1 - ALPHA)
+        return max(float(by_sets), _expect_calibration_shift(probabilities, labels, self.num_clusters))
 
     def _chunks(self, num_scans: int) -> Iterator[FloatArray]:
         step = max(1, CHUNK_WEIGHTS // max(1, num_scans))
@@ -169,7 +171,7 @@ def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resamplin
             was seen, not that none can be.
     """
     replicates = resampling.measure(probabilities, labels)
-    shift = resampling.measure_calibration_shift(probabilities, labels)
+    shift = resampling.bound_calibration_shift(probabilities, labels)
     error = float(np.abs(_measure_gaps(probabilities, labels)).sum())
     return {name: take_interval(values) for name, values in replicates.items()} | {
         CALIBRATION: _bound_calibration_error(error, shift, 0.0)
@@ -184,10 +186,10 @@ def bootstrap_differences(
     Shape: (N, 3), (N, 3), (N,).
     """
     ours, theirs = (resampling.measure(probabilities, labels) for probabilities in (first, second))
-    shift = sum(resampling.measure_calibration_shift(probabilities, labels) for probabilities in (first, second))
+    shift = sum(resampling.bound_calibration_shift(probabilities, labels) for probabilities in (first, second))
     errors = [float(np.abs(_measure_gaps(probabilities, labels)).sum()) for probabilities in (first, second)]
     return {name: take_interval(ours[name] - theirs[name]) for name in ours} | {
-        CALIBRATION: _bound_calibration_error(errors[0] - errors[1], np.asarray(shift), -1.0)
+        CALIBRATION: _bound_calibration_error(errors[0] - errors[1], shift, -1.0)
     }
 
 
@@ -305,13 +307,29 @@ def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatA
     return gaps
 
 
-def _bound_calibration_error(error: float, shift: FloatArray, least: float) -> Interval:
-    """The error, or the difference of two, plus and minus what resampling moves the bins' gaps by, from `least` to 1.
+def _expect_calibration_shift(probabilities: FloatArray, labels: LabelArray, num_clusters: int) -> float:
+    """What chance in who is called rightly moves the gaps by, summed over the bins, in 95 of 100 cases.
+
+    Each bin's number of right calls is binomial, so that of the sum of its distances from the mean by half-normals;
+    as many scans of a patient count as one. Exact in one large bin, wide in several.
+    Source: ours; the share of right calls as by Wilson and Agresti-Coull, drawn to 1/2, so that a bin without an error
+            has chance too.
+    """
+    found = measure_reliability(probabilities, labels)
+    share = (np.nan_to_num(found.num_scans * found.accuracy) + 1) / (found.num_scans + 2)
+    variance = found.num_scans * share * (1 - share)
+    mean = math.sqrt(2 / math.pi) * float(np.sqrt(variance).sum())
+    reach = float(scipy.stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt((1 - 2 / math.pi) * float(variance.sum()))
+    num_scans = max(1, len(labels))
+    return (mean + reach) / num_scans * math.sqrt(num_scans / max(1, num_clusters))
+
+
+def _bound_calibration_error(error: float, reach: float, least: float) -> Interval:
+    """The error, or the difference of two, plus and minus what chance moves the bins' gaps by, from `least` to 1.
 
     Percentiles would not cover: an error that is never negative is raised by chance, and by resampling again.
     Source: ours; the triangle inequality makes it cover, and wide.
     """
-    reach = float(np.quantile(shift, 1 - ALPHA))
     return Interval(max(least, error - reach), min(1.0, error + reach))
 
 

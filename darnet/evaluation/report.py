@@ -44,8 +44,8 @@ none can occur.
 The decision is the most probable of the three classes, not a threshold that was chosen for a purpose."""
 
 CALIBRATION_INTERVAL = (
-    "The interval of ece_3class is the error plus and minus what resampling moves its bins by: wide, as percentiles of "
-    "an error that is never negative would lie too high."
+    "The interval of ece_3class is the error plus and minus what chance moves its bins by: wide, most of all with few "
+    "scans, as percentiles of an error that is never negative would lie too high."
 )
 PRINTED = (
     "The right-hand columns are printed in the paper and were not measured here: mean ± standard deviation of five "

@@ -329,3 +329,25 @@ def test_the_interval_of_the_calibration_error_covers_where_percentiles_do_not(o
         covered_by_percentiles.append(percentiles.low <= off <= percentiles.high)
     assert np.mean(covered) > 0.9
     assert off > 0.1 or np.mean(covered_by_percentiles) < 0.9
+
+
+@pytest.mark.parametrize("num_patients", [15, 36, 80])
+@pytest.mark.parametrize(("off", "scans_each"), [(0.0, 1), (0.05, 1), (0.1, 1), (0.05, 3)])
+def test_the_calibration_error_is_covered_in_few_scans_of_a_sure_network(
+    num_patients: int, off: float, scans_each: int
+) -> None:
+    """Called with 0.7 to 1, mostly near 0.96, right with probability less by `off`; a patient's scans are alike."""
+    rng = np.random.default_rng(3)
+    num_scans, is_covered = num_patients * scans_each, []
+    patients = [str(scan // scans_each) for scan in range(num_scans)]
+    for _ in range(80):
+        called = np.repeat(1 - 0.3 * rng.beta(1, 6, num_patients), scans_each)
+        is_right = np.repeat(rng.random(num_patients), scans_each) < called - off
+        rest = (1 - called) / 2
+        probabilities = np.where(
+            is_right[:, None], np.stack([called, rest, rest], 1), np.stack([rest, rest, called], 1)
+        )
+        drawn = resample_scans(num_scans, patients, rng, 100)
+        item = bootstrap_intervals(probabilities, np.zeros(num_scans, int), drawn)["ece_3class"]
+        is_covered.append(item.low <= off <= item.high)
+    assert np.mean(is_covered) > 0.9
