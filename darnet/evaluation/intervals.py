@@ -17,8 +17,7 @@ from darnet.scan import FloatArray
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
 ALPHA = 0.05  # Source: the field's custom
 CHUNK_WEIGHTS = 1 << 20  # replicates times scans that are measured at once: bounds memory, not numbers
-MIN_PAIRS = 6  # Source: ours; of five pairs all fall on one side by chance in 2 of 2^5 cases, p = 0.0625
-MIN_SEEDS = 2  # of every fold; one training cannot tell a network from its luck
+MIN_SEEDS = 3  # of every fold. Source: ours; of two seeds t is 12.7, so that no real difference could be shown
 MAX_UNDEFINED = 0.05  # share of replicates that may leave a metric undefined
 
 
@@ -104,7 +103,7 @@ class DecisionDifference:
 class FoldDifference:
     """First minus second network, mean over pairs of the same fold and seed.
 
-    `p_value` is two-sided; NaN where there are too few pairs or seeds for a test, or nothing to judge chance by.
+    `p_value` is two-sided; NaN where there are too few seeds for a test, or nothing to judge chance by.
     """
 
     num_pairs: int
@@ -273,26 +272,29 @@ def compare_decisions(first: FloatArray, second: FloatArray, labels: LabelArray)
 def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float = 0.0) -> FoldDifference:
     """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
 
-    A test needs `MIN_PAIRS` pairs and every fold trained with `MIN_SEEDS` seeds: five folds of one seed cannot show a
-    difference in a sign or permutation test, and whatever they say may be the seed's doing. The folds of one cohort
-    share most of their training scans, so the pairs' variance is raised for that; `cohort_variance` is that of the mean
-    difference by the choice of test patients, whom all pairs share, so that their spread does not tell it.
+    A test needs every fold trained with `MIN_SEEDS` seeds. What the folds of a seed have in common (its first weights,
+    its order) is chance of which there are only as many draws as seeds: the variance is the larger one of the pairs'
+    and of the seeds' means, the degrees of freedom are the seeds'. With one seed the interval is of that seed alone.
+    The folds of one cohort share most of their training scans, so the pairs' variance is raised for that;
+    `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs share, so that their
+    spread does not tell it.
 
     Shape:  (seeds, folds) each -> one value; undefined with a single fold, or where the pairs do not vary.
     Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
-            training share), the latter 1 / (folds - 1); ours: the test patients' variance beside it, degrees of
-            freedom of the pairs alone. What all folds of a seed have in common takes more seeds to be seen than two.
+            training share), the latter 1 / (folds - 1); ours: the seeds' and the test patients' variance beside it.
     """
     differences = first - second
     num_seeds, num_folds = differences.shape
     num_pairs, mean = differences.size, float(differences.mean())
     spread = float(differences.var(ddof=1)) if num_folds > 1 else math.nan
-    error = math.sqrt(spread * (1 / num_pairs + 1 / max(1, num_folds - 1)) + cohort_variance)
+    by_pairs = spread * (1 / num_pairs + 1 / max(1, num_folds - 1))
+    by_seeds = float(differences.mean(axis=1).var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    error = math.sqrt(max(by_pairs, by_seeds) + cohort_variance)
     if not spread > np.finfo(float).eps ** 2 or math.isnan(error):
         return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan)
-    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, num_pairs - 1)) * error
-    is_enough = num_pairs >= MIN_PAIRS and num_seeds >= MIN_SEEDS
-    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, num_pairs - 1)) if is_enough else math.nan
+    freedom = num_seeds - 1 if num_seeds > 1 else num_pairs - 1
+    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, freedom)) * error
+    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, freedom)) if num_seeds >= MIN_SEEDS else math.nan
     return FoldDifference(num_pairs, num_seeds, mean, Interval(mean - reach, mean + reach), p_value)
 
 

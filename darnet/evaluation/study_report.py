@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from darnet.charts import draw_histories, draw_rocs
-from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, judge_p
+from darnet.evaluation.intervals import MIN_SEEDS, judge_p
 from darnet.evaluation.maps_report import describe_measured_maps
 from darnet.evaluation.measures import Evaluation, find_warnings
 from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
@@ -239,7 +239,7 @@ def _summarise_pairs(study: Study) -> str:
         return f"Paired by fold and seed, these differences are shown: {'; '.join(shown)}."
     told = "Paired by fold, no difference between the networks compared is shown in any metric of Table 2"
     if study.runs[study.full].predictions.num_seeds < MIN_SEEDS:
-        return f"{told}: with one training seed none can be."
+        return f"{told}: with fewer than {MIN_SEEDS} training seeds none can be."
     return f"{told}."
 
 
@@ -301,8 +301,8 @@ def _describe_pairs(study: Study) -> list[Section]:
         "AUC is for NCP against the rest. A difference whose interval holds 0 is not shown; that is not to say that "
         "there is none. DeLong’s and McNemar’s tests take every scan as independent of the others.\n\n"
         "Paired by fold, the interval is a t-interval, raised for the training scans that folds share and for the "
-        f"choice of test patients, whom all folds share. A test needs {MIN_SEEDS} seeds and {MIN_PAIRS} pairs: the "
-        "folds of one seed cannot tell a network from its luck. The paper compares means and deviations of its folds "
+        "choice of test patients, whom all folds share. Several seeds count as so many draws, whatever the number of "
+        f"folds. A test needs {MIN_SEEDS} seeds: the folds of one cannot tell a network from its luck. The paper compares means and deviations of its folds "
         "and tests none of its differences."
     )
     by_fold = [table for pair in study.pairs for table in tabulate_fold_pairs(pair)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, Interval, judge_p
+from darnet.evaluation.intervals import MIN_SEEDS, Interval, judge_p
 from darnet.evaluation.measures import Comparison, Evaluation
 from darnet.evaluation.paper import CITATION, NETWORKS, TABLE_3
 from darnet.evaluation.predictions import LABELS, Predictions
@@ -159,16 +159,17 @@ def tabulate_fold_differences(comparison: Comparison, title: str) -> list[HtmlTa
 
 def _explain_pairs(comparison: Comparison) -> str:
     item = next(iter(comparison.folds.values()))
-    if item.num_seeds < MIN_SEEDS:
+    if item.num_seeds == 1:
         return (
             f"{item.num_pairs} folds, for this training seed: another seed may well turn the difference round, so "
             "nothing is tested and no difference is shown."
         )
-    if item.num_pairs < MIN_PAIRS:
-        return f"{item.num_pairs} pairs of fold and seed, too few for a test ({MIN_PAIRS})."
+    told = f"{item.num_pairs} pairs of fold and seed, {item.num_seeds} seeds"
+    if item.num_seeds < MIN_SEEDS:
+        return f"{told}, too few for a test ({MIN_SEEDS}), so no difference is shown."
     return (
-        f"{item.num_pairs} pairs of fold and seed, {item.num_seeds} seeds; p is corrected by Holm for all metrics and "
-        "pairs of networks of this report compared so, the intervals are not."
+        f"{told}; p is corrected by Holm for all metrics and pairs of networks of this report compared so, the "
+        "intervals are not."
     )
 
 

@@ -211,54 +211,75 @@ def test_two_thousand_sets_of_472_scans_take_seconds() -> None:
     assert time.perf_counter() - start_s < 5
 
 
-def test_fold_differences_equal_the_t_interval_with_the_raised_variance() -> None:
-    first = np.array([[0.90, 0.92, 0.91, 0.93, 0.94], [0.91, 0.90, 0.93, 0.92, 0.95]])
-    second = np.array([[0.88, 0.91, 0.90, 0.90, 0.92], [0.90, 0.89, 0.90, 0.91, 0.93]])
-    differences = [0.02, 0.01, 0.01, 0.03, 0.02, 0.01, 0.01, 0.03, 0.01, 0.02]
-    mean = sum(differences) / 10
-    variance = sum((value - mean) ** 2 for value in differences) / 9
-    reach = 2.262157 * math.sqrt(variance * (1 / 10 + 1 / 4))  # t of 9 degrees of freedom at 0.975
-    found = compare_folds(first, second)
-    assert (found.num_pairs, found.mean) == (10, pytest.approx(mean))
-    assert (found.interval.low, found.interval.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
-    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(mean / (reach / 2.262157), 9), rel=1e-5)
-    assert (found.num_seeds, found.verdict) == (2, "shown")
-    assert compare_folds(first, second + 0.01).verdict == "not shown"
-    assert compare_folds(second, first).mean == pytest.approx(-mean)
-    wider = compare_folds(first, second, cohort_variance=0.0003).interval
-    reach = 2.262157 * math.sqrt(variance * (1 / 10 + 1 / 4) + 0.0003)
+SECOND = np.array([[0.88, 0.91, 0.90, 0.90, 0.92], [0.90, 0.89, 0.90, 0.91, 0.93], [0.88, 0.90, 0.91, 0.92, 0.93]])
+FIRST = SECOND + [[0.02, 0.01, 0.01, 0.03, 0.02], [0.01, 0.01, 0.03, 0.01, 0.02], [0.02, 0.03, 0.01, 0.02, 0.01]]
+T_2 = 4.302653  # Student's t of 2 degrees of freedom at 0.975
+
+
+def test_fold_differences_equal_the_t_interval_of_three_seeds_with_the_raised_variance() -> None:
+    differences = [0.02, 0.01, 0.01, 0.03, 0.02, 0.01, 0.01, 0.03, 0.01, 0.02, 0.02, 0.03, 0.01, 0.02, 0.01]
+    mean = sum(differences) / 15
+    variance = sum((value - mean) ** 2 for value in differences) / 14
+    error = math.sqrt(variance * (1 / 15 + 1 / 4))
+    found = compare_folds(FIRST, SECOND)
+    assert (found.num_pairs, found.num_seeds, found.mean) == (15, 3, pytest.approx(mean))
+    assert found.interval.low == pytest.approx(mean - T_2 * error)
+    assert found.interval.high == pytest.approx(mean + T_2 * error)
+    assert found.p_value == pytest.approx(1 - mean / error / math.sqrt(2 + (mean / error) ** 2))  # t of 2, closed form
+    assert (found.verdict, compare_folds(FIRST + 0.01, SECOND).verdict) == ("not shown", "shown")
+    assert compare_folds(SECOND, FIRST).mean == pytest.approx(-mean)
+    wider = compare_folds(FIRST, SECOND, cohort_variance=0.0003).interval
+    reach = T_2 * math.sqrt(error**2 + 0.0003)
     assert (wider.low, wider.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
+
+
+def test_seeds_that_differ_more_than_folds_make_the_t_interval_of_their_means() -> None:
+    shifted = FIRST + [[0.1], [0.0], [-0.1]]
+    means = (shifted - SECOND).mean(axis=1)
+    found = compare_folds(shifted, SECOND).interval
+    expected = scipy.stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
 @pytest.mark.parametrize(
     ("shape", "why"),
-    [((1, 1), "one fold"), ((1, 5), "one seed"), ((1, 10), "one seed, many folds"), ((2, 2), "four pairs")],
+    [((1, 1), "one fold"), ((1, 5), "one seed"), ((1, 10), "one seed, many folds"), ((2, 5), "two seeds")],
 )
-def test_too_few_seeds_or_pairs_show_nothing(shape: tuple[int, int], why: str) -> None:
+def test_too_few_seeds_show_nothing(shape: tuple[int, int], why: str) -> None:
     first = 0.9 + 0.001 * np.random.default_rng(0).normal(size=shape)
     found = compare_folds(first, np.full(shape, 0.1))
     assert found.verdict == "not shown", why
     assert (found.num_pairs, found.num_seeds) == (shape[0] * shape[1], shape[0])
 
 
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_effect", [0.0, 1.0, 5.0])
+def test_the_fold_interval_covers_whatever_folds_of_a_seed_have_in_common(num_seeds: int, seed_effect: float) -> None:
+    """2,000 studies without a difference; `seed_effect` is in deviations of a fold, and moves all five alike."""
+    rng, zeros = np.random.default_rng(4), np.zeros((num_seeds, 5))
+    pairs = rng.normal(size=(2000, num_seeds, 5)) + seed_effect * rng.normal(size=(2000, num_seeds, 1))
+    intervals = [compare_folds(item, zeros).interval for item in pairs]
+    assert np.mean([item.low <= 0 <= item.high for item in intervals]) > 0.94
+
+
 def test_pairs_that_do_not_vary_show_nothing() -> None:
-    found = compare_folds(np.full((2, 5), 0.93), np.full((2, 5), 0.91))
+    found = compare_folds(np.full((3, 5), 0.93), np.full((3, 5), 0.91))
     assert found.mean == pytest.approx(0.02)
     assert math.isnan(found.interval.low)
     assert found.verdict == "not shown"
 
 
 def test_the_fold_interval_holds_the_truth_only_with_the_chance_of_the_test_cohort() -> None:
-    """1,000 studies of 2 seeds x 5 folds on one cohort each, whose patients move all pairs alike."""
+    """1,000 studies of 5 seeds x 5 folds on one cohort each, whose patients move all pairs alike."""
     rng = np.random.default_rng(3)
     is_covered: dict[bool, list[bool]] = {True: [], False: []}
     for _ in range(1000):
-        pairs = 0.01 + rng.normal(0, 0.03) + rng.normal(0, 0.01, (1, 5)) + rng.normal(0, 0.01, (2, 5))
+        pairs = 0.01 + rng.normal(0, 0.03) + rng.normal(0, 0.01, (1, 5)) + rng.normal(0, 0.01, (5, 5))
         for is_told in is_covered:
-            item = compare_folds(pairs, np.zeros((2, 5)), 0.03**2 * is_told).interval
+            item = compare_folds(pairs, np.zeros((5, 5)), 0.03**2 * is_told).interval
             is_covered[is_told].append(item.low <= 0.01 <= item.high)
-    assert np.mean(is_covered[True]) > 0.93
-    assert np.mean(is_covered[False]) < 0.6
+    assert np.mean(is_covered[True]) > 0.94
+    assert np.mean(is_covered[False]) < 0.7
 
 
 def test_the_cohort_variance_of_an_accuracy_is_the_binomial_one() -> None:
