@@ -45,9 +45,7 @@ def test_a_place_of_other_settings_is_refused(store: Store) -> None:
 def test_another_table_under_the_same_name_is_refused(store: Store) -> None:
     settings = read_settings(PaperSettings, PLACES, "x")
     claim_folder(store, settings, {"cohort": b"a table"})
-    with pytest.raises(
-        UsageError, match=r"begun with other settings \(cohort_sha256; _sha256: the content of a file\)"
-    ):
+    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256; _sha256: the content"):
         claim_folder(store, settings, {"cohort": b"a tabIe"})
 
 

@@ -302,8 +302,8 @@ def _describe_pairs(study: Study) -> list[Section]:
         "there is none. DeLong’s and McNemar’s tests take every scan as independent of the others.\n\n"
         "Paired by fold, the interval is a t-interval, raised for the training scans that folds share and for the "
         "choice of test patients, whom all folds share. Several seeds count as so many draws, whatever the number of "
-        f"folds. A test needs {MIN_SEEDS} seeds: the folds of one cannot tell a network from its luck. The paper compares means and deviations of its folds "
-        "and tests none of its differences."
+        f"folds. A test needs {MIN_SEEDS} seeds: the folds of one cannot tell a network from its luck. The paper "
+        "compares means and deviations of its folds and tests none of its differences."
     )
     by_fold = [table for pair in study.pairs for table in tabulate_fold_pairs(pair)]
     return [

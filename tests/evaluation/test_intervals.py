@@ -212,7 +212,9 @@ def test_two_thousand_sets_of_472_scans_take_seconds() -> None:
 
 
 SECOND = np.array([[0.88, 0.91, 0.90, 0.90, 0.92], [0.90, 0.89, 0.90, 0.91, 0.93], [0.88, 0.90, 0.91, 0.92, 0.93]])
-FIRST = SECOND + [[0.02, 0.01, 0.01, 0.03, 0.02], [0.01, 0.01, 0.03, 0.01, 0.02], [0.02, 0.03, 0.01, 0.02, 0.01]]
+FIRST = (
+    np.array([[0.02, 0.01, 0.01, 0.03, 0.02], [0.01, 0.01, 0.03, 0.01, 0.02], [0.02, 0.03, 0.01, 0.02, 0.01]]) + SECOND
+)
 T_2 = 4.302653  # Student's t of 2 degrees of freedom at 0.975
 
 
@@ -234,7 +236,7 @@ def test_fold_differences_equal_the_t_interval_of_three_seeds_with_the_raised_va
 
 
 def test_seeds_that_differ_more_than_folds_make_the_t_interval_of_their_means() -> None:
-    shifted = FIRST + [[0.1], [0.0], [-0.1]]
+    shifted = FIRST + np.array([[0.1], [0.0], [-0.1]])
     means = (shifted - SECOND).mean(axis=1)
     found = compare_folds(shifted, SECOND).interval
     expected = scipy.stats.ttest_1samp(means, 0).confidence_interval(0.95)
