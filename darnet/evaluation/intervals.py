@@ -1,7 +1,8 @@
 """How sure a metric is: probabilities, labels and who is whose enter; intervals and tests of two models leave.
 
 The bootstrap resamples whole patients, since scans of one patient resemble each other. DeLong's and McNemar's methods
-take every scan as independent of the others: with several scans a patient they are too sure.
+take every scan as independent of the others: with several scans a patient they are too sure, so that verdicts rest on
+their clustered forms, which count patients and are the same where each has one scan.
 """
 
 import math
@@ -81,22 +82,25 @@ class AucEstimate:
 
 @dataclass(frozen=True, slots=True)
 class AucDifference:
-    """First minus second AUC on the same scans; `p_value` is two-sided."""
+    """First minus second AUC on the same scans; p values are two-sided, the clustered one counts patients."""
 
     first: AucEstimate
     second: AucEstimate
     difference: float
     interval: Interval
     p_value: float
+    clustered_interval: Interval
+    clustered_p_value: float
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionDifference:
-    """Scans that only one of two models calls rightly; `p_value` is two-sided and exact."""
+    """Scans that only one of two models calls rightly; p values are two-sided, the clustered one counts patients."""
 
     num_only_first_right: int
     num_only_second_right: int
     p_value: float
+    clustered_p_value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def resample_scans(
 
     Source: Field & Welsh 2007, the cluster bootstrap.
     """
-    clusters = np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
+    clusters = _number_clusters(num_scans, patients)
     num_clusters = int(clusters.max(initial=-1)) + 1
     drawn = rng.multinomial(num_clusters, np.full(num_clusters, 1 / max(1, num_clusters)), num_replicates)
     return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient", num_clusters)
@@ -237,36 +241,45 @@ def delong_auc(probabilities: FloatArray, labels: LabelArray) -> AucEstimate:
     return AucEstimate(float(ncp.mean()), variance, _normal_interval(float(ncp.mean()), variance, 0))
 
 
-def compare_aucs(first: FloatArray, second: FloatArray, labels: LabelArray) -> AucDifference:
-    """DeLong's test of two models on the same scans; undefined with fewer than two scans of either kind.
+def compare_aucs(
+    first: FloatArray, second: FloatArray, labels: LabelArray, patients: Sequence[str] | None = None
+) -> AucDifference:
+    """DeLong's test of two models on the same scans, and its form for clusters; every scan is its own without patients.
 
-    Shape:  (N, 3), (N, 3), (N,).
-    Source: DeLong et al. 1988. Where the difference has no variance p is 1 for equal AUCs, else undefined.
+    Undefined with fewer than two scans, or two patients, of either kind.
+    Shape:  (N, 3), (N, 3), (N,), (N,).
+    Source: DeLong et al. 1988; Obuchowski 1997, Biometrics 53, 567, which is DeLong's with one scan a patient. Where
+            the difference has no variance p is 1 for equal AUCs, else undefined.
     """
     ours, theirs = delong_auc(first, labels), delong_auc(second, labels)
     difference = ours.auc - theirs.auc
     if not _has_variance(labels):
-        return AucDifference(ours, theirs, difference, UNDEFINED, math.nan)
+        return AucDifference(ours, theirs, difference, UNDEFINED, math.nan, UNDEFINED, math.nan)
     pairs = zip(_delong_components(first, labels), _delong_components(second, labels), strict=True)
-    variance = float(sum((one - other).var(ddof=1) / len(one) for one, other in pairs))
-    if variance > 0:
-        p_value = float(2 * scipy.stats.norm.sf(abs(difference) / math.sqrt(variance)))
-    else:
-        p_value = 1.0 if difference == 0 else math.nan
-    return AucDifference(ours, theirs, difference, _normal_interval(difference, variance, -1), p_value)
+    ncp, rest = (one - other for one, other in pairs)
+    plain = ncp.var(ddof=1) / len(ncp) + rest.var(ddof=1) / len(rest)
+    clusters = _number_clusters(len(labels), patients)
+    clustered = _clustered_variance(ncp, rest, clusters[labels == NCP_LABEL], clusters[labels != NCP_LABEL])
+    judged = [item for variance in (plain, clustered) for item in _judge_difference(difference, float(variance))]
+    return AucDifference(ours, theirs, difference, *judged)
 
 
-def compare_decisions(first: FloatArray, second: FloatArray, labels: LabelArray) -> DecisionDifference:
-    """McNemar's exact test of two models' three-class decisions on the same scans.
+def compare_decisions(
+    first: FloatArray, second: FloatArray, labels: LabelArray, patients: Sequence[str] | None = None
+) -> DecisionDifference:
+    """McNemar's exact test of two models' three-class decisions on the same scans, and its form for clusters.
 
-    Shape:  (N, 3), (N, 3), (N,).
-    Source: McNemar 1947, as a binomial test of the scans on which only one is right; without any p is 1.
+    Shape:  (N, 3), (N, 3), (N,), (N,).
+    Source: McNemar 1947, as a binomial test of the scans on which only one is right; without any p is 1. Clustered, as
+            in Durkalski et al. 2003, by what each patient's scans add up to, one right minus the other, but exact: of
+            two models that are alike either sign of a patient's sum is as likely.
     """
     is_right, other_right = (probabilities.argmax(axis=1) == labels for probabilities in (first, second))
-    only_first, only_second = int((is_right & ~other_right).sum()), int((~is_right & other_right).sum())
-    num_discordant = only_first + only_second
-    p_value = float(scipy.stats.binomtest(only_first, num_discordant).pvalue) if num_discordant else 1.0
-    return DecisionDifference(only_first, only_second, p_value)
+    only_first, only_second = is_right & ~other_right, ~is_right & other_right
+    counts = int(only_first.sum()), int(only_second.sum())
+    p_value = float(scipy.stats.binomtest(counts[0], sum(counts)).pvalue) if sum(counts) else 1.0
+    sums = np.bincount(_number_clusters(len(labels), patients), only_first.astype(float) - only_second)
+    return DecisionDifference(*counts, p_value, _flip_signs(sums.round().astype(int).tolist()))
 
 
 def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float = 0.0) -> FoldDifference:
@@ -359,6 +372,51 @@ def _delong_components(probabilities: FloatArray, labels: LabelArray) -> tuple[F
     ncp = (ranks[is_ncp] - rank(scores[is_ncp])) / (~is_ncp).sum()
     rest = 1 - (ranks[~is_ncp] - rank(scores[~is_ncp])) / is_ncp.sum()
     return ncp, rest
+
+
+def _number_clusters(num_scans: int, patients: Sequence[str] | None) -> LabelArray:
+    """Whose each scan is, from 0; shape: (N,)."""
+    return np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
+
+
+def _clustered_variance(
+    ncp: FloatArray, rest: FloatArray, ncp_clusters: LabelArray, rest_clusters: LabelArray
+) -> float:
+    """Variance of the mean of DeLong's components, or their differences, by patients; NaN with fewer than two of a
+    kind.
+
+    Shape: (NCP scans,), (other scans,), and whose they are.
+    """
+    numbers = [len(np.unique(where)) for where in (ncp_clusters, rest_clusters)]
+    if min(numbers) < 2:
+        return math.nan
+    size = 1 + int(max(ncp_clusters.max(), rest_clusters.max()))
+    from_ncp = np.bincount(ncp_clusters, ncp - ncp.mean(), size) / len(ncp)
+    from_rest = np.bincount(rest_clusters, rest - rest.mean(), size) / len(rest)
+    sums = (from_ncp**2).sum(), (from_rest**2).sum(), 2 * (from_ncp * from_rest).sum()
+    return float(sum(item * number / (number - 1) for item, number in zip(sums, (*numbers, size), strict=True)))
+
+
+def _judge_difference(difference: float, variance: float) -> tuple[Interval, float]:
+    """Interval and two-sided p of a difference of AUCs."""
+    if math.isnan(variance):
+        return UNDEFINED, math.nan
+    if variance > 0:
+        p_value = float(2 * scipy.stats.norm.sf(abs(difference) / math.sqrt(variance)))
+    else:
+        p_value = 1.0 if difference == 0 else math.nan
+    return _normal_interval(difference, max(0.0, variance), -1), p_value
+
+
+def _flip_signs(sums: Sequence[int]) -> float:
+    """Share of all choices of signs whose total is as far from 0 as this one: exact, two-sided."""
+    chances = np.ones(1)  # of each total from -reach to reach
+    for step in (abs(value) for value in sums if value):
+        either = np.zeros(2 * step + 1)
+        either[[0, -1]] = 0.5
+        chances = np.convolve(chances, either)
+    totals = np.arange(len(chances)) - len(chances) // 2
+    return min(1.0, float(chances[np.abs(totals) >= abs(sum(sums))].sum()))
 
 
 def _normal_interval(mean: float, variance: float, floor: float) -> Interval:

@@ -46,6 +46,7 @@ HISTORY_PICTURES = (
     ("validation_loss", "validation loss"),
     ("accuracy_3class", "validation accuracy, three classes"),
 )
+PLAIN_P = "p, scans taken as independent"
 PRINTED = (
     f"Rows and columns named “paper” are printed in {CITATION} and were not measured here: {NUM_TEST_SCANS} CC-CCII "
     "scans, more than half of them of patients who also have scans in training by the authors' lists. They can be set "
@@ -181,31 +182,30 @@ def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
     """The ensembles' AUC, two networks at a time."""
     rows: list[Sequence[Cell]] = []
     for pair in pairs:
-        aucs = pair.comparison.aucs
-        difference, interval, _ = format_difference(aucs.difference, aucs.interval)
-        p_value = pair.comparison.p_delong
-        rows.append([_name_pair(pair), difference, interval, format_p(p_value), judge_p(p_value), pair.reason])
-    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "why these"]
-    caption = (
-        f"Ensembles, scan by scan: DeLong’s paired test of auc_ncp, p corrected by Holm for the number of pairs "
-        f"({len(pairs)}), the intervals not.{_whose_training(pairs)}"
-    )
-    return HtmlTable(header, rows, caption)
+        aucs, p_value = pair.comparison.aucs, pair.comparison.p_auc
+        difference, interval, _ = format_difference(aucs.difference, aucs.clustered_interval)
+        judged = format_p(p_value), judge_p(p_value), format_p(aucs.p_value)
+        rows.append([_name_pair(pair), difference, interval, *judged, pair.reason])
+    header = ["pair", "AUC difference", "95% interval", "p", "verdict", PLAIN_P, "why these"]
+    return HtmlTable(header, rows, f"Ensembles: DeLong’s paired test of auc_ncp {_explain_p(pairs)}")
 
 
 def tabulate_decision_pairs(pairs: Sequence[Pair]) -> HtmlTable:
     """The ensembles' three-class decisions, two networks at a time."""
     rows: list[Sequence[Cell]] = []
     for pair in pairs:
-        decisions, p_value = pair.comparison.decisions, pair.comparison.p_mcnemar
+        decisions, p_value = pair.comparison.decisions, pair.comparison.p_decisions
         counts = decisions.num_only_first_right, decisions.num_only_second_right
-        rows.append([_name_pair(pair), *counts, format_p(p_value), judge_p(p_value)])
-    header = ["pair", "only the first right", "only the second right", "p", "verdict"]
-    caption = (
-        f"Ensembles, scan by scan: McNemar’s exact test of the called class, p corrected by Holm for the number of "
-        f"pairs ({len(pairs)}).{_whose_training(pairs)}"
+        rows.append([_name_pair(pair), *counts, format_p(p_value), judge_p(p_value), format_p(decisions.p_value)])
+    header = ["pair", "only the first right", "only the second right", "p", "verdict", PLAIN_P]
+    return HtmlTable(header, rows, f"Ensembles: McNemar’s exact test of the called class {_explain_p(pairs)}")
+
+
+def _explain_p(pairs: Sequence[Pair]) -> str:
+    return (
+        f"in its form that counts {pairs[0].comparison.clustered_by}s, p corrected by Holm for the number of pairs "
+        f"({len(pairs)}), intervals not. The last p is of the plain test, uncorrected.{_whose_training(pairs)}"
     )
-    return HtmlTable(header, rows, caption)
 
 
 def _whose_training(pairs: Sequence[Pair]) -> str:
@@ -299,7 +299,8 @@ def _describe_pairs(study: Study) -> list[Section]:
         return []
     text = (
         "AUC is for NCP against the rest. A difference whose interval holds 0 is not shown; that is not to say that "
-        "there is none. DeLong’s and McNemar’s tests take every scan as independent of the others.\n\n"
+        "there is none. DeLong’s and McNemar’s tests as they are take every scan as independent of the others; a "
+        "verdict rests on their forms that count patients, where the table names them.\n\n"
         "Paired by fold, the interval is a t-interval, raised for the training scans that folds share and for the "
         "choice of test patients, whom all folds share. Several seeds count as so many draws, whatever the number of "
         f"folds. A test needs {MIN_SEEDS} seeds: the folds of one cannot tell a network from its luck. The paper "

@@ -193,9 +193,9 @@ def tabulate_metrics(evaluation: Evaluation) -> pd.DataFrame:
 def tabulate_differences(comparison: Comparison) -> pd.DataFrame:
     """One row a metric, first minus second model: the ensembles', its interval, and the mean over the folds.
 
-    The p values, corrected by Holm, are DeLong's beside `auc_ncp`, McNemar's beside `accuracy_3class`.
+    The p values, clustered and corrected by Holm, are DeLong's beside `auc_ncp`, McNemar's beside `accuracy_3class`.
     """
-    tests = {"auc_ncp": comparison.p_delong, "accuracy_3class": comparison.p_mcnemar}
+    tests = {"auc_ncp": comparison.p_auc, "accuracy_3class": comparison.p_decisions}
     rows = []
     for name, value in comparison.differences.items():
         item = comparison.intervals[name]

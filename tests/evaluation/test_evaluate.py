@@ -106,7 +106,7 @@ def test_a_comparison_is_in_metrics_and_report(tmp_path: Path, capsys: pytest.Ca
     comparison = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
     assert comparison["decisions_mcnemar"] == {"num_only_first_right": 0, "num_only_second_right": 1, "p_value": 1}
     assert comparison["differences"]["accuracy_3class"] == -0.25
-    assert comparison["holm"]["decisions_mcnemar"] == {"p_value": 1, "verdict": "not shown"}
+    assert comparison["holm"]["decisions_clustered"] == {"p_value": 1, "verdict": "not shown"}
     assert "<h2>Comparison</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 

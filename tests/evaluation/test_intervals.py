@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import roc_auc_score
 
+from darnet.auditing.shortcuts import compare_groups
 from darnet.evaluation.intervals import (
     AucEstimate,
     bootstrap_differences,
@@ -128,6 +129,90 @@ def test_mcnemar_equals_the_sum_of_binomial_terms() -> None:
     found = compare_decisions(first, second, labels)
     assert (found.num_only_first_right, found.num_only_second_right) == (7, 1)
     assert found.p_value == pytest.approx(2 * (math.comb(8, 0) + math.comb(8, 1)) / 2**8)
+
+
+def _draw_alike(rng: np.random.Generator, num_patients: int, scans_each: int) -> tuple[np.ndarray, ...]:
+    """Two networks that are equally good, and each scan's label and patient; a patient's scans are alike."""
+    labels = np.repeat(np.arange(num_patients) % 3, scans_each)
+    shared = rng.normal(0, 1, (num_patients, 3)) + 1.2 * np.eye(3)[labels[::scans_each]]
+    networks = []
+    for _ in range(2):
+        patient = shared + rng.normal(0, 0.7, (num_patients, 3))
+        logits = np.repeat(patient, scans_each, axis=0) + rng.normal(0, 0.3, (len(labels), 3))
+        networks.append(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+    return *networks, labels, np.repeat([f"p{number}" for number in range(num_patients)], scans_each)
+
+
+@pytest.mark.parametrize("num_patients", [45, 120])
+def test_clustered_tests_show_a_difference_that_is_none_in_five_of_a_hundred(num_patients: int) -> None:
+    """Four scans a patient; the plain tests show one in a quarter of the studies."""
+    rng, shown = np.random.default_rng(8), []
+    for _ in range(400):
+        first, second, labels, patients = _draw_alike(rng, num_patients, 4)
+        aucs = compare_aucs(first, second, labels, patients.tolist())
+        decisions = compare_decisions(first, second, labels, patients.tolist())
+        tests = (aucs.clustered_p_value, decisions.clustered_p_value, aucs.p_value, decisions.p_value)
+        shown.append([p_value < 0.05 for p_value in tests])
+    by_patient, plain = np.mean(shown, axis=0)[:2], np.mean(shown, axis=0)[2:]
+    assert (by_patient < 0.08).all(), by_patient  # 2.7 standard errors of 400 studies above 0.05
+    assert by_patient[0] > 0.02
+    assert (plain > 0.12).all(), plain
+
+
+def test_with_one_scan_a_patient_the_clustered_tests_are_delongs_and_mcnemars() -> None:
+    first, labels = _draw(0, 60)
+    second = _draw(0, 60, 0.5)[0]
+    patients = [f"p{number}" for number in range(60)]
+    for whose in (None, patients):
+        aucs, decisions = compare_aucs(first, second, labels, whose), compare_decisions(first, second, labels, whose)
+        assert aucs.clustered_p_value == pytest.approx(aucs.p_value)
+        assert aucs.clustered_interval.low == pytest.approx(aucs.interval.low)
+        assert decisions.clustered_p_value == pytest.approx(decisions.p_value)
+
+
+def test_copies_of_scans_change_no_clustered_p() -> None:
+    first, labels = _draw(0, 40)
+    second = _draw(0, 40, 0.5)[0]
+    patients = [f"p{number // 3}" for number in range(40)]
+    copied = [np.repeat(values, 5, axis=0) for values in (first, second, labels)]
+    whose = np.repeat(patients, 5).tolist()
+    assert compare_aucs(*copied, whose).clustered_p_value == pytest.approx(
+        compare_aucs(first, second, labels, patients).clustered_p_value
+    )
+    assert compare_decisions(*copied, whose).clustered_p_value == pytest.approx(
+        compare_decisions(first, second, labels, patients).clustered_p_value
+    )
+
+
+def test_the_clustered_auc_variance_is_that_of_the_audit() -> None:
+    """Against a second network that knows nothing, whose components are all 1/2, it is that of the first alone."""
+    first, labels = _draw(5, 90, 0.0)  # of a variance above the floor that the audit has besides
+    patients = [f"p{number // 2}" for number in range(90)]
+    found = compare_aucs(first, np.full((90, 3), 1 / 3), labels, patients)
+    groups = np.unique(patients, return_inverse=True)[1]
+    known = compare_groups(first[:, 1], labels == 1, groups)
+    assert found.difference == pytest.approx(known.auc - 0.5)
+    reach = found.clustered_interval.high - found.difference
+    assert reach == pytest.approx(1.959964 * math.sqrt(known.variance), rel=1e-5)
+
+
+def test_the_clustered_decision_test_equals_scipys_over_all_signs() -> None:
+    first, labels = _draw(5, 36)
+    second = _draw(5, 36, 0.6)[0]
+    patients = np.repeat(np.arange(12), 3)
+    sums = np.bincount(patients, (first.argmax(axis=1) == labels).astype(float) - (second.argmax(axis=1) == labels))
+    expected = scipy.stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    found = compare_decisions(first, second, labels, [str(number) for number in patients])
+    assert found.clustered_p_value == pytest.approx(expected.pvalue)
+    assert 0 < found.clustered_p_value < 1
+
+
+def test_one_patient_of_a_kind_shows_no_difference_of_aucs() -> None:
+    first, labels = _draw(1, 30)
+    patients = ["one" if label == 1 else f"p{number}" for number, label in enumerate(labels)]
+    found = compare_aucs(first, _draw(1, 30, 0.2)[0], labels, patients)
+    assert math.isnan(found.clustered_p_value)
+    assert not math.isnan(found.p_value)
 
 
 def test_two_wrong_decisions_of_different_kind_are_not_discordant() -> None:

@@ -257,6 +257,21 @@ def test_two_seeds_show_nothing_and_the_report_says_how_many_are_asked_for() -> 
     assert "6 pairs of fold and seed, 2 seeds, too few for a test (3)" in render_report(evaluate(first), ORIGIN, found)
 
 
+def test_no_verdict_rests_on_a_p_that_takes_a_patients_scans_as_independent() -> None:
+    """Eight scans of one patient that only the first calls rightly: McNemar sees 2 in 2^8, a patient counts once."""
+    rows = [f"s{number},CP,{{}},p" for number in range(8)] + ["n,NCP,0.1,0.8,0.1,q", "o,Normal,0.1,0.1,0.8,r"]
+    first, second = (
+        read_predictions_table(name, "\n".join([f"{HEADER},patient_id", *(row.format(cells) for row in rows)]).encode())
+        for name, cells in (("one.csv", "0.8,0.1,0.1"), ("other.csv", "0.1,0.1,0.8"))
+    )
+    described = describe_comparison(compare(first, second))
+    assert described["decisions_mcnemar"]["p_value"] == 2 / 2**8
+    assert described["decisions_clustered"] == {"by": "patient", "p_value": 1}
+    assert described["holm"]["decisions_clustered"] == {"p_value": 1, "verdict": "not shown"}
+    page = render_report(evaluate(first), ORIGIN, compare(first, second))
+    assert "counts patients, p = 1.0000: not shown. Scans taken as independent, p = 0.0078." in page
+
+
 def test_other_seeds_are_not_paired_and_the_report_says_so() -> None:
     first, second = make_runs("one.csv", [0], 3.0), make_runs("other.csv", [1], 0.0)
     found = compare(first, second)
@@ -270,8 +285,8 @@ def test_several_comparisons_of_a_report_are_corrected_together() -> None:
     first = make_runs("one.csv", (0, 1, 2), 1.0)
     alone = [compare(first, make_runs(name, (0, 1, 2), shift)) for name, shift in (("a.csv", 0.0), ("bb.csv", 0.7))]
     one, other = correct_comparisons(alone)
-    low, high = sorted([alone[0].aucs.p_value, alone[1].aucs.p_value])
-    assert {one.p_delong, other.p_delong} == {min(1, 2 * low), max(min(1, 2 * low), high)}
+    low, high = sorted([alone[0].aucs.clustered_p_value, alone[1].aucs.clustered_p_value])
+    assert {one.p_auc, other.p_auc} == {min(1, 2 * low), max(min(1, 2 * low), high)}
     assert min(one.p_folds[name] for name in TABLE_2) > min(alone[0].p_folds[name] for name in TABLE_2)
 
 
@@ -356,7 +371,7 @@ def test_a_comparison_is_in_the_tables_too() -> None:
     rows = csv.DictReader(io.StringIO(render_csv(evaluation, found)))
     (row,) = [row for row in rows if row["minus"] == "oth_r.csv" and row["metric"] == "auc_ncp"]
     assert float(row["value"]) == pytest.approx(found.aucs.difference)
-    assert float(row["p_holm"]) == pytest.approx(found.aucs.p_value)
+    assert float(row["p_holm"]) == pytest.approx(found.aucs.clustered_p_value)
     assert float(row["folds_mean"]) == pytest.approx(found.folds["auc_ncp"].mean)
     tex = render_tex(evaluation, found)
     assert r"\label{tab:comparison}" in tex

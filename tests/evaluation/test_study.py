@@ -330,14 +330,14 @@ def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, P
 
 def test_p_values_of_a_study_are_corrected_for_its_pairs(metrics: dict[str, Any], places: dict[str, Path]) -> None:
     pairs = metrics["comparisons"]
-    for name in ("auc_ncp_delong", "decisions_mcnemar"):
+    for name in ("auc_ncp_clustered", "decisions_clustered"):
         order = sorted(pairs, key=lambda pair: pair[name]["p_value"])
         least = order[0]["holm"][name]["p_value"]
         assert least == pytest.approx(min(1, len(pairs) * order[0][name]["p_value"]))
     table = pd.read_csv(places["out"] / "tables.csv")
     row = table[(table["network"] == "DA") & (table["minus"] == "ResNet18") & (table["metric"] == "auc_ncp")].iloc[0]
     (pair,) = [pair for pair in pairs if (pair["first"], pair["second"]) == ("DA", "ResNet18")]
-    assert row["p_holm"] == pytest.approx(pair["holm"]["auc_ncp_delong"]["p_value"])
+    assert row["p_holm"] == pytest.approx(pair["holm"]["auc_ncp_clustered"]["p_value"])
     tex = (places["out"] / "tables.tex").read_text()
     for label in ("confusion-DA", "folds-DA", "auc-pairs", "decision-pairs", "folds-DA-ResNet18"):
         assert rf"\label{{tab:{label}}}" in tex
