@@ -74,10 +74,10 @@ def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
         ]
         for item in maps.differences
     ]
-    needed = count_needed_patients(len(maps.differences))
+    needed = count_needed_patients(maps.num_comparisons)
     caption = (
         f"Differences on the same {maps.diagnosis} scans, t-intervals by patient, widened (Bonferroni) for the "
-        f"{len(maps.differences)} differences of this table; undefined with fewer than {needed} patients."
+        f"{maps.num_comparisons} differences of maps in this report; undefined with fewer than {needed} patients."
     )
     return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
 
