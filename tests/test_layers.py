@@ -24,7 +24,7 @@ ROWS = (
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study phantoms.study "
     "publishing.hold publishing.planning ray_doctor ray_prepare",
     "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
-    "evaluation.study_report",
+    "auditing.record evaluation.study_report",
     "evaluation.evaluate",
     "ray_evaluate",
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.auditing.report import describe_audit
+from darnet.auditing.record import AUDIT_FILE, AuditRecord, read_audit
 from darnet.bundle import (
     Bundle,
     BundleManifest,
@@ -24,7 +24,7 @@ from darnet.bundle import (
     load_networks,
     read_bundle,
 )
-from darnet.cohort import count_cohort, describe_division, find_leaking_patients, tell_leak
+from darnet.cohort import Division, count_cohort, describe_division, find_leaking_patients, tell_leak
 from darnet.config import ScoreConfig, digest_json, fingerprint
 from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
@@ -38,7 +38,7 @@ from darnet.evaluation.measures import (
     resample_predictions,
 )
 from darnet.evaluation.paper import MODEL_NAMES
-from darnet.evaluation.predictions import PROBABILITIES, Predictions, read_predictions_table
+from darnet.evaluation.predictions import LABELS, PROBABILITIES, Predictions, read_predictions_table
 from darnet.evaluation.report import render_report, round_headlines
 from darnet.evaluation.study import NetworkRun, describe_study, make_study
 from darnet.evaluation.study_maps import CohortScores, add_maps
@@ -56,8 +56,9 @@ from darnet.volumes_cache import open_volumes
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
-# Where things lie changes no number.
-PLACES = set("out predictions model volumes truth compare audit cache config".split())
+# The settings that change a number: of the measuring, and of a bundle's scoring, whose last bits go with its batches.
+MEASURING: dict[str, Any] = {"seed": True, "replicates": True}
+SCORING: dict[str, Any] = {"score": {"batch_size", "num_threads"}}
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -75,9 +76,8 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
         bundles = find_bundles(open_store(settings.model))
         if len(bundles) > 1:
             return _run_study(settings, bundles, out)
-    audit = _read_audit(settings)
     second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
-    predictions, origin = _open_predictions(settings, out)
+    predictions, origin, audit = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
     comparison = None if second is None else compare_predictions(predictions, second, resampling)
     evaluation = evaluate_predictions(predictions, resampling)
@@ -85,7 +85,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     files = {
         "tables.csv": render_csv(evaluation, comparison).encode(),
         "tables.tex": render_tex(evaluation, comparison).encode(),
-        "report.html": render_report(evaluation, origin, comparison, audit).encode(),
+        "report.html": render_report(evaluation, origin, comparison, _tell_audit(audit)).encode(),
     }
     _show(evaluation, origin)
     return _publish(out, described, files, evaluation)
@@ -95,7 +95,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     if settings.compare is not None:
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     index = _open_volumes(settings)
-    truths, audit = _read_truths(settings, index), _read_audit(settings)
+    truths, audit = _read_truths(settings, index), _read_audit_of_volumes(settings, index)
     trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
     for place in places:
         bundle = read_bundle(place)
@@ -108,7 +108,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     for name, bundle in bundles.items():
         scores[name] = _score_test(settings, bundle, index)
         history = pd.concat([history for _, history in trainings[name]], ignore_index=True)
-        runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out))
+        runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out, audit))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
     cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
@@ -116,7 +116,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         "tables.csv": render_study_csv(study).encode(),
         "tables.tex": render_study_tex(study).encode(),
         **({"fig2.png": figure_to_png(draw_cases(study))} if study.cases else {}),
-        "report.html": render_study(study, audit).encode(),
+        "report.html": render_study(study, _tell_audit(audit)).encode(),
     }
     for name, run in study.runs.items():
         _show(study.evaluations[name], run.origin)
@@ -127,7 +127,8 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
     """One ensemble of all folds of a network's trainings, which differ in their seed alone.
 
     Its manifest names the versions and digests of all, and is that of no bundle on a disk.
-    Raises: UsageError if two have the same fold of the same seed, or were trained otherwise.
+    Raises: UsageError if two have the same fold of the same seed, were trained otherwise or by other code, or have
+            other folds: their mean would weigh the folds unequally.
     """
     if len(bundles) == 1:
         return bundles[0]
@@ -138,6 +139,16 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
                 f"{first.model_name}: {first.model_version} and {other.model_version} differ in more than train.seed "
                 "(settings or cohort); seeds can be compared of the same training only"
             )
+        if other.code_version != first.code_version:
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} was trained by code version {first.code_version}, "
+                f"{other.model_version} by {other.code_version}; train every seed with the same code"
+            )
+        if _list_folds(other) != _list_folds(first):
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} has the folds {_list_folds(first)}, {other.model_version} "
+                f"{_list_folds(other)}; every seed must have the same"
+            )
     folds = tuple(chain.from_iterable(manifest.folds for manifest in manifests))
     if len({(fold.file, fold.seed) for fold in folds}) < len(folds):
         raise UsageError(
@@ -145,10 +156,14 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
         )
     joined = {
         name: ", ".join(dict.fromkeys(getattr(manifest, name) for manifest in manifests))
-        for name in ("model_version", "model_sha256", "settings_sha256", "code_version")
+        for name in ("model_version", "model_sha256", "settings_sha256")
     }
     weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
     return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
+
+
+def _list_folds(manifest: BundleManifest) -> list[int]:
+    return sorted(fold.number for fold in manifest.folds)
 
 
 def _refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
@@ -167,6 +182,7 @@ def _describe_training(manifest: BundleManifest) -> dict[str, Any]:
     """What networks must agree in so that their folds can be paired; seeds are compared with the predictions."""
     settings = manifest.settings
     return {
+        "code version": manifest.code_version,
         "cohort": manifest.cohort_sha256,
         "volume": settings.volume,
         "base_channels": settings.network.base_channels,
@@ -188,12 +204,13 @@ def _describe_run(
     scores: Sequence[ScanScore],
     index: VolumesIndex,
     out: Store,
+    audit: AuditRecord | None,
 ) -> NetworkRun:
     """What one network says of the test cohort, kept as a table, and what is known of it."""
     manifest = bundle.manifest
     return NetworkRun(
         name=name,
-        origin=_describe_origin(settings, manifest, index),
+        origin=_describe_origin(settings, manifest, index, audit),
         predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores, manifest.folds),
         num_parameters=count_network_parameters(manifest.settings.network),
         history=history,
@@ -207,12 +224,25 @@ def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, T
     return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
 
 
-def _read_audit(settings: EvaluateSettings) -> list[Section]:
-    """What jobs.prepare --audit found, if the settings say where that is."""
+def _read_audit(
+    settings: EvaluateSettings, of: str, diagnoses: Mapping[str, str], division: Division | None = None
+) -> AuditRecord | None:
+    """What jobs.prepare --audit found, if the settings say where that is, and it is of these scans."""
     if settings.audit is None:
-        return []
-    _, data = read_file(f"{settings.audit}/audit.json", "folder that jobs.prepare --audit wrote")
-    return [describe_audit(json.loads(data))]
+        return None
+    _, data = read_file(f"{settings.audit}/{AUDIT_FILE}", "folder that jobs.prepare --audit wrote")
+    audit = read_audit(f"{settings.audit}/{AUDIT_FILE}", data)
+    audit.check(of, diagnoses, division)
+    return audit
+
+
+def _read_audit_of_volumes(settings: EvaluateSettings, index: VolumesIndex) -> AuditRecord | None:
+    diagnoses = dict(zip(index.frame["scan_id"], index.frame["diagnosis"], strict=True))
+    return _read_audit(settings, str(settings.volumes), diagnoses, index.division)
+
+
+def _tell_audit(audit: AuditRecord | None) -> list[Section]:
+    return [] if audit is None else [audit.describe()]
 
 
 def _load_on_device(bundle: Bundle) -> list[DARNet]:
@@ -293,23 +323,28 @@ def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, b
     return f"The bundle was trained on another cohort than the volumes folder declares; by the latter: {told}", True
 
 
-def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin]:
+def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin, AuditRecord | None]:
     if settings.predictions is not None:
         predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
-        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings))
+        names = [LABELS[label] for label in predictions.labels]
+        audit = _read_audit(settings, predictions.name, dict(zip(predictions.scan_ids, names, strict=True)))
+        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings, audit)), audit
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
     bundle, index = read_bundle(place), _open_volumes(settings)
     _check_fit(settings, bundle.manifest, index)
+    audit = _read_audit_of_volumes(settings, index)
     scores = _score_test(settings, bundle, index)
     predictions = _keep_predictions(out, PREDICTIONS_FILE, index, scores, bundle.manifest.folds)
-    return predictions, _describe_origin(settings, bundle.manifest, index)
+    return predictions, _describe_origin(settings, bundle.manifest, index, audit), audit
 
 
-def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
-    """What the numbers depend on beside their input."""
-    digest = digest_json(settings.model_dump(mode="json", exclude=PLACES))
-    return {"settings_sha256": digest, "ci95_seed": settings.seed}
+def _describe_settings(settings: EvaluateSettings, audit: AuditRecord | None) -> dict[str, Any]:
+    """What the numbers depend on beside their input, and which audit is told of."""
+    included = MEASURING if settings.model is None else MEASURING | SCORING
+    digest = digest_json(settings.model_dump(mode="json", include=included))
+    told = {} if audit is None else {"audit": audit.place, "audit_sha256": audit.sha256}
+    return {"settings_sha256": digest, "ci95_seed": settings.seed, **told}
 
 
 def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
@@ -344,7 +379,9 @@ def _check_fit(settings: EvaluateSettings, manifest: BundleManifest, index: Volu
         raise UsageError(f"{settings.volumes}: no scan is in the test cohort; run jobs.prepare with one")
 
 
-def _describe_origin(settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex) -> Origin:
+def _describe_origin(
+    settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex, audit: AuditRecord | None
+) -> Origin:
     told, is_warning = describe_leak(index, manifest)
     facts = {
         "model_name": manifest.model_name,
@@ -353,7 +390,7 @@ def _describe_origin(settings: EvaluateSettings, manifest: BundleManifest, index
         "preprocessing_version": manifest.preprocessing_version,
         "cohort_sha256": index.cohort_sha256,
         "bundle_settings_sha256": manifest.settings_sha256,
-        **_describe_settings(settings),
+        **_describe_settings(settings, audit),
         "division": describe_division(index.division),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"

@@ -260,8 +260,8 @@ def compare_aucs(
     plain = ncp.var(ddof=1) / len(ncp) + rest.var(ddof=1) / len(rest)
     clusters = _number_clusters(len(labels), patients)
     clustered = _clustered_variance(ncp, rest, clusters[labels == NCP_LABEL], clusters[labels != NCP_LABEL])
-    judged = [item for variance in (plain, clustered) for item in _judge_difference(difference, float(variance))]
-    return AucDifference(ours, theirs, difference, *judged)
+    judged, by_clusters = (_judge_difference(difference, float(variance)) for variance in (plain, clustered))
+    return AucDifference(ours, theirs, difference, *judged, *by_clusters)
 
 
 def compare_decisions(
