@@ -308,7 +308,8 @@ def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float 
     freedom = num_seeds - 1 if num_seeds > 1 else num_pairs - 1
     reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, freedom)) if num_seeds >= MIN_SEEDS else math.nan
-    return FoldDifference(num_pairs, num_seeds, mean, Interval(mean - reach, mean + reach), p_value)
+    interval = Interval(max(-1.0, mean - reach), min(1.0, mean + reach))  # no metric's difference can pass them
+    return FoldDifference(num_pairs, num_seeds, mean, interval, p_value)
 
 
 def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatArray | None = None) -> FloatArray:

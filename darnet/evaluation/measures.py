@@ -185,7 +185,7 @@ def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
     warnings += _warn_of_intervals(evaluation)
     if evaluation.auc.variance == 0:
         warnings.append(
-            "No pair of scans is ranked wrongly: the interval of auc_ncp by DeLong has no width and no use."
+            "All pairs of scans are ranked the same way: the interval of auc_ncp by DeLong has no width and no use."
         )
     undefined = [name for name, value in evaluation.metrics.items() if math.isnan(value)]
     if undefined:

@@ -46,7 +46,6 @@ HISTORY_PICTURES = (
     ("validation_loss", "validation loss"),
     ("accuracy_3class", "validation accuracy, three classes"),
 )
-PLAIN_P = "p, scans taken as independent"
 PRINTED = (
     f"Rows and columns named “paper” are printed in {CITATION} and were not measured here: {NUM_TEST_SCANS} CC-CCII "
     "scans, more than half of them of patients who also have scans in training by the authors' lists. They can be set "
@@ -186,8 +185,10 @@ def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
         difference, interval, _ = format_difference(aucs.difference, aucs.clustered_interval)
         judged = format_p(p_value), judge_p(p_value), format_p(aucs.p_value)
         rows.append([_name_pair(pair), difference, interval, *judged, pair.reason])
-    header = ["pair", "AUC difference", "95% interval", "p", "verdict", PLAIN_P, "why these"]
-    return HtmlTable(header, rows, f"Ensembles: DeLong’s paired test of auc_ncp {_explain_p(pairs)}")
+    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "plain p", "why these"]
+    return HtmlTable(
+        header, rows, f"Ensembles: DeLong’s paired test of auc_ncp {_explain_p(pairs)} The intervals are not corrected."
+    )
 
 
 def tabulate_decision_pairs(pairs: Sequence[Pair]) -> HtmlTable:
@@ -197,14 +198,14 @@ def tabulate_decision_pairs(pairs: Sequence[Pair]) -> HtmlTable:
         decisions, p_value = pair.comparison.decisions, pair.comparison.p_decisions
         counts = decisions.num_only_first_right, decisions.num_only_second_right
         rows.append([_name_pair(pair), *counts, format_p(p_value), judge_p(p_value), format_p(decisions.p_value)])
-    header = ["pair", "only the first right", "only the second right", "p", "verdict", PLAIN_P]
+    header = ["pair", "only the first right", "only the second right", "p", "verdict", "plain p"]
     return HtmlTable(header, rows, f"Ensembles: McNemar’s exact test of the called class {_explain_p(pairs)}")
 
 
 def _explain_p(pairs: Sequence[Pair]) -> str:
     return (
         f"in its form that counts {pairs[0].comparison.clustered_by}s, p corrected by Holm for the number of pairs "
-        f"({len(pairs)}), intervals not. The last p is of the plain test, uncorrected.{_whose_training(pairs)}"
+        f"({len(pairs)}). The plain p is not corrected, and of scans taken as independent.{_whose_training(pairs)}"
     )
 
 

@@ -345,8 +345,13 @@ def test_the_fold_interval_covers_whatever_folds_of_a_seed_have_in_common(num_se
     """2,000 studies without a difference; `seed_effect` is in deviations of a fold, and moves all five alike."""
     rng, zeros = np.random.default_rng(4), np.zeros((num_seeds, 5))
     pairs = rng.normal(size=(2000, num_seeds, 5)) + seed_effect * rng.normal(size=(2000, num_seeds, 1))
-    intervals = [compare_folds(item, zeros).interval for item in pairs]
+    intervals = [compare_folds(0.005 * item, zeros).interval for item in pairs]
     assert np.mean([item.low <= 0 <= item.high for item in intervals]) > 0.94
+
+
+def test_no_interval_of_folds_passes_what_a_difference_can_be() -> None:
+    item = compare_folds(np.array([[0.9, 0.1], [0.1, 0.8]]), np.array([[0.1, 0.2], [0.9, 0.1]])).interval
+    assert (item.low, item.high) == (-1, 1)
 
 
 def test_pairs_that_do_not_vary_show_nothing() -> None:

@@ -17,9 +17,10 @@ from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
 from darnet.dataset import write_index
 from darnet.errors import UsageError
-from darnet.evaluation.evaluate import merge_seeds, run_evaluation
+from darnet.evaluation.evaluate import run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
 from darnet.evaluation.paper import NETWORKS as PAPER_NETWORKS
+from darnet.evaluation.seeds import merge_seeds
 from darnet.evaluation.study_maps import choose_cases
 from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
