@@ -22,7 +22,7 @@ UNDEFINED = "undefined"
 # Okabe and Ito's palette, told apart by colour-blind readers and on grey paper in this order. Source: ours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-_NUMBER = re.compile(rf"[-−+]?\d(?:[-−+±\d., ()%]|to|of)*|–|{UNDEFINED}|")
+_NUMBER = re.compile(rf"(?:< )?[-−+]?\d(?:[-−+±\d., ()%]|to|of)*|–|{UNDEFINED}|")
 
 LONG_NAME = 40  # letters from which a row's name may break, lest it push all else off the screen
 

@@ -123,10 +123,13 @@ def measure_networks(
     measure = ray.remote(num_cpus=1, num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)(_measure_network)
     print_heading("measuring on the test cohort")
     try:
-        return [
-            ray.get(measure.remote(places, network, folds, settings.score, settings.train.seed))
-            for network, folds in zip(networks, trained, strict=True)
-        ]
+        told: list[str] = ray.get(
+            [
+                measure.remote(places, network, folds, settings.score, settings.train.seed)
+                for network, folds in zip(networks, trained, strict=True)
+            ]
+        )
+        return told
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         raise _name_failure("the test cohort could not be measured", cause) from error

@@ -1,5 +1,6 @@
 """Work in steps that a killed job need not repeat: steps with the file each leaves last enter, what was done leaves."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,14 @@ def run_steps(steps: Sequence[Step]) -> list[str]:
     return done
 
 
-def claim_folder(out: Store, settings: Settings) -> None:
-    """Note the settings that `out` is made with, so that a resumed job cannot mix two studies.
+def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes]) -> None:
+    """Note the settings that `out` is made with, and what its input files held, so that a resumed job cannot mix two
+    studies. `inputs` are by the setting that names the file.
 
     Raises: UsageError naming what differs if it was begun with others.
     """
     told = settings.model_dump(mode="json", exclude=UNNOTED)
+    told |= {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in inputs.items()}
     try:
         noted = json.loads(out.read_bytes(SETTINGS_FILE))
     except ObjectMissing:
@@ -52,6 +55,6 @@ def claim_folder(out: Store, settings: Settings) -> None:
     differs = sorted(name for name in begun | told if begun.get(name) != told.get(name))
     if differs:
         raise UsageError(
-            f"{out.uri}/{SETTINGS_FILE}: this folder was begun with other settings ({', '.join(differs)}); "
-            "name another folder, or use those"
+            f"{out.uri}/{SETTINGS_FILE}: this folder was begun with other settings ({', '.join(differs)}; "
+            "_sha256: the content of a file); name another folder, or use those"
         )

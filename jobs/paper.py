@@ -10,13 +10,14 @@ from darnet.job import run_job
 from darnet.ray_evaluate import evaluate_on_cluster
 from darnet.settings import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
 from darnet.steps import Step, claim_folder, run_steps
-from darnet.storage import open_store
+from darnet.storage import open_store, read_file
 
 
 def work(settings: PaperSettings) -> dict[str, Any]:
     """Make what `out` still lacks."""
     store = open_store(settings.out, create=True)
-    claim_folder(store, settings)
+    _, table = read_file(settings.cohort, "cohort table")
+    claim_folder(store, settings, {"cohort": table})
     out = store.uri
     tree: dict[str, Any] = {
         name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score", "cache")

@@ -18,13 +18,13 @@ ROWS = (
     "phantoms.body phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
     "bundle cam_images dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys "
     "publishing.nightly_report publishing.objects steps",
-    "auditing.features bundle_writing evaluation.cam_truth evaluation.tabulate phantoms.archive prepared "
-    "publishing.commit publishing.runs publishing.scored_keys ray_cluster results score tracking train "
+    "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate phantoms.archive "
+    "prepared publishing.commit publishing.runs publishing.scored_keys ray_cluster results score tracking train "
     "training_plan volumes_cache",
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study gang phantoms.study "
     "publishing.hold publishing.planning ray_doctor ray_prepare",
     "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
-    "evaluation.study_report",
+    "auditing.record evaluation.study_report",
     "evaluation.evaluate",
     "ray_evaluate",
 )

@@ -111,7 +111,9 @@ def test_the_same_figure_gives_the_same_bytes() -> None:
 
 
 def test_only_columns_of_numbers_stand_right() -> None:
-    table = HtmlTable(["name", "count", "mixed", "share"], [["a", 1, "x", "1 of 20 (5%)"], ["b", 2.5, 3, None]], "c")
+    table = HtmlTable(
+        ["name", "p", "mixed", "share"], [["a", "< 0.0001", "x", "1 of 20 (5%)"], ["b", 2.5, 3, None]], "c"
+    )
     reader = Reader(render_page("t", "s", [Section("x", tables=[table])]))
     kinds = [attributes["class"] for tag, attributes in reader.tags if tag in ("th", "td")]
     assert kinds == ["text", "number", "text", "number"] * 3

@@ -37,9 +37,16 @@ def test_what_is_complete_is_not_made_again(store: Store) -> None:
 
 def test_a_place_of_other_settings_is_refused(store: Store) -> None:
     for more in ([], ["--mlflow", "http://mlflow", "--cache", "elsewhere"]):
-        claim_folder(store, read_settings(PaperSettings, [*PLACES, *more], "x"))
-    with pytest.raises(UsageError, match=r"begun with other settings \(train\)"):
-        claim_folder(store, read_settings(PaperSettings, [*PLACES, "--train.epochs", "3"], "x"))
+        claim_folder(store, read_settings(PaperSettings, [*PLACES, *more], "x"), {"cohort": b"a table"})
+    with pytest.raises(UsageError, match=r"begun with other settings \(train;"):
+        claim_folder(store, read_settings(PaperSettings, [*PLACES, "--train.epochs", "3"], "x"), {"cohort": b"a table"})
+
+
+def test_another_table_under_the_same_name_is_refused(store: Store) -> None:
+    settings = read_settings(PaperSettings, PLACES, "x")
+    claim_folder(store, settings, {"cohort": b"a table"})
+    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256; _sha256: the content"):
+        claim_folder(store, settings, {"cohort": b"a tabIe"})
 
 
 def test_the_papers_settings_are_the_defaults() -> None:

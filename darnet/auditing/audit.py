@@ -4,6 +4,7 @@ Who is in both cohorts, what predicts the diagnosis without a look at the lungs,
 slices are out of order.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -222,6 +223,8 @@ def describe_duplicates(
 def summarise_audit(audit: Audit) -> dict[str, Any]:
     """The audit as JSON: the counts of the printed cohorts at the top, everything else below names of its own."""
     cohorts = asdict(audit.cohorts)
+    rows = audit.division_frame
+    digests = sorted(map(digest_scan, rows["scan_id"], rows["diagnosis"]))
     division = None if audit.division is None else asdict(audit.division)
     return {
         "cohorts_by": cohorts.pop("by"),
@@ -233,6 +236,8 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
         "patients_of_several_diagnoses": audit.patients_of_several_diagnoses,
         "division": division if division is not None else {"fault": audit.division_fault},
         "division_settings": audit.division_settings,
+        "scan_digests": digests,
+        "cohort_sha256": digest_cohort(digests, audit.division_settings),
         "left_out": audit.left_out,
         "reversed_scans": audit.reversed_scans,
         "findings": audit.findings,
@@ -242,6 +247,16 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
         "slice_order": {"counts": audit.order_counts, "findings": [asdict(item) for item in audit.order_findings]},
         "notice": "Research use only",
     }
+
+
+def digest_scan(scan_id: str, diagnosis: str) -> str:
+    """What an audit keeps of a scan, so that it is known again; no scan's name can be read from it."""
+    return hashlib.sha256(f"{scan_id}\0{diagnosis}".encode()).hexdigest()[:16]
+
+
+def digest_cohort(scan_digests: Sequence[str], division_settings: Mapping[str, Any]) -> str:
+    """Digest of a cohort's scans and of what divided them."""
+    return digest_json({"scans": list(scan_digests), "division": dict(division_settings)})
 
 
 def _gather_images(cohort: pd.DataFrame, settings: PrepareSettings) -> Images:

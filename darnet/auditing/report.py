@@ -75,7 +75,7 @@ def describe_audit(summary: Mapping[str, Any]) -> Section:
     try:
         strong = [item for item in (Shortcut(**fields) for fields in summary["shortcuts"]) if is_strong(item)]
         text = f"By {summary['table']}. {summary['told']}"
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"audit.json: not written by this version ({error}); run jobs.prepare --audit again") from None
     return Section("The audit of the data", text, [_tabulate_shortcuts(strong)] if strong else [])
 

@@ -42,7 +42,7 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class MapDifference:
     """First minus second network in one measure, on the same scans; the interval is corrected for the number of such
-    differences in a `MapStudy`, and undefined with fewer than `count_needed_patients`."""
+    differences in a report, of all diagnoses, and undefined with fewer than `count_needed_patients`."""
 
     first: str
     second: str
@@ -69,6 +69,7 @@ class MapStudy:
     measured: Mapping[str, Mapping[str, Estimate]]
     chance: Mapping[str, float]
     differences: Sequence[MapDifference]
+    num_comparisons: int
     redrawn: Mapping[str, Estimate]
 
 
@@ -155,8 +156,11 @@ def study_maps(
     pairs: Sequence[tuple[str, str]],
     redrawn: Mapping[str, Estimate],
     resampling: Resampling,
+    *,
+    num_studies: int = 1,
 ) -> MapStudy:
-    """Measure every network's maps of the same scans, and the pairs' differences.
+    """Measure every network's maps of the same scans, and the pairs' differences, corrected for as many studies beside
+    each other in a report.
 
     Shape: `maps` network -> one (D, H, W) a truth.
     """
@@ -164,6 +168,7 @@ def study_maps(
         name: _tabulate([measure_map(*pair) for pair in zip(cams, truths, strict=True)]) for name, cams in maps.items()
     }
     chance = _tabulate([measure_chance(truth) for truth in truths])
+    num_comparisons = len(pairs) * len(MEASURES) * num_studies
     return MapStudy(
         diagnosis=diagnosis,
         num_scans=len(truths),
@@ -173,10 +178,11 @@ def study_maps(
         },
         chance={measure: float(column.mean()) for measure, column in chance.items()},
         differences=[
-            _subtract(first, second, measure, values, resampling, len(pairs) * len(MEASURES))
+            _subtract(first, second, measure, values, resampling, num_comparisons)
             for first, second in pairs
             for measure in MEASURES
         ],
+        num_comparisons=num_comparisons,
         redrawn=redrawn,
     )
 

@@ -7,14 +7,13 @@ cohort is hundreds of scans that are already resampled.
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from darnet.auditing.report import describe_audit
+from darnet.auditing.record import AUDIT_FILE, AuditRecord, read_audit
 from darnet.bundle import (
     Bundle,
     BundleManifest,
@@ -24,8 +23,8 @@ from darnet.bundle import (
     load_networks,
     read_bundle,
 )
-from darnet.cohort import count_cohort, describe_division, find_leaking_patients, tell_leak
-from darnet.config import ScoreConfig, digest_json, fingerprint
+from darnet.cohort import Division, count_cohort, describe_division, find_leaking_patients, tell_leak
+from darnet.config import ScoreConfig, digest_json
 from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
@@ -38,8 +37,9 @@ from darnet.evaluation.measures import (
     resample_predictions,
 )
 from darnet.evaluation.paper import MODEL_NAMES
-from darnet.evaluation.predictions import PROBABILITIES, Predictions, read_predictions_table
+from darnet.evaluation.predictions import LABELS, PROBABILITIES, Predictions, read_predictions_table
 from darnet.evaluation.report import render_report, round_headlines
+from darnet.evaluation.seeds import merge_seeds, refuse_unlike
 from darnet.evaluation.study import NetworkRun, describe_study, make_study
 from darnet.evaluation.study_maps import CohortScores, add_maps
 from darnet.evaluation.study_report import draw_cases, render_study, render_study_csv, render_study_tex
@@ -56,8 +56,9 @@ from darnet.volumes_cache import open_volumes
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
-# Where things lie changes no number.
-PLACES = set("out predictions model volumes truth compare audit cache config".split())
+# The settings that change a number: of the measuring, and of a bundle's scoring, whose last bits go with its batches.
+MEASURING: dict[str, Any] = {"seed": True, "replicates": True}
+SCORING: dict[str, Any] = {"score": {"batch_size", "num_threads"}}
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -75,9 +76,8 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
         bundles = find_bundles(open_store(settings.model))
         if len(bundles) > 1:
             return _run_study(settings, bundles, out)
-    audit = _read_audit(settings)
     second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
-    predictions, origin = _open_predictions(settings, out)
+    predictions, origin, audit = _open_predictions(settings, out)
     resampling = resample_predictions(predictions, settings.seed, settings.replicates)
     comparison = None if second is None else compare_predictions(predictions, second, resampling)
     evaluation = evaluate_predictions(predictions, resampling)
@@ -85,7 +85,7 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     files = {
         "tables.csv": render_csv(evaluation, comparison).encode(),
         "tables.tex": render_tex(evaluation, comparison).encode(),
-        "report.html": render_report(evaluation, origin, comparison, audit).encode(),
+        "report.html": render_report(evaluation, origin, comparison, _tell_audit(audit)).encode(),
     }
     _show(evaluation, origin)
     return _publish(out, described, files, evaluation)
@@ -95,7 +95,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     if settings.compare is not None:
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     index = _open_volumes(settings)
-    truths, audit = _read_truths(settings, index), _read_audit(settings)
+    truths, audit = _read_truths(settings, index), _read_audit_of_volumes(settings, index)
     trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
     for place in places:
         bundle = read_bundle(place)
@@ -104,12 +104,12 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         history = read_history(place).assign(seed=bundle.manifest.folds[0].seed)
         trainings.setdefault(name, []).append((bundle, history))
     bundles = {name: merge_seeds([bundle for bundle, _ in items]) for name, items in trainings.items()}
-    _refuse_unlike([bundle.manifest for bundle in bundles.values()])
+    refuse_unlike([bundle.manifest for bundle in bundles.values()])
     runs, scores = [], {}
     for name, bundle in bundles.items():
         scores[name] = _score_test(settings, bundle, index)
         history = pd.concat([history for _, history in trainings[name]], ignore_index=True)
-        runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out))
+        runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out, audit))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
     cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
@@ -117,68 +117,11 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         "tables.csv": render_study_csv(study).encode(),
         "tables.tex": render_study_tex(study).encode(),
         **({"fig2.png": figure_to_png(draw_cases(study))} if study.cases else {}),
-        "report.html": render_study(study, audit).encode(),
+        "report.html": render_study(study, _tell_audit(audit)).encode(),
     }
     for name, run in study.runs.items():
         _show(study.evaluations[name], run.origin)
     return _publish(out, describe_study(study), files, study.evaluations[study.full])
-
-
-def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
-    """One ensemble of all folds of a network's trainings, which differ in their seed alone.
-
-    Its manifest names the versions and digests of all, and is that of no bundle on a disk.
-    Raises: UsageError if two have the same fold of the same seed, or were trained otherwise.
-    """
-    if len(bundles) == 1:
-        return bundles[0]
-    first, *others = manifests = [bundle.manifest for bundle in bundles]
-    for other in others:
-        if _digest_but_seed(other) != _digest_but_seed(first):
-            raise UsageError(
-                f"{first.model_name}: {first.model_version} and {other.model_version} differ in more than train.seed "
-                "(settings or cohort); seeds can be compared of the same training only"
-            )
-    folds = tuple(chain.from_iterable(manifest.folds for manifest in manifests))
-    if len({(fold.file, fold.seed) for fold in folds}) < len(folds):
-        raise UsageError(
-            f"two of the bundles are of the same network, {first.model_name}, fold and seed; keep one bundle a seed"
-        )
-    joined = {
-        name: ", ".join(dict.fromkeys(getattr(manifest, name) for manifest in manifests))
-        for name in ("model_version", "model_sha256", "settings_sha256", "code_version")
-    }
-    weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
-    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
-
-
-def _refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
-    """Raises: UsageError naming two networks that differ in more than attention: their folds are no pairs."""
-    first, *others = manifests
-    for other in others:
-        ours, theirs = (_describe_training(manifest) for manifest in (first, other))
-        if differs := [name for name, value in ours.items() if value != theirs[name]]:
-            raise UsageError(
-                f"{first.model_name} and {other.model_name} were not trained alike ({', '.join(differs)}); compare "
-                "networks of one training, such as jobs.train --networks makes"
-            )
-
-
-def _describe_training(manifest: BundleManifest) -> dict[str, Any]:
-    """What networks must agree in so that their folds can be paired; seeds are compared with the predictions."""
-    settings = manifest.settings
-    return {
-        "cohort": manifest.cohort_sha256,
-        "volume": settings.volume,
-        "base_channels": settings.network.base_channels,
-        **settings.train.model_dump(exclude={"seed"}),
-    }
-
-
-def _digest_but_seed(manifest: BundleManifest) -> str:
-    settings = manifest.settings
-    train = settings.train.model_copy(update={"seed": 0})
-    return fingerprint(settings.model_copy(update={"train": train})) + manifest.cohort_sha256
 
 
 def _describe_run(
@@ -189,12 +132,13 @@ def _describe_run(
     scores: Sequence[ScanScore],
     index: VolumesIndex,
     out: Store,
+    audit: AuditRecord | None,
 ) -> NetworkRun:
     """What one network says of the test cohort, kept as a table, and what is known of it."""
     manifest = bundle.manifest
     return NetworkRun(
         name=name,
-        origin=_describe_origin(settings, manifest, index),
+        origin=_describe_origin(settings, manifest, index, audit),
         predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores, manifest.folds),
         num_parameters=count_network_parameters(manifest.settings.network),
         history=history,
@@ -208,12 +152,25 @@ def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, T
     return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
 
 
-def _read_audit(settings: EvaluateSettings) -> list[Section]:
-    """What jobs.prepare --audit found, if the settings say where that is."""
+def _read_audit(
+    settings: EvaluateSettings, of: str, diagnoses: Mapping[str, str], division: Division | None = None
+) -> AuditRecord | None:
+    """What jobs.prepare --audit found, if the settings say where that is, and it is of these scans."""
     if settings.audit is None:
-        return []
-    _, data = read_file(f"{settings.audit}/audit.json", "folder that jobs.prepare --audit wrote")
-    return [describe_audit(json.loads(data))]
+        return None
+    _, data = read_file(f"{settings.audit}/{AUDIT_FILE}", "folder that jobs.prepare --audit wrote")
+    audit = read_audit(f"{settings.audit}/{AUDIT_FILE}", data)
+    audit.check(of, diagnoses, division)
+    return audit
+
+
+def _read_audit_of_volumes(settings: EvaluateSettings, index: VolumesIndex) -> AuditRecord | None:
+    diagnoses = dict(zip(index.frame["scan_id"], index.frame["diagnosis"], strict=True))
+    return _read_audit(settings, str(settings.volumes), diagnoses, index.division)
+
+
+def _tell_audit(audit: AuditRecord | None) -> list[Section]:
+    return [] if audit is None else [audit.describe()]
 
 
 def _load_on_device(bundle: Bundle) -> list[DARNet]:
@@ -294,23 +251,28 @@ def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, b
     return f"The bundle was trained on another cohort than the volumes folder declares; by the latter: {told}", True
 
 
-def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin]:
+def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictions, Origin, AuditRecord | None]:
     if settings.predictions is not None:
         predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
-        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings))
+        names = [LABELS[label] for label in predictions.labels]
+        audit = _read_audit(settings, predictions.name, dict(zip(predictions.scan_ids, names, strict=True)))
+        return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings, audit)), audit
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
     bundle, index = read_bundle(place), _open_volumes(settings)
     _check_fit(settings, bundle.manifest, index)
+    audit = _read_audit_of_volumes(settings, index)
     scores = _score_test(settings, bundle, index)
     predictions = _keep_predictions(out, PREDICTIONS_FILE, index, scores, bundle.manifest.folds)
-    return predictions, _describe_origin(settings, bundle.manifest, index)
+    return predictions, _describe_origin(settings, bundle.manifest, index, audit), audit
 
 
-def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
-    """What the numbers depend on beside their input."""
-    digest = digest_json(settings.model_dump(mode="json", exclude=PLACES))
-    return {"settings_sha256": digest, "ci95_seed": settings.seed}
+def _describe_settings(settings: EvaluateSettings, audit: AuditRecord | None) -> dict[str, Any]:
+    """What the numbers depend on beside their input, and which audit is told of."""
+    included = MEASURING if settings.model is None else MEASURING | SCORING
+    digest = digest_json(settings.model_dump(mode="json", include=included))
+    told = {} if audit is None else {"audit": audit.place, "audit_sha256": audit.sha256}
+    return {"settings_sha256": digest, "ci95_seed": settings.seed, **told}
 
 
 def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
@@ -345,7 +307,9 @@ def _check_fit(settings: EvaluateSettings, manifest: BundleManifest, index: Volu
         raise UsageError(f"{settings.volumes}: no scan is in the test cohort; run jobs.prepare with one")
 
 
-def _describe_origin(settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex) -> Origin:
+def _describe_origin(
+    settings: EvaluateSettings, manifest: BundleManifest, index: VolumesIndex, audit: AuditRecord | None
+) -> Origin:
     told, is_warning = describe_leak(index, manifest)
     facts = {
         "model_name": manifest.model_name,
@@ -354,7 +318,7 @@ def _describe_origin(settings: EvaluateSettings, manifest: BundleManifest, index
         "preprocessing_version": manifest.preprocessing_version,
         "cohort_sha256": index.cohort_sha256,
         "bundle_settings_sha256": manifest.settings_sha256,
-        **_describe_settings(settings),
+        **_describe_settings(settings, audit),
         "division": describe_division(index.division),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"

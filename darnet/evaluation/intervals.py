@@ -1,7 +1,8 @@
 """How sure a metric is: probabilities, labels and who is whose enter; intervals and tests of two models leave.
 
 The bootstrap resamples whole patients, since scans of one patient resemble each other. DeLong's and McNemar's methods
-take every scan as independent of the others: with several scans a patient they are too sure.
+take every scan as independent of the others: with several scans a patient they are too sure, so that verdicts rest on
+their clustered forms, which count patients and are the same where each has one scan.
 """
 
 import math
@@ -17,8 +18,7 @@ from darnet.scan import FloatArray
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
 ALPHA = 0.05  # Source: the field's custom
 CHUNK_WEIGHTS = 1 << 20  # replicates times scans that are measured at once: bounds memory, not numbers
-MIN_PAIRS = 6  # Source: ours; of five pairs all fall on one side by chance in 2 of 2^5 cases, p = 0.0625
-MIN_SEEDS = 2  # of every fold; one training cannot tell a network from its luck
+MIN_SEEDS = 3  # of every fold. Source: ours; of two seeds t is 12.7, so that no real difference could be shown
 MAX_UNDEFINED = 0.05  # share of replicates that may leave a metric undefined
 
 
@@ -54,15 +54,17 @@ class Resampling:
         chunks = [measure_scans(probabilities, labels, weights) for weights in self._chunks(len(labels))]
         return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
-    def measure_calibration_shift(self, probabilities: FloatArray, labels: LabelArray) -> FloatArray:
-        """How far each set moves the gaps between confidence and accuracy, summed over the bins.
+    def bound_calibration_shift(self, probabilities: FloatArray, labels: LabelArray) -> float:
+        """How far chance moves the gaps between confidence and accuracy, summed over the bins, in 95 of 100 cases.
 
-        No set can move the calibration error further, whatever the signs of the gaps.
-        Shape: (N, 3), (N,) -> (replicates,).
+        The calibration error moves no further, whatever the signs of the gaps. It is the larger of what the sets do and
+        of what chance in who is called rightly does: a bin of one scan, or without an error, is alike in every set.
+        Shape: (N, 3), (N,).
         """
         gaps = _measure_gaps(probabilities, labels)
         chunks = [_measure_gaps(probabilities, labels, weights) - gaps for weights in self._chunks(len(labels))]
-        return np.concatenate([np.abs(chunk).sum(axis=-1) for chunk in chunks])
+        by_sets = np.quantile(np.concatenate([np.abs(chunk).sum(axis=-1) for chunk in chunks]), 1 - ALPHA)
+        return max(float(by_sets), _expect_calibration_shift(probabilities, labels, self.num_clusters))
 
     def _chunks(self, num_scans: int) -> Iterator[FloatArray]:
         step = max(1, CHUNK_WEIGHTS // max(1, num_scans))
@@ -80,29 +82,32 @@ class AucEstimate:
 
 @dataclass(frozen=True, slots=True)
 class AucDifference:
-    """First minus second AUC on the same scans; `p_value` is two-sided."""
+    """First minus second AUC on the same scans; p values are two-sided, the clustered one counts patients."""
 
     first: AucEstimate
     second: AucEstimate
     difference: float
     interval: Interval
     p_value: float
+    clustered_interval: Interval
+    clustered_p_value: float
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionDifference:
-    """Scans that only one of two models calls rightly; `p_value` is two-sided and exact."""
+    """Scans that only one of two models calls rightly; p values are two-sided, the clustered one counts patients."""
 
     num_only_first_right: int
     num_only_second_right: int
     p_value: float
+    clustered_p_value: float
 
 
 @dataclass(frozen=True, slots=True)
 class FoldDifference:
     """First minus second network, mean over pairs of the same fold and seed.
 
-    `p_value` is two-sided; NaN where there are too few pairs or seeds for a test, or nothing to judge chance by.
+    `p_value` is two-sided; NaN where there are too few seeds for a test, or nothing to judge chance by.
     """
 
     num_pairs: int
@@ -124,7 +129,7 @@ def resample_scans(
 
     Source: Field & Welsh 2007, the cluster bootstrap.
     """
-    clusters = np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
+    clusters = _number_clusters(num_scans, patients)
     num_clusters = int(clusters.max(initial=-1)) + 1
     drawn = rng.multinomial(num_clusters, np.full(num_clusters, 1 / max(1, num_clusters)), num_replicates)
     return Resampling(drawn[:, clusters].astype(float), "scan" if patients is None else "patient", num_clusters)
@@ -169,7 +174,7 @@ def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resamplin
             was seen, not that none can be.
     """
     replicates = resampling.measure(probabilities, labels)
-    shift = resampling.measure_calibration_shift(probabilities, labels)
+    shift = resampling.bound_calibration_shift(probabilities, labels)
     error = float(np.abs(_measure_gaps(probabilities, labels)).sum())
     return {name: take_interval(values) for name, values in replicates.items()} | {
         CALIBRATION: _bound_calibration_error(error, shift, 0.0)
@@ -184,10 +189,10 @@ def bootstrap_differences(
     Shape: (N, 3), (N, 3), (N,).
     """
     ours, theirs = (resampling.measure(probabilities, labels) for probabilities in (first, second))
-    shift = sum(resampling.measure_calibration_shift(probabilities, labels) for probabilities in (first, second))
+    shift = sum(resampling.bound_calibration_shift(probabilities, labels) for probabilities in (first, second))
     errors = [float(np.abs(_measure_gaps(probabilities, labels)).sum()) for probabilities in (first, second)]
     return {name: take_interval(ours[name] - theirs[name]) for name in ours} | {
-        CALIBRATION: _bound_calibration_error(errors[0] - errors[1], np.asarray(shift), -1.0)
+        CALIBRATION: _bound_calibration_error(errors[0] - errors[1], shift, -1.0)
     }
 
 
@@ -236,62 +241,75 @@ def delong_auc(probabilities: FloatArray, labels: LabelArray) -> AucEstimate:
     return AucEstimate(float(ncp.mean()), variance, _normal_interval(float(ncp.mean()), variance, 0))
 
 
-def compare_aucs(first: FloatArray, second: FloatArray, labels: LabelArray) -> AucDifference:
-    """DeLong's test of two models on the same scans; undefined with fewer than two scans of either kind.
+def compare_aucs(
+    first: FloatArray, second: FloatArray, labels: LabelArray, patients: Sequence[str] | None = None
+) -> AucDifference:
+    """DeLong's test of two models on the same scans, and its form for clusters; every scan is its own without patients.
 
-    Shape:  (N, 3), (N, 3), (N,).
-    Source: DeLong et al. 1988. Where the difference has no variance p is 1 for equal AUCs, else undefined.
+    Undefined with fewer than two scans, or two patients, of either kind.
+    Shape:  (N, 3), (N, 3), (N,), (N,).
+    Source: DeLong et al. 1988; Obuchowski 1997, Biometrics 53, 567, which is DeLong's with one scan a patient. Where
+            the difference has no variance p is 1 for equal AUCs, else undefined.
     """
     ours, theirs = delong_auc(first, labels), delong_auc(second, labels)
     difference = ours.auc - theirs.auc
     if not _has_variance(labels):
-        return AucDifference(ours, theirs, difference, UNDEFINED, math.nan)
+        return AucDifference(ours, theirs, difference, UNDEFINED, math.nan, UNDEFINED, math.nan)
     pairs = zip(_delong_components(first, labels), _delong_components(second, labels), strict=True)
-    variance = float(sum((one - other).var(ddof=1) / len(one) for one, other in pairs))
-    if variance > 0:
-        p_value = float(2 * scipy.stats.norm.sf(abs(difference) / math.sqrt(variance)))
-    else:
-        p_value = 1.0 if difference == 0 else math.nan
-    return AucDifference(ours, theirs, difference, _normal_interval(difference, variance, -1), p_value)
+    ncp, rest = (one - other for one, other in pairs)
+    plain = ncp.var(ddof=1) / len(ncp) + rest.var(ddof=1) / len(rest)
+    clusters = _number_clusters(len(labels), patients)
+    clustered = _clustered_variance(ncp, rest, clusters[labels == NCP_LABEL], clusters[labels != NCP_LABEL])
+    judged, by_clusters = (_judge_difference(difference, float(variance)) for variance in (plain, clustered))
+    return AucDifference(ours, theirs, difference, *judged, *by_clusters)
 
 
-def compare_decisions(first: FloatArray, second: FloatArray, labels: LabelArray) -> DecisionDifference:
-    """McNemar's exact test of two models' three-class decisions on the same scans.
+def compare_decisions(
+    first: FloatArray, second: FloatArray, labels: LabelArray, patients: Sequence[str] | None = None
+) -> DecisionDifference:
+    """McNemar's exact test of two models' three-class decisions on the same scans, and its form for clusters.
 
-    Shape:  (N, 3), (N, 3), (N,).
-    Source: McNemar 1947, as a binomial test of the scans on which only one is right; without any p is 1.
+    Shape:  (N, 3), (N, 3), (N,), (N,).
+    Source: McNemar 1947, as a binomial test of the scans on which only one is right; without any p is 1. Clustered, as
+            in Durkalski et al. 2003, by what each patient's scans add up to, one right minus the other, but exact: of
+            two models that are alike either sign of a patient's sum is as likely.
     """
     is_right, other_right = (probabilities.argmax(axis=1) == labels for probabilities in (first, second))
-    only_first, only_second = int((is_right & ~other_right).sum()), int((~is_right & other_right).sum())
-    num_discordant = only_first + only_second
-    p_value = float(scipy.stats.binomtest(only_first, num_discordant).pvalue) if num_discordant else 1.0
-    return DecisionDifference(only_first, only_second, p_value)
+    only_first, only_second = is_right & ~other_right, ~is_right & other_right
+    counts = int(only_first.sum()), int(only_second.sum())
+    p_value = float(scipy.stats.binomtest(counts[0], sum(counts)).pvalue) if sum(counts) else 1.0
+    sums = np.bincount(_number_clusters(len(labels), patients), only_first.astype(float) - only_second)
+    return DecisionDifference(*counts, p_value, _flip_signs(sums.round().astype(int).tolist()))
 
 
 def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float = 0.0) -> FoldDifference:
     """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
 
-    A test needs `MIN_PAIRS` pairs and every fold trained with `MIN_SEEDS` seeds: five folds of one seed cannot show a
-    difference in a sign or permutation test, and whatever they say may be the seed's doing. The folds of one cohort
-    share most of their training scans, so the pairs' variance is raised for that; `cohort_variance` is that of the mean
-    difference by the choice of test patients, whom all pairs share, so that their spread does not tell it.
+    A test needs every fold trained with `MIN_SEEDS` seeds. What the folds of a seed have in common (its first weights,
+    its order) is chance of which there are only as many draws as seeds: the variance is the larger one of the pairs'
+    and of the seeds' means, the degrees of freedom are the seeds'. With one seed the interval is of that seed alone.
+    The folds of one cohort share most of their training scans, so the pairs' variance is raised for that;
+    `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs share, so that their
+    spread does not tell it.
 
     Shape:  (seeds, folds) each -> one value; undefined with a single fold, or where the pairs do not vary.
     Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
-            training share), the latter 1 / (folds - 1); ours: the test patients' variance beside it, degrees of
-            freedom of the pairs alone. What all folds of a seed have in common takes more seeds to be seen than two.
+            training share), the latter 1 / (folds - 1); ours: the seeds' and the test patients' variance beside it.
     """
     differences = first - second
     num_seeds, num_folds = differences.shape
     num_pairs, mean = differences.size, float(differences.mean())
     spread = float(differences.var(ddof=1)) if num_folds > 1 else math.nan
-    error = math.sqrt(spread * (1 / num_pairs + 1 / max(1, num_folds - 1)) + cohort_variance)
+    by_pairs = spread * (1 / num_pairs + 1 / max(1, num_folds - 1))
+    by_seeds = float(differences.mean(axis=1).var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    error = math.sqrt(max(by_pairs, by_seeds) + cohort_variance)
     if not spread > np.finfo(float).eps ** 2 or math.isnan(error):
         return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan)
-    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, num_pairs - 1)) * error
-    is_enough = num_pairs >= MIN_PAIRS and num_seeds >= MIN_SEEDS
-    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, num_pairs - 1)) if is_enough else math.nan
-    return FoldDifference(num_pairs, num_seeds, mean, Interval(mean - reach, mean + reach), p_value)
+    freedom = num_seeds - 1 if num_seeds > 1 else num_pairs - 1
+    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, freedom)) * error
+    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, freedom)) if num_seeds >= MIN_SEEDS else math.nan
+    interval = Interval(max(-1.0, mean - reach), min(1.0, mean + reach))  # no metric's difference can pass them
+    return FoldDifference(num_pairs, num_seeds, mean, interval, p_value)
 
 
 def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatArray | None = None) -> FloatArray:
@@ -305,13 +323,29 @@ def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatA
     return gaps
 
 
-def _bound_calibration_error(error: float, shift: FloatArray, least: float) -> Interval:
-    """The error, or the difference of two, plus and minus what resampling moves the bins' gaps by, from `least` to 1.
+def _expect_calibration_shift(probabilities: FloatArray, labels: LabelArray, num_clusters: int) -> float:
+    """What chance in who is called rightly moves the gaps by, summed over the bins, in 95 of 100 cases.
+
+    Each bin's number of right calls is binomial, so that of the sum of its distances from the mean by half-normals;
+    as many scans of a patient count as one. Exact in one large bin, wide in several.
+    Source: ours; the share of right calls as by Wilson and Agresti-Coull, drawn to 1/2, so that a bin without an error
+            has chance too.
+    """
+    found = measure_reliability(probabilities, labels)
+    share = (np.nan_to_num(found.num_scans * found.accuracy) + 1) / (found.num_scans + 2)
+    variance = found.num_scans * share * (1 - share)
+    mean = math.sqrt(2 / math.pi) * float(np.sqrt(variance).sum())
+    reach = float(scipy.stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt((1 - 2 / math.pi) * float(variance.sum()))
+    num_scans = max(1, len(labels))
+    return (mean + reach) / num_scans * math.sqrt(num_scans / max(1, num_clusters))
+
+
+def _bound_calibration_error(error: float, reach: float, least: float) -> Interval:
+    """The error, or the difference of two, plus and minus what chance moves the bins' gaps by, from `least` to 1.
 
     Percentiles would not cover: an error that is never negative is raised by chance, and by resampling again.
     Source: ours; the triangle inequality makes it cover, and wide.
     """
-    reach = float(np.quantile(shift, 1 - ALPHA))
     return Interval(max(least, error - reach), min(1.0, error + reach))
 
 
@@ -339,6 +373,51 @@ def _delong_components(probabilities: FloatArray, labels: LabelArray) -> tuple[F
     ncp = (ranks[is_ncp] - rank(scores[is_ncp])) / (~is_ncp).sum()
     rest = 1 - (ranks[~is_ncp] - rank(scores[~is_ncp])) / is_ncp.sum()
     return ncp, rest
+
+
+def _number_clusters(num_scans: int, patients: Sequence[str] | None) -> LabelArray:
+    """Whose each scan is, from 0; shape: (N,)."""
+    return np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
+
+
+def _clustered_variance(
+    ncp: FloatArray, rest: FloatArray, ncp_clusters: LabelArray, rest_clusters: LabelArray
+) -> float:
+    """Variance of the mean of DeLong's components, or their differences, by patients; NaN with fewer than two of a
+    kind.
+
+    Shape: (NCP scans,), (other scans,), and whose they are.
+    """
+    numbers = [len(np.unique(where)) for where in (ncp_clusters, rest_clusters)]
+    if min(numbers) < 2:
+        return math.nan
+    size = 1 + int(max(ncp_clusters.max(), rest_clusters.max()))
+    from_ncp = np.bincount(ncp_clusters, ncp - ncp.mean(), size) / len(ncp)
+    from_rest = np.bincount(rest_clusters, rest - rest.mean(), size) / len(rest)
+    sums = (from_ncp**2).sum(), (from_rest**2).sum(), 2 * (from_ncp * from_rest).sum()
+    return float(sum(item * number / (number - 1) for item, number in zip(sums, (*numbers, size), strict=True)))
+
+
+def _judge_difference(difference: float, variance: float) -> tuple[Interval, float]:
+    """Interval and two-sided p of a difference of AUCs."""
+    if math.isnan(variance):
+        return UNDEFINED, math.nan
+    if variance > 0:
+        p_value = float(2 * scipy.stats.norm.sf(abs(difference) / math.sqrt(variance)))
+    else:
+        p_value = 1.0 if difference == 0 else math.nan
+    return _normal_interval(difference, max(0.0, variance), -1), p_value
+
+
+def _flip_signs(sums: Sequence[int]) -> float:
+    """Share of all choices of signs whose total is as far from 0 as this one: exact, two-sided."""
+    chances = np.ones(1)  # of each total from -reach to reach
+    for step in (abs(value) for value in sums if value):
+        either = np.zeros(2 * step + 1)
+        either[[0, -1]] = 0.5
+        chances = np.convolve(chances, either)
+    totals = np.arange(len(chances)) - len(chances) // 2
+    return min(1.0, float(chances[np.abs(totals) >= abs(sum(sums))].sum()))
 
 
 def _normal_interval(mean: float, variance: float, floor: float) -> Interval:

@@ -27,7 +27,7 @@ def describe_measured_maps(study: Study) -> list[Section]:
     text = [
         MEASURED,
         _doubt_maps(study),
-        *(_judge_depth_attention(maps) for maps in study.maps),
+        *dict.fromkeys(_judge_depth_attention(maps) for maps in study.maps),
         _judge_redrawn(study.maps),
     ]
     tables = [table for maps in study.maps for table in (tabulate_maps(maps), tabulate_map_differences(maps))]
@@ -74,10 +74,10 @@ def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
         ]
         for item in maps.differences
     ]
-    needed = count_needed_patients(len(maps.differences))
+    needed = count_needed_patients(maps.num_comparisons)
     caption = (
         f"Differences on the same {maps.diagnosis} scans, t-intervals by patient, widened (Bonferroni) for the "
-        f"{len(maps.differences)} differences of this table; undefined with fewer than {needed} patients."
+        f"{maps.num_comparisons} differences of maps in this report; undefined with fewer than {needed} patients."
     )
     return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
 
@@ -86,7 +86,7 @@ def _judge_depth_attention(maps: MapStudy) -> str:
     """Whether DA helps maps find lesions, in plain words."""
     depth = [item for item in maps.differences if (item.first, item.second) in DEPTH_PAIRS]
     if not depth:
-        return f"{maps.diagnosis}: whether depth attention helps cannot be said without networks with and without it."
+        return "Whether depth attention helps cannot be said without networks with and without it."
     parts = [
         f"{item.measure} {'better' if item.estimate.mean > 0 else 'worse'} ({item.first} − {item.second})"
         for item in depth

@@ -88,8 +88,8 @@ class Comparison:
     """First against second model on the same scans.
 
     `differences` are first minus second; `folds`, Table 2's metrics, only where both have the same folds and seeds.
-    The `p_*` are corrected by Holm over all comparisons of a report: DeLong's tests, McNemar's, and those of the folds
-    over all metrics.
+    The `p_*`, on which verdicts rest, are corrected by Holm over all comparisons of a report: the clustered tests of
+    AUCs, those of decisions, and those of the folds over all metrics.
     """
 
     second: Predictions
@@ -99,9 +99,14 @@ class Comparison:
     aucs: AucDifference
     decisions: DecisionDifference
     folds: Mapping[str, FoldDifference]
-    p_delong: float
-    p_mcnemar: float
+    p_auc: float
+    p_decisions: float
     p_folds: Mapping[str, float]
+
+    @property
+    def clustered_by(self) -> str:
+        """What the clustered tests count."""
+        return "scan" if self.second.patient_ids is None else "patient"
 
 
 def evaluate_predictions(predictions: Predictions, resampling: Resampling) -> Evaluation:
@@ -134,7 +139,8 @@ def compare_predictions(first: Predictions, second: Predictions, resampling: Res
     second = _align(second, first)
     ours, theirs, labels = first.probabilities, second.probabilities, first.labels
     metrics, second_metrics = compute_all_metrics(ours, labels), compute_all_metrics(theirs, labels)
-    aucs, decisions = compare_aucs(ours, theirs, labels), compare_decisions(ours, theirs, labels)
+    aucs = compare_aucs(ours, theirs, labels, first.patient_ids)
+    decisions = compare_decisions(ours, theirs, labels, first.patient_ids)
     comparison = Comparison(
         second=second,
         second_metrics=second_metrics,
@@ -143,8 +149,8 @@ def compare_predictions(first: Predictions, second: Predictions, resampling: Res
         aucs=aucs,
         decisions=decisions,
         folds=_compare_folds(first, second, resampling),
-        p_delong=aucs.p_value,
-        p_mcnemar=decisions.p_value,
+        p_auc=aucs.clustered_p_value,
+        p_decisions=decisions.clustered_p_value,
         p_folds={},
     )
     return correct_comparisons([comparison])[0]
@@ -155,12 +161,12 @@ def correct_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
     Source: ours: three families, as each is a table of its own, from which a reader takes what is shown.
     """
-    delong = correct_holm([item.aucs.p_value for item in comparisons])
-    mcnemar = correct_holm([item.decisions.p_value for item in comparisons])
+    aucs = correct_holm([item.aucs.clustered_p_value for item in comparisons])
+    decisions = correct_holm([item.decisions.clustered_p_value for item in comparisons])
     folds = iter(correct_holm([fold.p_value for item in comparisons for fold in item.folds.values()]))
     return [
-        replace(item, p_delong=p_delong, p_mcnemar=p_mcnemar, p_folds={name: next(folds) for name in item.folds})
-        for item, p_delong, p_mcnemar in zip(comparisons, delong, mcnemar, strict=True)
+        replace(item, p_auc=p_auc, p_decisions=p_decisions, p_folds={name: next(folds) for name in item.folds})
+        for item, p_auc, p_decisions in zip(comparisons, aucs, decisions, strict=True)
     ]
 
 
@@ -179,7 +185,7 @@ def find_warnings(evaluation: Evaluation, origin: Origin) -> list[str]:
     warnings += _warn_of_intervals(evaluation)
     if evaluation.auc.variance == 0:
         warnings.append(
-            "No pair of scans is ranked wrongly: the interval of auc_ncp by DeLong has no width and no use."
+            "All pairs of scans are ranked the same way: the interval of auc_ncp by DeLong has no width and no use."
         )
     undefined = [name for name, value in evaluation.metrics.items() if math.isnan(value)]
     if undefined:
@@ -263,16 +269,22 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
             "ci95": [aucs.interval.low, aucs.interval.high],
             "p_value": aucs.p_value,
         },
+        "auc_ncp_clustered": {
+            "by": comparison.clustered_by,
+            "ci95": [aucs.clustered_interval.low, aucs.clustered_interval.high],
+            "p_value": aucs.clustered_p_value,
+        },
         "decisions_mcnemar": {
             "num_only_first_right": decisions.num_only_first_right,
             "num_only_second_right": decisions.num_only_second_right,
             "p_value": decisions.p_value,
         },
+        "decisions_clustered": {"by": comparison.clustered_by, "p_value": decisions.clustered_p_value},
         "holm": {
             name: {"p_value": p_value, "verdict": judge_p(p_value)}
             for name, p_value in (
-                ("auc_ncp_delong", comparison.p_delong),
-                ("decisions_mcnemar", comparison.p_mcnemar),
+                ("auc_ncp_clustered", comparison.p_auc),
+                ("decisions_clustered", comparison.p_decisions),
             )
         },
         "folds": {

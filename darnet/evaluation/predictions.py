@@ -172,9 +172,11 @@ def _refuse_missing_seeds(name: str, frame: pd.DataFrame) -> None:
     members = frame.drop_duplicates(["fold", "seed"])
     trainings = members["fold"].value_counts(sort=False)
     if trainings.min() < trainings.max():
+        fewest, most = str(trainings.idxmin()), str(trainings.idxmax())
+        row, seed = next((row, seed) for row, fold, seed in members[["fold", "seed"]].itertuples() if fold == fewest)
         raise UsageError(
-            f"{name}: fold {trainings.idxmin()!r} has {trainings.min()} seeds, but fold {trainings.idxmax()!r} has "
-            f"{trainings.max()}; give every fold as many seeds"
+            f"{name} row {row}: fold {fewest!r} begins here with seed {seed!r} and has {trainings.min()} seeds, but "
+            f"fold {most!r} has {trainings.max()}; give every fold as many seeds"
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from darnet.charts import FEW_IN_BIN, draw_confusion, draw_distributions, draw_reliability, draw_roc
+from darnet.evaluation.intervals import judge_p
 from darnet.evaluation.measures import Comparison, Evaluation, Origin, find_warnings
 from darnet.evaluation.paper import NUM_TEST_SCANS
 from darnet.evaluation.predictions import LABELS
@@ -37,15 +38,15 @@ will.
 The model knows three classes. A scan of anything else gets three probabilities all the same.
 
 The intervals cover chance in the choice of {cluster}s only: not label errors, not the choice of hospital, not another \
-training of the same network. DeLong’s interval and McNemar’s test take every scan as independent of the others; with \
-several scans a patient they are too sure. Where no error was seen an interval has no width: that does not mean that \
-none can occur.
+training of the same network. DeLong’s interval and the p values so marked take every scan as independent of the \
+others: with several scans a patient they are too sure, and no verdict rests on them. Where no error was seen an \
+interval has no width: that does not mean that none can occur.
 
 The decision is the most probable of the three classes, not a threshold that was chosen for a purpose."""
 
 CALIBRATION_INTERVAL = (
-    "The interval of ece_3class is the error plus and minus what resampling moves its bins by: wide, as percentiles of "
-    "an error that is never negative would lie too high."
+    "The interval of ece_3class is the error plus and minus what chance moves its bins by: wide, most of all with few "
+    "scans, as percentiles of an error that is never negative would lie too high."
 )
 PRINTED = (
     "The right-hand columns are printed in the paper and were not measured here: mean ± standard deviation of five "
@@ -150,16 +151,20 @@ def picture_confusion(evaluation: Evaluation) -> HtmlFigure:
 
 
 def _describe_comparison(evaluation: Evaluation, comparison: Comparison) -> Section:
-    aucs, decisions = comparison.aucs, comparison.decisions
-    difference, interval, _ = format_difference(aucs.difference, aucs.interval)
+    aucs, decisions, by = comparison.aucs, comparison.decisions, comparison.clustered_by
+    difference, interval, _ = format_difference(aucs.difference, aucs.clustered_interval)
     text = (
         f"This evaluation against {comparison.second.name} (SHA-256 {comparison.second.sha256}), scan by scan; "
         f"differences are this minus the other.\n\n"
-        f"AUC by DeLong’s paired test: difference {difference}, 95% interval {interval}, {say_p(aucs.p_value)}.\n\n"
+        f"AUC by DeLong’s paired test in its form that counts {by}s: difference {difference}, 95% interval {interval}, "
+        f"{say_p(comparison.p_auc)}: {judge_p(comparison.p_auc)}. Scans taken as independent, {say_p(aucs.p_value)}."
+        "\n\n"
         f"Decisions by McNemar’s exact test: {decisions.num_only_first_right} scans are called rightly here only, "
-        f"{decisions.num_only_second_right} by the other only, {say_p(decisions.p_value)}.\n\n"
-        "Each p is of one test by itself; both take every scan as independent of the others. A difference whose "
-        "interval holds 0 is not shown; that is not to say that there is none."
+        f"{decisions.num_only_second_right} by the other only; in its form that counts {by}s, "
+        f"{say_p(comparison.p_decisions)}: {judge_p(comparison.p_decisions)}. Scans taken as independent, "
+        f"{say_p(decisions.p_value)}.\n\n"
+        "Each p is of one test by itself. A difference whose interval holds 0 is not shown; that is not to say that "
+        "there is none."
     )
     by_fold = tabulate_fold_differences(comparison, "Fold by fold.")
     if not by_fold and max(len(evaluation.fold_metrics), len(comparison.second.folds)) > 1:

@@ -83,11 +83,16 @@ class CohortScores:
 
 def add_maps(study: Study, scans: CohortScores, *, seed: int, num_replicates: int) -> Study:
     """The study with the cases that are shown, and the maps measured where lesions are known."""
-    studies = []
-    for diagnosis in (Diagnosis.NCP, Diagnosis.CP):
-        known = [scan_id for scan_id in scans.list_scans(diagnosis) if _has_lesion(scans.truths.get(scan_id))]
-        if known:
-            studies.append(_measure(scans, diagnosis, known, seed, num_replicates))
+    known = {
+        diagnosis: [scan_id for scan_id in scans.list_scans(diagnosis) if _has_lesion(scans.truths.get(scan_id))]
+        for diagnosis in (Diagnosis.NCP, Diagnosis.CP)
+    }
+    num_studies = sum(bool(scan_ids) for scan_ids in known.values())
+    studies = [
+        _measure(scans, diagnosis, scan_ids, seed, num_replicates, num_studies)
+        for diagnosis, scan_ids in known.items()
+        if scan_ids
+    ]
     return replace(study, maps=studies, cases=draw_cases(scans, study.full))
 
 
@@ -116,7 +121,7 @@ def choose_cases(severity: Sequence[float]) -> list[int]:
 
 
 def _measure(
-    scans: CohortScores, diagnosis: Diagnosis, known: Sequence[str], seed: int, num_replicates: int
+    scans: CohortScores, diagnosis: Diagnosis, known: Sequence[str], seed: int, num_replicates: int, num_studies: int
 ) -> MapStudy:
     maps = {name: [scans.draw_cam(name, scan_id, diagnosis) for scan_id in known] for name in scans.scores}
     rng = np.random.default_rng(seed)
@@ -136,7 +141,7 @@ def _measure(
             redrawn[name] = estimate_mean(np.array(values), fewer)
     pairs = [pair for pair in MAP_PAIRS if set(pair) <= set(scans.scores)]
     truths = [scans.truths[scan_id] for scan_id in known]
-    return study_maps(str(diagnosis), maps, truths, pairs, redrawn, resampling)
+    return study_maps(str(diagnosis), maps, truths, pairs, redrawn, resampling, num_studies=num_studies)
 
 
 def _draw_case(scans: CohortScores, scan_id: str, severity: str) -> list[CamPanel]:

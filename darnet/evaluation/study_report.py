@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from darnet.charts import draw_histories, draw_rocs
-from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, judge_p
+from darnet.evaluation.intervals import MIN_SEEDS, judge_p
 from darnet.evaluation.maps_report import describe_measured_maps
 from darnet.evaluation.measures import Evaluation, find_warnings
 from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
@@ -181,31 +181,32 @@ def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
     """The ensembles' AUC, two networks at a time."""
     rows: list[Sequence[Cell]] = []
     for pair in pairs:
-        aucs = pair.comparison.aucs
-        difference, interval, _ = format_difference(aucs.difference, aucs.interval)
-        p_value = pair.comparison.p_delong
-        rows.append([_name_pair(pair), difference, interval, format_p(p_value), judge_p(p_value), pair.reason])
-    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "why these"]
-    caption = (
-        f"Ensembles, scan by scan: DeLong’s paired test of auc_ncp, p corrected by Holm for the number of pairs "
-        f"({len(pairs)}), the intervals not.{_whose_training(pairs)}"
+        aucs, p_value = pair.comparison.aucs, pair.comparison.p_auc
+        difference, interval, _ = format_difference(aucs.difference, aucs.clustered_interval)
+        judged = format_p(p_value), judge_p(p_value), format_p(aucs.p_value)
+        rows.append([_name_pair(pair), difference, interval, *judged, pair.reason])
+    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "plain p", "why these"]
+    return HtmlTable(
+        header, rows, f"Ensembles: DeLong’s paired test of auc_ncp {_explain_p(pairs)} The intervals are not corrected."
     )
-    return HtmlTable(header, rows, caption)
 
 
 def tabulate_decision_pairs(pairs: Sequence[Pair]) -> HtmlTable:
     """The ensembles' three-class decisions, two networks at a time."""
     rows: list[Sequence[Cell]] = []
     for pair in pairs:
-        decisions, p_value = pair.comparison.decisions, pair.comparison.p_mcnemar
+        decisions, p_value = pair.comparison.decisions, pair.comparison.p_decisions
         counts = decisions.num_only_first_right, decisions.num_only_second_right
-        rows.append([_name_pair(pair), *counts, format_p(p_value), judge_p(p_value)])
-    header = ["pair", "only the first right", "only the second right", "p", "verdict"]
-    caption = (
-        f"Ensembles, scan by scan: McNemar’s exact test of the called class, p corrected by Holm for the number of "
-        f"pairs ({len(pairs)}).{_whose_training(pairs)}"
+        rows.append([_name_pair(pair), *counts, format_p(p_value), judge_p(p_value), format_p(decisions.p_value)])
+    header = ["pair", "only the first right", "only the second right", "p", "verdict", "plain p"]
+    return HtmlTable(header, rows, f"Ensembles: McNemar’s exact test of the called class {_explain_p(pairs)}")
+
+
+def _explain_p(pairs: Sequence[Pair]) -> str:
+    return (
+        f"in its form that counts {pairs[0].comparison.clustered_by}s, p corrected by Holm for the number of pairs "
+        f"({len(pairs)}). The plain p is not corrected, and of scans taken as independent.{_whose_training(pairs)}"
     )
-    return HtmlTable(header, rows, caption)
 
 
 def _whose_training(pairs: Sequence[Pair]) -> str:
@@ -239,7 +240,7 @@ def _summarise_pairs(study: Study) -> str:
         return f"Paired by fold and seed, these differences are shown: {'; '.join(shown)}."
     told = "Paired by fold, no difference between the networks compared is shown in any metric of Table 2"
     if study.runs[study.full].predictions.num_seeds < MIN_SEEDS:
-        return f"{told}: with one training seed none can be."
+        return f"{told}: with fewer than {MIN_SEEDS} training seeds none can be."
     return f"{told}."
 
 
@@ -311,11 +312,12 @@ def _describe_pairs(study: Study) -> list[Section]:
         return []
     text = (
         "AUC is for NCP against the rest. A difference whose interval holds 0 is not shown; that is not to say that "
-        "there is none. DeLong’s and McNemar’s tests take every scan as independent of the others.\n\n"
+        "there is none. DeLong’s and McNemar’s tests as they are take every scan as independent of the others; a "
+        "verdict rests on their forms that count patients, where the table names them.\n\n"
         "Paired by fold, the interval is a t-interval, raised for the training scans that folds share and for the "
-        f"choice of test patients, whom all folds share. A test needs {MIN_SEEDS} seeds and {MIN_PAIRS} pairs: the "
-        "folds of one seed cannot tell a network from its luck. The paper compares means and deviations of its folds "
-        "and tests none of its differences."
+        "choice of test patients, whom all folds share. Several seeds count as so many draws, whatever the number of "
+        f"folds. A test needs {MIN_SEEDS} seeds: the folds of one cannot tell a network from its luck. The paper "
+        "compares means and deviations of its folds and tests none of its differences."
     )
     by_fold = [table for pair in study.pairs for table in tabulate_fold_pairs(pair)]
     return [

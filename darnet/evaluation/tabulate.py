@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from darnet.evaluation.intervals import MIN_PAIRS, MIN_SEEDS, Interval, judge_p
+from darnet.evaluation.intervals import MIN_SEEDS, Interval, judge_p
 from darnet.evaluation.measures import Comparison, Evaluation
 from darnet.evaluation.paper import CITATION, NETWORKS, TABLE_3
 from darnet.evaluation.predictions import LABELS, Predictions
@@ -30,6 +30,7 @@ MEANINGS = {
 }
 LATEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$"}
+    | {letter: f"${letter}$" for letter in "<>|"}  # of text in LaTeX's first encoding they are other letters
     | {letter: f"\\{letter}" for letter in "&%$#_{}"}
 )
 
@@ -158,16 +159,17 @@ def tabulate_fold_differences(comparison: Comparison, title: str) -> list[HtmlTa
 
 def _explain_pairs(comparison: Comparison) -> str:
     item = next(iter(comparison.folds.values()))
-    if item.num_seeds < MIN_SEEDS:
+    if item.num_seeds == 1:
         return (
             f"{item.num_pairs} folds, for this training seed: another seed may well turn the difference round, so "
             "nothing is tested and no difference is shown."
         )
-    if item.num_pairs < MIN_PAIRS:
-        return f"{item.num_pairs} pairs of fold and seed, too few for a test ({MIN_PAIRS})."
+    told = f"{item.num_pairs} pairs of fold and seed, {item.num_seeds} seeds"
+    if item.num_seeds < MIN_SEEDS:
+        return f"{told}, too few for a test ({MIN_SEEDS}), so no difference is shown."
     return (
-        f"{item.num_pairs} pairs of fold and seed, {item.num_seeds} seeds; p is corrected by Holm for all metrics and "
-        "pairs of networks of this report compared so, the intervals are not."
+        f"{told}; p is corrected by Holm for all metrics and pairs of networks of this report compared so, the "
+        "intervals are not."
     )
 
 
@@ -191,9 +193,9 @@ def tabulate_metrics(evaluation: Evaluation) -> pd.DataFrame:
 def tabulate_differences(comparison: Comparison) -> pd.DataFrame:
     """One row a metric, first minus second model: the ensembles', its interval, and the mean over the folds.
 
-    The p values, corrected by Holm, are DeLong's beside `auc_ncp`, McNemar's beside `accuracy_3class`.
+    The p values, clustered and corrected by Holm, are DeLong's beside `auc_ncp`, McNemar's beside `accuracy_3class`.
     """
-    tests = {"auc_ncp": comparison.p_delong, "accuracy_3class": comparison.p_mcnemar}
+    tests = {"auc_ncp": comparison.p_auc, "accuracy_3class": comparison.p_decisions}
     rows = []
     for name, value in comparison.differences.items():
         item = comparison.intervals[name]

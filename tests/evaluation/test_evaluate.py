@@ -1,5 +1,6 @@
 """The job from its command line: both roads, what they refuse, and what a browser shows of the report."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from darnet.auditing.audit import audit_cohort
 from darnet.auditing.report import write_audit
 from darnet.bundle import load_networks, read_bundle
 from darnet.cohort import read_cohort
-from darnet.config import VolumeConfig
+from darnet.config import TrainConfig, VolumeConfig
 from darnet.dataset import write_index
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
@@ -88,7 +89,12 @@ def test_the_same_table_leaves_the_same_bytes(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_settings_digest_tells_settings_and_not_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digests = []
-    for name, more in (("one", ()), ("two", ()), ("other", ("--seed", 7)), ("more", ("--replicates", 2001))):
+    for name, more in (
+        ("one", ()),
+        ("two", ("--train.epochs", 3, "--volume.crop", "body", "--score.gate-nights", 9)),  # no number of a table's
+        ("other", ("--seed", 7)),
+        ("more", ("--replicates", 2001)),
+    ):
         table = write_table(tmp_path / f"{name}.csv")
         run(capsys, "--predictions", table, "--out", tmp_path / name, *more)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
@@ -106,31 +112,100 @@ def test_a_comparison_is_in_metrics_and_report(tmp_path: Path, capsys: pytest.Ca
     comparison = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
     assert comparison["decisions_mcnemar"] == {"num_only_first_right": 0, "num_only_second_right": 1, "p_value": 1}
     assert comparison["differences"]["accuracy_3class"] == -0.25
-    assert comparison["holm"]["decisions_mcnemar"] == {"p_value": 1, "verdict": "not shown"}
+    assert comparison["holm"]["decisions_clustered"] == {"p_value": 1, "verdict": "not shown"}
     assert "<h2>Comparison</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_audit_of_the_data_is_told_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A leak of one patient, and a property that gives the diagnosis away."""
-    lines = [
-        f"{name}{index},{name}{index},{name},,{width}"
-        for name, width in (("CP", 1), ("NCP", 2), ("Normal", 9))
-        for index in range(30)
+COHORT = [f"{name}{index},{name}{index},{name}" for name in ("CP", "NCP", "Normal") for index in range(30)]
+
+
+def write_cohort_audit(out: Path) -> Path:
+    """An audit with a leak of one patient, and a property that gives the diagnosis away."""
+    width = {"CP": 1, "NCP": 2, "Normal": 9}
+    rows = [
+        f"{row},{'test' if index % 3 == 0 else 'train'},{width[row.rpartition(',')[2]]}"
+        for index, row in enumerate(COHORT)
     ]
-    cohort = "scan_id,patient_id,diagnosis,cohort,width\n" + "\n".join(
-        line.replace(",,", ",test," if index % 3 == 0 else ",train,") for index, line in enumerate(lines)
-    )
-    audit = PrepareSettings(cohort="cohort.csv", audit=True, out=str(tmp_path / "audit"))
-    table = cohort.replace("CP1,CP1,", "CP1,CP0,").encode()
-    write_audit(audit_cohort(read_cohort("cohort.csv", table), audit), audit.out)
-    places = ("--predictions", write_table(tmp_path / "t.csv"), "--out", tmp_path / "out")
-    run(capsys, *places, "--audit", tmp_path / "audit")
+    table = "\n".join(["scan_id,patient_id,diagnosis,cohort,width", *rows]).replace("CP1,CP1,", "CP1,CP0,", 1)
+    settings = PrepareSettings(cohort="cohort.csv", audit=True, out=str(out))
+    write_audit(audit_cohort(read_cohort("cohort.csv", table.encode()), settings), settings.out)
+    return out
+
+
+def write_cohort_predictions(path: Path) -> Path:
+    """The cohort's test scans, all called CP."""
+    rows = [f"{row},0.8,0.1,0.1" for row in COHORT[::3]]
+    return write_table(path, "\n".join(["scan_id,patient_id,label,prob_cp,prob_ncp,prob_normal", *rows]))
+
+
+def test_the_audit_of_the_data_is_told_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = write_cohort_audit(tmp_path / "audit")
+    places = ("--predictions", write_cohort_predictions(tmp_path / "t.csv"), "--out", tmp_path / "out")
+    run(capsys, *places, "--audit", audit)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "By cohort.csv. 90 scans of 89 patients. 1 of the 30 test patients (1 of 30 test scans) also have" in page
     assert "lower in CP" in page
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["audit"] == f"{audit}/audit.json"
+    assert metrics["audit_sha256"] == hashlib.sha256((audit / "audit.json").read_bytes()).hexdigest()
     summary, told = run(capsys, *places, "--audit", tmp_path / "nowhere")
     assert summary["exit_code"] == 2
     assert "nowhere/audit.json: no such file; name a folder that jobs.prepare --audit wrote" in told
+
+
+def test_an_audit_of_other_scans_or_diagnoses_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = write_cohort_audit(tmp_path / "audit")
+    table = write_cohort_predictions(tmp_path / "t.csv")
+    for name, changed in (
+        ("scan", ("NCP0,NCP0,NCP,", "new,NCP0,NCP,")),
+        ("label", ("NCP0,NCP0,NCP,", "NCP0,NCP0,CP,")),
+    ):
+        other = write_table(tmp_path / f"{name}.csv", table.read_text().replace(*changed))
+        summary, _ = run(capsys, "--predictions", other, "--out", tmp_path / "out", "--audit", audit)
+        assert summary["exit_code"] == 2
+        scan_id, _, diagnosis = changed[1].strip(",").split(",")
+        assert (
+            f"audit.json: of another cohort than {name}.csv: it has no scan '{scan_id}' with {diagnosis};"
+            in (summary["error"])
+        )
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda text: text[: len(text) // 2], "audit.json: damaged, or not written by this version"),
+        (lambda text: text[:0] + "[1]", "audit.json: damaged, or not written by this version"),
+        (lambda text: text.replace('"cohort_sha256"', '"another"'), "audit.json: damaged, or not written by this"),
+        (lambda text: text.replace('"num_folds": 5', '"num_folds": 4'), "its scans are not those of its digest"),
+    ],
+)
+def test_a_damaged_audit_is_refused_in_words(
+    spoil: Callable[[str], str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_cohort_audit(tmp_path / "audit") / "audit.json"
+    assert spoil(file.read_text()) != file.read_text()
+    file.write_text(spoil(file.read_text()))
+    places = ("--predictions", write_cohort_predictions(tmp_path / "t.csv"), "--out", tmp_path / "out")
+    summary, _ = run(capsys, *places, "--audit", tmp_path / "audit")
+    assert summary["exit_code"] == 2
+    assert complaint in summary["error"]
+
+
+def test_an_audit_of_another_division_than_the_volumes_is_refused(
+    tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pd.read_parquet(volumes / "cohort.parquet")[["scan_id", "patient_id", "diagnosis", "cohort"]]
+    cohort = read_cohort("cohort.csv", rows.to_csv(index=False).encode(), num_folds=2)
+    places = ("--model", model, "--volumes", volumes, "--out", tmp_path / "out", "--audit", tmp_path / "audit")
+    for seed, code in ((DIVISION.seed, 0), (DIVISION.seed + 1, 2)):
+        settings = PrepareSettings(
+            cohort="cohort.csv", audit=True, out=str(tmp_path / "audit"), train=TrainConfig(seed=seed, num_folds=2)
+        )
+        write_audit(audit_cohort(cohort, settings), settings.out)
+        summary, _ = run(capsys, *places)
+        assert summary["exit_code"] == code
+    assert f"was divided otherwise than {volumes} (train.seed)" in summary["error"]
 
 
 @pytest.mark.parametrize(

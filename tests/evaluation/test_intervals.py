@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import roc_auc_score
 
+from darnet.auditing.shortcuts import compare_groups
 from darnet.evaluation.intervals import (
     AucEstimate,
     bootstrap_differences,
@@ -130,6 +131,90 @@ def test_mcnemar_equals_the_sum_of_binomial_terms() -> None:
     assert found.p_value == pytest.approx(2 * (math.comb(8, 0) + math.comb(8, 1)) / 2**8)
 
 
+def _draw_alike(rng: np.random.Generator, num_patients: int, scans_each: int) -> tuple[np.ndarray, ...]:
+    """Two networks that are equally good, and each scan's label and patient; a patient's scans are alike."""
+    labels = np.repeat(np.arange(num_patients) % 3, scans_each)
+    shared = rng.normal(0, 1, (num_patients, 3)) + 1.2 * np.eye(3)[labels[::scans_each]]
+    networks = []
+    for _ in range(2):
+        patient = shared + rng.normal(0, 0.7, (num_patients, 3))
+        logits = np.repeat(patient, scans_each, axis=0) + rng.normal(0, 0.3, (len(labels), 3))
+        networks.append(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+    return *networks, labels, np.repeat([f"p{number}" for number in range(num_patients)], scans_each)
+
+
+@pytest.mark.parametrize("num_patients", [45, 120])
+def test_clustered_tests_show_a_difference_that_is_none_in_five_of_a_hundred(num_patients: int) -> None:
+    """Four scans a patient; the plain tests show one in a quarter of the studies."""
+    rng, shown = np.random.default_rng(8), []
+    for _ in range(400):
+        first, second, labels, patients = _draw_alike(rng, num_patients, 4)
+        aucs = compare_aucs(first, second, labels, patients.tolist())
+        decisions = compare_decisions(first, second, labels, patients.tolist())
+        tests = (aucs.clustered_p_value, decisions.clustered_p_value, aucs.p_value, decisions.p_value)
+        shown.append([p_value < 0.05 for p_value in tests])
+    by_patient, plain = np.mean(shown, axis=0)[:2], np.mean(shown, axis=0)[2:]
+    assert (by_patient < 0.08).all(), by_patient  # 2.7 standard errors of 400 studies above 0.05
+    assert by_patient[0] > 0.02
+    assert (plain > 0.12).all(), plain
+
+
+def test_with_one_scan_a_patient_the_clustered_tests_are_delongs_and_mcnemars() -> None:
+    first, labels = _draw(0, 60)
+    second = _draw(0, 60, 0.5)[0]
+    patients = [f"p{number}" for number in range(60)]
+    for whose in (None, patients):
+        aucs, decisions = compare_aucs(first, second, labels, whose), compare_decisions(first, second, labels, whose)
+        assert aucs.clustered_p_value == pytest.approx(aucs.p_value)
+        assert aucs.clustered_interval.low == pytest.approx(aucs.interval.low)
+        assert decisions.clustered_p_value == pytest.approx(decisions.p_value)
+
+
+def test_copies_of_scans_change_no_clustered_p() -> None:
+    first, labels = _draw(0, 40)
+    second = _draw(0, 40, 0.5)[0]
+    patients = [f"p{number // 3}" for number in range(40)]
+    copied = [np.repeat(values, 5, axis=0) for values in (first, second, labels)]
+    whose = np.repeat(patients, 5).tolist()
+    assert compare_aucs(*copied, whose).clustered_p_value == pytest.approx(
+        compare_aucs(first, second, labels, patients).clustered_p_value
+    )
+    assert compare_decisions(*copied, whose).clustered_p_value == pytest.approx(
+        compare_decisions(first, second, labels, patients).clustered_p_value
+    )
+
+
+def test_the_clustered_auc_variance_is_that_of_the_audit() -> None:
+    """Against a second network that knows nothing, whose components are all 1/2, it is that of the first alone."""
+    first, labels = _draw(5, 90, 0.0)  # of a variance above the floor that the audit has besides
+    patients = [f"p{number // 2}" for number in range(90)]
+    found = compare_aucs(first, np.full((90, 3), 1 / 3), labels, patients)
+    groups = np.unique(patients, return_inverse=True)[1]
+    known = compare_groups(first[:, 1], labels == 1, groups)
+    assert found.difference == pytest.approx(known.auc - 0.5)
+    reach = found.clustered_interval.high - found.difference
+    assert reach == pytest.approx(1.959964 * math.sqrt(known.variance), rel=1e-5)
+
+
+def test_the_clustered_decision_test_equals_scipys_over_all_signs() -> None:
+    first, labels = _draw(5, 36)
+    second = _draw(5, 36, 0.6)[0]
+    patients = np.repeat(np.arange(12), 3)
+    sums = np.bincount(patients, (first.argmax(axis=1) == labels).astype(float) - (second.argmax(axis=1) == labels))
+    expected = scipy.stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    found = compare_decisions(first, second, labels, [str(number) for number in patients])
+    assert found.clustered_p_value == pytest.approx(expected.pvalue)
+    assert 0 < found.clustered_p_value < 1
+
+
+def test_one_patient_of_a_kind_shows_no_difference_of_aucs() -> None:
+    first, labels = _draw(1, 30)
+    patients = ["one" if label == 1 else f"p{number}" for number, label in enumerate(labels)]
+    found = compare_aucs(first, _draw(1, 30, 0.2)[0], labels, patients)
+    assert math.isnan(found.clustered_p_value)
+    assert not math.isnan(found.p_value)
+
+
 def test_two_wrong_decisions_of_different_kind_are_not_discordant() -> None:
     first, second = np.array([[0.8, 0.1, 0.1]]), np.array([[0.1, 0.8, 0.1]])
     found = compare_decisions(first, second, np.array([2]))
@@ -211,54 +296,82 @@ def test_two_thousand_sets_of_472_scans_take_seconds() -> None:
     assert time.perf_counter() - start_s < 5
 
 
-def test_fold_differences_equal_the_t_interval_with_the_raised_variance() -> None:
-    first = np.array([[0.90, 0.92, 0.91, 0.93, 0.94], [0.91, 0.90, 0.93, 0.92, 0.95]])
-    second = np.array([[0.88, 0.91, 0.90, 0.90, 0.92], [0.90, 0.89, 0.90, 0.91, 0.93]])
-    differences = [0.02, 0.01, 0.01, 0.03, 0.02, 0.01, 0.01, 0.03, 0.01, 0.02]
-    mean = sum(differences) / 10
-    variance = sum((value - mean) ** 2 for value in differences) / 9
-    reach = 2.262157 * math.sqrt(variance * (1 / 10 + 1 / 4))  # t of 9 degrees of freedom at 0.975
-    found = compare_folds(first, second)
-    assert (found.num_pairs, found.mean) == (10, pytest.approx(mean))
-    assert (found.interval.low, found.interval.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
-    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(mean / (reach / 2.262157), 9), rel=1e-5)
-    assert (found.num_seeds, found.verdict) == (2, "shown")
-    assert compare_folds(first, second + 0.01).verdict == "not shown"
-    assert compare_folds(second, first).mean == pytest.approx(-mean)
-    wider = compare_folds(first, second, cohort_variance=0.0003).interval
-    reach = 2.262157 * math.sqrt(variance * (1 / 10 + 1 / 4) + 0.0003)
+SECOND = np.array([[0.88, 0.91, 0.90, 0.90, 0.92], [0.90, 0.89, 0.90, 0.91, 0.93], [0.88, 0.90, 0.91, 0.92, 0.93]])
+FIRST = (
+    np.array([[0.02, 0.01, 0.01, 0.03, 0.02], [0.01, 0.01, 0.03, 0.01, 0.02], [0.02, 0.03, 0.01, 0.02, 0.01]]) + SECOND
+)
+T_2 = 4.302653  # Student's t of 2 degrees of freedom at 0.975
+
+
+def test_fold_differences_equal_the_t_interval_of_three_seeds_with_the_raised_variance() -> None:
+    differences = [0.02, 0.01, 0.01, 0.03, 0.02, 0.01, 0.01, 0.03, 0.01, 0.02, 0.02, 0.03, 0.01, 0.02, 0.01]
+    mean = sum(differences) / 15
+    variance = sum((value - mean) ** 2 for value in differences) / 14
+    error = math.sqrt(variance * (1 / 15 + 1 / 4))
+    found = compare_folds(FIRST, SECOND)
+    assert (found.num_pairs, found.num_seeds, found.mean) == (15, 3, pytest.approx(mean))
+    assert found.interval.low == pytest.approx(mean - T_2 * error)
+    assert found.interval.high == pytest.approx(mean + T_2 * error)
+    assert found.p_value == pytest.approx(1 - mean / error / math.sqrt(2 + (mean / error) ** 2))  # t of 2, closed form
+    assert (found.verdict, compare_folds(FIRST + 0.01, SECOND).verdict) == ("not shown", "shown")
+    assert compare_folds(SECOND, FIRST).mean == pytest.approx(-mean)
+    wider = compare_folds(FIRST, SECOND, cohort_variance=0.0003).interval
+    reach = T_2 * math.sqrt(error**2 + 0.0003)
     assert (wider.low, wider.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
+
+
+def test_seeds_that_differ_more_than_folds_make_the_t_interval_of_their_means() -> None:
+    shifted = FIRST + np.array([[0.1], [0.0], [-0.1]])
+    means = (shifted - SECOND).mean(axis=1)
+    found = compare_folds(shifted, SECOND).interval
+    expected = scipy.stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
 @pytest.mark.parametrize(
     ("shape", "why"),
-    [((1, 1), "one fold"), ((1, 5), "one seed"), ((1, 10), "one seed, many folds"), ((2, 2), "four pairs")],
+    [((1, 1), "one fold"), ((1, 5), "one seed"), ((1, 10), "one seed, many folds"), ((2, 5), "two seeds")],
 )
-def test_too_few_seeds_or_pairs_show_nothing(shape: tuple[int, int], why: str) -> None:
+def test_too_few_seeds_show_nothing(shape: tuple[int, int], why: str) -> None:
     first = 0.9 + 0.001 * np.random.default_rng(0).normal(size=shape)
     found = compare_folds(first, np.full(shape, 0.1))
     assert found.verdict == "not shown", why
     assert (found.num_pairs, found.num_seeds) == (shape[0] * shape[1], shape[0])
 
 
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_effect", [0.0, 1.0, 5.0])
+def test_the_fold_interval_covers_whatever_folds_of_a_seed_have_in_common(num_seeds: int, seed_effect: float) -> None:
+    """2,000 studies without a difference; `seed_effect` is in deviations of a fold, and moves all five alike."""
+    rng, zeros = np.random.default_rng(4), np.zeros((num_seeds, 5))
+    pairs = rng.normal(size=(2000, num_seeds, 5)) + seed_effect * rng.normal(size=(2000, num_seeds, 1))
+    intervals = [compare_folds(0.005 * item, zeros).interval for item in pairs]
+    assert np.mean([item.low <= 0 <= item.high for item in intervals]) > 0.94
+
+
+def test_no_interval_of_folds_passes_what_a_difference_can_be() -> None:
+    item = compare_folds(np.array([[0.9, 0.1], [0.1, 0.8]]), np.array([[0.1, 0.2], [0.9, 0.1]])).interval
+    assert (item.low, item.high) == (-1, 1)
+
+
 def test_pairs_that_do_not_vary_show_nothing() -> None:
-    found = compare_folds(np.full((2, 5), 0.93), np.full((2, 5), 0.91))
+    found = compare_folds(np.full((3, 5), 0.93), np.full((3, 5), 0.91))
     assert found.mean == pytest.approx(0.02)
     assert math.isnan(found.interval.low)
     assert found.verdict == "not shown"
 
 
 def test_the_fold_interval_holds_the_truth_only_with_the_chance_of_the_test_cohort() -> None:
-    """1,000 studies of 2 seeds x 5 folds on one cohort each, whose patients move all pairs alike."""
+    """1,000 studies of 5 seeds x 5 folds on one cohort each, whose patients move all pairs alike."""
     rng = np.random.default_rng(3)
     is_covered: dict[bool, list[bool]] = {True: [], False: []}
     for _ in range(1000):
-        pairs = 0.01 + rng.normal(0, 0.03) + rng.normal(0, 0.01, (1, 5)) + rng.normal(0, 0.01, (2, 5))
+        pairs = 0.01 + rng.normal(0, 0.03) + rng.normal(0, 0.01, (1, 5)) + rng.normal(0, 0.01, (5, 5))
         for is_told in is_covered:
-            item = compare_folds(pairs, np.zeros((2, 5)), 0.03**2 * is_told).interval
+            item = compare_folds(pairs, np.zeros((5, 5)), 0.03**2 * is_told).interval
             is_covered[is_told].append(item.low <= 0.01 <= item.high)
-    assert np.mean(is_covered[True]) > 0.93
-    assert np.mean(is_covered[False]) < 0.6
+    assert np.mean(is_covered[True]) > 0.94
+    assert np.mean(is_covered[False]) < 0.7
 
 
 def test_the_cohort_variance_of_an_accuracy_is_the_binomial_one() -> None:
@@ -329,3 +442,25 @@ def test_the_interval_of_the_calibration_error_covers_where_percentiles_do_not(o
         covered_by_percentiles.append(percentiles.low <= off <= percentiles.high)
     assert np.mean(covered) > 0.9
     assert off > 0.1 or np.mean(covered_by_percentiles) < 0.9
+
+
+@pytest.mark.parametrize("num_patients", [15, 36, 80])
+@pytest.mark.parametrize(("off", "scans_each"), [(0.0, 1), (0.05, 1), (0.1, 1), (0.05, 3)])
+def test_the_calibration_error_is_covered_in_few_scans_of_a_sure_network(
+    num_patients: int, off: float, scans_each: int
+) -> None:
+    """Called with 0.7 to 1, mostly near 0.96, right with probability less by `off`; a patient's scans are alike."""
+    rng = np.random.default_rng(3)
+    num_scans, is_covered = num_patients * scans_each, []
+    patients = [str(scan // scans_each) for scan in range(num_scans)]
+    for _ in range(80):
+        called = np.repeat(1 - 0.3 * rng.beta(1, 6, num_patients), scans_each)
+        is_right = np.repeat(rng.random(num_patients), scans_each) < called - off
+        rest = (1 - called) / 2
+        probabilities = np.where(
+            is_right[:, None], np.stack([called, rest, rest], 1), np.stack([rest, rest, called], 1)
+        )
+        drawn = resample_scans(num_scans, patients, rng, 100)
+        item = bootstrap_intervals(probabilities, np.zeros(num_scans, int), drawn)["ece_3class"]
+        is_covered.append(item.low <= off <= item.high)
+    assert np.mean(is_covered) > 0.9

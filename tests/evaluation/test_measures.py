@@ -30,9 +30,9 @@ from darnet.evaluation.measures import (
 from darnet.evaluation.paper import NETWORKS, TABLE_3
 from darnet.evaluation.predictions import Predictions, read_predictions_table
 from darnet.evaluation.report import render_report
-from darnet.evaluation.tabulate import render_csv, render_tex
+from darnet.evaluation.tabulate import render_csv, render_tables_tex, render_tex
 from darnet.metrics import TABLE_2, compute_all_metrics
-from darnet.page import NOTICE
+from darnet.page import NOTICE, HtmlTable
 from tests.places import SHARED
 
 ORIGIN = Origin("some model", "Nothing is known of its training.", {"model_version": "7"})
@@ -218,10 +218,10 @@ def make_runs(name: str, seeds: Sequence[int], shift: float, num_scans: int = 60
 
 
 def test_several_seeds_are_paired_by_fold_and_seed() -> None:
-    first, second = make_runs("one.csv", (0, 1), 3.0), make_runs("other.csv", (1, 0), 0.0)
+    first, second = make_runs("one.csv", (0, 1, 2, 3), 3.0, 120), make_runs("other.csv", (1, 0, 3, 2), 0.0, 120)
     found = compare(first, second)
     described = describe_comparison(found)["folds"]["accuracy_3class"]
-    assert (described["num_pairs"], described["num_seeds"], described["verdict"]) == (6, 2, "shown")
+    assert (described["num_pairs"], described["num_seeds"], described["verdict"]) == (12, 4, "shown")
     differences = [
         (one.argmax(axis=1) == first.labels).mean() - (other.argmax(axis=1) == first.labels).mean()
         for one, other in zip(first.fold_probabilities, second.fold_probabilities, strict=True)
@@ -231,9 +231,14 @@ def test_several_seeds_are_paired_by_fold_and_seed() -> None:
     assert found.differences["accuracy_3class"] < found.intervals["accuracy_3class"].high
     assert described["p_value"] <= described["p_value_holm"] <= 5 * described["p_value"]
     same = describe_evaluation(evaluate(first), ORIGIN, None)
-    assert (same["seeds"], same["num_seeds"], same["num_folds"], len(same["folds"])) == (["0", "1"], 2, 3, 6)
-    assert [(fold["fold"], fold["seed"]) for fold in same["folds"]][:3] == [("0", "0"), ("0", "1"), ("1", "0")]
-    assert "6 pairs of fold and seed, 2 seeds; p is corrected by Holm" in render_report(evaluate(first), ORIGIN, found)
+    assert (same["seeds"], same["num_seeds"], same["num_folds"], len(same["folds"])) == (
+        ["0", "1", "2", "3"],
+        4,
+        3,
+        12,
+    )
+    assert [(fold["fold"], fold["seed"]) for fold in same["folds"]][2:5] == [("0", "2"), ("0", "3"), ("1", "0")]
+    assert "12 pairs of fold and seed, 4 seeds; p is corrected by Holm" in render_report(evaluate(first), ORIGIN, found)
 
 
 def test_one_seed_shows_nothing_and_the_report_says_for_this_training_seed() -> None:
@@ -243,6 +248,28 @@ def test_one_seed_shows_nothing_and_the_report_says_for_this_training_seed() -> 
     assert (described["num_pairs"], described["num_seeds"]) == (3, 1)
     assert (described["p_value"], described["verdict"]) == (None, "not shown")
     assert "3 folds, for this training seed: another seed may" in render_report(evaluate(first), ORIGIN, found)
+
+
+def test_two_seeds_show_nothing_and_the_report_says_how_many_are_asked_for() -> None:
+    first, second = make_runs("one.csv", (0, 1), 3.0), make_runs("other.csv", (0, 1), 0.0)
+    found = compare(first, second)
+    assert {item["verdict"] for item in describe_comparison(found)["folds"].values()} == {"not shown"}
+    assert "6 pairs of fold and seed, 2 seeds, too few for a test (3)" in render_report(evaluate(first), ORIGIN, found)
+
+
+def test_no_verdict_rests_on_a_p_that_takes_a_patients_scans_as_independent() -> None:
+    """Eight scans of one patient that only the first calls rightly: McNemar sees 2 in 2^8, a patient counts once."""
+    rows = [f"s{number},CP,{{}},p" for number in range(8)] + ["n,NCP,0.1,0.8,0.1,q", "o,Normal,0.1,0.1,0.8,r"]
+    first, second = (
+        read_predictions_table(name, "\n".join([f"{HEADER},patient_id", *(row.format(cells) for row in rows)]).encode())
+        for name, cells in (("one.csv", "0.8,0.1,0.1"), ("other.csv", "0.1,0.1,0.8"))
+    )
+    described = describe_comparison(compare(first, second))
+    assert described["decisions_mcnemar"]["p_value"] == 2 / 2**8
+    assert described["decisions_clustered"] == {"by": "patient", "p_value": 1}
+    assert described["holm"]["decisions_clustered"] == {"p_value": 1, "verdict": "not shown"}
+    page = render_report(evaluate(first), ORIGIN, compare(first, second))
+    assert "counts patients, p = 1.0000: not shown. Scans taken as independent, p = 0.0078." in page
 
 
 def test_other_seeds_are_not_paired_and_the_report_says_so() -> None:
@@ -255,11 +282,11 @@ def test_other_seeds_are_not_paired_and_the_report_says_so() -> None:
 
 
 def test_several_comparisons_of_a_report_are_corrected_together() -> None:
-    first = make_runs("one.csv", (0, 1), 1.0)
-    alone = [compare(first, make_runs(name, (0, 1), shift)) for name, shift in (("a.csv", 0.0), ("bb.csv", 0.7))]
+    first = make_runs("one.csv", (0, 1, 2), 1.0)
+    alone = [compare(first, make_runs(name, (0, 1, 2), shift)) for name, shift in (("a.csv", 0.0), ("bb.csv", 0.7))]
     one, other = correct_comparisons(alone)
-    low, high = sorted([alone[0].aucs.p_value, alone[1].aucs.p_value])
-    assert {one.p_delong, other.p_delong} == {min(1, 2 * low), max(min(1, 2 * low), high)}
+    low, high = sorted([alone[0].aucs.clustered_p_value, alone[1].aucs.clustered_p_value])
+    assert {one.p_auc, other.p_auc} == {min(1, 2 * low), max(min(1, 2 * low), high)}
     assert min(one.p_folds[name] for name in TABLE_2) > min(alone[0].p_folds[name] for name in TABLE_2)
 
 
@@ -344,14 +371,24 @@ def test_a_comparison_is_in_the_tables_too() -> None:
     rows = csv.DictReader(io.StringIO(render_csv(evaluation, found)))
     (row,) = [row for row in rows if row["minus"] == "oth_r.csv" and row["metric"] == "auc_ncp"]
     assert float(row["value"]) == pytest.approx(found.aucs.difference)
-    assert float(row["p_holm"]) == pytest.approx(found.aucs.p_value)
+    assert float(row["p_holm"]) == pytest.approx(found.aucs.clustered_p_value)
     assert float(row["folds_mean"]) == pytest.approx(found.folds["auc_ncp"].mean)
     tex = render_tex(evaluation, found)
     assert r"\label{tab:comparison}" in tex
     assert r"\label{tab:fold-differences}" in tex
-    bare = tex.replace(r"\%", "").replace(r"\_", "").replace(r"\#", "").replace("$-$", "")
+    bare = tex.replace(r"\%", "").replace(r"\_", "").replace(r"\#", "").replace("$-$", "").replace("$<$", "")
     lines = [line for line in bare.splitlines() if not line.startswith(("%", r"\label"))]
     assert not [line for line in lines if set("%_#$−") & set(line)]  # what LaTeX would stumble over
+
+
+def test_latex_prints_every_letter_of_a_name_as_it_is() -> None:
+    """Each in the spelling of the LaTeX manual; < > | are other letters in the encoding that LaTeX starts with."""
+    table = HtmlTable(["a<b"], [["<0.05 & 5% #1 _x_ ~ ^ \\ {y} $ | >"]], "p < 0.05")
+    tex = render_tables_tex([(table, "tab:x")])
+    cell = r"$<$0.05 \& 5\% \#1 \_x\_ \textasciitilde{} \textasciicircum{} \textbackslash{} \{y\} \$ $|$ $>$ \\"
+    assert cell in tex.splitlines()
+    assert r"a$<$b \\" in tex
+    assert r"\caption{p $<$ 0.05 " in tex
 
 
 def test_a_report_without_folds_has_no_column_of_them() -> None:

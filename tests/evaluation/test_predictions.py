@@ -103,7 +103,7 @@ SEEDS = f"{HEADER},fold,seed"
         ),
         (
             [f"a,CP,{GOOD},0,1", f"a,CP,{GOOD},0,2", f"a,CP,{GOOD},1,1"],
-            "fold '1' has 1 seeds, but fold '0' has 2; give every fold as many seeds",
+            "row 4: fold '1' begins here with seed '1' and has 1 seeds, but fold '0' has 2",
         ),
     ],
 )

@@ -13,13 +13,15 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
+from darnet.bundle import NETWORKS, Bundle, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
 from darnet.dataset import write_index
+from darnet.errors import UsageError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
 from darnet.evaluation.paper import NETWORKS as PAPER_NETWORKS
+from darnet.evaluation.seeds import merge_seeds
 from darnet.evaluation.study_maps import choose_cases
 from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
@@ -342,24 +344,62 @@ def test_a_training_that_differs_in_more_than_its_seed_is_refused(
     assert "darnet-da-ca: v0 and v1 differ in more than train.seed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("num_folds", "code_version", "complaint"),
+    [
+        (5, "1", "v0 was trained by code version 0, v1 by 1; train every seed with the same code"),
+        (3, "0", r"v0 has the folds \[0, 1, 2, 3, 4\], v1 \[0, 1, 2\]; every seed must have the same"),
+    ],
+)
+def test_seeds_of_other_code_or_folds_are_not_averaged(
+    num_folds: int, code_version: str, complaint: str, tmp_path: Path
+) -> None:
+    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed) for seed in (0, 1))
+    changed = {"folds": other.manifest.folds[:num_folds], "code_version": code_version}
+    cut = Bundle(other.manifest.model_copy(update=changed), other.weights[:num_folds])
+    with pytest.raises(UsageError, match=complaint):
+        merge_seeds([one, cut])
+    assert len(merge_seeds([one, other]).weights) == 10
+
+
+def test_networks_of_other_code_are_not_compared(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(places["bundles"], tmp_path / "bundles")
+    path = tmp_path / "bundles" / "darnet-da" / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"code_version": "1"}))
+    assert run("--model", tmp_path / "bundles", "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
+    assert "were not trained alike (code version)" in capsys.readouterr().err
+
+
+def test_map_differences_of_both_diagnoses_are_corrected_together(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    """Three pairs in four measures of two diagnoses: a sign test of 24 needs 1 + log2(24 / 0.05) = 9.9 patients."""
+    assert [len(maps["differences"]) for maps in metrics["activation_maps"]] == [12, 12]
+    report = (places["out"] / "report.html").read_text()
+    told = "for the 24 differences of maps in this report; undefined with fewer than 10 patients"
+    assert report.count(told) == 2
+
+
 def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, Path], metrics: dict[str, Any]) -> None:
     verdicts = {item["verdict"] for pair in metrics["comparisons"] for item in pair["folds"].values()}
     assert verdicts == {"not shown"}
     report = (places["out"] / "report.html").read_text()
-    assert "with one training seed none can be" in report
+    assert "with fewer than 3 training seeds none can be" in report
     assert report.count("or this training seed") == 5 + len(metrics["comparisons"])
 
 
 def test_p_values_of_a_study_are_corrected_for_its_pairs(metrics: dict[str, Any], places: dict[str, Path]) -> None:
     pairs = metrics["comparisons"]
-    for name in ("auc_ncp_delong", "decisions_mcnemar"):
+    for name in ("auc_ncp_clustered", "decisions_clustered"):
         order = sorted(pairs, key=lambda pair: pair[name]["p_value"])
         least = order[0]["holm"][name]["p_value"]
         assert least == pytest.approx(min(1, len(pairs) * order[0][name]["p_value"]))
     table = pd.read_csv(places["out"] / "tables.csv")
     row = table[(table["network"] == "DA") & (table["minus"] == "ResNet18") & (table["metric"] == "auc_ncp")].iloc[0]
     (pair,) = [pair for pair in pairs if (pair["first"], pair["second"]) == ("DA", "ResNet18")]
-    assert row["p_holm"] == pytest.approx(pair["holm"]["auc_ncp_delong"]["p_value"])
+    assert row["p_holm"] == pytest.approx(pair["holm"]["auc_ncp_clustered"]["p_value"])
     tex = (places["out"] / "tables.tex").read_text()
     for label in ("confusion-DA", "folds-DA", "auc-pairs", "decision-pairs", "folds-DA-ResNet18"):
         assert rf"\label{{tab:{label}}}" in tex

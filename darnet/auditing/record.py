@@ -1,0 +1,81 @@
+"""An audit that lies somewhere, for the report of a model trained on the cohort: its bytes enter, what it says leaves.
+
+It is believed only of the cohort that it was made of: audit.json keeps a digest of each scan with its diagnosis, and of
+all of them together with the settings that divided them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from darnet.auditing.audit import digest_cohort, digest_scan
+from darnet.auditing.report import describe_audit
+from darnet.cohort import Division
+from darnet.errors import UsageError
+from darnet.page import Section
+
+AUDIT_FILE = "audit.json"
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """What audit.json says, where it lies, and the digest of its bytes."""
+
+    place: str
+    sha256: str
+    summary: Mapping[str, Any]
+
+    def describe(self) -> Section:
+        """The page's own first words."""
+        return describe_audit(self.summary)
+
+    def check(self, of: str, diagnoses: Mapping[str, str], division: Division | None = None) -> None:
+        """Hold the audit against the scans that are evaluated, diagnosis by scan_id, and their division if it is known.
+
+        Raises: UsageError naming both, and a scan that the audit has not, or the settings that differ.
+        """
+        known = set(self.summary["scan_digests"])
+        lacking = [item for item in diagnoses.items() if digest_scan(*item) not in known]
+        if lacking:
+            (scan_id, diagnosis), more = lacking[0], f" ({len(lacking) - 1} more scans like it)"
+            raise UsageError(
+                f"{self.place}: of another cohort than {of}: it has no scan {scan_id!r} with {diagnosis}"
+                f"{more if len(lacking) > 1 else ''}; name the audit of this cohort, or make one"
+            )
+        if division is not None and (differs := self._list_other_settings(division)):
+            raise UsageError(
+                f"{self.place}: its cohort was divided otherwise than {of} ({', '.join(differs)}); run jobs.prepare "
+                "--audit with the settings of the volumes"
+            )
+
+    def _list_other_settings(self, division: Division) -> list[str]:
+        told = self.summary["division_settings"]
+        ours: dict[str, Any] = {"seed": division.seed, "num_folds": division.num_folds}
+        pairs = [("train", ours), ("cohorts", division.cohorts.resolved.model_dump(mode="json"))]
+        return [
+            f"{section}.{name}"
+            for section, values in pairs
+            for name, value in values.items()
+            if told[section].get(name) != value
+        ]
+
+
+def read_audit(place: str, data: bytes) -> AuditRecord:
+    """Read audit.json.
+
+    Raises: UsageError if it is damaged, edited, or none of this version's.
+    """
+    try:
+        summary = json.loads(data)
+        digest = digest_cohort(summary["scan_digests"], summary["division_settings"])
+        is_whole = bool(digest == summary["cohort_sha256"])
+        describe_audit(summary)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{place}: damaged, or not written by this version ({error}); run jobs.prepare --audit again"
+        ) from error
+    if not is_whole:
+        raise UsageError(f"{place}: its scans are not those of its digest; run jobs.prepare --audit again")
+    return AuditRecord(place, hashlib.sha256(data).hexdigest(), summary)

@@ -1,0 +1,82 @@
+"""Which trainings may stand beside each other: bundles enter, one ensemble a network leaves, or a complaint."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from darnet.bundle import Bundle, BundleManifest
+from darnet.config import fingerprint
+from darnet.errors import UsageError
+
+
+def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
+    """One ensemble of all folds of a network's trainings, which differ in their seed alone.
+
+    Its manifest names the versions and digests of all, and is that of no bundle on a disk.
+    Raises: UsageError if two have the same fold of the same seed, were trained otherwise or by other code, or have
+            other folds: their mean would weigh the folds unequally.
+    """
+    if len(bundles) == 1:
+        return bundles[0]
+    first, *others = manifests = [bundle.manifest for bundle in bundles]
+    for other in others:
+        if _digest_but_seed(other) != _digest_but_seed(first):
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} and {other.model_version} differ in more than train.seed "
+                "(settings or cohort); seeds can be compared of the same training only"
+            )
+        if other.code_version != first.code_version:
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} was trained by code version {first.code_version}, "
+                f"{other.model_version} by {other.code_version}; train every seed with the same code"
+            )
+        if _list_folds(other) != _list_folds(first):
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} has the folds {_list_folds(first)}, {other.model_version} "
+                f"{_list_folds(other)}; every seed must have the same"
+            )
+    folds = tuple(chain.from_iterable(manifest.folds for manifest in manifests))
+    if len({(fold.file, fold.seed) for fold in folds}) < len(folds):
+        raise UsageError(
+            f"two of the bundles are of the same network, {first.model_name}, fold and seed; keep one bundle a seed"
+        )
+    joined = {
+        name: ", ".join(dict.fromkeys(getattr(manifest, name) for manifest in manifests))
+        for name in ("model_version", "model_sha256", "settings_sha256")
+    }
+    weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
+    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
+
+
+def _list_folds(manifest: BundleManifest) -> list[int]:
+    return sorted(fold.number for fold in manifest.folds)
+
+
+def refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
+    """Raises: UsageError naming two networks that differ in more than attention: their folds are no pairs."""
+    first, *others = manifests
+    for other in others:
+        ours, theirs = (_describe_training(manifest) for manifest in (first, other))
+        if differs := [name for name, value in ours.items() if value != theirs[name]]:
+            raise UsageError(
+                f"{first.model_name} and {other.model_name} were not trained alike ({', '.join(differs)}); compare "
+                "networks of one training, such as jobs.train --networks makes"
+            )
+
+
+def _describe_training(manifest: BundleManifest) -> dict[str, Any]:
+    """What networks must agree in so that their folds can be paired; seeds are compared with the predictions."""
+    settings = manifest.settings
+    return {
+        "code version": manifest.code_version,
+        "cohort": manifest.cohort_sha256,
+        "volume": settings.volume,
+        "base_channels": settings.network.base_channels,
+        **settings.train.model_dump(exclude={"seed"}),
+    }
+
+
+def _digest_but_seed(manifest: BundleManifest) -> str:
+    settings = manifest.settings
+    train = settings.train.model_copy(update={"seed": 0})
+    return fingerprint(settings.model_copy(update={"train": train})) + manifest.cohort_sha256
