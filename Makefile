@@ -6,7 +6,7 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning lint format clean
+.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning licences advisories lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -73,6 +73,13 @@ bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 
 bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
 
+licences: $(ENVIRONMENT) ## write each dependency's licence behind its version in constraints.txt
+	@$(BIN)/python -m tests.licences
+
+advisories: $(ENVIRONMENT) ## ask the Python advisory database about every pinned version; needs the internet
+	@$(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --disable-pip-version-check -qq pip-audit
+	@.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"
 	@$(BIN)/ruff check .
@@ -84,4 +91,4 @@ format: $(ENVIRONMENT) ## rewrite the code in house style
 	@$(BIN)/ruff format -q .
 
 clean: ## remove the environment, what demo and paper-smoke made, and all caches
-	@rm -rf .venv .demo .paper *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv .venv-audit .demo .paper *.egg-info .pytest_cache .mypy_cache .ruff_cache
