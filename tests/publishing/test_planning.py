@@ -70,6 +70,24 @@ def plan(archive: Any, results: Store, selection: Selection = EVERYTHING, night:
 # What is planned
 
 
+def test_what_a_lost_object_of_the_table_held_is_planned_again(local: Store) -> None:
+    """Restoring without a copy: only the number stays a gap."""
+    archive = ListedStore(list_slices("a", "b", "c"))
+    for item in survey(archive, local)[0]:
+        publish_sources(local, item.source)
+    assert survey(archive, local)[0] == []
+    local.delete("predictions/c00000002.parquet")
+    (again,) = survey(archive, local)[0]
+    assert (again.source.key, again.reason) == ("b", Reason.NEW)
+    publish_rows(local, "again", make_row("b", input_sha256=again.source.input_sha256))
+    assert [key.removeprefix("predictions/c0000000") for key in list_commits(local)] == [
+        "1.parquet",
+        "3.parquet",
+        "4.parquet",
+    ]
+    assert survey(archive, local)[0] == []
+
+
 def test_every_source_is_planned_once_in_the_order_of_the_listing(local: Store) -> None:
     objects = list_slices(*(f"ct/{number:03d}" for number in range(300)))
     planned, counted = survey(ListedStore(objects), local)
