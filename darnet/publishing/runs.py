@@ -23,6 +23,8 @@ from darnet.publishing.objects import (
     NOTICE,
     Listing,
     describe_file,
+    digest_object,
+    explain_damage,
     list_commit_objects,
     list_parquet_keys,
     open_parquet,
@@ -107,7 +109,7 @@ class RunRecord:
 def write_plan(planned: Iterable[PlannedSource], path: Path, make_record: Callable[[str], RunRecord]) -> RunRecord:
     """Write a plan to a local file as it comes; the record of its run, made of the plan's digest when it is whole."""
     digest = hashlib.sha256()
-    with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for batch in batch_by(planned, lambda item: len(item.source.objects), PLAN_BATCH_OBJECTS):
             rows = [_plan_row(item) for item in batch]
             digest.update("".join(_spell_line(row["source"], row["input_sha256"]) for row in rows).encode())
@@ -198,9 +200,12 @@ class RunFolder:
 
     def read_plan(self) -> Iterator[PlannedSource]:
         """The plan, one source at a time."""
-        for batch in open_parquet(self.store, self._plan_key)[0].iter_batches(PLAN_BATCH_SOURCES):
-            for row in batch.to_pylist():
-                yield _planned_source(row)
+        file = open_parquet(self.store, self._plan_key)[0]
+        with explain_damage(self.store, self._plan_key):
+            if not file.schema_arrow.equals(PLAN_SCHEMA):
+                raise ValueError("its columns are not those of a plan")
+            for batch in file.iter_batches(PLAN_BATCH_SOURCES):
+                yield from map(_planned_source, batch.to_pylist())
 
     def list_planned_sources(self) -> list[str]:
         """Keys of the planned sources."""
@@ -208,8 +213,12 @@ class RunFolder:
         return [unspell_key(text) for text in rows["source"].to_pylist()]
 
     def write_part(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Stage all rows of some sources under the name that `name_part` gives them; again is harmless."""
-        self.store.write_bytes(f"{self._parts}{name}.parquet", to_parquet(make_table(rows), self.run_id))
+        """Stage all rows of some sources under the name that `name_part` gives them; again is harmless.
+
+        Its key ends in its digest, so that bytes that changed meanwhile are not published.
+        """
+        data = to_parquet(make_table(rows), self.run_id)
+        self.store.write_bytes(f"{self._parts}{name}-{digest_object(data)}.parquet", data)
 
     def read_parts(self) -> Any:
         """All staged rows. A source staged twice, by a driver that outlived its time, counts once and whole.
