@@ -4,16 +4,19 @@
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from darnet.terminal import print_table
 from tests.chaos import byte_faults, machine_faults, store_faults, training_faults
-from tests.chaos.night import ChaosError, Night, Outcome, prepare_site, watch
+from tests.chaos.night import ChaosError, Night, Outcome, Site, prepare_site, watch
 from tests.small_disk import MountRefused
 
 REMOTE = [
@@ -38,6 +41,7 @@ def main(arguments: list[str]) -> int:
     """1 if anything was lost, or was not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names of faults, with commas between them")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no fault after so many")
     parser.add_argument("--list", action="store_true", help="name the faults and end")
     chosen = parser.parse_args(arguments)
     names = chosen.only.split(",") if chosen.only else [*NIGHTS, *TRAININGS]
@@ -45,7 +49,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join([*NIGHTS, *TRAININGS]))
         return 0 if chosen.list else 2
     with tempfile.TemporaryDirectory(prefix="darnet-chaos-") as folder:
-        lines = run_faults(Path(folder), names)
+        lines = run_faults(Path(folder), names, time.monotonic() + 60 * chosen.minutes)
     header = ["fault", "as it must be", "rows due", "lost", "doubled", "other bits", "polls in part", "polls"]
     header += ["left running", "s", "what was seen"]
     print_table("What was tried, and what was lost", header, [list(line.values()) for line in lines])
@@ -53,24 +57,24 @@ def main(arguments: list[str]) -> int:
     return int(any(line["verdict"] == "NO" for line in lines))
 
 
-def run_faults(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+def run_faults(folder: Path, names: list[str], until_s: float) -> list[dict[str, Any]]:
     """A line of the table a fault, each also printed as it ends."""
-    lines = [run_training(name, folder) for name in names if name in TRAININGS]
-    nights = [name for name in names if name in NIGHTS]
-    if nights:
-        with prepare_site(folder) as site:
-            for name in nights:
-                fault, is_remote = NIGHTS[name]
-                lines.append(run_one(name, lambda n=name, f=fault, r=is_remote: watch(Night(site, n, r), f)))
+    lines = []
+    with contextlib.ExitStack() as stack:
+        site: Site | None = None
+        for name in names:
+            if time.monotonic() > until_s:
+                break
+            if name in TRAININGS:
+                lines.append(run_one(name, functools.partial(TRAININGS[name], folder / name)))
+                continue
+            site = site or stack.enter_context(prepare_site(folder))
+            fault, is_remote = NIGHTS[name]
+            lines.append(run_one(name, functools.partial(watch, Night(site, name, is_remote), fault)))
     return lines
 
 
-def run_training(name: str, folder: Path) -> dict[str, Any]:
-    """A training's line."""
-    return run_one(name, lambda: TRAININGS[name](folder / name))
-
-
-def run_one(name: str, disturb: Any) -> dict[str, Any]:
+def run_one(name: str, disturb: Callable[[], tuple[Outcome, str]]) -> dict[str, Any]:
     """Run a fault and say how it ended."""
     started_s = time.monotonic()
     outcome: Outcome | None = None

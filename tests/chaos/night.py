@@ -209,6 +209,9 @@ def watch(night: Night, disturb: Callable[[Night], str]) -> tuple[Outcome, str]:
     reader.start()
     try:
         remark = disturb(night)
+    except BaseException:
+        end_processes(night.find_processes())
+        raise
     finally:
         night.site.proxy.policy = fair_weather
         reader.stop()
@@ -242,7 +245,12 @@ def count_left(mark: str) -> int:
     deadline_s = time.monotonic() + END_S
     while (left := find_marked(mark)) and time.monotonic() < deadline_s:
         time.sleep(0.2)
-    for pid in left:
+    end_processes(left)
+    return len(left)
+
+
+def end_processes(pids: list[int]) -> None:
+    """Kill what is still there."""
+    for pid in pids:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-    return len(left)
