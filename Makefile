@@ -6,7 +6,8 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning licences advisories lint format clean
+.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning chaos licences advisories
+.PHONY: lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -63,6 +64,9 @@ bench-poison: $(ENVIRONMENT) ## a night with scans that kill, stall or starve th
 
 bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
 	@$(BIN)/python -m tests.bench.workers
+
+chaos: $(ENVIRONMENT) ## what stores, disks, processes and clocks can do to a night, one after another; ONLY=names
+	@$(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
 
 bench-kills: $(ENVIRONMENT) ## what a night loses when its driver is killed at 20 moments, or started twice
 	@$(BIN)/python -m tests.bench.kills

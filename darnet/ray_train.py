@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import ray
 import torch
@@ -44,6 +44,7 @@ from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test
 from darnet.gang import train_rank
 from darnet.history import render_files
 from darnet.model import build_network
+from darnet.ray_checkpoint import read_newest_state, read_state, write_state
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
@@ -53,7 +54,6 @@ from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fol
 from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, place_runs, plan_gangs
 from darnet.volumes_cache import open_volumes
 
-STATE_FILE = "state.pt"
 MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
 COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800
 PROGRESS_WAIT_S = 0.5
@@ -354,7 +354,7 @@ def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
     except TrainingFailedError as error:
         raise RunError(f"{task.title} failed: {error}") from error
     assert checkpoint is not None, "every epoch reports a checkpoint"
-    return make_result(task.fold, _read_state(checkpoint))
+    return make_result(task.fold, read_state(checkpoint))
 
 
 def _name_failure(title: str, cause: BaseException) -> RunError:
@@ -372,7 +372,7 @@ def _train_rank(loop_config: dict[str, Any]) -> None:
     enable_reproducibility(task.config.seed)
     checkpoint = ray.train.get_checkpoint()
     report = _report_as_rank(ray.train.get_context().get_world_rank(), task)
-    train_rank(task, get_device(), prepare_model, report, None if checkpoint is None else _read_state(checkpoint))
+    train_rank(task, get_device(), prepare_model, report, None if checkpoint is None else read_newest_state(checkpoint))
 
 
 def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldState], None]:
@@ -386,15 +386,9 @@ def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldSt
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if rank == 0:
-                torch.save(state, Path(folder) / STATE_FILE)
-                checkpoint = Checkpoint.from_directory(folder)
+                checkpoint = write_state(state, Path(folder))
                 for name, data in render_files(task.fold, state["history"]).items():
                     run.write_bytes(name, data)
             ray.train.report(dict(metrics), checkpoint=checkpoint)
 
     return report
-
-
-def _read_state(checkpoint: Checkpoint) -> FoldState:
-    with checkpoint.as_directory() as folder:
-        return cast(FoldState, torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True))

@@ -5,10 +5,10 @@ travel to other processes.
 """
 
 import functools
+import hashlib
 import io
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -302,13 +302,30 @@ class S3Store:
             with closing(response["Body"]) as body:
                 if planned is not None:
                     _check_answer(response, planned)
-                shutil.copyfileobj(body, sink, COPY_CHUNK_BYTES)
+                md5 = hashlib.md5(usedforsecurity=False)
+                while chunk := body.read(COPY_CHUNK_BYTES):
+                    md5.update(chunk)
+                    sink.write(chunk)
+                if self._is_md5(response) and md5.hexdigest() != response["ETag"].strip('"'):
+                    raise boto_errors.FlexibleChecksumError(error_msg="the bytes are not those of the ETag")
         except _BROKEN_BODY:
             if attempts == 1:
                 raise
             sink.seek(0)
             sink.truncate()
             self._download(key, sink, planned, span=span, attempts=attempts - 1)
+
+    def _is_md5(self, response: Mapping[str, Any]) -> bool:
+        """Whether the tag is the MD5 of the body. It may be the only digest: boto3 checks what the uploader computed.
+
+        Source: the S3 documentation of ETag: not of an upload in parts, under KMS or a customer's key, or in a
+            directory bucket; nor has a span of an object a tag of its own.
+        """
+        is_secret = (
+            str(response.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in response
+        )
+        is_other = is_secret or self.bucket.endswith("--x-s3") or "ContentRange" in response
+        return not is_other and re.fullmatch(r'"?[0-9a-f]{32}"?', response.get("ETag", "")) is not None
 
 
 def _check_answer(response: Mapping[str, Any], planned: StoredObject) -> None:
@@ -369,7 +386,8 @@ _NO_IDENTITY = (
 _REFUSED_IDENTITY = frozenset(
     {
         *("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"),
-        *("AccountProblem", "NotSignedUp", "RequestTimeTooSkewed"),
+        *("AccountProblem", "NotSignedUp"),
+        "RequestTimeTooSkewed",  # this machine's clock is a quarter of an hour off; so is every request of it
     }
 )
 
@@ -398,7 +416,7 @@ def _explain(error: Exception, uri: str) -> RunError:
     if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status in (401, 403):
         remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
         if code == "RequestTimeTooSkewed":
-            remedy = "set this machine's clock"
+            remedy = f"set the clock of {os.uname().nodename}"
         return CredentialsError(f"{uri}: the store does not let us in ({code}); {remedy}")
     if code == "NoSuchBucket":
         return StorageError(f"{uri}: no such bucket; create it or correct the address")

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,7 +96,8 @@ class LocalStore:
         with explain_os_errors(self.uri, "write to the folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as file:
-                return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)  # the server's, on a mount
+                modified_us = os.fstat(file.fileno()).st_mtime_ns // 1000  # the server's, on a mount; never rounded up
+                return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=modified_us)
 
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self.local_path(prefix.rstrip("/")))

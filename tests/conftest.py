@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ RAY_ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
-    """A function that makes a fresh bucket on a private S3 server and returns its s3:// address."""
+@contextmanager
+def run_s3_server(folder: Path) -> Iterator[Callable[[], str]]:
+    """A private S3 server that this process and its children use; yields a function that makes a fresh bucket."""
     port = find_free_port()
-    log = tmp_path_factory.mktemp("moto") / "server.log"
+    log = folder / "server.log"
     with pytest.MonkeyPatch.context() as patch, log.open("wb") as sink:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
@@ -57,6 +58,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
         finally:
             server.terminate()
             server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """A function that makes a fresh bucket on a private S3 server and returns its s3:// address."""
+    with run_s3_server(tmp_path_factory.mktemp("moto")) as make_bucket:
+        yield make_bucket
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def write_archive(folder: Path, num_chests: int) -> None:
     (folder / "chest00" / "LICENSE").write_text("a stray")
 
 
-def start_job(archive: Path | str, model: str, results: Path | str, *flags: str) -> "subprocess.Popen[str]":
+def start_job(
+    archive: Path | str, model: str, results: Path | str, *flags: str, variables: Mapping[str, str] | None = None
+) -> "subprocess.Popen[str]":
     """`python -m jobs.score` as a person starts it, in a process group of its own."""
     command = [
         sys.executable,
@@ -41,6 +44,7 @@ def start_job(archive: Path | str, model: str, results: Path | str, *flags: str)
         str(results),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= variables or {}
     return subprocess.Popen(
         [*command, "--score.part-scans", "2", "--night", "2026-01-01", *flags],
         cwd=ROOT,

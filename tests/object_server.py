@@ -5,9 +5,9 @@ It knows GET only and ignores conditions, as some stores do.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -23,6 +23,7 @@ class Answer:
     num_bytes: int
     tag: str = "tag"
     delay_s: float = 0.0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -38,6 +39,8 @@ def serve_objects(answer: Callable[[str], Answer]) -> Iterator[Callable[[], Any]
             self.send_response(200)
             self.send_header("Content-Length", str(found.num_bytes))
             self.send_header("ETag", f'"{found.tag}"')
+            for name, value in found.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(found.body)
             self.close_connection = len(found.body) != found.num_bytes

@@ -140,3 +140,8 @@ def publish_history(store: Store, seed: int) -> list[dict[str, Any]]:
         for item in store.list_objects("predictions/")
         for row in pq.read_table(pa.BufferReader(store.read_bytes(item.key))).to_pylist()
     ]
+
+
+def flip_bit(data: bytes, place: int) -> bytes:
+    """The same with one bit of one byte the other way."""
+    return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]

@@ -22,7 +22,7 @@ ROWS = (
     "prepared publishing.commit publishing.runs publishing.scored_keys ray_cluster results score tracking train "
     "training_plan volumes_cache",
     "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study gang phantoms.study "
-    "publishing.hold publishing.planning ray_doctor ray_prepare",
+    "publishing.hold publishing.planning ray_checkpoint ray_doctor ray_prepare",
     "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
     "auditing.record evaluation.study_report",
     "evaluation.evaluate",

@@ -1,6 +1,7 @@
 """Local folders and S3 behave alike, and what goes wrong has a name."""
 
 import io
+import os
 import pickle
 import random
 import threading
@@ -428,10 +429,10 @@ def test_trouble_with_one_object_concerns_one_scan(code: str, status: int, expec
     [
         ("ExpiredToken", 400, "AWS_ACCESS_KEY_ID"),
         ("Unauthorized", 401, "AWS_ACCESS_KEY_ID"),
-        ("RequestTimeTooSkewed", 403, "this machine's clock"),
+        ("RequestTimeTooSkewed", 403, f"set the clock of {os.uname().nodename}"),
     ],
 )
-def test_an_identity_that_is_refused_stops_the_job_instead_of_failing_every_scan(
+def test_what_refuses_every_request_stops_the_job_instead_of_failing_every_scan(
     code: str, status: int, remedy: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CredentialsError, match=remedy):
@@ -510,6 +511,48 @@ def test_what_is_not_the_listed_object_is_no_scan(answer: Answer, expected: Stat
     with pytest.raises(ScanError) as caught:
         fetch_from([answer] * 3, tmp_path / "copy")
     assert caught.value.status is expected
+
+
+FIRST, OTHER = b"01234567", b"01234566"  # a bit apart
+MD5 = "2e9ec317e197819358fbc43afca7d837"  # of the first; echo -n 01234567 | md5sum
+
+
+@pytest.mark.s3
+def test_a_body_with_a_flipped_bit_is_fetched_again(tmp_path: Path) -> None:
+    answers = [Answer(OTHER, 8, tag=MD5), Answer(FIRST, 8, tag=MD5)]
+    with serve_objects(lambda _: answers.pop(0)) as connect:
+        S3Store("bucket", "", connect).fetch(StoredObject("a", 8, MD5), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == FIRST
+
+
+@pytest.mark.s3
+def test_a_body_that_stays_flipped_is_no_scan_and_no_object(tmp_path: Path) -> None:
+    with serve_objects(lambda _: Answer(OTHER, 8, tag=MD5)) as connect:
+        store = S3Store("bucket", "", connect)
+        with pytest.raises(ScanError) as caught:
+            store.fetch(StoredObject("a", 8, MD5), tmp_path / "copy")
+        assert caught.value.status is Status.ERR_STORAGE
+        with pytest.raises(StorageError, match="bucket/a: the store failed"):
+            store.read_bytes("a")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("tag", "bucket", "headers"),
+    [
+        (f"{MD5}-1", "bucket", {}),  # uploaded in parts
+        (MD5, "bucket", {"x-amz-server-side-encryption": "aws:kms"}),
+        (MD5, "bucket", {"x-amz-server-side-encryption-customer-algorithm": "AES256"}),
+        (MD5, "bucket--use1-az4--x-s3", {}),
+    ],
+)
+def test_a_tag_that_is_no_md5_condemns_nothing(
+    tag: str, bucket: str, headers: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_S3_DISABLE_EXPRESS_SESSION_AUTH", "true")
+    with serve_objects(lambda _: Answer(OTHER, 8, tag=tag, headers=headers)) as connect:
+        S3Store(bucket, "", connect).fetch(StoredObject("a", 8, tag), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == OTHER
 
 
 # Many at once

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from darnet.errors import FolderMissing, RunError, UsageError
+from darnet.errors import FolderMissing, RunError, StorageError, UsageError
 from darnet.publishing.hold import list_held_runs
 from darnet.publishing.objects import (
     NOTICE,
@@ -63,13 +63,24 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
         data = store.read_bytes(key)
         digests[key] = hashlib.sha256(data).hexdigest()
         try:
-            stored = parse_stored(store, key, data, [*KEY_COLUMNS, "run_id"])
+            stored = _parse_whole(store, key, data)
         except RunError as error:
             faults.append(str(error))
             continue
         faults += _check_object(stored)
         final.append(stored.rows.filter(pc.invert(pc.starts_with(stored.rows["status"], "ERR_"))).select(KEY_COLUMNS))
     return digests, faults + _find_doubles(pa.concat_tables(final))
+
+
+def _parse_whole(store: Store, key: str, data: bytes) -> Stored:
+    """All of an object, so that a wrong byte in any column is found.
+
+    Raises: StorageError if it is none of ours, or damaged.
+    """
+    stored = parse_stored(store, key, data)
+    if not stored.rows.schema.equals(SCHEMA):
+        raise StorageError(f"{store.uri}/{key}: damaged (its columns are not those of a results table)")
+    return stored
 
 
 def _check_object(stored: Stored) -> list[str]:

@@ -3,6 +3,7 @@
 Also the numbering of the table's commits.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet.errors import FolderMissing, StorageError, UsageError
+from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA
 from darnet.scan import StoredObject
 from darnet.storage import Store
 
@@ -29,6 +31,8 @@ READ_THREADS = 8  # Source: ours; half of the store's connections
 
 PREDICTIONS = "predictions/"
 COMMIT_KEY = re.compile(r"predictions/c(\d{8,})\.parquet")
+DIGEST_CHARACTERS = 32
+DIGESTED_KEY = re.compile(rf".+-([0-9a-f]{{{DIGEST_CHARACTERS}}})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,11 @@ class Stored:
 
 
 def to_parquet(table: Any, run_id: str, listed_until: datetime | None = None) -> bytes:
-    """A table as a whole object of this run."""
+    """A table as a whole object of this run. Each page has a checksum, which every reader of ours looks at."""
     sink = pa.BufferOutputStream()
     told = {} if listed_until is None else {LISTED_UNTIL: listed_until.isoformat()}
     described = table.replace_schema_metadata(describe_file(run_id) | told)
-    pq.write_table(described, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+    pq.write_table(described, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -76,26 +80,36 @@ def describe_file(run_id: str) -> dict[str, str]:
 def open_parquet(store: Store, key: str) -> tuple[Any, str]:
     """An object of ours as a ParquetFile, and the run that wrote it.
 
-    Raises: ObjectMissing; StorageError if something else lies there.
+    Raises: ObjectMissing; StorageError if something else lies there, or other bytes than its key has the digest of.
     """
-    return _parse_parquet(store, key, pa.BufferReader(store.read_bytes(key)))
+    data = store.read_bytes(key)
+    named = DIGESTED_KEY.fullmatch(key)
+    if named is not None and digest_object(data) != named[1]:
+        raise StorageError(f"{store.uri}/{key}: damaged; delete it, and what is in it is made again")
+    return _parse_parquet(store, key, pa.BufferReader(data))
 
 
-def parse_stored(store: Store, key: str, data: bytes, columns: list[str]) -> Stored:
-    """Some columns of an object whose bytes are here already.
+def digest_object(data: bytes) -> str:
+    """What an object's key may end in. Page checksums leave the footer out, which says what the pages mean."""
+    return hashlib.sha256(data).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def parse_stored(store: Store, key: str, data: bytes, columns: list[str] | None = None) -> Stored:
+    """An object whose bytes are here already, or some of its columns.
 
     Raises: StorageError if it is none of ours, or damaged.
     """
     file, run_id = _parse_parquet(store, key, pa.BufferReader(data))
-    with _explain_damage(store, key):
+    with explain_damage(store, key):
         return Stored(key, run_id, _read_listed_until(file), file.read(columns))
 
 
 @contextmanager
-def _explain_damage(store: Store, key: str) -> Iterator[None]:
+def explain_damage(store: Store, key: str) -> Iterator[None]:
+    """Turn what a Parquet reader says of damaged pages into a StorageError that names the object."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise StorageError(f"{store.uri}/{key}: damaged ({error}); restore it from a copy") from error
 
 
@@ -106,14 +120,16 @@ def _read_listed_until(file: Any) -> datetime | None:
 
 def _parse_parquet(store: Store, key: str, source: Any) -> tuple[Any, str]:
     try:
-        file = pq.ParquetFile(source, pre_buffer=True)
+        file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
         metadata = file.metadata.metadata or {}
         if metadata[b"schema_version"].decode() != SCHEMA_VERSION:
             raise UsageError(
                 f"{store.uri}/{key}: schema version is not {SCHEMA_VERSION}; use the program that wrote it"
             )
+        if not any(file.schema_arrow.equals(schema) for schema in (SCHEMA, PLAN_SCHEMA)):
+            raise ValueError("other columns than ours")
         return file, metadata[b"run_id"].decode()
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise StorageError(f"{store.uri}/{key}: not a results file of ours; move it away") from error
 
 
@@ -123,7 +139,7 @@ def read_stored(store: Store, key: str, columns: list[str] | None = None) -> Sto
     Raises: ObjectMissing; StorageError if something else lies there.
     """
     file, run_id = open_parquet(store, key)
-    with _explain_damage(store, key):
+    with explain_damage(store, key):
         return Stored(key, run_id, _read_listed_until(file), file.read(columns))
 
 
@@ -168,7 +184,7 @@ def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Any:
         num_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         ends = np.cumsum(num_rows)
         groups = np.searchsorted(ends, wanted, side="right")
-        with _explain_damage(store, item.key):
+        with explain_damage(store, item.key):
             return pa.concat_tables(
                 file.read_row_group(group).take(wanted[groups == group] - (ends[group] - num_rows[group]))
                 for group in np.unique(groups).tolist()
@@ -177,7 +193,7 @@ def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Any:
 
 def _read_batch(store: Store, key: str, batches: Iterator[Any]) -> Any:
     """The next batch as a table; None when there is none."""
-    with _explain_damage(store, key):
+    with explain_damage(store, key):
         batch = next(batches, None)
         return None if batch is None else pa.Table.from_batches([batch])
 

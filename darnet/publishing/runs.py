@@ -24,6 +24,7 @@ from darnet.publishing.objects import (
     NOTICE,
     Listing,
     describe_file,
+    digest_object,
     list_commit_objects,
     list_parquet_keys,
     read_objects,
@@ -106,7 +107,7 @@ class RunRecord:
 def write_plan(planned: Iterable[PlannedSource], path: Path, make_record: Callable[[str], RunRecord]) -> RunRecord:
     """Write a plan to a local file as it comes; the record of its run, made of the plan's digest when it is whole."""
     digest = hashlib.sha256()
-    with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for batch in batch_by(planned, lambda item: len(item.source.objects), PLAN_BATCH_OBJECTS):
             rows = [_plan_row(item) for item in batch]
             digest.update("".join(_spell_line(row["source"], row["input_sha256"]) for row in rows).encode())
@@ -213,8 +214,12 @@ class RunFolder:
         )
 
     def write_part(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Stage all rows of some sources under the name that `name_part` gives them; again is harmless."""
-        self.store.write_bytes(f"{self._parts}{name}.parquet", to_parquet(make_table(rows), self.run_id))
+        """Stage all rows of some sources under the name that `name_part` gives them; again is harmless.
+
+        Its key ends in its digest, so that bytes that changed meanwhile are not published.
+        """
+        data = to_parquet(make_table(rows), self.run_id)
+        self.store.write_bytes(f"{self._parts}{name}-{digest_object(data)}.parquet", data)
 
     def read_parts(self) -> Any:
         """All staged rows. A source staged twice, by a driver that outlived its time, counts once and whole.

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from darnet.job import run_job
-from darnet.publishing.check import care_for_results, clean_runs
+from darnet.publishing.check import care_for_results, check_table, clean_runs
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
 from darnet.settings import ResultsSettings
 from darnet.storage import Store
 from darnet.storage_local import LocalStore
-from tests.results_fixtures import begin_run, has_plan, make_row, make_source, publish_rows
+from tests.results_fixtures import begin_run, flip_bit, has_plan, make_row, make_source, publish_rows
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
@@ -72,6 +73,35 @@ def test_each_kind_of_damage_is_named(local: Store, capsys: pytest.CaptureFixtur
         local.delete("predictions/c00000002.parquet")
         local.delete("predictions/c00000003.parquet")
     assert run(capsys, "check", "--results", local.uri)[0]["exit_code"] == 0
+
+
+def test_a_bit_that_flipped_in_any_column_is_found(local: Store) -> None:
+    """What passes says the same: sizes and statistics that nothing is read by, texts of the footer."""
+    publish_rows(local, "one", make_row("a"), make_row("b", "BAD_TILT"))
+    key = "predictions/c00000001.parquet"
+    sound = local.read_bytes(key)
+    rows = pq.read_table(io.BytesIO(sound))
+    footer = len(sound) - 8 - int.from_bytes(sound[-8:-4], "little")
+    found = []
+    for place in [*range(0, footer, 13), *range(footer, len(sound), 131)]:
+        data = flip_bit(sound, place)
+        local.write_bytes(key, data)
+        if check_table(local)[1]:
+            found.append(place)
+        else:
+            assert pq.read_table(io.BytesIO(data)).equals(rows)
+    assert sum(place < footer for place in found) > footer // 13 * 0.6
+
+
+def test_a_value_that_is_another_under_the_same_length_is_found(local: Store) -> None:
+    """A probability as it would be read, from an object without checksums and from one of ours."""
+    publish_rows(local, "one", make_row("a"))
+    key = "predictions/c00000001.parquet"
+    sound = local.read_bytes(key)
+    place = sound.index(struct.pack("<d", 0.7))
+    local.write_bytes(key, flip_bit(sound, place + 2))
+    assert pq.read_table(io.BytesIO(local.read_bytes(key)))["probability_ncp"].to_pylist() != [0.7]
+    assert [fault for fault in check_table(local)[1] if key in fault]
 
 
 def test_other_keys_or_an_error_before_make_no_double(local: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import ObjectMissing, RunError, Status, UsageError
+from darnet.errors import ObjectMissing, RunError, Status, StorageError, UsageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import Reason, spell_key
 from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part
@@ -23,6 +23,7 @@ from tests.results_fixtures import (
     ODD_KEYS,
     WORK,
     begin_run,
+    flip_bit,
     has_plan,
     make_listing,
     make_row,
@@ -190,6 +191,37 @@ def test_a_source_in_two_parts_counts_once_and_whole(local: Store) -> None:
     folder.write_part("2", [make_row("b", "ERR_TIMEOUT"), make_row("a#1", "ERR_TIMEOUT"), make_row("c")])
     rows = folder.read_parts().select(["scan_id", "status"]).to_pylist()
     assert [(row["scan_id"], row["status"]) for row in rows] == [(name, "OK") for name in ("a#1", "a#2", "b", "c")]
+
+
+def test_a_part_of_which_a_bit_flipped_is_not_read(local: Store) -> None:
+    """Every 397th byte, one bit of it: of pages, of their headers and of the footer."""
+    folder = RunFolder(local, "run")
+    folder.write_part("p", [make_row("a"), make_row("b", "BAD_TILT")])
+    (key,) = [item.key for item in local.list_objects()]
+    sound = local.read_bytes(key)
+    for place in range(0, len(sound), 397):
+        local.write_bytes(key, flip_bit(sound, place))
+        with pytest.raises(StorageError, match=r"damaged; delete it, and what is in it is made again"):
+            folder.read_parts()
+        with pytest.raises(StorageError, match="damaged"):
+            folder.list_staged_sources()
+
+
+def test_a_plan_of_which_a_bit_flipped_is_refused(local: Store) -> None:
+    """All of it but the reason, which people read."""
+    folder = begin_run(local, make_source("a"), make_source("b"))
+    key = folder.locate("plan.parquet")
+    sound, planned = local.read_bytes(key), folder.read_sources([0, 1])
+    refused = 0
+    for place in range(0, len(sound), 19):
+        local.write_bytes(key, flip_bit(sound, place))
+        try:
+            assert folder.list_planned_sources() == ["a", "b"]
+            assert folder.read_sources([0, 1]) == planned
+        except (StorageError, UsageError) as error:
+            assert "plan.parquet" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > len(sound) // 19 // 4
 
 
 # A run as a whole

@@ -1,0 +1,96 @@
+"""Everything that can go wrong with a night or a training, one thing after another: what was tried, what was lost.
+
+`make chaos` runs all of it; `python -m tests.chaos --only weather,conflict` some, `--list` names them.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from darnet.terminal import print_table
+from tests.chaos import byte_faults, machine_faults, store_faults, training_faults
+from tests.chaos.night import ChaosError, Night, Outcome, Site, prepare_site, watch
+from tests.small_disk import MountRefused
+
+REMOTE = [
+    *(store_faults.weather, store_faults.etags_alone, store_faults.outage, store_faults.endless_outage),
+    *(store_faults.no_store, store_faults.lost_acknowledgement, store_faults.conflict, store_faults.forbidden),
+    *(store_faults.archived, store_faults.expired_credentials, store_faults.skewed_clock),
+    machine_faults.full_scratch,
+]
+LOCAL = [
+    *(machine_faults.kill_driver, machine_faults.kill_workers, machine_faults.stop_driver),
+    *(machine_faults.stop_everything, machine_faults.full_results, machine_faults.starved_child),
+    *(machine_faults.clock_ahead, machine_faults.clock_behind),
+    *(byte_faults.wrong_part, byte_faults.wrong_plan, byte_faults.wrong_bundle, byte_faults.wrong_result),
+]
+TRAINING = [training_faults.kill_rank, training_faults.tear_checkpoint]
+NIGHTS = {fault.__name__: (fault, fault in REMOTE) for fault in (*REMOTE, *LOCAL)}
+TRAININGS = {fault.__name__: fault for fault in TRAINING}
+COUNTS = ("due", "lost", "doubled", "other", "partial", "polls", "left_running")
+
+
+def main(arguments: list[str]) -> int:
+    """1 if anything was lost, or was not as it must be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="names of faults, with commas between them")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no fault after so many")
+    parser.add_argument("--list", action="store_true", help="name the faults and end")
+    chosen = parser.parse_args(arguments)
+    names = chosen.only.split(",") if chosen.only else [*NIGHTS, *TRAININGS]
+    if chosen.list or set(names) - {*NIGHTS, *TRAININGS}:
+        print("\n".join([*NIGHTS, *TRAININGS]))
+        return 0 if chosen.list else 2
+    with tempfile.TemporaryDirectory(prefix="darnet-chaos-") as folder:
+        lines = run_faults(Path(folder), names, time.monotonic() + 60 * chosen.minutes)
+    header = ["fault", "as it must be", "rows due", "lost", "doubled", "other bits", "polls in part", "polls"]
+    header += ["left running", "s", "what was seen"]
+    print_table("What was tried, and what was lost", header, [list(line.values()) for line in lines])
+    print(json.dumps({"faults": len(lines), "failed": [line["fault"] for line in lines if line["verdict"] == "NO"]}))
+    return int(any(line["verdict"] == "NO" for line in lines))
+
+
+def run_faults(folder: Path, names: list[str], until_s: float) -> list[dict[str, Any]]:
+    """A line of the table a fault, each also printed as it ends."""
+    lines = []
+    with contextlib.ExitStack() as stack:
+        site: Site | None = None
+        for name in names:
+            if time.monotonic() > until_s:
+                break
+            if name in TRAININGS:
+                lines.append(run_one(name, functools.partial(TRAININGS[name], folder / name)))
+                continue
+            site = site or stack.enter_context(prepare_site(folder))
+            fault, is_remote = NIGHTS[name]
+            lines.append(run_one(name, functools.partial(watch, Night(site, name, is_remote), fault)))
+    return lines
+
+
+def run_one(name: str, disturb: Callable[[], tuple[Outcome, str]]) -> dict[str, Any]:
+    """Run a fault and say how it ended."""
+    started_s = time.monotonic()
+    outcome: Outcome | None = None
+    try:
+        outcome, remark = disturb()
+        verdict = "yes" if outcome.is_sound else "NO"
+    except ChaosError as error:
+        verdict, remark = "NO", str(error)
+    except MountRefused as error:
+        verdict, remark = "skipped", str(error)
+    counts = {count: "" if outcome is None else getattr(outcome, count) for count in COUNTS}
+    line = {"fault": name, "verdict": verdict, **counts, "seconds": round(time.monotonic() - started_s)}
+    line["remark"] = remark
+    print(json.dumps(line), flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""One byte that is another than it was: in a part, a plan, a bundle, an object of the table."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.chaos.night import ChaosError, Night, list_parts, wait_until
+from tests.places import ROOT
+from tests.results_fixtures import flip_bit
+
+
+def wrong_part(night: Night) -> str:
+    """In a staged part of a driver that was killed: refused by name, and scored again once it is deleted."""
+    job = night.start()
+    night.wait_for_parts(2, job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    part = night.folder / list_parts(night.results)[0]
+    _flip(part, 0.3)
+    error = night.run(4)["error"]
+    _demand(part.name, error)
+    part.unlink()
+    return f"exit 4, then {night.run(0)['resumed_sources']} sources resumed"
+
+
+def wrong_plan(night: Night) -> str:
+    """In the plan of a driver that was killed: refused by name; discarded, its sources are planned anew."""
+    job = night.start()
+    wait_until(lambda: bool(list(night.folder.glob("_runs/*/plan.parquet"))), job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    (plan,) = night.folder.glob("_runs/*/plan.parquet")
+    _flip(plan, 0.1)
+    summary = night.run(2, 4)
+    _demand("plan.parquet", summary["error"])
+    code = summary["exit_code"]
+    _run_job("score", "--results", night.uri, "--discard", plan.parent.name, "--reason", "a byte is wrong")
+    night.run(0)
+    return f"exit {code}, then discarded"
+
+
+def wrong_bundle(night: Night) -> str:
+    """In one fold's weights: refused by name before anything is scored."""
+    path = Path(night.model) / "fold3.safetensors"
+    with _flipped(path, 0.7):
+        error = night.run(2)["error"]
+    _demand("fold3.safetensors", error)
+    night.run(0)
+    return "exit 2, then mended"
+
+
+def wrong_result(night: Night) -> str:
+    """In an object of the table: `jobs.results check` names it."""
+    night.run(0)
+    path = night.folder / "predictions" / "c00000001.parquet"
+    with _flipped(path, 0.1):
+        error = _run_job("results", "check", "--results", night.uri, code=1)
+    _demand(path.name, error)
+    _run_job("results", "check", "--results", night.uri)
+    return "check: exit 1"
+
+
+@contextmanager
+def _flipped(path: Path, share: float) -> Iterator[None]:
+    kept = path.with_name(path.name + ".kept")
+    shutil.copy2(path, kept)
+    _flip(path, share)
+    try:
+        yield
+    finally:
+        kept.replace(path)
+
+
+def _flip(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(flip_bit(data, int(len(data) * share)))
+
+
+def _demand(name: str, error: str) -> None:
+    if name not in error:
+        raise ChaosError(f"{name} is not named: {error}")
+
+
+def _run_job(job: str, *arguments: str, code: int = 0) -> str:
+    """What a short job says is wrong, or nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != code:
+        raise ChaosError(f"jobs.{job} ended with {done.returncode}: {done.stdout[-300:]}")
+    return str(json.loads(done.stdout.splitlines()[-1]).get("error", ""))

@@ -1,0 +1,156 @@
+"""What an S3 server and the way to it do wrong while a night is scored; each ends with the table whole."""
+
+import time
+from collections.abc import Callable
+
+from darnet.results import read_rows
+from tests.chaos.night import ChaosError, Night
+from tests.fault_proxy import Fault, Policy, Request, Weather, fair_weather
+
+SEED = 2026
+OUTAGE_S = 30.0
+STORM = {
+    **{Fault("SlowDown"): 0.20, Fault("InternalError"): 0.05, Fault("reset"): 0.03, Fault("slow", 0.5): 0.03},
+    **{Fault("truncated"): 0.03, Fault("flipped"): 0.03},
+}
+
+
+def weather(night: Night) -> str:
+    """20% SlowDown, 5% 500, resets, slow, cut and flipped answers; what is ERR is scored in the next night."""
+    night.site.proxy.done.clear()
+    night.site.proxy.policy = Weather(SEED, STORM)
+    first = night.run(0, 4)
+    done = dict(night.site.proxy.done)
+    night.site.proxy.policy = fair_weather
+    night.run(0)
+    return f"exit {first['exit_code']}, {first.get('statuses', {})}, then fair; answers {done}"
+
+
+def etags_alone(night: Night) -> str:
+    """One answer in five with a flipped bit, from objects without a checksum of their uploader."""
+    night.site.proxy.policy = Weather(SEED, {Fault("flipped"): 0.2})
+    summary = night.run(0, AWS_RESPONSE_CHECKSUM_VALIDATION="when_required")
+    night.run(0)
+    return f"{summary['statuses']}"
+
+
+def outage(night: Night) -> str:
+    """Half a minute without any connection, beginning while scans are fetched."""
+    ends_s: list[float] = []
+    night.site.proxy.policy = _after_objects(60, lambda: _until(ends_s))
+    first = night.run(0, 4)
+    if not ends_s:
+        raise ChaosError("the outage never began")
+    night.site.proxy.policy = fair_weather
+    night.run(0)
+    return f"exit {first['exit_code']}, {first.get('statuses', '')}, then again"
+
+
+def endless_outage(night: Night) -> str:
+    """No connection any more, from the middle of the fetching: exit code 4; the next attempt goes on."""
+    night.site.proxy.policy = _after_objects(60, lambda: Fault("reset"))
+    night.run(4)
+    night.site.proxy.policy = fair_weather
+    summary = night.run(0)
+    return f"exit 4, then {summary['resumed_sources']} sources resumed"
+
+
+def no_store(night: Night) -> str:
+    """No connection at all: exit code 4."""
+    night.site.proxy.policy = lambda _: Fault("reset")
+    started_s = time.monotonic()
+    night.run(4)
+    took_s = time.monotonic() - started_s
+    night.site.proxy.policy = fair_weather
+    night.run(0)
+    return f"exit 4 after {took_s:.0f} s, then fair"
+
+
+def lost_acknowledgement(night: Night) -> str:
+    """The put that publishes is carried out, and its answer lost, more often than boto3 asks."""
+    night.site.proxy.policy = _on_publishing(Fault("lost"), 7)
+    return _publish_once(night)
+
+
+def conflict(night: Night) -> str:
+    """409 ConditionalRequestConflict to the put that publishes, three times."""
+    night.site.proxy.policy = _on_publishing(Fault("ConditionalRequestConflict"), 3)
+    return _publish_once(night)
+
+
+def forbidden(night: Night) -> str:
+    """403 on the keys of one source: it is an ERR row, the others are scored; allowed again, it is scored too."""
+    return _refuse_a_source(night, "AccessDenied")
+
+
+def archived(night: Night) -> str:
+    """InvalidObjectState (Glacier) on the keys of one source: the same."""
+    return _refuse_a_source(night, "InvalidObjectState")
+
+
+def expired_credentials(night: Night) -> str:
+    """Credentials that expire in mid-run: exit code 5, nothing published; renewed, the run goes on."""
+    return _lock_out(night, "ExpiredToken")
+
+
+def skewed_clock(night: Night) -> str:
+    """A node whose clock is a day off, as the store tells it (RequestTimeTooSkewed): exit code 5."""
+    return _lock_out(night, "RequestTimeTooSkewed")
+
+
+def _publish_once(night: Night) -> str:
+    summary = night.run(0)
+    if summary["published"] != 1:
+        raise ChaosError(f"published as {summary['published']}")
+    return "published as 1"
+
+
+def _refuse_a_source(night: Night, code: str) -> str:
+    def policy(request: Request) -> Fault | None:
+        return Fault(code) if request.method == "GET" and "/ct/chest01/" in request.path else None
+
+    night.site.proxy.policy = policy
+    night.run(0)
+    rows = read_rows(night.results).select(["source", "status", "status_detail"]).to_pylist()
+    (refused,) = [row for row in rows if row["source"] == "chest01"]
+    others = {row["source"]: row["status"] for row in rows if row["source"] != "chest01"}
+    if not refused["status"].startswith("ERR_") or [name for name in others.values() if name.startswith("ERR_")]:
+        raise ChaosError(f"{refused}, {others}")
+    night.site.proxy.policy = fair_weather
+    night.run(0)
+    return f"{refused['status']} ({refused['status_detail']}), then fair"
+
+
+def _lock_out(night: Night, code: str) -> str:
+    night.site.proxy.policy = _after_objects(100, lambda: Fault(code))
+    summary = night.run(5)
+    night.site.proxy.policy = fair_weather
+    night.run(0)
+    return f"exit 5: {summary['error'][-60:]}"
+
+
+def _after_objects(number: int, fault: Callable[[], Fault | None]) -> Policy:
+    """Nothing until so many objects of the archive were asked for, then what `fault` says of every request."""
+    seen: set[str] = set()
+
+    def policy(request: Request) -> Fault | None:
+        if request.is_of_object and "/ct/" in request.path:
+            seen.add(request.path)
+        return fault() if len(seen) > number else None
+
+    return policy
+
+
+def _until(ends_s: list[float]) -> Fault | None:
+    """A reset within `OUTAGE_S` of the first call."""
+    if not ends_s:
+        ends_s.append(time.monotonic() + OUTAGE_S)
+    return Fault("reset") if time.monotonic() < ends_s[0] else None
+
+
+def _on_publishing(fault: Fault, times: int) -> Policy:
+    def policy(request: Request) -> Fault | None:
+        is_it = request.method == "PUT" and "/predictions/" in request.path
+        return fault if is_it and request.attempt < times else None
+
+    return policy

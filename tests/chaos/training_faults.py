@@ -1,0 +1,89 @@
+"""What happens to a training; it must end in the bits of an undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import torch
+
+from darnet.bundle import load_networks, read_bundle
+from darnet.config import ModelConfig, TrainConfig
+from darnet.storage import open_store
+from tests.chaos.night import MARK, ChaosError, Outcome, count_left, find_marked, wait_until
+from tests.gloo_ranks import train_with_torch_alone
+from tests.places import ROOT
+from tests.results_fixtures import flip_bit
+from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
+
+CONFIG = TrainConfig(epochs=6, num_folds=2, learning_rate=3e-3)
+NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
+
+
+class Training:
+    """A training on made-up volumes in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.mark = folder, uuid.uuid4().hex
+        make_volumes(folder / "volumes", num_train=24, num_folds=2)
+
+    def start(self) -> "subprocess.Popen[str]":
+        """`python -m jobs.train` as a person starts it."""
+        places = ["--volumes", str(self.folder / "volumes"), "--out", str(self.folder / "out")]
+        places += ["--cache", str(self.folder / "cache")]
+        train = ["--train.epochs", "6", "--train.num-folds", "2", "--train.learning-rate", "3e-3"]
+        command = [sys.executable, "-m", "jobs.train", *places, *train, "--network.base-channels", "4"]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | {MARK: self.mark, "RAY_AUTH_MODE": "disabled"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def list_states(self) -> list[Path]:
+        """Checkpoints so far, the newest last."""
+        return sorted(self.folder.glob("out.runs/*/checkpoint_*/state.sha256"), key=lambda path: path.parent.name)
+
+    def finish(self, job: "subprocess.Popen[str]") -> Outcome:
+        """Raises: ChaosError unless it ends with 0. A row is a fold here."""
+        summary = json.loads(job.communicate(timeout=400)[0].splitlines()[-1])
+        if summary["exit_code"]:
+            raise ChaosError(str(summary))
+        expected = train_with_torch_alone(self.folder / "volumes", NETWORK, CONFIG, 1, self.folder)
+        networks = load_networks(read_bundle(open_store(str(self.folder / "out"))))
+        pairs = zip(expected, networks, strict=True)
+        other = sum(
+            any(not torch.equal(fold.state[name], tensor) for name, tensor in trained.state_dict().items())
+            for fold, trained in pairs
+        )
+        return Outcome(len(expected), 0, 0, other, 0, 0, count_left(self.mark))
+
+
+def kill_rank(folder: Path) -> tuple[Outcome, str]:
+    """SIGKILL to a rank after its first epoch."""
+    training = Training(folder)
+    job = training.start()
+    wait_until(lambda: bool(training.list_states() and find_marked(training.mark, "TrainWorker")), job)
+    os.kill(find_marked(training.mark, "TrainWorker")[0], signal.SIGKILL)
+    return training.finish(job), "killed after its first epoch"
+
+
+def tear_checkpoint(folder: Path) -> tuple[Outcome, str]:
+    """SIGKILL to the driver; of one fold's newest checkpoint a bit flipped, of the other's the half is missing."""
+    training = Training(folder)
+    job = training.start()
+    wait_until(lambda: len(training.list_states()) >= 4, job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    newest = {path.parents[1]: path.with_name("state.pt") for path in training.list_states()}
+    for number, path in enumerate(newest.values()):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if number else flip_bit(data, len(data) // 2))
+    return training.finish(training.start()), f"{len(newest)} torn"

@@ -1,0 +1,36 @@
+"""The quick form of `make chaos`: one night in a storm; and that its judge sees what was lost."""
+
+from pathlib import Path
+
+import pytest
+
+from darnet.storage import open_store
+from tests.chaos.night import Night, Outcome, Site, collect_facts, judge, prepare_site, watch
+from tests.chaos.store_faults import weather
+from tests.fault_proxy import FaultProxy
+from tests.results_fixtures import make_row, publish_rows
+
+
+def test_the_judge_sees_what_is_lost_doubled_changed_and_seen_in_part(tmp_path: Path) -> None:
+    truth = open_store(str(tmp_path / "truth"), create=True)
+    publish_rows(truth, "run", *(make_row(name) for name in "abcd"))
+    night = Night(Site(tmp_path, "", FaultProxy(""), collect_facts(truth)), "disturbed", is_remote=False)
+    publish_rows(night.results, "one", make_row("a"), make_row("b", "ERR_TIMEOUT"), make_row("c"))
+    other = make_row("c", probability_ncp=0.1, probability_cp=0.8, prediction="CP")
+    publish_rows(night.results, "two", make_row("b"), other | {"input_sha256": "j" * 64})
+    assert judge(night, [0, 0, 2, 3, 5, 5]) == Outcome(
+        due=4, lost=1, doubled=1, other=1, partial=1, polls=6, left_running=0
+    )
+    publish_rows(night.results, "three", make_row("d"))
+    assert not judge(night, [0]).is_sound
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.filterwarnings("default")
+def test_a_night_in_a_storm_loses_nothing(tmp_path: Path) -> None:
+    """A fifth of all answers is SlowDown, a twentieth 500, others cut, flipped, late or none."""
+    with prepare_site(tmp_path) as site:
+        outcome, remark = watch(Night(site, "weather"), weather)
+    assert outcome == Outcome(9, 0, 0, 0, 0, outcome.polls, 0), remark
+    assert outcome.polls > 20
