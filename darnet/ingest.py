@@ -101,8 +101,11 @@ class Ingester:
     def ingest(self, source: Source) -> list[IngestedScan]:
         """Every scan of the source, at least one; what cannot be scored has a status that says why."""
         clock = _Clock()
-        with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
-            scans = self._read(source, Path(folder), clock)
+        try:
+            with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
+                scans = self._read(source, Path(folder), clock)
+        except OSError as error:  # also where there is no room for the folder itself
+            scans = [_refuse(source, ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine"))]
         # Headers are read for all scans of a source at once, so that each has an equal part in the time they took.
         shared_s = (clock.decode_s - sum(scan.decode_s for scan in scans)) / len(scans)
         return [replace(scan, fetch_s=clock.fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
@@ -119,9 +122,7 @@ class Ingester:
             return scans
         except ScanError as error:
             return [_refuse(source, error)]
-        except OSError as error:
-            return [_refuse(source, ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine"))]
-        except RunError:
+        except (RunError, OSError):
             raise
         except Exception as error:  # the other place where a scan becomes a row; the text may hold DICOM values
             return [_refuse(source, ScanError(Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}"))]

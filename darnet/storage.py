@@ -393,9 +393,11 @@ _REFUSED_IDENTITY = frozenset(
 
 
 def _code(error: Exception) -> str:
-    """The store's name for what went wrong, or the exception's."""
+    """The store's name for what went wrong, or this machine's, or the exception's."""
     if isinstance(error, boto_errors.ClientError):
         return str(error.response.get("Error", {}).get("Code", "")) or f"HTTP {_http_status(error)}"
+    if isinstance(error, OSError) and error.strerror:  # this machine's own, such as a full disk
+        return f"{error.strerror} on the decoding machine"
     return type(error).__name__
 
 

@@ -16,7 +16,7 @@ def mount_small_disk(folder: Path, num_kib: int) -> Iterator[Path]:
 
     Raises: MountRefused.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         raise MountRefused("mount -t tmpfs is not allowed here")

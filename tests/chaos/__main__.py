@@ -81,10 +81,10 @@ def run_one(name: str, disturb: Callable[[], tuple[Outcome, str]]) -> dict[str, 
     try:
         outcome, remark = disturb()
         verdict = "yes" if outcome.is_sound else "NO"
-    except ChaosError as error:
-        verdict, remark = "NO", str(error)
     except MountRefused as error:
         verdict, remark = "skipped", str(error)
+    except Exception as error:  # what nobody thought of is a line too, and the next fault is tried
+        verdict, remark = "NO", str(error) if isinstance(error, ChaosError) else repr(error)
     counts = {count: "" if outcome is None else getattr(outcome, count) for count in COUNTS}
     line = {"fault": name, "verdict": verdict, **counts, "seconds": round(time.monotonic() - started_s)}
     line["remark"] = remark

@@ -92,7 +92,7 @@ def full_results(night: Night) -> str:
         summary = night.finish(job, 4)
         num_parts = len(list_parts(night.results))
         leftovers = [path.name for path in disk.rglob("*.tmp")]
-        if leftovers or "space" not in summary["error"]:
+        if leftovers or "No space left" not in summary["error"]:
             raise ChaosError(f"left {leftovers}: {summary['error']}")
         ballast.unlink()
         resumed = night.run(0)["resumed_sources"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from darnet.errors import StorageError
 from darnet.publishing.objects import list_commits
 from darnet.results import read_rows
 from darnet.storage import Store, open_store
@@ -190,7 +191,8 @@ class TableReader(threading.Thread):
 
     def run(self) -> None:
         while not self._is_over.wait(0.05):
-            self.counts.append(read_rows(self._results, latest=False).num_rows)
+            with contextlib.suppress(StorageError):  # a damaged object is not read at all
+                self.counts.append(read_rows(self._results, latest=False).num_rows)
 
     def stop(self) -> None:
         """The last look is after the last job."""

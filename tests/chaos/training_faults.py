@@ -1,5 +1,6 @@
 """What happens to a training; it must end in the bits of an undisturbed one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from tests.places import ROOT
 from tests.results_fixtures import flip_bit
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
-CONFIG = TrainConfig(epochs=6, num_folds=2, learning_rate=3e-3)
+CONFIG = TrainConfig(epochs=8, num_folds=2, learning_rate=3e-3)
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
 
 
@@ -34,7 +35,7 @@ class Training:
         """`python -m jobs.train` as a person starts it."""
         places = ["--volumes", str(self.folder / "volumes"), "--out", str(self.folder / "out")]
         places += ["--cache", str(self.folder / "cache")]
-        train = ["--train.epochs", "6", "--train.num-folds", "2", "--train.learning-rate", "3e-3"]
+        train = ["--train.epochs", "8", "--train.num-folds", "2", "--train.learning-rate", "3e-3"]
         command = [sys.executable, "-m", "jobs.train", *places, *train, "--network.base-channels", "4"]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         return subprocess.Popen(
@@ -47,9 +48,14 @@ class Training:
             start_new_session=True,
         )
 
-    def list_states(self) -> list[Path]:
-        """Checkpoints so far, the newest last."""
-        return sorted(self.folder.glob("out.runs/*/checkpoint_*/state.sha256"), key=lambda path: path.parent.name)
+    def list_kept(self) -> list[list[Path]]:
+        """Of each fold, the checkpoints that Ray Train would go on from, the newest last."""
+        kept = []
+        for path in self.folder.glob("out.runs/*/checkpoint_manager_snapshot.json"):
+            with contextlib.suppress(ValueError):  # it is being written
+                found = json.loads(path.read_text())["checkpoint_results"]
+                kept.append([path.with_name(item["checkpoint_dir_name"]) for item in found])
+        return kept
 
     def finish(self, job: "subprocess.Popen[str]") -> Outcome:
         """Raises: ChaosError unless it ends with 0. A row is a fold here."""
@@ -70,7 +76,7 @@ def kill_rank(folder: Path) -> tuple[Outcome, str]:
     """SIGKILL to a rank after its first epoch."""
     training = Training(folder)
     job = training.start()
-    wait_until(lambda: bool(training.list_states() and find_marked(training.mark, "TrainWorker")), job)
+    wait_until(lambda: any(training.list_kept()) and bool(find_marked(training.mark, "TrainWorker")), job)
     os.kill(find_marked(training.mark, "TrainWorker")[0], signal.SIGKILL)
     return training.finish(job), "killed after its first epoch"
 
@@ -79,11 +85,11 @@ def tear_checkpoint(folder: Path) -> tuple[Outcome, str]:
     """SIGKILL to the driver; of one fold's newest checkpoint a bit flipped, of the other's the half is missing."""
     training = Training(folder)
     job = training.start()
-    wait_until(lambda: len(training.list_states()) >= 4, job)
+    wait_until(lambda: len(kept := training.list_kept()) == 2 and all(len(paths) > 1 for paths in kept), job)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
-    newest = {path.parents[1]: path.with_name("state.pt") for path in training.list_states()}
-    for number, path in enumerate(newest.values()):
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2] if number else flip_bit(data, len(data) // 2))
-    return training.finish(training.start()), f"{len(newest)} torn"
+    for number, paths in enumerate(training.list_kept()):
+        state = paths[-1] / "state.pt"
+        data = state.read_bytes()
+        state.write_bytes(data[: len(data) // 2] if number else flip_bit(data, len(data) // 2))
+    return training.finish(training.start()), "the newest checkpoints of two folds torn"
