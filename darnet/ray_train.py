@@ -43,11 +43,13 @@ from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.history import render_files
+from darnet.inference.torch_backend import TorchBackend
 from darnet.model import build_network
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
+from darnet.threads import set_num_threads
 from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import (
     FoldResult,
@@ -148,13 +150,9 @@ def _measure_network(
     members = [build_network(network, seed) for _ in folds]
     for member, fold in zip(members, folds, strict=True):
         member.load_state_dict(fold.state)
-    ensemble = Ensemble(
-        members,
-        batch_size=config.batch_size,
-        num_threads=config.num_threads,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        temperatures=[fold.temperature for fold in folds],
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
+    ensemble = Ensemble(backend, batch_size=config.batch_size, temperatures=[fold.temperature for fold in folds])
     index = open_volumes(places.volumes, places.cache)
     return describe_test(evaluate_test(ensemble, index, config.batch_size, seed))
 
@@ -365,7 +363,7 @@ def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
 def _train_rank(loop_config: dict[str, Any]) -> None:
     """One worker: read the index, join the gang, resume what there is, train."""
     task: FoldTask = loop_config["task"]
-    torch.set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
+    set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
     enable_reproducibility(task.config.seed)
     context = ray.train.get_context()
     gang = Gang(context.get_world_rank(), context.get_world_size(), _gather, get_device())

@@ -22,7 +22,7 @@ from darnet.bundle import (
     count_network_parameters,
     find_bundles,
     load_networks,
-    read_bundle,
+    read_model,
 )
 from darnet.cohort import count_cohort, describe_division, find_leaking_patients, tell_leak
 from darnet.config import ScoreConfig, digest_json, fingerprint
@@ -57,7 +57,7 @@ from darnet.volumes_cache import open_volumes
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
 # Where things lie changes no number.
-PLACES = set("out predictions model volumes truth compare audit cache config".split())
+PLACES = dict.fromkeys("out predictions model volumes truth compare audit cache config".split(), True)
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -98,7 +98,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     truths, audit = _read_truths(settings, index), _read_audit(settings)
     trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
     for place in places:
-        bundle = read_bundle(place)
+        bundle = read_model(place, settings.score)
         _check_fit(settings, bundle.manifest, index)
         name = MODEL_NAMES[bundle.manifest.model_name]
         trainings.setdefault(name, []).append((bundle, read_history(place)))
@@ -148,7 +148,8 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
         for name in ("model_version", "model_sha256", "settings_sha256", "code_version")
     }
     weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
-    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
+    int8 = tuple(chain.from_iterable(bundle.int8 or (None,) * len(bundle.weights) for bundle in bundles))
+    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights, int8)
 
 
 def _refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
@@ -299,7 +300,7 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings))
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
-    bundle, index = read_bundle(place), _open_volumes(settings)
+    bundle, index = read_model(place, settings.score), _open_volumes(settings)
     _check_fit(settings, bundle.manifest, index)
     scores = _score_test(settings, bundle, index)
     predictions = _keep_predictions(out, PREDICTIONS_FILE, index, scores, bundle.manifest.folds)
@@ -308,7 +309,7 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
 
 def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
     """What the numbers depend on beside their input."""
-    digest = digest_json(settings.model_dump(mode="json", exclude=PLACES))
+    digest = digest_json(settings.model_dump(mode="json", exclude={**PLACES, "score": {"cache"}}))
     return {"settings_sha256": digest, "ci95_seed": settings.seed}
 
 
