@@ -5,6 +5,7 @@ The only module that knows openvino and nncf, which come with `pip install 'darn
 
 import contextlib
 import hashlib
+import logging
 import sys
 import tempfile
 import warnings
@@ -27,6 +28,7 @@ GRAPH_REVISION = 1  # raise when the code between weights and compiled network c
 DEVICE = "CPU"
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # what is not INT8 stays as it is measured, in float32
 COMPILED_FOLDER = "compiled"
+TRACED_PLANE = (16, 16)
 
 Graph: TypeAlias = Any
 """An `openvino.Model`."""
@@ -35,9 +37,10 @@ Compiled: TypeAlias = Any
 
 
 class OpenVINOBackend:
-    """One compiled network a fold, asked for one scan at a time: more at once gain nothing (`make bench-networks`).
+    """One compiled network a fold, asked for one scan at a time.
 
-    Five folds in one graph were no faster than one after another, and only so can a fold be left out.
+    Two scans at once take twice as long, and five folds in one graph as long as one after another
+    (`make bench-networks`); so a scan's numbers depend on no other, and a fold can be left out.
     """
 
     forward_scans = 1
@@ -88,27 +91,36 @@ def describe_openvino() -> dict[str, str]:
 def convert_network(network: DARNet) -> Graph:
     """The network for one scan, with batch norm folded, as a graph with the outputs of `ScoringGraph`.
 
+    It is traced on a scan small in plane, of which weights and layers know nothing: a second in place of ten.
     Shape: (1, D, H, W) uint8 in.
     """
     openvino = load_openvino()
-    shape = (1, *network.config.volume_shape)
-    with warnings.catch_warnings():  # torch.export warns of torch's own code
+    depth, height, width = network.config.volume_shape
+    folded = fold_batch_norm(network)
+    folded.config = folded.config.model_copy(update={"volume_shape": (depth, *TRACED_PLANE)})
+    example = torch.zeros((1, depth, *TRACED_PLANE), dtype=torch.uint8)
+    with torch.no_grad(), warnings.catch_warnings():  # torch warns of checks of shapes, which need no tracing
         warnings.simplefilter("ignore")
-        program = torch.export.export(ScoringGraph(fold_batch_norm(network)), (torch.zeros(shape, dtype=torch.uint8),))
-        graph = openvino.convert_model(program)
-    graph.reshape(list(shape))
-    return graph
+        traced = torch.jit.trace(ScoringGraph(folded), example, check_trace=False)
+        return openvino.convert_model(traced, input=[openvino.PartialShape([1, depth, height, width])])
 
 
 def quantize_graph(graph: Graph, volumes: Iterable[Uint8Array]) -> Int8Graph:
     """The graph in INT8, its ranges measured on these volumes, as files of OpenVINO's format.
 
-    Source: post-training quantisation by nncf, with its defaults: per channel for weights, unbiased.
+    Source: post-training quantisation by nncf with its defaults; the linear layers of gates and head stay in float32,
+            as they take no time, and a gate scales a whole slice.
     """
     openvino, nncf = load_openvino(), load_nncf()
+    nncf.set_log_level(logging.ERROR)  # else it tells of every layer that is left alone
     samples = [voxels[None] for voxels in volumes]
     with contextlib.redirect_stdout(sys.stderr):  # its progress is for people
-        quantized = nncf.quantize(graph, nncf.Dataset(samples), subset_size=len(samples))
+        quantized = nncf.quantize(
+            graph,
+            nncf.Dataset(samples),
+            subset_size=len(samples),
+            ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False),
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.xml"
         openvino.save_model(quantized, path, compress_to_fp16=False)
@@ -121,12 +133,17 @@ def read_graph(files: Int8Graph) -> Graph:
     return graph
 
 
+def compile_graph(graph: Graph, config: ScoreConfig) -> Compiled:
+    """A graph made ready for this processor, in the precision and with the threads of the settings."""
+    return load_openvino().Core().compile_model(graph, DEVICE, _describe_run(config))
+
+
 def ask_graph(graph: Graph, config: ScoreConfig, volumes: Iterable[Uint8Array]) -> Iterator[FoldAnswer]:
     """The answer to each volume, of batch 1.
 
     Shape: (D, H, W) each.
     """
-    request = load_openvino().Core().compile_model(graph, DEVICE, _describe_run(config)).create_infer_request()
+    request = compile_graph(graph, config).create_infer_request()
     for voxels in volumes:
         yield _ask(request, voxels[None])
 
@@ -167,7 +184,7 @@ def _compile_folds(bundle: Bundle, config: ScoreConfig) -> list[Compiled]:
     compiled = [_read_compiled(cache, key, config) for key in keys]
     for place, key in enumerate(keys):
         if compiled[place] is None:
-            compiled[place] = _compile(_make_graph(bundle, place, config), config)
+            compiled[place] = compile_graph(_make_graph(bundle, place, config), config)
             _keep_compiled(cache, key, compiled[place])
     return compiled
 
@@ -179,10 +196,6 @@ def _make_graph(bundle: Bundle, place: int, config: ScoreConfig) -> Graph:
     files = bundle.int8[place]
     assert files is not None
     return read_graph(files)
-
-
-def _compile(graph: Graph, config: ScoreConfig) -> Compiled:
-    return load_openvino().Core().compile_model(graph, DEVICE, _describe_run(config))
 
 
 def _name_compiled(network: ModelConfig, record: FoldRecord, config: ScoreConfig, here: dict[str, str]) -> str:
