@@ -1,6 +1,7 @@
 """The folds' networks in torch, on a CPU or a GPU: a batch of standard volumes enters, each fold's answer leaves."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -49,7 +50,8 @@ class TorchBackend:
 
         Shape: (B, 1, D, H, W) -> see `explain_trace`.
         """
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+        is_bf16 = self._precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16) if is_bf16 else nullcontext():
             trace = network.trace(x)
         return explain_trace(network, trace)
 
