@@ -301,7 +301,9 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
     """Limits decide final rows: parts of two settings must not end in one run."""
     bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
     limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
-    assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, CONFIG)}) == 2
+    backend = CONFIG.model_copy(update={"backend": "openvino"})
+    moved = CONFIG.model_copy(update={"cache": tmp_path, "part_scans": 7})
+    assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, backend, CONFIG, moved)}) == 3
 
 
 def _begin_night(archive: Path, model: str, results: Path) -> str:

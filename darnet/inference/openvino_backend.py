@@ -108,18 +108,22 @@ def convert_network(network: DARNet) -> Graph:
 def quantize_graph(graph: Graph, volumes: Iterable[Uint8Array]) -> Int8Graph:
     """The graph in INT8, its ranges measured on these volumes, as files of OpenVINO's format.
 
-    Source: post-training quantisation by nncf with its defaults; the linear layers of gates and head stay in float32,
-            as they take no time, and a gate scales a whole slice.
+    Source: post-training quantisation by nncf. Ours: the linear layers of gates and head and the first convolution
+            stay in float32, which costs little time; no bias correction. On phantoms' networks nncf's defaults moved
+            probabilities by up to 0.54, these by up to 0.05.
     """
     openvino, nncf = load_openvino(), load_nncf()
     nncf.set_log_level(logging.ERROR)  # else it tells of every layer that is left alone
     samples = [voxels[None] for voxels in volumes]
+    operations = graph.get_ordered_ops()
+    first = next(item.get_friendly_name() for item in operations if item.get_type_name() == "Convolution")
     with contextlib.redirect_stdout(sys.stderr):  # its progress is for people
         quantized = nncf.quantize(
             graph,
             nncf.Dataset(samples),
             subset_size=len(samples),
-            ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False),
+            ignored_scope=nncf.IgnoredScope(types=["MatMul"], names=[first], validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.xml"
