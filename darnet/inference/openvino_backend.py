@@ -9,15 +9,15 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from darnet.bundle import Bundle, FoldRecord, Int8Graph, load_network
-from darnet.config import ModelConfig, ScoreConfig, digest_json
-from darnet.errors import ObjectMissing, StorageError, UsageError
+from darnet.bundle import Bundle, Int8Graph, load_network
+from darnet.config import ScoreConfig, digest_json
+from darnet.errors import StorageError, UsageError
 from darnet.inference.graph import FoldAnswer, ScoringGraph, fold_batch_norm
 from darnet.model import DARNet
 from darnet.scan import Uint8Array
@@ -37,10 +37,10 @@ Compiled: TypeAlias = Any
 
 
 class OpenVINOBackend:
-    """One compiled network a fold, asked for one scan at a time.
+    """All folds as one compiled graph, asked for one scan at a time.
 
-    Two scans at once take twice as long, and five folds in one graph as long as one after another
-    (`make bench-networks`); so a scan's numbers depend on no other, and a fold can be left out.
+    Folds in one graph take as long as one after another, and share the memory for their maps; two scans at once take
+    twice as long (`make bench-networks`), so that a scan's numbers need depend on no other.
     """
 
     forward_scans = 1
@@ -48,11 +48,12 @@ class OpenVINOBackend:
     def __init__(self, bundle: Bundle, config: ScoreConfig) -> None:
         """Raises: UsageError if openvino is not installed, or this processor has no bf16 and that is asked for."""
         set_num_threads(config.num_threads)
-        self._requests = [compiled.create_infer_request() for compiled in _compile_folds(bundle, config)]
+        self._request = _prepare(bundle, config).create_infer_request()
+        self._num_folds = len(bundle.manifest.folds)
 
     def forward(self, voxels: Uint8Array) -> list[FoldAnswer]:
         """See `Backend`."""
-        return [_ask(request, voxels) for request in self._requests]
+        return _ask(self._request, voxels, self._num_folds)
 
 
 def load_openvino() -> Any:
@@ -137,6 +138,15 @@ def read_graph(files: Int8Graph) -> Graph:
     return graph
 
 
+def join_graphs(graphs: Sequence[Graph]) -> Graph:
+    """Several folds' graphs as one, of one input, and of the outputs of each, one fold's after another's."""
+    shared = graphs[0].get_parameters()[0]
+    for graph in graphs[1:]:
+        graph.get_parameters()[0].output(0).replace(shared.output(0))
+    results = [result for graph in graphs for result in graph.get_results()]
+    return load_openvino().Model(results, [shared], "folds")
+
+
 def compile_graph(graph: Graph, config: ScoreConfig) -> Compiled:
     """A graph made ready for this processor, in the precision and with the threads of the settings."""
     return load_openvino().Core().compile_model(graph, DEVICE, _describe_run(config))
@@ -149,7 +159,7 @@ def ask_graph(graph: Graph, config: ScoreConfig, volumes: Iterable[Uint8Array]) 
     """
     request = compile_graph(graph, config).create_infer_request()
     for voxels in volumes:
-        yield _ask(request, voxels[None])
+        yield _ask(request, voxels[None])[0]
 
 
 def _refuse_missing(name: str) -> UsageError:
@@ -171,25 +181,27 @@ def _describe_run(config: ScoreConfig) -> dict[str, Any]:
     }
 
 
-def _ask(request: Any, voxels: Uint8Array) -> FoldAnswer:
-    """The outputs are copied out of the request, which the next scan overwrites."""
+def _ask(request: Any, voxels: Uint8Array, num_folds: int = 1) -> list[FoldAnswer]:
+    """Each fold's answer, copied out of the request, which the next scan overwrites."""
     results = request.infer([voxels])
-    logits, class_maps, *gates = (results[index].copy() for index in range(len(results)))
-    return FoldAnswer(logits, class_maps, gates[0] if gates else None)
+    tensors = [results[index].copy() for index in range(len(results))]
+    step = len(tensors) // num_folds
+    folds = (tensors[start : start + step] for start in range(0, len(tensors), step))
+    return [FoldAnswer(fold[0], fold[1], fold[2] if step > 2 else None) for fold in folds]
 
 
-def _compile_folds(bundle: Bundle, config: ScoreConfig) -> list[Compiled]:
+def _prepare(bundle: Bundle, config: ScoreConfig) -> Compiled:
+    """The bundle's folds compiled for this processor, from the cache if they are there."""
     here = describe_openvino()
     if config.precision == "bf16" and "BF16" not in here["processor"]:
         raise UsageError(f"precision bf16: this processor has none, {here['processor']}; use fp32 or int8")
-    network = bundle.manifest.settings.network
-    keys = [_name_compiled(network, record, config, here) for record in bundle.manifest.folds]
-    cache = config.cache.expanduser() / COMPILED_FOLDER
-    compiled = [_read_compiled(cache, key, config) for key in keys]
-    for place, key in enumerate(keys):
-        if compiled[place] is None:
-            compiled[place] = compile_graph(_make_graph(bundle, place, config), config)
-            _keep_compiled(cache, key, compiled[place])
+    cache, key = config.cache.expanduser() / COMPILED_FOLDER, _name_compiled(bundle, config, here)
+    kept = _read_compiled(cache, key, config)
+    if kept is not None:
+        return kept
+    graphs = [_make_graph(bundle, place, config) for place in range(len(bundle.manifest.folds))]
+    compiled = compile_graph(join_graphs(graphs), config)
+    _keep_compiled(cache, key, compiled)
     return compiled
 
 
@@ -202,12 +214,14 @@ def _make_graph(bundle: Bundle, place: int, config: ScoreConfig) -> Graph:
     return read_graph(files)
 
 
-def _name_compiled(network: ModelConfig, record: FoldRecord, config: ScoreConfig, here: dict[str, str]) -> str:
-    """A digest of all that a compiled network is made of and for."""
+def _name_compiled(bundle: Bundle, config: ScoreConfig, here: dict[str, str]) -> str:
+    """A digest of all that the compiled networks are made of and for."""
+    folds = bundle.manifest.folds
     facts = {
         "revision": GRAPH_REVISION,
-        "network": network.model_dump(mode="json"),
-        "weights": record.sha256 if config.precision != "int8" or record.int8 is None else record.int8.digests,
+        "network": bundle.manifest.settings.network.model_dump(mode="json"),
+        "weights": [fold.sha256 for fold in folds],
+        "int8": [fold.int8.digests for fold in folds if fold.int8 is not None] if config.precision == "int8" else [],
         "run": _describe_run(config),
         "torch": torch.__version__,
         **here,
@@ -216,10 +230,11 @@ def _name_compiled(network: ModelConfig, record: FoldRecord, config: ScoreConfig
 
 
 def _read_compiled(cache: Path, key: str, config: ScoreConfig) -> Compiled | None:
-    """The network this machine compiled before, if its file is there and whole."""
+    """What this machine compiled before, if it is there and whole."""
+    store = open_store(str(cache))
     try:
-        digest, _, blob = open_store(str(cache)).read_bytes(key).partition(b"\n")
-    except (ObjectMissing, StorageError):
+        blob, digest = store.read_bytes(f"{key}.blob"), store.read_bytes(f"{key}.sha256")
+    except StorageError:  # none is there, or none can be
         return None
     if hashlib.sha256(blob).hexdigest().encode() != digest:
         return None
@@ -227,7 +242,9 @@ def _read_compiled(cache: Path, key: str, config: ScoreConfig) -> Compiled | Non
 
 
 def _keep_compiled(cache: Path, key: str, compiled: Compiled) -> None:
-    """Under a digest of its own: of a damaged file OpenVINO would say nothing. Without room for it we do without."""
+    """Beside a digest: of a damaged file OpenVINO would say nothing. Where there is no room we do without."""
     blob = compiled.export_model().getvalue()
     with contextlib.suppress(StorageError):
-        open_store(str(cache), create=True).write_bytes(key, hashlib.sha256(blob).hexdigest().encode() + b"\n" + blob)
+        store = open_store(str(cache), create=True)
+        store.write_bytes(f"{key}.blob", blob)
+        store.write_bytes(f"{key}.sha256", hashlib.sha256(blob).hexdigest().encode())
