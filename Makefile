@@ -6,7 +6,7 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning chaos licences advisories
+.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks chaos licences advisories
 .PHONY: lint format clean
 
 help: ## list the targets
@@ -76,6 +76,9 @@ bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 
 
 bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
+
+bench-networks: $(ENVIRONMENT) ## seconds a scan of torch and OpenVINO on this CPU; REPEATS=3 THREADS=2
+	@$(BIN)/python -m tests.bench.networks $(if $(REPEATS),--repeats $(REPEATS)) $(if $(THREADS),--threads $(THREADS))
 
 licences: $(ENVIRONMENT) ## write each dependency's licence behind its version in constraints.txt
 	@$(BIN)/python -m tests.licences

@@ -6,13 +6,13 @@ A bundle never changes, holds no pickle, and alone rebuilds the ensemble. What i
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from darnet.config import ModelConfig, Section, TrainConfig, VolumeConfig, fingerprint
+from darnet.config import ModelConfig, ScoreConfig, Section, TrainConfig, VolumeConfig, digest_json, fingerprint
 from darnet.errors import ObjectMissing, UsageError
 from darnet.history import HISTORY_FILE
 from darnet.model import DARNet, count_parameters
@@ -49,6 +49,36 @@ class BundleSettings(Section):
         return self
 
 
+class Int8Record(Section):
+    """One fold's INT8 graph, and how far its probabilities lay from those in float32 where it was made."""
+
+    graph_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Digest of `fold<k>.int8.xml`."""
+    weights_sha256: str = Field(pattern=SHA256_PATTERN)
+    """Digest of `fold<k>.int8.bin`."""
+    calibration_scans: int = Field(ge=1)
+    """Scans of the fold's training that the ranges were measured on."""
+    num_scans: int = Field(ge=1)
+    """Validation scans of the fold that the differences were measured on."""
+    max_difference: float = Field(ge=0, le=1)
+    """Largest absolute difference of a probability."""
+    mean_difference: float = Field(ge=0, le=1)
+    """Mean absolute difference of a probability."""
+    changed_predictions: int = Field(ge=0)
+    """Scans that the fold alone calls otherwise."""
+    openvino: str
+    """Version of the package that measured."""
+    nncf: str
+    """Version of the package that quantised."""
+    processor: str
+    """What the differences were measured on."""
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        """Of both files."""
+        return self.graph_sha256, self.weights_sha256
+
+
 class FoldRecord(Section):
     """One fold's weights and how they came about."""
 
@@ -64,6 +94,13 @@ class FoldRecord(Section):
     """Metrics on the fold's validation scans; null where one is undefined."""
     temperature: float = Field(1.0, gt=0)
     """What the fold's logits are divided by, fitted on its validation scans; 1 where none was asked for."""
+    int8: Int8Record | None = Field(None, exclude_if=lambda record: record is None)
+    """Its INT8 graph, where jobs.quantize made one."""
+
+    @property
+    def int8_files(self) -> tuple[str, str]:
+        """Names of the INT8 graph's files inside the bundle."""
+        return f"fold{self.number}.int8.xml", f"fold{self.number}.int8.bin"
 
     @property
     def number(self) -> int:
@@ -109,12 +146,23 @@ class _PredictionFacts(Section):
     temperatures: tuple[float, ...]
 
 
+class Int8Graph(NamedTuple):
+    """A fold's INT8 graph as files of OpenVINO's format: XML that refers to the numbers beside it."""
+
+    graph: bytes
+    weights: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle in memory: `weights` are the fold files' bytes, verified against the manifest, in its order."""
+    """A bundle in memory: the fold files' bytes, verified against the manifest, in its order.
+
+    `int8` has an entry a fold, None where it has no INT8 graph, or is empty where none has.
+    """
 
     manifest: BundleManifest
     weights: tuple[bytes, ...] = field(repr=False)
+    int8: tuple[Int8Graph | None, ...] = field(default=(), repr=False)
 
 
 def name_model(network: ModelConfig) -> str:
@@ -140,7 +188,35 @@ def read_bundle(store: Store) -> Bundle:
         _check_digest(store, record.file, weights[-1], record.sha256)
     if manifest.history_sha256 is not None:
         _check_digest(store, HISTORY_FILE, _read_file(store, HISTORY_FILE), manifest.history_sha256)
-    return Bundle(manifest, tuple(weights))
+    int8 = tuple(_read_int8(store, record) for record in manifest.folds)
+    return Bundle(manifest, tuple(weights), int8 if any(int8) else ())
+
+
+def read_model(store: Store, config: ScoreConfig) -> Bundle:
+    """The bundle as the settings of scoring ask for it. Raises: as `read_bundle` and `select_model`."""
+    return select_model(read_bundle(store), config)
+
+
+def select_model(bundle: Bundle, config: ScoreConfig) -> Bundle:
+    """The bundle with the folds and the precision that are asked for, and with a `model_sha256` of their own.
+
+    Some of the folds, bf16 and INT8 move probabilities visibly: that is another model, and is scored anew. So is bf16
+    in another backend, which rounds elsewhere. In fp32, backends and processors stay within 1e-4 of each other, as
+    GPU and CPU do: that is the same model, and a night on another machine scores nothing again.
+    Raises: UsageError for a fold that the bundle has not, or has not in INT8.
+    """
+    manifest = bundle.manifest
+    missing = sorted(set(config.folds) - {record.number for record in manifest.folds})
+    if missing:
+        numbers = ", ".join(str(record.number) for record in manifest.folds)
+        raise UsageError(f"folds {', '.join(map(str, missing))}: not in the model bundle, whose folds are {numbers}")
+    places = [place for place, record in enumerate(manifest.folds) if not config.folds or record.number in config.folds]
+    if len(places) == len(manifest.folds) and config.precision == "fp32":
+        return bundle
+    folds = tuple(manifest.folds[place] for place in places)
+    chosen = {"folds": folds, **_name_selection(manifest, folds, config)}
+    int8 = tuple(bundle.int8[place] for place in places) if bundle.int8 else ()
+    return Bundle(manifest.model_copy(update=chosen), tuple(bundle.weights[place] for place in places), int8)
 
 
 def find_bundles(store: Store) -> list[Store]:
@@ -160,7 +236,15 @@ def find_bundles(store: Store) -> list[Store]:
 
 def load_networks(bundle: Bundle) -> list[DARNet]:
     """The ensemble on the CPU, in evaluation mode, in the order of the folds."""
-    return [_load_network(bundle.manifest.settings.network, data) for data in bundle.weights]
+    return [load_network(bundle, place) for place in range(len(bundle.weights))]
+
+
+def load_network(bundle: Bundle, place: int) -> DARNet:
+    """The network of the fold at this place, as `load_networks`."""
+    network = build_blueprint(bundle.manifest.settings.network).to_empty(device="cpu")
+    # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
+    network.load_state_dict(safetensors.torch.load(bundle.weights[place]), strict=True)
+    return network.eval()
 
 
 def digest_model(settings: BundleSettings, classes: tuple[Diagnosis, ...], folds: Sequence[FoldRecord]) -> str:
@@ -187,11 +271,37 @@ def build_blueprint(network: ModelConfig) -> DARNet:
         return DARNet(network)
 
 
-def _load_network(config: ModelConfig, data: bytes) -> DARNet:
-    network = build_blueprint(config).to_empty(device="cpu")
-    # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
-    network.load_state_dict(safetensors.torch.load(data), strict=True)
-    return network.eval()
+def _name_selection(manifest: BundleManifest, folds: Sequence[FoldRecord], config: ScoreConfig) -> dict[str, str]:
+    """Digest and version of a selected model. Of folds alone, the digest is that of a bundle that has no others."""
+    model_sha256 = digest_model(manifest.settings, manifest.classes, folds)
+    words = [manifest.model_version]
+    if len(folds) < len(manifest.folds):
+        words.append("folds " + ",".join(str(record.number) for record in folds))
+    if config.precision != "fp32":
+        words.append(config.precision)
+        digests = _list_int8_digests(folds) if config.precision == "int8" else []
+        model_sha256 = digest_json([model_sha256, config.backend, config.precision, digests])
+    return {"model_sha256": model_sha256, "model_version": " ".join(words)}
+
+
+def _list_int8_digests(folds: Sequence[FoldRecord]) -> list[tuple[str, str]]:
+    """Raises: UsageError naming a fold without an INT8 graph."""
+    for record in folds:
+        if record.int8 is None:
+            raise UsageError(
+                f"precision int8: fold {record.number} of the model bundle has no INT8 graph; make a bundle that has, "
+                "with python -m jobs.quantize --model BUNDLE --volumes VOLUMES --out BUNDLE2"
+            )
+    return [record.int8.digests for record in folds if record.int8 is not None]
+
+
+def _read_int8(store: Store, record: FoldRecord) -> Int8Graph | None:
+    if record.int8 is None:
+        return None
+    files = Int8Graph(*(_read_file(store, name) for name in record.int8_files))
+    for name, data, sha256 in zip(record.int8_files, files, record.int8.digests, strict=True):
+        _check_digest(store, name, data, sha256)
+    return files
 
 
 def _check_digest(store: Store, name: str, data: bytes, sha256: str) -> None:

@@ -20,6 +20,8 @@ from darnet.bundle import (
     BundleManifest,
     BundleSettings,
     FoldRecord,
+    Int8Graph,
+    Int8Record,
     build_blueprint,
     count_network_parameters,
     digest_model,
@@ -102,8 +104,28 @@ def make_bundle(
     if history:
         files[HISTORY_FILE] = history
     files[CARD_FILE] = render_model_card(manifest, trained_on, tested_on).encode()
-    files[MANIFEST_FILE] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    files[MANIFEST_FILE] = _render_manifest(manifest)
     return Bundle(manifest, weights), files
+
+
+def add_int8_graphs(
+    bundle: Bundle, model: Store, graphs: Sequence[Int8Graph], records: Sequence[Int8Record]
+) -> tuple[Bundle, Files]:
+    """The bundle of `model` with an INT8 graph a fold, and the files of that bundle; the model is the same in float32.
+
+    Raises: StorageError.
+    """
+    pairs = zip(bundle.manifest.folds, records, strict=True)
+    folds = tuple(fold.model_copy(update={"int8": record}) for fold, record in pairs)
+    manifest = bundle.manifest.model_copy(update={"folds": folds})
+    kept = [CARD_FILE] if manifest.history_sha256 is None else [CARD_FILE, HISTORY_FILE]
+    files = {fold.file: data for fold, data in zip(folds, bundle.weights, strict=True)}
+    files |= {name: model.read_bytes(name) for name in kept}
+    files[CARD_FILE] += _render_int8(folds).encode()
+    for fold, graph in zip(folds, graphs, strict=True):
+        files |= dict(zip(fold.int8_files, graph, strict=True))
+    files[MANIFEST_FILE] = _render_manifest(manifest)
+    return Bundle(manifest, bundle.weights, tuple(graphs)), files
 
 
 def publish_bundles(out: str, bundles: Mapping[str, Files]) -> None:
@@ -186,6 +208,19 @@ def render_model_card(manifest: BundleManifest, trained_on: str, tested_on: str)
     )
 
 
+def _render_manifest(manifest: BundleManifest) -> bytes:
+    return (manifest.model_dump_json(indent=2) + "\n").encode()
+
+
+def _render_int8(folds: Sequence[FoldRecord]) -> str:
+    """The model card's section on INT8: what it changes, fold by fold."""
+    rows = [["fold", "scans", "largest difference of a probability", "mean", "changed predictions"], ["---"] * 5]
+    for fold, record in ((fold, fold.int8) for fold in folds if fold.int8 is not None):
+        differences = f"{record.max_difference:.4f}", f"{record.mean_difference:.5f}"
+        rows.append([str(fold.number), str(record.num_scans), *differences, str(record.changed_predictions)])
+    return "\n## INT8\n\n" + INT8_TEXT + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def _render_folds(folds: Sequence[FoldRecord]) -> str:
     """Markdown table of the folds, one column a metric."""
     names = list(dict.fromkeys(name for fold in folds for name in fold.validation if name != "temperature"))
@@ -242,6 +277,12 @@ def _publish_folder(out: Path, files: Files) -> None:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
+
+INT8_TEXT = """\
+Each fold can also be run in INT8 (`--precision int8`), which is another model in the results. Its ranges were measured
+on scans of the fold's training, what it changes on validation scans, against the same network in float32:
+
+"""
 
 MODEL_CARD = """\
 # {manifest.model_name} {manifest.model_version}

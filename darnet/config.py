@@ -5,6 +5,7 @@ Defaults are the paper's where it states one; `settings` reads them for the jobs
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -215,7 +216,24 @@ class ScoreConfig(GateConfig):
     part_scans: int = Field(64, ge=1)
     """Sources whose rows are staged together. A kill loses those that are scored and not yet staged, fewer than these,
     and what the cluster is then decoding or scoring."""
+    backend: Literal["torch", "openvino"] = "torch"
+    """What runs the networks: `torch` on GPUs and CPUs, or `openvino`, faster on CPUs; needs darnet[cpu]."""
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Numbers the networks are run in; another than fp32 is another model. `int8` needs backend openvino and a bundle
+    of jobs.quantize; `bf16` is fast where the processor has it (amx_bf16, or avx512_bf16)."""
+    folds: tuple[int, ...] = ()
+    """Score with these folds alone, as 0,2, which is another model. Default: all of the bundle."""
+    cache: Path = Path("~/.cache/darnet")
+    """Where each node keeps the networks that openvino compiled for it."""
     decode: DecodeConfig = DecodeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.precision == "int8" and self.backend != "openvino":
+            raise ValueError("precision int8 needs backend openvino")
+        if len(set(self.folds)) < len(self.folds):
+            raise ValueError(f"folds {self.folds}: name each once")
+        return self
 
 
 class CamChoice(Section):

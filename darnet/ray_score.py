@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from darnet import __version__
 from darnet.archive import EVERYTHING, Selection
-from darnet.bundle import Bundle, read_bundle
+from darnet.bundle import Bundle, read_model
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.config import ScoreConfig, digest_json
 from darnet.errors import RunError, Status
@@ -48,7 +48,7 @@ class ScoringActor:
         self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
     ) -> None:
         """Raises: RunError if the bundle is another one by now than the run was planned with."""
-        bundle = read_bundle(model)
+        bundle = read_model(model, config)
         if bundle.manifest != run.model:
             raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
         self._run, self._images = run, images
@@ -93,7 +93,7 @@ def score_archive(
     refuse_if_held(results)
     if images is not None:
         images.check()
-    bundle = read_bundle(model)
+    bundle = read_model(model, config)
     work = describe_work(archive, bundle, config, names)
     finish = functools.partial(finish_run, archive, model, bundle, config, images, names=names)
     runs = [finish(folder) for folder in find_unfinished(results, work)]
@@ -116,14 +116,15 @@ def preview_archive(
 ) -> dict[str, Any]:
     """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
     refuse_if_held(results)
-    work = describe_work(archive, read_bundle(model), config, names)
+    work = describe_work(archive, read_model(model, config), config, names)
     return preview_night(archive, results, work, selection, _now, names)
 
 
 def describe_work(archive: Store, bundle: Bundle, config: ScoreConfig, names: KeyNames = OPEN_KEYS) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
     manifest = bundle.manifest
-    settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans"})  # these change no row
+    # These change no row. The backend does, in its last digits: one run is finished under one backend.
+    settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache"})
     digest = digest_json({**settings, "names": names.scheme})
     return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, digest)
 
@@ -211,7 +212,7 @@ def score_planned(
 
     Raises: RunError if the cluster has too few GPUs for the actors; UsageError as `agree_on_secret`.
     """
-    num_gpus = count_resource("GPU")
+    num_gpus = count_resource("GPU") if config.backend == "torch" else 0
     if 0 < num_gpus < config.num_actors:
         raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)

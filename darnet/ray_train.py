@@ -43,12 +43,14 @@ from darnet.errors import RunError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.gang import train_rank
 from darnet.history import render_files
+from darnet.inference.torch_backend import TorchBackend
 from darnet.model import build_network
 from darnet.ray_checkpoint import read_newest_state, read_state, write_state
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
+from darnet.threads import set_num_threads
 from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fold, make_result
 from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, place_runs, plan_gangs
@@ -142,13 +144,9 @@ def _measure_network(
     members = [build_network(network, seed) for _ in folds]
     for member, fold in zip(members, folds, strict=True):
         member.load_state_dict(fold.state)
-    ensemble = Ensemble(
-        members,
-        batch_size=config.batch_size,
-        num_threads=config.num_threads,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        temperatures=[fold.temperature for fold in folds],
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
+    ensemble = Ensemble(backend, batch_size=config.batch_size, temperatures=[fold.temperature for fold in folds])
     index = open_volumes(places.volumes, places.cache)
     return describe_test(evaluate_test(ensemble, index, config.batch_size, seed))
 
@@ -368,7 +366,7 @@ def _name_failure(title: str, cause: BaseException) -> RunError:
 def _train_rank(loop_config: dict[str, Any]) -> None:
     """One worker: resume what there is, train with the gang that Ray has put together."""
     task: FoldTask = loop_config["task"]
-    torch.set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
+    set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
     enable_reproducibility(task.config.seed)
     checkpoint = ray.train.get_checkpoint()
     report = _report_as_rank(ray.train.get_context().get_world_rank(), task)

@@ -11,15 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.special import softmax
 
-from darnet.bundle import Bundle, BundleManifest, load_networks
-from darnet.cam import CamStatistics, class_activation_maps, measure_cam, upsample_cam
+from darnet.bundle import Bundle, BundleManifest, load_networks, select_model
+from darnet.cam import CamStatistics, measure_cam, upsample_cam
 from darnet.config import ScoreConfig
-from darnet.model import DARNet
+from darnet.inference.graph import Backend
+from darnet.inference.openvino_backend import OpenVINOBackend
+from darnet.inference.torch_backend import TorchBackend
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, IngestedScan, StandardVolume, Uint8Array
-
-CPU_FORWARD_SCANS = 2
 
 
 @dataclass(frozen=True)
@@ -62,39 +62,25 @@ class RunFacts:
 
 
 class Ensemble:
-    """The folds' networks on one device, behind a forward pass of fixed shape.
+    """The folds' networks behind a forward pass of fixed shape, and each fold's temperature."""
 
-    A GPU takes a batch at a time, a CPU two scans: it gains nothing from more, and of one scan on one thread torch
-    takes a convolution eight times slower. The number of threads of this process is set, since it is part of the
-    numbers.
-    """
-
-    def __init__(
-        self,
-        networks: Sequence[DARNet],
-        *,
-        batch_size: int,
-        num_threads: int,
-        device: str = "cpu",
-        temperatures: Sequence[float] | None = None,
-    ) -> None:
-        torch.set_num_threads(num_threads)
-        self._networks = [network.to(device).eval() for network in networks]
-        self._temperatures = [1.0] * len(networks) if temperatures is None else temperatures
+    def __init__(self, backend: Backend, *, batch_size: int, temperatures: Sequence[float]) -> None:
+        self._backend = backend
         self._batch_size = batch_size
-        self._forward_size = CPU_FORWARD_SCANS if device == "cpu" else batch_size
-        self._device = device
+        self._temperatures = temperatures
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, config: ScoreConfig, device: str = "cpu") -> Self:
-        """The networks of a bundle, each at its temperature."""
-        return cls(
-            load_networks(bundle),
-            batch_size=config.batch_size,
-            num_threads=config.num_threads,
-            device=device,
-            temperatures=[fold.temperature for fold in bundle.manifest.folds],
+        """What the settings choose of a bundle's networks, each at its temperature.
+
+        Raises: UsageError as `select_model` and `OpenVINOBackend`.
+        """
+        model = select_model(bundle, config)
+        backend = (
+            OpenVINOBackend(model, config) if config.backend == "openvino" else _start_torch(model, config, device)
         )
+        temperatures = [fold.temperature for fold in model.manifest.folds]
+        return cls(backend, batch_size=config.batch_size, temperatures=temperatures)
 
     def score(self, voxels: Uint8Array) -> list[ScanScore]:
         """Score up to a batch of standard volumes.
@@ -102,24 +88,28 @@ class Ensemble:
         Shape:  (n, D, H, W) uint8, n <= batch_size.
         Raises: ValueError for more than a batch.
         """
-        num_scans = len(voxels)
+        num_scans, step = len(voxels), self._backend.forward_scans
         if num_scans > self._batch_size:
             raise ValueError(f"{num_scans} volumes in a batch of {self._batch_size}")
-        starts = range(0, num_scans, self._forward_size)
-        return [score for start in starts for score in self._score_at_once(voxels[start : start + self._forward_size])]
+        return [
+            score for start in range(0, num_scans, step) for score in self._score_at_once(voxels[start : start + step])
+        ]
 
     def _score_at_once(self, voxels: Uint8Array) -> list[ScanScore]:
-        """One forward pass a fold, padded with zeros where there are too few scans."""
+        """One forward pass a fold, padded with zeros where there are too few scans.
+
+        The temperature is in the probabilities alone: a class map splits the logit that the network itself gave.
+        """
         num_scans = len(voxels)
         start_s = time.perf_counter()
-        batch = torch.zeros((self._forward_size, 1, *voxels.shape[1:]), dtype=torch.float32, device=self._device)
-        batch[:num_scans, 0] = torch.from_numpy(voxels).to(self._device, torch.float32) / 255
-        with torch.inference_mode():
-            folds = zip(self._networks, self._temperatures, strict=True)
-            results = [_score_fold(network, temperature, batch) for network, temperature in folds]
-        probability = np.stack([fold[0] for fold in results], axis=1)  # (B, folds, classes)
-        class_maps = np.mean([fold[1] for fold in results], axis=0)  # (B, classes, d, h, w)
-        gates = [fold[2] for fold in results if fold[2] is not None]
+        batch = np.zeros((self._backend.forward_scans, *voxels.shape[1:]), np.uint8)
+        batch[:num_scans] = voxels
+        answers = self._backend.forward(batch)
+        folds = zip(answers, self._temperatures, strict=True)
+        logits = np.stack([answer.logits / np.float32(temperature) for answer, temperature in folds], axis=1)
+        probability = softmax(logits, axis=2)  # (B, folds, classes)
+        class_maps = np.mean([answer.class_maps for answer in answers], axis=0)  # (B, classes, d, h, w)
+        gates = [answer.depth_gates for answer in answers if answer.depth_gates is not None]
         depth_gates = np.mean(gates, axis=0) if gates else None  # (B, d)
         model_s = (time.perf_counter() - start_s) / num_scans
         return [
@@ -180,16 +170,15 @@ def make_row(
     }
 
 
-def _score_fold(network: DARNet, temperature: float, batch: Tensor) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """One fold's probabilities (B, classes), class maps (B, classes, d, h, w) and mean depth gates (B, d).
-
-    The temperature is in the probabilities alone: a class map splits the logit that the network itself gave.
-    """
-    trace = network.trace(batch)
-    probability = (network.classify(trace.features) / temperature).softmax(dim=1)
-    class_maps = class_activation_maps(trace.features, network.head.weight)
-    gates = None if trace.depth_gates is None else trace.depth_gates.mean(dim=1).cpu().numpy()
-    return probability.cpu().numpy(), class_maps.cpu().numpy(), gates
+def _start_torch(model: Bundle, config: ScoreConfig, device: str) -> TorchBackend:
+    assert config.precision != "int8", "the settings have checked it"
+    return TorchBackend(
+        load_networks(model),
+        batch_size=config.batch_size,
+        num_threads=config.num_threads,
+        device=device,
+        precision=config.precision,
+    )
 
 
 def _volume_of(scan: IngestedScan) -> StandardVolume:

@@ -118,9 +118,24 @@ class TrainSettings(CachingSettings):
         return self
 
 
+class QuantizeSettings(CachingSettings):
+    """Bundle and volumes -> the same bundle with INT8 graphs, and how far their probabilities are from float32."""
+
+    model: str
+    """Model bundle, a local folder or s3://bucket/prefix."""
+    volumes: str
+    """Folder or s3://bucket/prefix written by jobs.prepare, that the bundle was trained on; its test cohort is left
+    alone."""
+    out: str
+    """Folder or s3://bucket/prefix for the bundle with INT8; must hold none yet, and a folder must not exist."""
+
+
 class ScoreSettings(Settings):
     """Archive and bundle -> the next object of the results table."""
 
+    model_config = SettingsConfigDict(
+        cli_shortcuts={f"score.{name}": name for name in ("backend", "precision", "folds")}  # said night by night
+    )
     archive: str = ""
     """Where the scans are: a folder or s3://bucket/prefix."""
     model: str = ""

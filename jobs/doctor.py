@@ -16,7 +16,7 @@ def work(settings: DoctorSettings) -> dict[str, Any]:
     """Try everything that is named; the machine and the cluster always."""
     groups = check_machine() + check_cluster()
     if settings.model:
-        groups.append(check_bundle(open_store(settings.model)))
+        groups.append(check_bundle(open_store(settings.model), settings.score))
     if settings.archive:
         groups.append(check_archive(open_store(settings.archive)))
     if settings.results:

@@ -11,25 +11,32 @@ from tests.places import ROOT
 
 ROWS = (
     "errors config scan",
-    "archive auditing.shortcuts augment cam evaluation.paper history lung metrics model page phantoms.canvas pseudonym "
-    "publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report settings storage_local "
-    "tables terminal volume",
-    "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions job "
-    "phantoms.body phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
-    "bundle cam_images dataset evaluation.measures evaluation.truth ingest phantom phantoms.decoys "
-    "publishing.nightly_report publishing.objects steps",
-    "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate phantoms.archive "
-    "prepared publishing.commit publishing.runs publishing.scored_keys ray_cluster results score tracking train "
-    "training_plan volumes_cache",
-    "auditing.audit checkup.machine demo evaluation.model_card evaluation.report evaluation.study gang phantoms.study "
-    "publishing.hold publishing.planning ray_checkpoint ray_doctor ray_prepare",
-    "auditing.report checkup.places evaluation.maps_report evaluation.study_maps publishing.check ray_score ray_train",
-    "auditing.record evaluation.study_report",
+    "archive auditing.shortcuts augment cam evaluation.paper history lung metrics model page phantoms.canvas "
+    "pseudonym publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report settings "
+    "storage_local tables terminal threads volume",
+    "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions inference.graph "
+    "job phantoms.body phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
+    "bundle cam_images dataset evaluation.measures evaluation.truth inference.torch_backend ingest phantom "
+    "phantoms.decoys publishing.nightly_report publishing.objects steps",
+    "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate "
+    "inference.openvino_backend phantoms.archive prepared publishing.commit publishing.runs publishing.scored_keys "
+    "ray_cluster results tracking train training_plan volumes_cache",
+    "auditing.audit evaluation.report evaluation.study gang inference.quantization phantoms.study publishing.hold "
+    "publishing.planning ray_checkpoint ray_doctor ray_prepare score",
+    "auditing.report checkup.machine checkup.places demo evaluation.maps_report evaluation.model_card "
+    "evaluation.study_maps publishing.check ray_score",
+    "auditing.record evaluation.study_report ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
-FOREIGN = {"boto3": "storage", "botocore": "storage", "SimpleITK": "decode"}
+FOREIGN = {
+    "boto3": "storage",
+    "botocore": "storage",
+    "SimpleITK": "decode",
+    "openvino": "inference.openvino_backend",
+    "nncf": "inference.openvino_backend",
+}
 FILES = {
     ".".join(path.relative_to(ROOT / "darnet").with_suffix("").parts): path
     for path in sorted((ROOT / "darnet").rglob("*.py"))

@@ -130,6 +130,27 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_some_folds_are_another_model_and_another_backend_is_the_same(model: str, tmp_path: Path) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    write_archive(archive, 2)
+    _score(archive, model, results)
+    stores = open_store(str(archive)), open_store(model), open_store(str(results))
+    openvino = CONFIG.model_copy(update={"backend": "openvino", "cache": tmp_path / "cache"})
+    assert score_archive(*stores, openvino, NIGHT)["published"] is None
+    chosen = openvino.model_copy(update={"folds": (2, 0)})
+    assert [score_archive(*stores, chosen, NIGHT)["published"] for _ in range(2)] == [2, None]
+    rows = read_predictions(str(results))
+    rows = rows[rows["status"] == "OK"]
+    whole, part = (rows[rows["commit"] == number].set_index("scan_id") for number in (1, 2))
+    assert set(part["model_version"]) == {"untrained folds 0,2"}
+    assert list(part.index) == list(whole.index) != []
+    for scan_id, row in part.iterrows():
+        folds = np.array(whole.loc[scan_id, "fold_probability_ncp"])[[0, 2]]
+        np.testing.assert_allclose(row["fold_probability_ncp"], folds, atol=1e-4)
+        assert row["probability_ncp"] == pytest.approx(folds.mean(), abs=1e-4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_night_of_spoiled_scans_is_held_until_it_is_accepted(model: str, tmp_path: Path) -> None:
     write_chest(tmp_path / "archive" / "good")
     results = open_store(str(tmp_path / "results"), create=True)
@@ -326,7 +347,9 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
     """Limits decide final rows: parts of two settings must not end in one run."""
     bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
     limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
-    assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, CONFIG)}) == 2
+    backend = CONFIG.model_copy(update={"backend": "openvino"})
+    moved = CONFIG.model_copy(update={"cache": tmp_path, "part_scans": 7})
+    assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, backend, CONFIG, moved)}) == 3
 
 
 def _begin_night(archive: Path, model: str, results: Path) -> str:

@@ -13,6 +13,7 @@ from scipy.ndimage import map_coordinates
 from darnet.bundle import Bundle, load_networks
 from darnet.config import ScoreConfig
 from darnet.errors import Status
+from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, ResidualBlock
 from darnet.publishing.commit import check_rows
 from darnet.publishing.rows import SCHEMA, make_table
@@ -35,7 +36,12 @@ def voxels() -> Uint8Array:
 
 @pytest.fixture(scope="module")
 def scores(bundle: Bundle, voxels: Uint8Array) -> list[ScanScore]:
-    return Ensemble(load_networks(bundle), batch_size=4, num_threads=1).score(voxels)
+    return _gather(load_networks(bundle)).score(voxels)
+
+
+def _gather(networks: Sequence[DARNet], batch_size: int = 4) -> Ensemble:
+    backend = TorchBackend(networks, batch_size=batch_size, num_threads=1)
+    return Ensemble(backend, batch_size=batch_size, temperatures=[1.0] * len(networks))
 
 
 def _scan(voxels: Uint8Array, intensity: Intensity = Intensity.HU) -> IngestedScan:
@@ -78,7 +84,7 @@ def test_each_fold_is_divided_by_its_own_temperature_before_the_mean(bundle: Bun
 def test_a_scan_has_the_same_bits_alone_and_in_any_company(
     bundle: Bundle, voxels: Uint8Array, scores: Sequence[ScanScore]
 ) -> None:
-    ensemble = Ensemble(load_networks(bundle), batch_size=4, num_threads=1)
+    ensemble = _gather(load_networks(bundle))
     for order in ([0], [1, 0], [2, 1, 0], [0, 0, 0, 0]):
         for place, score in zip(order, ensemble.score(voxels[order]), strict=True):
             np.testing.assert_array_equal(score.fold_probability, scores[place].fold_probability)
@@ -87,7 +93,7 @@ def test_a_scan_has_the_same_bits_alone_and_in_any_company(
 
 def test_more_than_a_batch_is_refused(bundle: Bundle, voxels: Uint8Array) -> None:
     with pytest.raises(ValueError, match="3 volumes in a batch of 2"):
-        Ensemble(load_networks(bundle), batch_size=2, num_threads=1).score(voxels)
+        _gather(load_networks(bundle), batch_size=2).score(voxels)
 
 
 def test_class_map_is_the_mean_of_the_folds_and_explains_their_logits(
@@ -156,7 +162,7 @@ def _load_with_opinions_on_depth(bundle: Bundle) -> list[DARNet]:
 
 def test_every_number_of_a_row_agrees_with_a_slow_computation(bundle: Bundle, voxels: Uint8Array) -> None:
     networks = _load_with_opinions_on_depth(bundle)
-    (score,) = Ensemble(networks, batch_size=4, num_threads=1).score(voxels[:1])
+    (score,) = _gather(networks).score(voxels[:1])
     lung = np.random.default_rng(1).random(SHAPE) < 0.3
     box = CropBox(num_slices=40, top=5, left=7, height=60, width=50)
     facts = ScanFacts(40, 123_456, Intensity.HU, 40, 70, 64, 2.5, 0.75, Manufacturer.GE, "p" * 64, "s" * 64)

@@ -46,11 +46,11 @@ def check_machine() -> list[list[Check]]:
     ]
 
 
-def check_bundle(model: Store) -> list[Check]:
-    """Is the bundle whole, and do its networks give probabilities on this machine?"""
+def check_bundle(model: Store, config: ScoreConfig) -> list[Check]:
+    """Is the bundle whole, and do its networks give probabilities on this machine, as they are set to be run?"""
     return [
         ("bundle: digests", lambda: _describe_bundle(read_bundle(model))),
-        ("bundle: a forward pass", lambda: _score_nothing(read_bundle(model))),
+        ("bundle: a forward pass", lambda: _score_nothing(read_bundle(model), config)),
     ]
 
 
@@ -74,7 +74,9 @@ def _look_at_processors() -> str:
     num_cpus = len(os.sched_getaffinity(0))
     if num_cpus < 2:
         raise CheckError("one CPU", "decoding and the network need one each")
-    return f"{num_cpus} CPUs"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    has = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512_vnni") if flag in flags]
+    return f"{num_cpus} CPUs, {' '.join(has) or 'no bf16 or int8 instructions'}"
 
 
 def _look_at_gpu() -> str:
@@ -163,10 +165,11 @@ def _describe_bundle(bundle: Bundle) -> str:
     return f"{manifest.model_name}, {len(manifest.folds)} folds, digests as written"
 
 
-def _score_nothing(bundle: Bundle) -> str:
+def _score_nothing(bundle: Bundle, config: ScoreConfig) -> str:
     shape = bundle.manifest.settings.volume.shape
-    ensemble = Ensemble.from_bundle(bundle, ScoreConfig(), "cuda" if torch.cuda.is_available() else "cpu")
+    ensemble = Ensemble.from_bundle(bundle, config, "cuda" if torch.cuda.is_available() else "cpu")
     (score,) = ensemble.score(np.zeros((1, *shape), np.uint8))
     if not np.isfinite(score.probability).all() or abs(float(score.probability.sum()) - 1) > 1e-5:
         raise CheckError(f"probabilities of an empty volume: {score.probability}", "train or fetch the bundle again")
-    return f"probabilities of an empty {' x '.join(map(str, shape))} volume add up to 1"
+    way = f"{config.backend} {config.precision}"
+    return f"probabilities of an empty {' x '.join(map(str, shape))} volume add up to 1 ({way})"

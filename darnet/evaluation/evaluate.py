@@ -21,7 +21,7 @@ from darnet.bundle import (
     count_network_parameters,
     find_bundles,
     load_networks,
-    read_bundle,
+    read_model,
 )
 from darnet.cohort import Division, count_cohort, describe_division, find_leaking_patients, tell_leak
 from darnet.config import ScoreConfig, digest_json
@@ -58,7 +58,7 @@ PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"
 # The settings that change a number: of the measuring, and of a bundle's scoring, whose last bits go with its batches.
 MEASURING: dict[str, Any] = {"seed": True, "replicates": True}
-SCORING: dict[str, Any] = {"score": {"batch_size", "num_threads"}}
+SCORING: dict[str, Any] = {"score": {"batch_size", "num_threads", "backend", "precision", "folds"}}
 UNKNOWN_TRAINING = (
     "The table does not say what the model was trained on. If patients of this cohort also have scans in training, "
     "these figures flatter the model."
@@ -98,7 +98,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
     truths, audit = _read_truths(settings, index), _read_audit_of_volumes(settings, index)
     trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
     for place in places:
-        bundle = read_bundle(place)
+        bundle = read_model(place, settings.score)
         _check_fit(settings, bundle.manifest, index)
         name = MODEL_NAMES[bundle.manifest.model_name]
         history = read_history(place).assign(seed=bundle.manifest.folds[0].seed)
@@ -259,7 +259,7 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings, audit)), audit
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
-    bundle, index = read_bundle(place), _open_volumes(settings)
+    bundle, index = read_model(place, settings.score), _open_volumes(settings)
     _check_fit(settings, bundle.manifest, index)
     audit = _read_audit_of_volumes(settings, index)
     scores = _score_test(settings, bundle, index)

@@ -45,7 +45,8 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
         for name in ("model_version", "model_sha256", "settings_sha256")
     }
     weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
-    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights)
+    int8 = tuple(chain.from_iterable(bundle.int8 or (None,) * len(bundle.weights) for bundle in bundles))
+    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights, int8)
 
 
 def _list_folds(manifest: BundleManifest) -> list[int]:

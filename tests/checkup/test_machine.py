@@ -8,6 +8,7 @@ import pytest
 
 from darnet.checkup.findings import Finding, Verdict, examine
 from darnet.checkup.machine import check_bundle, check_machine
+from darnet.config import ScoreConfig
 from darnet.pseudonym import PSEUDONYM_VARIABLE
 from darnet.storage import open_store
 from tests.bundle_fixtures import write_random_bundle
@@ -44,7 +45,7 @@ def test_packages_are_there() -> None:
 
 def test_a_bundle_is_read_and_scores(tmp_path: Path) -> None:
     write_random_bundle(tmp_path / "bundle")
-    findings = examine(check_bundle(open_store(str(tmp_path / "bundle"))))
+    findings = examine(check_bundle(open_store(str(tmp_path / "bundle")), ScoreConfig()))
     assert [finding.verdict for finding in findings] == [Verdict.FINE, Verdict.FINE]
 
 
@@ -55,7 +56,7 @@ def test_one_changed_byte_of_a_bundle_is_wrong(tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.chmod(0o644)
     weights.write_bytes(data)
-    findings = examine(check_bundle(open_store(str(tmp_path / "bundle"))))
+    findings = examine(check_bundle(open_store(str(tmp_path / "bundle")), ScoreConfig()))
     assert [finding.verdict for finding in findings] == [Verdict.WRONG, Verdict.UNTRIED]
     assert "fold3.safetensors" in findings[0].told
 

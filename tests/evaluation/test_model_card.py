@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from darnet.config import ModelConfig
 from darnet.dataset import VolumeDataset, read_index, write_index
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_leak, describe_test, evaluate_test
+from darnet.inference.torch_backend import TorchBackend
 from darnet.model import build_network
 from darnet.score import Ensemble
 from darnet.storage import open_store
@@ -49,7 +50,8 @@ def test_the_test_cohorts_figures_are_those_of_scikit_learn(tmp_path: Path) -> N
     networks = [
         build_network(ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape), seed, 1.0) for seed in (1, 2)
     ]
-    evaluation = evaluate_test(Ensemble(networks, batch_size=4, num_threads=1), index, 4, seed=0)
+    backend = TorchBackend(networks, batch_size=4, num_threads=1)
+    evaluation = evaluate_test(Ensemble(backend, batch_size=4, temperatures=(1.0, 1.0)), index, 4, seed=0)
     dataset, rows = VolumeDataset(index), range(6, 18)
     volumes = torch.stack([dataset[row][0] for row in rows])
     with torch.no_grad():
