@@ -256,9 +256,10 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
         times = ", ".join(f"{times:.1f} x {road}" for road, times in row["times"].items())
         goals = ", ".join(f"{least:g} x {road}" for road, least in row["goals"].items())
         memory = f"{row['growth_mb']:.0f}" if "growth_mb" in row else ""
-        table.append([row["what"], row["road"], f"{row['seconds']:.3g}", memory, times, goals])
+        processor = f"{row['processor_s']:.3g}" if "processor_s" in row else ""
+        table.append([row["what"], row["road"], f"{row['seconds']:.3g}", processor, memory, times, goals])
     title = f"{section}: medians of {rows[0]['repeats']}, load {load[0]:.1f} before, {load[1]:.1f} after"
-    print_table(title, ["what", "road", "s", "MB", "as fast as", "at least"], table)
+    print_table(title, ["what", "road", "s", "CPU s", "MB", "as fast as", "at least"], table)
     for row in rows:
         print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
         if "steady_s" in row:
