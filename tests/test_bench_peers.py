@@ -9,7 +9,7 @@ import pytest
 
 from darnet.errors import UsageError
 from tests.bench.peer_roads import main, read_ours, read_ours_in_child
-from tests.bench.peers import Way, add_ratios, draw_chart, list_backends, list_scans, measure_in_turn
+from tests.bench.peers import Way, add_ratios, draw_chart, list_backends, list_scans, measure_in_turn, merge_rows
 from tests.ct_fixtures import write_chest
 
 
@@ -82,3 +82,11 @@ def test_a_folder_without_a_series_is_wrong_use(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no DICOM series"):
         list_scans(tmp_path / "empty", tmp_path)
+
+
+def test_what_is_measured_again_replaces_the_earlier_rows_of_the_same_scan() -> None:
+    rows = [{"section": section, "what": what, "n": 1} for section, what in (("reading", "a"), ("road", "a"))]
+    merged = merge_rows(rows, [{"section": "reading", "what": what, "n": 2} for what in "ab"])
+    assert [(row["section"], row["what"], row["n"]) for row in merged] == [
+        ("reading", "a", 2), ("reading", "b", 2), ("road", "a", 1),
+    ]  # fmt: skip

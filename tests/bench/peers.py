@@ -1,6 +1,6 @@
 """Peers and this project on the same scans in one run: `make bench`.
 
-Prints a table, and writes `bench.json` and `bench.png` to `--out`; sections measured earlier stay in both. Roads are
+Prints a table, and writes `bench.json` and `bench.png` to `--out`; what was measured earlier stays in both. Roads are
 measured in turn (A B A B), each time in a fresh process (`peer_roads`), so that no road's memory or loaded library is
 another's; figures are medians. The peers' environment, `.venv-peers`, is built on the first run.
 """
@@ -160,9 +160,8 @@ def list_scans(scans: Path | None, out: Path) -> dict[str, str]:
     return {f"{Path(name).name}, {len(item.files)} slices": item.folder for name, item in found.items()}
 
 
-def plan_reading(scans: dict[str, str], out: Path) -> Iterator[Way]:
+def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
     """Read and standardise. MONAI has no goal but for the long series, where it was measured."""
-    images = str((out / "phantoms" / IMAGES.replace(" ", "-") / "scan").resolve())
     for what, folder in scans.items():
         goals = {"plain": 3.5, "torchio": 5.0, "monai": 6.0} if "275 slices" in what else {}
         goals = {"torchio": 2.5} if "98 slices" in what else goals
@@ -170,8 +169,13 @@ def plan_reading(scans: dict[str, str], out: Path) -> Iterator[Way]:
             yield Way("reading", what, peer, take(PEERS_PYTHON, "read", peer, folder))
         yield Way("reading", what, "ours", take(sys.executable, "read", "ours", folder), goals)
         yield Way("reading", what, "ours, lungs and child", take(sys.executable, "read", "ours-child", folder))
-    yield Way("reading", IMAGES, "pillow + scikit-image", take(PEERS_PYTHON, "read", "pillow", images))
-    yield Way("reading", IMAGES, "ours", take(sys.executable, "read", "ours", images), {"pillow + scikit-image": 10.0})
+
+
+def plan_images(out: Path) -> Iterator[Way]:
+    """Slice images are always phantoms."""
+    folder = str((out / "phantoms" / IMAGES.replace(" ", "-") / "scan").resolve())
+    yield Way("images", IMAGES, "pillow + scikit-image", take(PEERS_PYTHON, "read", "pillow", folder))
+    yield Way("images", IMAGES, "ours", take(sys.executable, "read", "ours", folder), {"pillow + scikit-image": 10.0})
 
 
 def list_backends() -> Iterator[tuple[str, str, float, float]]:
@@ -329,7 +333,8 @@ def _strip(axis: Axes) -> None:
 def measure_section(section: str, scans: dict[str, str], out: Path, repeats: int) -> list[Row]:
     """All rows of one section, with ratios."""
     plans: dict[str, Callable[[], Iterator[Way]]] = {
-        "reading": lambda: plan_reading(scans, out),
+        "reading": lambda: plan_reading(scans),
+        "images": lambda: plan_images(out),
         "network": lambda: plan_network(write_one_fold(out)),
         "road": lambda: plan_road(scans, write_one_fold(out), out),
         "augmentation": plan_augmentation,
@@ -340,7 +345,14 @@ def measure_section(section: str, scans: dict[str, str], out: Path, repeats: int
     return add_ratios(rows, "wall_s" if section == "road" else "seconds")
 
 
-SECTIONS = ("reading", "augmentation", "network", "road", "planning")
+def merge_rows(earlier: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
+    """Rows of earlier runs but for what was measured again, by section."""
+    again = {(row["section"], row["what"]) for row in taken}
+    kept = [row for row in earlier if (row["section"], row["what"]) not in again]
+    return sorted([*kept, *taken], key=lambda row: SECTIONS.index(row["section"]))
+
+
+SECTIONS = ("reading", "images", "augmentation", "network", "road", "planning")
 
 
 def main(arguments: list[str]) -> int:
@@ -356,18 +368,18 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--only {given.only}: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     build_peers()
-    scans = list_scans(given.scans, given.out) if {"reading", "road"} & set(chosen) else {}
+    scans = list_scans(given.scans, given.out) if {"reading", "images", "road"} & set(chosen) else {}
     kept = given.out / "bench.json"
-    measured: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    rows: list[Row] = json.loads(kept.read_text()) if kept.exists() else []
     for section in (name for name in SECTIONS if name in chosen):
         before = os.getloadavg()[0]
-        rows = measure_section(section, scans, given.out, given.repeats)
+        taken = measure_section(section, scans, given.out, given.repeats)
         load = (before, os.getloadavg()[0])
-        measured[section] = {"rows": rows, "load": load, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        print_section(section, rows, load)
-        kept.write_text(json.dumps(measured, indent=1))
-        rows_so_far = [row for name in SECTIONS if name in measured for row in measured[name]["rows"]]
-        draw_chart(rows_so_far).savefig(given.out / "bench.png", dpi=130)
+        print_section(section, taken, load)
+        found_at = {"load": load, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        rows = merge_rows(rows, [row | found_at for row in taken])
+        kept.write_text(json.dumps(rows, indent=1))
+        draw_chart(rows).savefig(given.out / "bench.png", dpi=130)
     print(json.dumps({"bench": "peers", "sections": chosen, "out": str(given.out)}))
     return 0
 
