@@ -319,6 +319,7 @@ def _draw_planning(axis: Axes, rows: Sequence[Row]) -> None:
     for x, y, memory in curve:
         axis.annotate(f"{y:g} s, {memory:.0f} MB", (x, y), (6, -12), textcoords="offset points", fontsize=8)
     axis.set_xlim(right=objects[-1] * 4)
+    axis.set_ylim(bottom=min(seconds) / 2)  # room for the first label
     axis.set_title(f"planning: a night with nothing new, {longest} nights in the table", loc="left", fontsize=10)
     axis.set_xlabel("objects in the archive", fontsize=8)
     axis.set_ylabel("s", fontsize=8)
