@@ -6,7 +6,8 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks chaos licences advisories
+.PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks
+.PHONY: chaos licences advisories
 .PHONY: lint format clean
 
 help: ## list the targets
@@ -41,6 +42,10 @@ test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
 
 test-slow: $(ENVIRONMENT) ## what takes longer than a person waits
 	@$(BIN)/python -m pytest -q -m slow
+
+bench: $(ENVIRONMENT) ## peers and us on the same scans, in turn; ONLY=reading,road SCANS=folder REPEATS=3, results in .bench
+	@$(BIN)/python -m tests.bench.peers $(if $(ONLY),--only "$(ONLY)") $(if $(SCANS),--scans "$(SCANS)") \
+		$(if $(REPEATS),--repeats "$(REPEATS)")
 
 bench-resampling: $(ENVIRONMENT) ## linear against area depth resampling; SCANS=folder MODEL=bundle REPEATS=5, default phantoms
 	@$(BIN)/python -m tests.bench.resampling $(if $(SCANS),--scans "$(SCANS)") $(if $(MODEL),--model "$(MODEL)") \
@@ -97,5 +102,5 @@ format: $(ENVIRONMENT) ## rewrite the code in house style
 	@$(BIN)/ruff check --fix -q .
 	@$(BIN)/ruff format -q .
 
-clean: ## remove the environment, what demo and paper-smoke made, and all caches
-	@rm -rf .venv .venv-audit .demo .paper *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environment, what demo, bench and paper-smoke made, and all caches
+	@rm -rf .venv .venv-audit .venv-peers .demo .paper .bench *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from darnet.config import DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.dicom import MISSING_RATIO
+from darnet.reading.stored_pixels import read_stored_pixels
 from darnet.reading.volume_file import check_axes, check_volume_file
-from darnet.scan import FloatArray, Intensity, StagedFile
+from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile
 
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
@@ -86,13 +87,16 @@ def check_size(pixels: FloatArray, size: tuple[int, int]) -> FloatArray:
     return pixels
 
 
-def read_dicom_slice(path: Path) -> FloatArray:
-    """Decode one DICOM slice in any transfer syntax GDCM knows.
+def read_dicom_slice(path: Path, layout: PixelLayout | None = None) -> FloatArray:
+    """Decode one DICOM slice in any transfer syntax GDCM knows, by a faster way to the same values where there is one.
 
     Shape:  (rows, columns) float32, as stored.
-    Units:  HU; slope and intercept are applied by GDCM.
+    Units:  HU; slope and intercept are applied.
     Raises: ScanError(BAD_PIXELS) if its pixels do not decode.
     """
+    fast = None if layout is None else read_stored_pixels(path, layout)
+    if fast is not None:
+        return fast
     pixels = _read_pixels(path, "GDCMImageIO")
     if pixels.ndim == 3 and pixels.shape[0] == 1:
         pixels = pixels[0]

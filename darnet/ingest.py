@@ -66,7 +66,7 @@ class DicomStack:
         """
         file = self.series.files[index]
         with name_file(file.label):
-            pixels = self.series.turn(read_dicom_slice(file.path))
+            pixels = self.series.turn(read_dicom_slice(file.path, self.series.layouts[index]))
             return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
 
 

@@ -96,6 +96,22 @@ class StagedFile:
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class PixelLayout:
+    """How the pixels of one DICOM slice lie in its file: 16 bits each, from byte `start` on, in this transfer syntax.
+
+    Units: HU are `slope` times the stored value plus `intercept`. Shape: `size` is rows, columns as stored.
+    """
+
+    syntax: str
+    start: int
+    size: tuple[int, int]
+    bits_stored: int
+    is_signed: bool
+    slope: float
+    intercept: float
+
+
 class SliceStack(Protocol):
     """A scan's slices in canonical order and orientation, read one at a time.
 

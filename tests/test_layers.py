@@ -12,8 +12,8 @@ from tests.places import ROOT
 ROWS = (
     "errors config scan",
     "archive auditing.shortcuts augment cam evaluation.paper history lung metrics model page phantoms.canvas "
-    "pseudonym publishing.rows ray_metrics reading.dicom reading.sandbox reading.volume_file report settings "
-    "storage_local tables terminal threads volume",
+    "pseudonym publishing.rows ray_metrics reading.dicom reading.sandbox reading.stored_pixels reading.volume_file "
+    "report settings storage_local tables terminal threads volume",
     "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions inference.graph "
     "job phantoms.body phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
     "bundle cam_images dataset evaluation.measures evaluation.truth inference.torch_backend ingest phantom "

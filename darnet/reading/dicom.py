@@ -16,11 +16,16 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    SecondaryCaptureImageStorage,
+)
 
 from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
 from darnet.errors import ScanError, Status, name_file
-from darnet.scan import Manufacturer, StagedFile
+from darnet.scan import Manufacturer, PixelLayout, StagedFile
 
 # Source: ours. A table feeds to a few hundredths of a mm; a tenth of a slice is beyond rounding in any header seen.
 DUPLICATE_MM = 0.01
@@ -31,8 +36,9 @@ MAX_SIDE = 8192
 
 _NEEDED_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Manufacturer",
-    "NumberOfFrames", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "PixelSpacing", "RescaleSlope",
-    "RescaleIntercept", "ImagePositionPatient", "ImageOrientationPatient", "GantryDetectorTilt",
+    "NumberOfFrames", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "PhotometricInterpretation", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
+    "ImagePositionPatient", "ImageOrientationPatient", "GantryDetectorTilt",
 ]  # fmt: skip
 _MAKERS = (
     ("ge medical", Manufacturer.GE),
@@ -67,17 +73,19 @@ class SliceHeader:
     position_mm: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
     tilt_degrees: float
+    layout: PixelLayout | None
     damage: ScanError | None
 
 
 @dataclass(frozen=True)
 class DicomSeries:
-    """One series in canonical order: files head first, and how to turn each slice's pixels.
+    """One series in canonical order: files head first with the layouts of their pixels, and how to turn each slice.
 
     Units: `spacing_mm` (z, y, x) in mm. Shape: `shape` is slices, rows, columns after turning.
     """
 
     files: tuple[StagedFile, ...]
+    layouts: tuple[PixelLayout | None, ...]
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     is_transposed: bool
@@ -170,6 +178,7 @@ def _describe(dataset: FileDataset, file: StagedFile, body: BinaryIO) -> SliceHe
         position_mm=_numbers(dataset, "ImagePositionPatient", 3),
         orientation=orientation,
         tilt_degrees=tilt if math.isfinite(tilt) else 0.0,
+        layout=_find_layout(dataset, body.tell()),
         damage=_find_damage(dataset, file.path, body),
     )
 
@@ -202,6 +211,29 @@ def _recognise_maker(text: str) -> Manufacturer | None:
     if text == "ge":
         return Manufacturer.GE
     return next((maker for words, maker in _MAKERS if words in text), Manufacturer.OTHER)
+
+
+def _find_layout(dataset: FileDataset, tag_bytes: int) -> PixelLayout | None:
+    """Where and how the pixels lie, their tag being at byte `tag_bytes`; None for all but the plainest CT slice."""
+    rows, columns, bits = (dataset.get(tag) for tag in ("Rows", "Columns", "BitsStored"))
+    needed = ("RescaleSlope", "RescaleIntercept", "PixelRepresentation")
+    if not all(isinstance(value, int) for value in (rows, columns, bits)) or any(tag not in dataset for tag in needed):
+        return None
+    plain = {
+        "SOPClassUID": CTImageStorage, "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": 16, "HighBit": bits - 1,
+    }  # fmt: skip
+    if any(dataset.get(tag) != value for tag, value in plain.items()):
+        return None
+    return PixelLayout(
+        syntax=str(dataset.file_meta.get("TransferSyntaxUID", "")),
+        start=tag_bytes + (8 if dataset.original_encoding[0] else 12),
+        size=(rows, columns),
+        bits_stored=bits,
+        is_signed=dataset.PixelRepresentation == 1,
+        slope=_number(dataset, "RescaleSlope", 1.0),
+        intercept=_number(dataset, "RescaleIntercept", 0.0),
+    )
 
 
 def _find_damage(dataset: FileDataset, path: Path, body: BinaryIO) -> ScanError | None:
@@ -357,6 +389,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     row_mm, column_mm = first.pixel_spacing_mm
     return DicomSeries(
         files=tuple(headers[index].file for index in order),
+        layouts=tuple(headers[index].layout for index in order),
         shape=(len(headers), height, width),
         spacing_mm=(slice_spacing_mm, *((column_mm, row_mm) if is_transposed else (row_mm, column_mm))),
         is_transposed=is_transposed,

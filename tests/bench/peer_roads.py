@@ -1,0 +1,333 @@
+"""One road's part of `make bench`, measured in a process of its own; a JSON line comes out.
+
+    python -m tests.bench.peer_roads read monai FOLDER        plain, torchio, pillow (images), ours, ours-child
+    python -m tests.bench.peer_roads network eager WEIGHTS    ours BUNDLE BACKEND PRECISION
+    python -m tests.bench.peer_roads road monai WEIGHTS ARCHIVE    ours BUNDLE ARCHIVE BACKEND PRECISION
+    python -m tests.bench.peer_roads augment scikit-image     ours
+    python -m tests.bench.peer_roads bytes disk FOLDER
+
+A peer is used as its documentation shows. Its roads run in `.venv-peers`, ours in the project's environment; so a
+library is imported only by the road that needs it, and before the clock starts.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+WINDOW_HU = (-1350.0, 150.0)
+SHAPE = (64, 224, 224)
+MARGIN = 48  # pixels off each side of 512
+THREADS = min(os.cpu_count() or 1, 2)
+Task = Callable[[], Any]
+
+
+def read_plain() -> Callable[[str], Any]:
+    """SimpleITK's series reader and torch's resize."""
+    import SimpleITK as sitk
+    import torch
+
+    def read(folder: str) -> Any:
+        series = sitk.ImageSeriesReader()
+        series.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder))
+        unit = (sitk.GetArrayFromImage(series.Execute()).astype(np.float32) - WINDOW_HU[0]) / np.ptp(WINDOW_HU)
+        inner = unit.clip(0, 1)[None, None, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
+        return torch.nn.functional.interpolate(torch.from_numpy(inner), SHAPE, mode="trilinear")
+
+    return read
+
+
+def make_monai_transform() -> Any:
+    """MONAI's dictionary transforms, x, y, z as its reader gives them."""
+    from monai import transforms as mt
+
+    low, high = WINDOW_HU
+    depth, height, width = SHAPE
+    return mt.Compose(
+        [
+            mt.LoadImaged(keys="scan", reader="ITKReader"),
+            mt.EnsureChannelFirstd(keys="scan"),
+            mt.ScaleIntensityRanged(keys="scan", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True),
+            mt.CenterSpatialCropd(keys="scan", roi_size=(512 - 2 * MARGIN, 512 - 2 * MARGIN, -1)),
+            mt.Resized(keys="scan", spatial_size=(width, height, depth), mode="trilinear"),
+        ]
+    )
+
+
+def read_monai() -> Callable[[str], Any]:
+    transform = make_monai_transform()
+    return lambda folder: transform({"scan": folder})["scan"]
+
+
+def read_torchio() -> Callable[[str], Any]:
+    """TorchIO's transforms; it has no crop here, which spares it work."""
+    import torchio as tio
+
+    depth, height, width = SHAPE
+    steps = [tio.Clamp(*WINDOW_HU), tio.RescaleIntensity((0, 1)), tio.Resize((width, height, depth))]
+    transform = tio.Compose(steps)
+    return lambda folder: transform(tio.ScalarImage(folder)).data
+
+
+def read_pillow() -> Callable[[str], Any]:
+    """Slice images by Pillow, whole, then scikit-image's anti-aliased resize, as the paper's authors did."""
+    from PIL import Image
+    from skimage.transform import resize
+
+    def read(folder: str) -> Any:
+        paths = sorted(Path(folder).iterdir(), key=lambda path: int(path.stem))
+        whole = np.stack([np.asarray(Image.open(path).convert("L")) for path in paths]) / 255
+        return resize(whole[:, MARGIN:-MARGIN, MARGIN:-MARGIN], SHAPE, anti_aliasing=True)
+
+    return read
+
+
+def read_ours() -> Callable[[str], Any]:
+    """What peers do too: headers with all their checks, pixels, the standard volume; in this process."""
+    from darnet.config import DecodeConfig, VolumeConfig
+    from darnet.decode import open_images, set_decoder_threads
+    from darnet.ingest import DicomStack
+    from darnet.reading.dicom import arrange_series
+    from darnet.reading.series import sort_files
+    from darnet.scan import StagedFile
+    from darnet.volume import make_standard_volume
+
+    set_decoder_threads(1)
+
+    def read(folder: str) -> Any:
+        staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
+        files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
+        if not files.series:
+            return make_standard_volume(open_images(files.images, limits, is_head_first=True), VolumeConfig())
+        ((_, headers),) = files.series.items()
+        return make_standard_volume(DicomStack(arrange_series(headers, limits)), VolumeConfig())
+
+    return read
+
+
+def read_ours_in_child() -> Callable[[str], Any]:
+    """All that a worker does with a scan: staged, read in the limited child, lungs segmented, sent back."""
+    from darnet.archive import list_sources
+    from darnet.config import DecodeConfig, VolumeConfig
+    from darnet.ingest import Ingester, Road
+    from darnet.storage import open_store
+
+    def read(folder: str) -> Any:
+        store = open_store(folder)
+        if folder not in ingesters:
+            ingesters[folder] = Ingester(store, Road(VolumeConfig(), DecodeConfig()))
+        return [ingesters[folder].ingest(source) for source in list_sources(store.list_objects())]
+
+    ingesters: dict[str, Ingester] = {}
+    return read
+
+
+READERS = {
+    "plain": read_plain, "monai": read_monai, "torchio": read_torchio, "pillow": read_pillow,
+    "ours": read_ours, "ours-child": read_ours_in_child,
+}  # fmt: skip
+
+
+def measure_reading(road: str, folder: str) -> dict[str, float]:
+    """Read a scan twice: the first reading tells memory above the bare process, the second, all being loaded, time.
+
+    `first_s` is the first one's time, in which a peer also loads what it imports late.
+    """
+    _set_torch_threads()
+    read = READERS[road]()
+    before_bytes = _reset_peak()
+    first = _time(lambda: read(folder))
+    growth_bytes = _read_memory("VmHWM") - before_bytes
+    figures = _time(lambda: read(folder)) | {"first_s": first["seconds"], "growth_mb": growth_bytes / 1e6}
+    if road == "ours-child":  # works in another process than the one measured
+        return {name: figures[name] for name in ("seconds", "first_s")}
+    return figures
+
+
+def measure_bytes(folder: str) -> dict[str, float]:
+    """The floor of any reading: the bytes of all files, from the page cache."""
+    return _time(lambda: [path.read_bytes() for path in Path(folder).iterdir()])
+
+
+def load_eager(weights: str) -> Any:
+    """The project's network as torch runs it by itself, with the bundle's weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    from darnet.config import ModelConfig
+    from darnet.model import DARNet
+
+    torch.set_num_threads(THREADS)
+    model = DARNet(ModelConfig())
+    model.load_state_dict(load_file(weights))
+    return model.eval()
+
+
+def classify(model: Any, volume: Any) -> Any:
+    """Probabilities and the class map of one scan, (1, 1, D, H, W)."""
+    import torch
+
+    with torch.inference_mode():
+        features = model.features(volume)
+        class_maps = torch.einsum("kc,bcdhw->bkdhw", model.head.weight, features)
+        logits = features.mean((2, 3, 4)) @ model.head.weight.T + model.head.bias
+        return logits.softmax(1), class_maps
+
+
+def measure_eager(weights: str) -> dict[str, float]:
+    import torch
+
+    model, volume = load_eager(weights), torch.from_numpy(_draw_volume()[None, None] / np.float32(255))
+    classify(model, volume)
+    return _time(lambda: classify(model, volume))
+
+
+def configure_score(backend: str, precision: str) -> Any:
+    """How the project scores here: all cores for the network, two scans a batch, as its forward pass takes them."""
+    from darnet.config import ScoreConfig
+
+    chosen = {"backend": backend, "precision": precision}
+    known = {name: value for name, value in chosen.items() if name in ScoreConfig.model_fields}
+    return ScoreConfig(batch_size=2, num_threads=THREADS, **known)
+
+
+def measure_network(bundle: str, backend: str, precision: str) -> dict[str, float]:
+    """The scoring ensemble by itself, seconds a scan; its forward pass takes two."""
+    from darnet.bundle import read_bundle
+    from darnet.score import Ensemble
+    from darnet.storage import open_store
+
+    ensemble = Ensemble.from_bundle(read_bundle(open_store(bundle)), configure_score(backend, precision))
+    batch = np.stack([_draw_volume()] * 2)
+    ensemble.score(batch)
+    return {name: value / 2 for name, value in _time(lambda: ensemble.score(batch)).items()}
+
+
+def measure_monai_road(weights: str, archive: str) -> dict[str, float]:
+    """Every scan of an archive through MONAI's loader, which reads the next scan in a worker, and the same network."""
+    import torch
+    from monai.data import DataLoader, Dataset
+
+    start_s = time.perf_counter()
+    model = load_eager(weights)
+    scans = [{"scan": str(path)} for path in sorted(Path(archive).iterdir())]
+    loader = DataLoader(Dataset(scans, make_monai_transform()), batch_size=1, num_workers=1)
+    ends_s = []
+    for batch in loader:
+        volume = batch["scan"].as_tensor().permute(0, 1, 4, 3, 2).to(torch.float32).contiguous()
+        classify(model, volume)
+        ends_s.append(time.perf_counter() - start_s)
+    return {"seconds": ends_s[-1], "steady_s": (ends_s[-1] - ends_s[0]) / max(len(scans) - 1, 1), "scans": len(scans)}
+
+
+def measure_our_road(bundle: str, archive: str, backend: str, precision: str) -> dict[str, Any]:
+    """A night of `jobs.score`'s own code. Ray counts a CPU more than there is, so that decoding runs beside a network
+    that has all of them."""
+    import ray
+
+    from darnet.ray_score import score_archive
+    from darnet.results import read_predictions
+    from darnet.storage import open_store
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    start_s = time.perf_counter()
+    ray.init("local", num_cpus=THREADS + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with tempfile.TemporaryDirectory() as folder:
+        results = open_store(folder, create=True)
+        score_archive(open_store(archive), open_store(bundle), results, configure_score(backend, precision))
+        seconds = time.perf_counter() - start_s
+        rows = read_predictions(folder)
+    assert (rows["status"] == "OK").all(), rows[["source", "status", "status_detail"]]
+    ends = rows["scored_at"].sort_values()
+    later = ends[ends > ends.iloc[0] + (ends.iloc[-1] - ends.iloc[0]) / (2 * len(ends))]  # without the first batch
+    steady_s = (ends.iloc[-1] - ends.iloc[0]).total_seconds() / max(len(later), 1)
+    stages = {name: float(rows[name].mean()) for name in ("fetch_s", "decode_s", "model_s")}
+    return {"seconds": seconds, "steady_s": steady_s, "scans": len(rows), **stages}
+
+
+def augment_like_authors() -> Task:
+    """Three scikit-image warps of each slice, one after another: rotation, translation, zoom."""
+    from skimage.transform import AffineTransform, rotate, warp
+
+    volume = _draw_volume() / 255.0
+    moved, zoomed = AffineTransform(translation=(3, -2)), AffineTransform(scale=(0.95, 0.95))
+
+    def run() -> Any:
+        return np.stack([warp(warp(rotate(plane, 4.0), moved), zoomed) for plane in volume])
+
+    return run
+
+
+def augment_ours() -> Task:
+    from darnet.augment import augment_volume
+    from darnet.config import AugmentConfig
+
+    volume = _draw_volume()
+    return lambda: augment_volume(volume, AugmentConfig(), np.random.default_rng(0))
+
+
+def measure_augmentation(road: str) -> dict[str, float]:
+    run = {"scikit-image": augment_like_authors, "ours": augment_ours}[road]()
+    run()
+    taken = [_time(run) for _ in range(3)]
+    return {name: median(figures[name] for figures in taken) for name in taken[0]}
+
+
+def _draw_volume() -> Any:
+    return np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
+
+
+def _set_torch_threads() -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+
+
+def _time(run: Task) -> dict[str, float]:
+    """By the clock, and of the processors, which other programs on the machine disturb less; a child's are not in."""
+    start_s, start_processor_s = time.perf_counter(), time.process_time()
+    run()
+    return {"seconds": time.perf_counter() - start_s, "processor_s": time.process_time() - start_processor_s}
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _read_memory("VmRSS")
+
+
+def _read_memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main(arguments: list[str]) -> int:
+    """Measure what is asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("read", "network", "road", "augment", "bytes"))
+    parser.add_argument("road")
+    parser.add_argument("rest", nargs="*")
+    given = parser.parse_args(arguments)
+    tasks: dict[tuple[str, bool], Callable[..., dict[str, Any]]] = {
+        ("network", True): measure_network, ("network", False): measure_eager,
+        ("road", True): measure_our_road, ("road", False): measure_monai_road,
+    }  # fmt: skip
+    if given.task in ("read", "augment"):
+        found = {"read": measure_reading, "augment": measure_augmentation}[given.task](given.road, *given.rest)
+    elif given.task == "bytes":
+        found = measure_bytes(*given.rest)
+    else:
+        found = tasks[given.task, given.road == "ours"](*given.rest)
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,392 @@
+"""Peers and this project on the same scans in one run: `make bench`.
+
+Prints a table, and writes `bench.json` and `bench.png` to `--out`; what was measured earlier stays in both. Roads are
+measured in turn (A B A B), each time in a fresh process (`peer_roads`), so that no road's memory or loaded library is
+another's; figures are medians. The peers' environment, `.venv-peers`, is built on the first run.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
+
+from darnet.bundle import BundleSettings
+from darnet.bundle_writing import TrainedFold, write_bundle
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig, VolumeConfig
+from darnet.errors import UsageError
+from darnet.model import build_network
+from darnet.phantom import make_phantom
+from darnet.phantoms.files import DicomStyle, write_dicom, write_slice_images
+from darnet.scan import Diagnosis
+from darnet.terminal import print_table
+from tests.bench import planning
+from tests.bench.resampling import list_series
+from tests.places import ROOT
+
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+PEERS = ("torch==2.13.0", "monai", "itk", "torchio", "SimpleITK", "scikit-image", "Pillow", "safetensors")
+ROAD_SCANS = 12
+# What a scan is called, how many slices it has, and its transfer syntax. Source: ours, like the real series at hand.
+PHANTOMS = (("275 slices JPEG-LS", 275, JPEGLSLossless), ("98 slices JPEG 2000", 98, JPEG2000Lossless))
+IMAGES = "300 slices PNG"
+# Backend, precision, and what they must reach: the network against eager torch, the road against MONAI's.
+BACKENDS = (("torch", "fp32", 1.5, 2.0), ("openvino", "fp32", 1.5, 2.0), ("openvino", "int8", 2.8, 3.0))
+PLANS = ((10_000, 365), (100_000, 365), (1_000_000, 365), (100_000, 10), (100_000, 100))  # objects, nights
+
+
+@dataclass(frozen=True)
+class Way:
+    """One road's measurement: what of the benchmark it belongs to, who takes it, and the command that repeats it.
+
+    `goals`: how many times as fast as each peer this project must be.
+    """
+
+    section: str
+    what: str
+    road: str
+    command: tuple[str, ...]
+    goals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def repeat(self) -> str:
+        """The command for a shell in the repository's root."""
+        program, *rest = self.command
+        inside = os.path.relpath(program, ROOT) if Path(program).is_relative_to(ROOT) else program
+        return f"PYTHONPATH=. {shlex.join([inside, *rest])}"
+
+
+Row = dict[str, Any]
+
+
+def take(python: Path | str, *arguments: str) -> tuple[str, ...]:
+    return (str(python), "-m", "tests.bench.peer_roads", *arguments)
+
+
+def measure(way: Way) -> Row:
+    """Take a way once, in a process of its own; `wall_s` is the whole process.
+
+    Raises: UsageError with the end of what the process said, if it failed.
+    """
+    start_s = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(way.command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise UsageError(f"{way.road}, {way.what}: failed; repeat by `{way.repeat}`\n{done.stderr[-2000:]}")
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found | {"wall_s": time.perf_counter() - start_s}
+
+
+def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
+    """Every way `repeats` times, A B A B; a row each with the medians of all figures."""
+    readings: list[list[Row]] = [[] for _ in ways]
+    for repeat in range(repeats):
+        for way, taken in zip(ways, readings, strict=True):
+            taken.append(measure(way))
+            seconds = taken[-1]["seconds"]
+            print(f"{repeat + 1}/{repeats} {way.section}: {way.what}, {way.road}: {seconds:.2f} s", file=sys.stderr)
+    rows = []
+    for way, taken in zip(ways, readings, strict=True):
+        figures = {name: median(reading[name] for reading in taken) for name in taken[0]}
+        named = {"section": way.section, "what": way.what, "road": way.road, "goals": way.goals}
+        rows.append(named | figures | {"repeats": repeats, "repeat": way.repeat})
+    return rows
+
+
+def add_ratios(rows: Sequence[Row], figure: str = "seconds") -> list[Row]:
+    """How many times as fast each of our rows is as every peer on the same thing."""
+    peers = {(row["what"], row["road"]): row[figure] for row in rows if not row["road"].startswith("ours")}
+    with_ratios = []
+    for row in rows:
+        is_ours = row["road"].startswith("ours")
+        against = {road: peer / row[figure] for (what, road), peer in peers.items() if is_ours and what == row["what"]}
+        with_ratios.append(row | {"times": against})
+    return with_ratios
+
+
+def build_peers() -> None:
+    """Make `.venv-peers` if it is not there: what `peers.txt` says, by pip."""
+    installed = PEERS_PYTHON.parents[1] / ".installed"
+    if installed.exists():
+        return
+    print("Building the peers' environment in .venv-peers (some minutes, 3 GB)", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", str(PEERS_PYTHON.parents[1])], check=True)
+    install = [str(PEERS_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    constraints = str(Path(__file__).with_name("peers.txt"))
+    for wanted in (PEERS[:1], PEERS):  # torch first, or another package chooses its build
+        subprocess.run([*install, "-c", constraints, *wanted], check=True)
+    installed.touch()
+
+
+def write_phantoms(folder: Path) -> None:
+    """Full-size phantoms, one chest in all formats; they are kept for the next run."""
+    names = [*(name for name, _, _ in PHANTOMS), IMAGES]
+    if all((folder / name.replace(" ", "-") / "done").exists() for name in names):
+        return
+    print(f"Making full-size phantoms in {folder} (a minute or two)", file=sys.stderr)
+    chest = make_phantom(Diagnosis.NCP, 1, shape=(300, 512, 512))
+    write_slice_images(chest, folder / IMAGES.replace(" ", "-") / "scan")
+    for name, num_slices, syntax in PHANTOMS:
+        part = replace(chest, voxels_hu=chest.voxels_hu[:: 300 // num_slices][:num_slices])
+        spaced = replace(part, spacing_mm=(chest.spacing_mm[0] * (300 // num_slices), *chest.spacing_mm[1:]))
+        write_dicom(spaced, folder / name.replace(" ", "-") / "scan", style=DicomStyle(transfer_syntax=syntax))
+    for name in names:
+        (folder / name.replace(" ", "-") / "done").touch()
+
+
+def list_scans(scans: Path | None, out: Path) -> dict[str, str]:
+    """Folders of DICOM series by what they are called; phantoms if no folder is given.
+
+    Raises: UsageError if there is none.
+    """
+    write_phantoms(out / "phantoms")
+    if scans is None:
+        return {name: str((out / "phantoms" / name.replace(" ", "-") / "scan").resolve()) for name, _, _ in PHANTOMS}
+    found = {series.name: series for series in list_series(scans) if len(series.files) >= 10}
+    if not found:
+        raise UsageError(f"--scans {scans}: no DICOM series of 10 slices below it; give a folder that holds some")
+    return {f"{Path(name).name}, {len(item.files)} slices": item.folder for name, item in found.items()}
+
+
+def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
+    """Read and standardise. MONAI has no goal but for the long series, where it was measured."""
+    for what, folder in scans.items():
+        goals = {"plain": 3.5, "torchio": 5.0, "monai": 6.0} if "275 slices" in what else {}
+        goals = {"torchio": 2.5} if "98 slices" in what else goals
+        for peer in ("plain", "torchio", "monai"):
+            yield Way("reading", what, peer, take(PEERS_PYTHON, "read", peer, folder))
+        yield Way("reading", what, "ours", take(sys.executable, "read", "ours", folder), goals)
+        yield Way("reading", what, "ours, lungs and child", take(sys.executable, "read", "ours-child", folder))
+
+
+def plan_images(out: Path) -> Iterator[Way]:
+    """Slice images are always phantoms."""
+    folder = str((out / "phantoms" / IMAGES.replace(" ", "-") / "scan").resolve())
+    yield Way("images", IMAGES, "pillow + scikit-image", take(PEERS_PYTHON, "read", "pillow", folder))
+    yield Way("images", IMAGES, "ours", take(sys.executable, "read", "ours", folder), {"pillow + scikit-image": 10.0})
+
+
+def list_backends() -> Iterator[tuple[str, str, float, float]]:
+    """Those that this version's settings know."""
+    for backend in BACKENDS:
+        if backend[:2] == ("torch", "fp32") or "backend" in ScoreConfig.model_fields:
+            yield backend
+
+
+def write_one_fold(out: Path) -> Path:
+    """A bundle of one untrained network of full size, whose weights the peers load too."""
+    folder = out / "bundle"
+    if not (folder / "bundle.json").exists():
+        network = ModelConfig()
+        write_bundle(
+            str(folder),
+            settings=BundleSettings(volume=VolumeConfig(), network=network, train=TrainConfig()),
+            folds=[TrainedFold(build_network(network, 0).state_dict(), 1, 0, {})],
+            cohort_sha256="0" * 64,
+            model_version="untrained",
+            code_version="0",
+            trained_on="nothing",
+        )
+    return folder
+
+
+def plan_network(bundle: Path) -> Iterator[Way]:
+    weights = str(bundle / "fold0.safetensors")
+    yield Way("network", "a forward pass", "eager torch", take(PEERS_PYTHON, "network", "eager", weights))
+    for backend, precision, least, _ in list_backends():
+        command = take(sys.executable, "network", "ours", str(bundle), backend, precision)
+        yield Way("network", "a forward pass", f"ours, {backend} {precision}", command, {"eager torch": least})
+
+
+def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
+    """Twelve scans, the same ones again if there are fewer, through MONAI's loader and through a night of ours; then
+    the floors: the network alone, reading alone, the bytes alone."""
+    archive = out / "archive"
+    archive.mkdir(exist_ok=True)
+    folders = list(scans.values())
+    for old in archive.iterdir():
+        old.unlink()
+    for number in range(ROAD_SCANS):
+        (archive / f"scan{number:02d}").symlink_to(folders[number % len(folders)])
+    what, place = f"{ROAD_SCANS} scans, the whole road", str(archive.resolve())
+    weights = str(bundle / "fold0.safetensors")
+    yield Way("road", what, "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
+    for backend, precision, _, least in list_backends():
+        command = take(sys.executable, "road", "ours", str(bundle), place, backend, precision)
+        yield Way("road", what, f"ours, {backend} {precision}", command, {"monai": least})
+        alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
+        yield Way("road", "a scan's floor", f"ours, network alone, {backend} {precision}", alone)
+    first = folders[0]
+    yield Way("road", "a scan's floor", "ours, reading alone", take(sys.executable, "read", "ours-child", first))
+    yield Way("road", "a scan's floor", "ours, bytes alone", take(sys.executable, "bytes", "disk", first))
+
+
+def plan_augmentation() -> Iterator[Way]:
+    what = "64 x 224 x 224"
+    authors = take(PEERS_PYTHON, "augment", "scikit-image")
+    yield Way("augmentation", what, "scikit-image, three warps", authors)
+    ours = take(sys.executable, "augment", "ours")
+    yield Way("augmentation", what, "ours", ours, {"scikit-image, three warps": 15.0})
+
+
+def measure_planning() -> list[Row]:
+    """A night with nothing new, against objects and nights."""
+    rows = []
+    for num_objects, num_nights in PLANS:
+        found = planning.measure(num_objects, 1, num_nights)
+        what = f"{num_objects:,} objects, {num_nights} nights"
+        print(f"planning: {what}: {found['seconds']} s, {found['growth_mb']} MB", file=sys.stderr)
+        named = {"section": "planning", "what": what, "road": "ours", "goals": {}, "repeats": 1}
+        rows.append(named | found | {"repeat": f"make bench-planning NUM_OBJECTS={num_objects}"})
+    return rows
+
+
+def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) -> None:
+    """A table of the rows; below it how to repeat each."""
+    table = []
+    for row in rows:
+        times = ", ".join(f"{times:.1f} x {road}" for road, times in row["times"].items())
+        goals = ", ".join(f"{least:g} x {road}" for road, least in row["goals"].items())
+        memory = f"{row['growth_mb']:.0f}" if "growth_mb" in row else ""
+        processor = f"{row['processor_s']:.3g}" if "processor_s" in row else ""
+        table.append([row["what"], row["road"], f"{row['seconds']:.3g}", processor, memory, times, goals])
+    title = f"{section}: medians of {rows[0]['repeats']}, load {load[0]:.1f} before, {load[1]:.1f} after"
+    print_table(title, ["what", "road", "s", "CPU s", "MB", "as fast as", "at least"], table)
+    for row in rows:
+        print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
+        if "steady_s" in row:
+            print_steady(row, rows)
+
+
+def print_steady(row: Row, rows: Sequence[Row]) -> None:
+    """Start-up apart from the steady state, and that against the network alone; then the stages of our night."""
+    start_up_s = row["wall_s"] - row["scans"] * row["steady_s"]
+    text = f"  start-up and end {start_up_s:.1f} s, then {row['steady_s']:.2f} s a scan"
+    alone = [other for other in rows if other["road"] == row["road"].replace("ours,", "ours, network alone,")]
+    if row["road"].startswith("ours") and alone:
+        text += f", {alone[0]['seconds'] / row['steady_s']:.2f} of the network alone ({alone[0]['seconds']:.2f} s)"
+        text += "; " + ", ".join(f"{name} {row[name]:.2f}" for name in ("fetch_s", "decode_s", "model_s"))
+    print(text, file=sys.stderr)
+
+
+def draw_chart(rows: Sequence[Row]) -> Figure:
+    """A panel for each thing measured, a bar for each road; planning as a curve."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["section"] != "planning" and row["what"] != "a scan's floor":
+            groups.setdefault((row["section"], row["what"]), []).append(row)
+    planned = [row for row in rows if row["section"] == "planning"]
+    heights = [len(group) for group in groups.values()] + ([5] if planned else [])
+    figure = Figure(figsize=(7.5, 0.34 * sum(heights) + 0.85 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axis, ((section, what), group) in zip(axes, groups.items(), strict=False):
+        _draw_bars(axis, f"{section}: {what}", group)
+    if planned:
+        _draw_planning(axes[-1], planned)
+    return figure
+
+
+def _draw_bars(axis: Axes, title: str, rows: Sequence[Row]) -> None:
+    seconds = [row["seconds"] for row in rows]
+    colours = ["#1f6f8b" if row["road"].startswith("ours") else "#b5b5b5" for row in rows]
+    axis.barh([row["road"] for row in rows], seconds, color=colours)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * max(seconds))
+    axis.set_title(title, loc="left", fontsize=10)
+    for place, row in enumerate(rows):
+        memory = f", {row['growth_mb']:.0f} MB" if "growth_mb" in row else ""
+        axis.text(row["seconds"], place, f"  {row['seconds']:.3g} s{memory}", va="center", fontsize=8)
+    _strip(axis)
+
+
+def _draw_planning(axis: Axes, rows: Sequence[Row]) -> None:
+    longest = max(row["nights"] for row in rows)
+    curve = sorted((row["objects"], row["seconds"], row["growth_mb"]) for row in rows if row["nights"] == longest)
+    objects, seconds, _ = zip(*curve, strict=True)
+    axis.loglog(objects, seconds, "o-", color="#1f6f8b")
+    for x, y, memory in curve:
+        axis.annotate(f"{y:g} s, {memory:.0f} MB", (x, y), (6, -12), textcoords="offset points", fontsize=8)
+    axis.set_xlim(right=objects[-1] * 4)
+    axis.set_ylim(bottom=min(seconds) / 2)  # room for the first label
+    axis.set_title(f"planning: a night with nothing new, {longest} nights in the table", loc="left", fontsize=10)
+    axis.set_xlabel("objects in the archive", fontsize=8)
+    axis.set_ylabel("s", fontsize=8)
+    _strip(axis)
+
+
+def _strip(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def measure_section(section: str, scans: dict[str, str], out: Path, repeats: int) -> list[Row]:
+    """All rows of one section, with ratios."""
+    plans: dict[str, Callable[[], Iterator[Way]]] = {
+        "reading": lambda: plan_reading(scans),
+        "images": lambda: plan_images(out),
+        "network": lambda: plan_network(write_one_fold(out)),
+        "road": lambda: plan_road(scans, write_one_fold(out), out),
+        "augmentation": plan_augmentation,
+    }
+    if section == "planning":
+        return add_ratios(measure_planning())
+    rows = measure_in_turn(list(plans[section]()), 1 if section == "road" else repeats)
+    return add_ratios(rows, "wall_s" if section == "road" else "seconds")
+
+
+def merge_rows(earlier: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
+    """Rows of earlier runs but for what was measured again, by section."""
+    again = {(row["section"], row["what"]) for row in taken}
+    kept = [row for row in earlier if (row["section"], row["what"]) not in again]
+    return sorted([*kept, *taken], key=lambda row: SECTIONS.index(row["section"]))
+
+
+SECTIONS = ("reading", "images", "augmentation", "network", "road", "planning")
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the chosen sections, print and keep them."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__)
+    parser.add_argument("--scans", type=Path, help="folder of DICOM series; default: full-size phantoms")
+    parser.add_argument("--repeats", type=int, default=3, help="times each road is taken (default 3; the road once)")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, default=Path(".bench"), help="for bench.json, bench.png, phantoms")
+    given = parser.parse_args(arguments)
+    chosen = given.only.split(",")
+    if unknown := set(chosen) - set(SECTIONS):
+        raise UsageError(f"--only {given.only}: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    build_peers()
+    scans = list_scans(given.scans, given.out) if {"reading", "images", "road"} & set(chosen) else {}
+    kept = given.out / "bench.json"
+    rows: list[Row] = json.loads(kept.read_text()) if kept.exists() else []
+    for section in (name for name in SECTIONS if name in chosen):
+        before = os.getloadavg()[0]
+        taken = measure_section(section, scans, given.out, given.repeats)
+        load = (before, os.getloadavg()[0])
+        print_section(section, taken, load)
+        found_at = {"load": load, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        rows = merge_rows(rows, [row | found_at for row in taken])
+        kept.write_text(json.dumps(rows, indent=1))
+        draw_chart(rows).savefig(given.out / "bench.png", dpi=130)
+    print(json.dumps({"bench": "peers", "sections": chosen, "out": str(given.out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        sys.exit(f"peers: {error}")
