@@ -28,8 +28,8 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 12
 CHUNK_BYTES = 1 << 20
 
-# Size of a header, and where and as what it holds dim, datatype and bitpix, vox_offset, pixdim, slope and intercept, the
-# codes of qform and sform, the quaternion of qform and the rows of sform. Source: NIfTI-1 and NIfTI-2.
+# Size of a header, and where and as what it holds dim, datatype and bitpix, vox_offset, pixdim, slope and intercept,
+# the codes of qform and sform, the quaternion of qform and the rows of sform. Source: NIfTI-1 and NIfTI-2.
 NIFTI_LAYOUTS = (
     (348, (40, "8h"), (70, "2h"), (108, "f"), (76, "8f"), (112, "2f"), (252, "2h"), (256, "3f"), (280, "12f")),
     (540, (16, "8q"), (12, "2h"), (168, "q"), (104, "8d"), (176, "2d"), (344, "2i"), (352, "3d"), (400, "12d")),
@@ -183,10 +183,8 @@ def _parse_nifti(head: bytes) -> NiftiHeader:
                 dim, kinds, (start,), pixdim, scale, codes, quaternion, sform = values
                 number = _name_number(kinds, order, scale)
                 voxel_bytes = math.prod(max(int(extent), 1) for extent in dim[1 : dim[0] + 1]) * number.itemsize
-                rows = np.array(sform, np.float64).reshape(3, 4)
-                return NiftiHeader(
-                    max(int(start), size), voxel_bytes, number, codes, pixdim[:4], quaternion, rows[:, :3]
-                )
+                axes = np.array(sform, np.float64).reshape(3, 4)[:, :3]
+                return NiftiHeader(max(int(start), size), voxel_bytes, number, codes, pixdim[:4], quaternion, axes)
     raise ScanError(Status.BAD_UNREADABLE, "volume has no NIfTI header")
 
 

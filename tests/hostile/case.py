@@ -1,6 +1,7 @@
 """What a hostile scan is, and what several kinds of them share."""
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ def patch(path: Path, offset: int, data: bytes) -> None:
 def garble(path: Path) -> None:
     """Overwrite some bytes in the middle of a file."""
     patch(path, path.stat().st_size // 2, b"\x55" * 20)
+
+
+def deflate_bomb(head: bytes, num_bytes: int) -> bytes:
+    """A raw deflate stream of some bytes and so many zeros behind them."""
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    start = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    zeros = packer.compress(bytes(1 << 24)) + packer.flush(zlib.Z_FULL_FLUSH)  # stands by itself, so it may be repeated
+    return start + zeros * (num_bytes >> 24) + packer.flush()
 
 
 def make_abdomen() -> Voxels:
