@@ -6,7 +6,7 @@ ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench-memory bench-poison bench-workers bench-kills bench-planning lint format clean
+.PHONY: bench-memory bench-poison bench-workers bench-kills bench-planning fuzz lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -68,6 +68,9 @@ bench-kills: $(ENVIRONMENT) ## what a night loses when its driver is killed at 2
 	@$(BIN)/python -m tests.bench.kills
 bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
+
+fuzz: $(ENVIRONMENT) ## mutated scans through the reader for SECONDS=240; what breaks a rule is kept in tests/findings
+	@$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(SEED),--seed "$(SEED)")
 
 lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"
