@@ -7,7 +7,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo paper-smoke test test-slow bench-resampling walk-publishing bench-loading bench-fetching
 .PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks
-.PHONY: chaos licences advisories
+.PHONY: chaos fuzz licences advisories
 .PHONY: lint format clean
 
 help: ## list the targets
@@ -81,6 +81,9 @@ bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 
 
 bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
+
+fuzz: $(ENVIRONMENT) ## mutated scans through the reader for SECONDS=240; what breaks a rule is kept in tests/findings
+	@$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(SEED),--seed "$(SEED)")
 
 bench-networks: $(ENVIRONMENT) ## seconds a scan of torch and OpenVINO on this CPU; REPEATS=3 THREADS=2
 	@$(BIN)/python -m tests.bench.networks $(if $(REPEATS),--repeats $(REPEATS)) $(if $(THREADS),--threads $(THREADS))

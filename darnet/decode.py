@@ -4,6 +4,7 @@ DICOM slices come as Hounsfield units (the rescale is applied here, once), slice
 """
 
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,16 @@ from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile
 
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
+IMAGE_READERS = {
+    ".png": "PNGImageIO",
+    **dict.fromkeys((".jpg", ".jpeg"), "JPEGImageIO"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFFImageIO"),
+}
 
 EVEN_SHARE = 0.6  # of the steps between numbers, more than which are the same: fewer are a scan thinned out evenly
 
+# How a file begins, which ITK's PNG reader does not look at. Source: PNG specification, ITU T.81 (SOI), TIFF 6.0.
+_BEGINNINGS = {"PNGImageIO": (b"\x89PNG\r\n\x1a\n",), "JPEGImageIO": (b"\xff\xd8",), "TIFFImageIO": (b"II", b"MM")}
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
 
@@ -64,7 +72,7 @@ class ImageStack:
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
         with name_file(self.files[index].label):
-            pixels = _read_pixels(self.files[index].path, "")
+            pixels = _read_pixels(self.files[index].path)
             if pixels.ndim == 3:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
                     raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
@@ -150,6 +158,8 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
     Raises: ScanError: BAD_LIMIT, BAD_MISSING_SLICE, BAD_MIXED_SERIES, BAD_PIXELS, BAD_TRUNCATED, BAD_UNREADABLE,
             SKIP_FEW_SLICES.
     """
+    if len(files) > limits.max_slices:
+        raise ScanError(Status.BAD_LIMIT, f"{len(files)} slices, at most {limits.max_slices}")
     names = [file.name for file in files]
     file_of = dict(zip(names, files, strict=True))
     if len({name.rpartition(".")[0] for name in names}) < len(names):
@@ -159,8 +169,6 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
     ordered = [file_of[name] for name in os_sorted(names)]
     if not is_head_first:
         ordered.reverse()
-    if len(ordered) > limits.max_slices:
-        raise ScanError(Status.BAD_LIMIT, f"{len(ordered)} slices, at most {limits.max_slices}")
     sizes = set()
     for file in ordered:
         with name_file(file.label):
@@ -196,9 +204,10 @@ def _check_numbers(names: Sequence[str]) -> None:
         raise ScanError(Status.BAD_MISSING_SLICE, f"{num_holes} holes in the numbers of the slices")
 
 
-def _read_pixels(path: Path, image_io: str) -> FloatArray:
+def _read_pixels(path: Path, image_io: str | None = None) -> FloatArray:
+    """Decode a file by this reader, or by that of an image's suffix."""
     reader = sitk.ImageFileReader()
-    reader.SetImageIO(image_io)
+    reader.SetImageIO(image_io or IMAGE_READERS[path.suffix])
     reader.SetFileName(str(path))
     try:
         pixels: FloatArray = sitk.GetArrayFromImage(reader.Execute())
@@ -225,7 +234,14 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
 
 def _read_image_size(path: Path) -> tuple[int, int]:
     """Rows and columns of an 8-bit image, from its header."""
+    image_io = IMAGE_READERS[path.suffix]
+    with path.open("rb") as file:
+        if not file.read(8).startswith(_BEGINNINGS[image_io]):
+            raise ScanError(Status.BAD_UNREADABLE, "slice image is not what its suffix says")
+    if image_io == "TIFFImageIO":
+        _check_pages(path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(image_io)
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -237,11 +253,31 @@ def _read_image_size(path: Path) -> tuple[int, int]:
     return height, width
 
 
+def _check_pages(path: Path) -> None:
+    """Demand one page of a TIFF: its reader follows a chain of pages for ever where that is a ring.
+
+    Source: TIFF 6.0, image file directory; BigTIFF has 43 for 42.
+    """
+    with path.open("rb") as file:
+        order = {b"II": "<", b"MM": ">"}[file.read(2)]
+        try:
+            (version,) = struct.unpack(f"{order}H", file.read(2))
+            count, offset, entry_bytes = ("Q", "4xQ", 20) if version == 43 else ("H", "I", 12)
+            file.seek(*struct.unpack(order + offset, file.read(struct.calcsize(order + offset))))
+            (num_entries,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
+            file.seek(entry_bytes * num_entries, 1)
+            has_more = any(file.read(8 if version == 43 else 4))
+        except (struct.error, OverflowError, OSError) as error:
+            raise ScanError(Status.BAD_UNREADABLE, "slice image has no readable header") from error
+    if has_more:
+        raise ScanError(Status.BAD_PIXELS, "several pages in one slice image")
+
+
 def _check_ending(path: Path) -> None:
     """Demand the mark at an image's end; nothing marks a TIFF's, so that it is decoded instead."""
     ending = _ENDINGS.get(path.suffix.lower())
     if ending is None:
-        _read_pixels(path, "")
+        _read_pixels(path)
     elif ending not in _read_tail(path):
         raise ScanError(Status.BAD_TRUNCATED, "slice image ends early")
 

@@ -6,6 +6,7 @@ This is the one road from bytes to network input: training and scoring both take
 import functools
 import lzma
 import re
+import shutil
 import tempfile
 import time
 import zipfile
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
@@ -314,12 +315,15 @@ def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFi
     with _zip_errors(), zipfile.ZipFile(path) as archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
         _check_zip(entries, limits)
+        if any(_is_outside(entry.filename) for entry in archive.infolist()):
+            raise ScanError(Status.BAD_ZIP, "the zip places a file outside itself that is no slice")
         for index, entry in enumerate(entries):
             suffix = PurePosixPath(entry.filename).suffix.lower()
             target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
             label = _label_entry(index, entries)
-            with name_file(label), _zip_errors():
-                target.write_bytes(archive.read(entry))
+            # In pieces: a whole read inflates all there is, however little the entry says.
+            with name_file(label), _zip_errors(), archive.open(entry) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file)
             staged.append(StagedFile(entry.filename, target, label))
     return staged
 
@@ -333,13 +337,19 @@ def _zip_errors() -> Iterator[None]:
         raise ScanError(Status.BAD_ZIP, f"does not unpack: {type(error).__name__}") from error
 
 
+def _is_outside(name: str) -> bool:
+    """Whether some system would unpack a file of this name outside of the folder it is unpacked to."""
+    path = PureWindowsPath(name)  # takes both separators
+    return ".." in path.parts or bool(path.root)
+
+
 def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
     seen: set[str] = set()
     for index, entry in enumerate(entries):
         with name_file(_label_entry(index, entries)):
             if entry.flag_bits & 1:
                 raise ScanError(Status.BAD_ZIP, "encrypted in the zip")
-            if ".." in PurePosixPath(entry.filename).parts or entry.filename.startswith("/"):
+            if _is_outside(entry.filename):
                 raise ScanError(Status.BAD_ZIP, "the zip places it outside itself")
             if entry.filename in seen:
                 raise ScanError(Status.BAD_ZIP, "twice in the zip")

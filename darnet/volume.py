@@ -172,7 +172,7 @@ def _find_body(pixels: FloatArray, intensity: Intensity) -> BoolArray:
 def _measure_implausible(pixels_hu: FloatArray) -> float:
     """The share of a slice that no scanner gives."""
     low, high = PLAUSIBLE_HU
-    return float(((pixels_hu < low) | (pixels_hu > high)).mean())
+    return float((~((pixels_hu >= low) & (pixels_hu <= high))).mean())  # what is no number lies outside
 
 
 def _check_intensity(intensity: Intensity, darkest: float, brightest: float, implausible_share: float) -> None:

@@ -6,7 +6,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from pydicom.dataset import FileDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from darnet.decode import write_volume
@@ -28,13 +27,13 @@ def write_crash(folder: Path) -> None:
         inside += len(item)
         heads.append(struct.pack("<HH2sHI", 0x0041, 0x1001, b"SQ", 0, inside) + item)
         inside += 12
-    _insert(path, b"".join(reversed(heads)))
+    insert(path, b"".join(reversed(heads)))
 
 
 def write_hang(folder: Path) -> None:
     """A DICOM series of headers with a million empty elements each; all slices are one file."""
     first, *others = write_chest(folder)
-    _insert(first, struct.pack("<HH2sH", 0x0041, 0x1001, b"CS", 0) * NUM_ELEMENTS)
+    insert(first, struct.pack("<HH2sH", 0x0041, 0x1001, b"CS", 0) * NUM_ELEMENTS)
     for path in others[: NUM_HEADERS - 1]:
         path.unlink()
         path.hardlink_to(first)
@@ -45,9 +44,11 @@ def write_bomb(folder: Path) -> None:
     folder.mkdir(parents=True)
     path = folder / "000.dcm"
     dataset = make_slice(make_chest()[0], (0, 0, 0))
-    plain = _split(dataset, path)[1]
+    dataset.save_as(path, enforce_file_format=True)
+    plain = split(path)[1]
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    head = _split(dataset, path)[0]
+    dataset.save_as(path, enforce_file_format=True)
+    head = split(path)[0]
     packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
     parts = [packer.compress(plain[: plain.index(PIXEL_DATA) + 8] + struct.pack("<I", BOMB_BYTES))]
     parts += [packer.compress(bytes(1 << 24)) for _ in range(BOMB_BYTES >> 24)]
@@ -74,16 +75,15 @@ def link_copy(template: Path, folder: Path) -> None:
         os.link(path, folder / path.name)
 
 
-def _insert(path: Path, elements: bytes) -> None:
+def insert(path: Path, elements: bytes) -> None:
     """Put encoded elements before the pixels."""
     data = path.read_bytes()
     start = data.index(PIXEL_DATA)
     path.write_bytes(data[:start] + elements + data[start:])
 
 
-def _split(dataset: FileDataset, path: Path) -> tuple[bytes, bytes]:
+def split(path: Path) -> tuple[bytes, bytes]:
     """What a DICOM file holds of preamble and file meta group, and the data set behind them."""
-    dataset.save_as(path, enforce_file_format=True)
     data = path.read_bytes()
     end = 144 + int(struct.unpack_from("<I", data, 140)[0])
     return data[:end], data[end:]

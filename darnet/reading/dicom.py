@@ -33,6 +33,7 @@ MISSING_RATIO = 1.5
 IRREGULAR_RATIO = 0.25
 MIN_AXIAL_COSINE = math.cos(math.radians(OBLIQUE_DEGREES))
 MAX_SIDE = 8192
+MAX_POSITION_MM = 1e6
 
 _NEEDED_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Manufacturer",
@@ -67,6 +68,7 @@ class SliceHeader:
     rows: int
     columns: int
     bits_allocated: int
+    has_sound_bits: bool
     pixel_spacing_mm: tuple[float, ...] | None
     slope: float
     has_rescale: bool
@@ -172,6 +174,7 @@ def _describe(dataset: FileDataset, file: StagedFile, body: BinaryIO) -> SliceHe
         rows=int(_number(dataset, "Rows", 0.0)),
         columns=int(_number(dataset, "Columns", 0.0)),
         bits_allocated=int(_number(dataset, "BitsAllocated", 0.0)),
+        has_sound_bits=_has_sound_bits(dataset),
         pixel_spacing_mm=_numbers(dataset, "PixelSpacing", 2),
         slope=_number(dataset, "RescaleSlope", 1.0) + 0 * _number(dataset, "RescaleIntercept", 0.0),
         has_rescale="RescaleSlope" in dataset and "RescaleIntercept" in dataset,
@@ -201,6 +204,14 @@ def _numbers(dataset: FileDataset, tag: str, count: int) -> tuple[float, ...] | 
     """Exactly `count` finite numbers, or None."""
     values = tuple(float(value) for value in _values(dataset.get(tag)))
     return values if len(values) == count and all(math.isfinite(value) for value in values) else None
+
+
+def _has_sound_bits(dataset: FileDataset) -> bool:
+    """Whether the bits in use fit into those allocated, and have a sign or none: GDCM reads on whatever is said."""
+    allocated = _number(dataset, "BitsAllocated", 0.0)
+    stored = _number(dataset, "BitsStored", allocated)
+    high_bit = _number(dataset, "HighBit", stored - 1)
+    return 1 <= stored <= high_bit + 1 <= allocated and _number(dataset, "PixelRepresentation", 0.0) in (0, 1)
 
 
 def _recognise_maker(text: str) -> Manufacturer | None:
@@ -275,22 +286,37 @@ def _compare_length(dataset: FileDataset, length: int, left_bytes: int) -> ScanE
 
 def _follow_fragments(body: BinaryIO, end_bytes: int) -> ScanError | None:
     """Encapsulated pixels: follow the chain of fragments to its end."""
-    num_fragments = -1  # the first item is the offset table
+    table: bytes | None = None  # of offsets, the first item
+    starts: list[int] = []
     while True:
         head = body.read(8)
-        if len(head) == 0 and num_fragments > 0:
-            return None  # some writers leave out the closing delimiter
+        if len(head) == 0 and starts:
+            return _check_offsets(table or b"", starts)  # some writers leave out the closing delimiter
         if len(head) < 8:
             return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
         group, element, length = struct.unpack("<HHI", head)
         if (group, element) == (0xFFFE, 0xE0DD):
-            return None if num_fragments > 0 else ScanError(Status.BAD_TRUNCATED, "no compressed pixel data")
+            if not starts:
+                return ScanError(Status.BAD_TRUNCATED, "no compressed pixel data")
+            return _check_offsets(table or b"", starts)
         if (group, element) != (0xFFFE, 0xE000):
             return ScanError(Status.BAD_PIXELS, "chain of compressed fragments is broken")
         if body.tell() + length > end_bytes:
             return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
-        body.seek(length, 1)
-        num_fragments += 1
+        if table is None:
+            table = body.read(length)
+        else:
+            starts.append(body.tell() - 8)
+            body.seek(length, 1)
+
+
+def _check_offsets(table: bytes, starts: Sequence[int]) -> ScanError | None:
+    """An offset table is empty, or names beginnings of fragments, the first one first; decoders do not look."""
+    places = {start - starts[0] for start in starts}
+    offsets = [offset for (offset,) in struct.iter_unpack("<I", table[: len(table) // 4 * 4])]
+    if len(table) % 4 or offsets[:1] not in ([], [0]) or not places.issuperset(offsets):
+        return ScanError(Status.BAD_PIXELS, "offset table of the compressed pixels is wrong")
+    return None
 
 
 def _check_kind(headers: Sequence[SliceHeader]) -> None:
@@ -345,8 +371,12 @@ def _check_header(header: SliceHeader) -> None:
     if header.num_samples != 1 or header.bits_allocated not in (8, 16, 32):
         samples, bits = header.num_samples, header.bits_allocated
         raise ScanError(Status.BAD_PIXELS, f"{samples} samples of {bits} bits a pixel; CT has one of 8, 16 or 32")
+    if not header.has_sound_bits:
+        raise ScanError(Status.BAD_HEADER, "BitsStored, HighBit or PixelRepresentation is absurd")
     if header.position_mm is None or header.orientation is None:
         raise ScanError(Status.BAD_HEADER, "ImagePositionPatient or ImageOrientationPatient is missing or no number")
+    if max(map(abs, header.position_mm)) > MAX_POSITION_MM:
+        raise ScanError(Status.BAD_HEADER, "ImagePositionPatient is absurd")
     if header.pixel_spacing_mm is None or not all(0.01 < value < 10 for value in header.pixel_spacing_mm):
         raise ScanError(Status.BAD_HEADER, "PixelSpacing is missing or absurd")
     if not math.isfinite(header.slope) or header.slope == 0:

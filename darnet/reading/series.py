@@ -45,7 +45,7 @@ def sort_files(staged: Sequence[StagedFile], min_slices: int) -> SortedFiles:
     share names and folder, and never leaves one that looks whole. A fragment named like no series is unplaced.
     """
     images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
-    headers, fragments = _read_headers([file for file in staged if file not in images])
+    headers, fragments = _read_headers([file for file in staged if not file.name.lower().endswith(IMAGE_SUFFIXES)])
     if (headers or fragments) and _are_thumbnails(images, staged, min_slices):
         images = []
     headers, cut = _set_apart(headers)

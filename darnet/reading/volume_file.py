@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,15 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 12
 CHUNK_BYTES = 1 << 20
 
-# Size of a header, and where and as what it holds dim, bitpix, vox_offset, pixdim, the codes of qform and sform, the
-# quaternion of qform and the rows of sform. Source: NIfTI-1 and NIfTI-2.
+# Size of a header, and where and as what it holds dim, datatype and bitpix, vox_offset, pixdim, slope and intercept,
+# the codes of qform and sform, the quaternion of qform and the rows of sform. Source: NIfTI-1 and NIfTI-2.
 NIFTI_LAYOUTS = (
-    (348, (40, "8h"), (72, "h"), (108, "f"), (76, "8f"), (252, "2h"), (256, "3f"), (280, "12f")),
-    (540, (16, "8q"), (14, "h"), (168, "q"), (104, "8d"), (344, "2i"), (352, "3d"), (400, "12d")),
+    (348, (40, "8h"), (70, "2h"), (108, "f"), (76, "8f"), (112, "2f"), (252, "2h"), (256, "3f"), (280, "12f")),
+    (540, (16, "8q"), (12, "2h"), (168, "q"), (104, "8d"), (176, "2d"), (344, "2i"), (352, "3d"), (400, "12d")),
 )
+# Numbers by their datatype, and its other values that may be sound. Source: NIfTI-1.
+NIFTI_NUMBERS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+NIFTI_TUPLES = (32, 128, 1792, 2304)  # complex numbers and colours
 
 NIFTI_MAGIC = b"n+"  # where the voxels follow the header; "ni" where they are another file
 
@@ -52,6 +55,8 @@ NRRD_NAMES = {
 }
 NRRD_BYTES = {name: size for size, names in NRRD_NAMES.items() for name in names.split("|")}
 META_POSES = ("TransformMatrix", "Orientation", "Rotation")
+META_SIZES = ("ElementSpacing", "ElementSize")
+SIZE_RATIO = 1.01  # between two statements of one voxel's size; more, and one of them is wrong
 
 Axes: TypeAlias = NDArray[np.float64]
 Stream: TypeAlias = BinaryIO | gzip.GzipFile
@@ -64,6 +69,7 @@ class NiftiHeader:
 
     start_bytes: int
     voxel_bytes: int
+    number: "np.dtype[Any]"
     codes: tuple[int, int]
     steps_mm: tuple[float, ...]
     quaternion: tuple[float, ...]
@@ -73,8 +79,8 @@ class NiftiHeader:
 def check_volume_file(path: Path, limits: DecodeConfig) -> None:
     """Demand every byte the header declares and not one more, to the end and checksum of a compressed stream.
 
-    Raises: ScanError: BAD_TRUNCATED, BAD_UNREADABLE, BAD_LIMIT; BAD_GEOMETRY or BAD_TILT for an unknown or sheared
-            orientation.
+    Raises: ScanError: BAD_TRUNCATED, BAD_UNREADABLE, BAD_LIMIT, BAD_PIXELS; BAD_INTENSITY for voxels that are no
+            numbers; BAD_GEOMETRY or BAD_TILT for an unknown or sheared orientation.
     """
     try:
         with path.open("rb") as file:
@@ -141,11 +147,28 @@ def _inflate(file: Stream, num_bytes: int) -> Iterator[bytes]:
 
 
 def _open_nifti(file: Stream) -> Body:
-    """Raises: ScanError: BAD_UNREADABLE, BAD_GEOMETRY, BAD_TILT, SKIP_ORIENTATION."""
+    """Raises: ScanError: BAD_UNREADABLE, BAD_PIXELS, BAD_INTENSITY, BAD_GEOMETRY, BAD_TILT, SKIP_ORIENTATION."""
     head = file.read(NIFTI_LAYOUTS[-1][0])
     header = _parse_nifti(head)
     _check_nifti_pose(header)
-    return header.start_bytes + header.voxel_bytes, chain([head], _read_chunks(file, sys.maxsize))
+    chunks = chain([head], _read_chunks(file, sys.maxsize))
+    return header.start_bytes + header.voxel_bytes, _demand_numbers(chunks, header)
+
+
+def _demand_numbers(chunks: Iterator[bytes], header: NiftiHeader) -> Iterator[bytes]:
+    """The same chunks; ITK's reader puts 0 for voxels that are no numbers.
+
+    Raises: ScanError(BAD_INTENSITY).
+    """
+    rest, num_skipped = b"", header.start_bytes
+    for chunk in chunks:
+        yield chunk
+        rest += chunk[num_skipped:]
+        num_skipped = max(num_skipped - len(chunk), 0)
+        whole = len(rest) - len(rest) % header.number.itemsize
+        if not np.isfinite(np.frombuffer(rest[:whole], header.number)).all():
+            raise ScanError(Status.BAD_INTENSITY, "volume holds values that are no numbers")
+        rest = rest[whole:]
 
 
 def _open_nifti_gz(file: BinaryIO) -> Body:
@@ -157,20 +180,43 @@ def _parse_nifti(head: bytes) -> NiftiHeader:
         for order in "<>":
             if struct.unpack_from(order + "i", head)[0] == size and NIFTI_MAGIC in (head[344:346], head[4:6]):
                 values = [struct.unpack_from(order + kind, head, offset) for offset, kind in fields]
-                dim, (bits,), (start,), pixdim, codes, quaternion, sform = values
-                num_voxels = math.prod(max(int(extent), 1) for extent in dim[1 : dim[0] + 1])
-                rows = np.array(sform, np.float64).reshape(3, 4)
-                return NiftiHeader(int(start), num_voxels * bits // 8, codes, pixdim[:4], quaternion, rows[:, :3])
+                dim, kinds, (start,), pixdim, scale, codes, quaternion, sform = values
+                number = _name_number(kinds, order, scale)
+                voxel_bytes = math.prod(max(int(extent), 1) for extent in dim[1 : dim[0] + 1]) * number.itemsize
+                axes = np.array(sform, np.float64).reshape(3, 4)[:, :3]
+                return NiftiHeader(max(int(start), size), voxel_bytes, number, codes, pixdim[:4], quaternion, axes)
     raise ScanError(Status.BAD_UNREADABLE, "volume has no NIfTI header")
 
 
+def _name_number(kinds: tuple[int, int], order: str, scale: tuple[float, float]) -> "np.dtype[Any]":
+    """The type of a NIfTI file's voxels.
+
+    Raises: KeyError for an unknown one, ValueError for other bits than it has; ScanError: BAD_PIXELS for tuples,
+            BAD_INTENSITY for a slope or intercept that is no number.
+    """
+    if kinds[0] in NIFTI_TUPLES:
+        raise ScanError(Status.BAD_PIXELS, "voxels of the volume are no single numbers")
+    number = np.dtype(NIFTI_NUMBERS[kinds[0]]).newbyteorder("<" if order == "<" else ">")
+    if 8 * number.itemsize != kinds[1]:
+        raise ValueError("bitpix is another than that of datatype")
+    if not all(map(math.isfinite, scale)):
+        raise ScanError(Status.BAD_INTENSITY, "scl_slope or scl_inter is no number")
+    return number
+
+
 def _check_nifti_pose(header: NiftiHeader) -> None:
-    """ITK takes qform for an sform that it cannot represent, and any pose for none."""
+    """ITK takes qform for an sform that it cannot represent, any pose for none, and voxels of 1 mm for absurd ones."""
+    steps_mm = np.abs(header.steps_mm[1:])
+    if not np.isfinite(steps_mm).all() or not steps_mm.all():
+        raise ScanError(Status.BAD_GEOMETRY, "pixdim is absurd")
     has_qform, has_sform = (code > 0 for code in header.codes)
     if not has_qform and not has_sform:
         raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: neither qform nor sform is set")
     if has_sform:
         check_axes(header.sform)
+        ratios = np.linalg.norm(header.sform, axis=0) / steps_mm
+        if max(ratios.max(), 1 / ratios.min()) > SIZE_RATIO:
+            raise ScanError(Status.BAD_GEOMETRY, "voxels have another size in pixdim than in sform")
     if has_qform and has_sform:
         unit = header.sform / np.linalg.norm(header.sform, axis=0)
         cosine = float((unit * _find_qform(header)).sum(axis=0).min())
@@ -188,39 +234,73 @@ def _find_qform(header: NiftiHeader) -> Axes:
 
 
 def _open_metaimage(file: Stream) -> Body:
-    """Raises: ScanError(BAD_UNREADABLE) for voxels in another file, BAD_GEOMETRY for an unknown orientation."""
+    """Raises: ScanError: BAD_UNREADABLE for voxels in another file, BAD_GEOMETRY, BAD_TILT, SKIP_ORIENTATION."""
     fields: dict[str, str] = {}
     while "ElementDataFile" not in fields:
         key, value = re.split(r"\s*[=:]\s*", _read_line(file), maxsplit=1)
+        if key in fields:
+            raise ValueError("a field comes twice")
         fields[key] = value
     if fields["ElementDataFile"].upper() != "LOCAL":
         raise ScanError(Status.BAD_UNREADABLE, "voxels lie in another file")
     if fields["BinaryData"].lower() != "true" or int(fields.get("HeaderSize", 0)):
         raise ScanError(Status.BAD_UNREADABLE, "voxels are stored as text or behind a header of their own")
-    if not any(key in fields for key in META_POSES):
-        raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: no TransformMatrix")
-    sizes = [int(size) for size in fields["DimSize"].split()]
+    sizes = _parse_sizes(fields["DimSize"], int(fields["NDims"]))
+    _check_meta_pose(fields, len(sizes))
     needed = math.prod(sizes) * META_BYTES[fields["ElementType"]] * int(fields.get("ElementNumberOfChannels", 1))
     if fields.get("CompressedData", "False").lower() != "true":
         return needed, _read_chunks(file, sys.maxsize)
-    return needed, _inflate(file, int(fields.get("CompressedDataSize", 0)) or sys.maxsize)
+    return needed, _inflate(file, abs(int(fields.get("CompressedDataSize", 0))) or sys.maxsize)
+
+
+def _check_meta_pose(fields: dict[str, str], num_axes: int) -> None:
+    """MetaIO takes any pose for none, and any size; it ends the process over more axes than it knows."""
+    if not any(key in fields for key in META_POSES):
+        raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: no TransformMatrix")
+    if not any(key in fields for key in META_SIZES):
+        raise ScanError(Status.BAD_GEOMETRY, "size of the voxels is unknown: no ElementSpacing")
+    for key in META_POSES:
+        if key in fields:
+            rows = np.array(fields[key].split(), np.float64).reshape(num_axes, num_axes)
+            check_axes(rows[:3, :3].T)
+    for key in META_SIZES:
+        if key in fields and len(fields[key].split()) != num_axes:
+            raise ValueError(f"{key} is not of {num_axes} axes")
+
+
+def _parse_sizes(text: str, num_axes: int) -> list[int]:
+    """Voxels along each axis.
+
+    Raises: ValueError for another number of axes, or an axis without voxels.
+    """
+    sizes = [int(size) for size in text.split()]
+    if len(sizes) != num_axes or num_axes not in (3, 4) or min(sizes) < 1:
+        raise ValueError(f"{num_axes} axes of {sizes} voxels")
+    return sizes
 
 
 def _open_nrrd(file: Stream) -> Body:
-    """Raises: ScanError(BAD_UNREADABLE) for voxels in another file, BAD_GEOMETRY for an unknown orientation."""
+    """Raises: ScanError: BAD_UNREADABLE for voxels in another file, BAD_GEOMETRY, BAD_TILT, SKIP_ORIENTATION."""
     fields: dict[str, str] = {}
     magic = _read_line(file)
     while line := _read_line(file):
         if not line.startswith("#") and ":=" not in line:
             key, value = line.split(":", 1)
-            fields[key.lower().replace(" ", "")] = value.strip()
+            key = key.lower().replace(" ", "")
+            if key in fields:
+                raise ValueError("a field comes twice")
+            fields[key] = value.strip()
     if not magic.startswith("NRRD") or "datafile" in fields:
         raise ScanError(Status.BAD_UNREADABLE, "voxels lie in another file, or it is no NRRD")
     if int(fields.get("byteskip", 0)) or int(fields.get("lineskip", 0)):
         raise ScanError(Status.BAD_UNREADABLE, "voxels lie behind a header of their own")
     if "space" not in fields or "spacedirections" not in fields:
         raise ScanError(Status.BAD_GEOMETRY, "orientation is unknown: no space or no space directions")
-    sizes = [int(size) for size in fields["sizes"].split()]
+    vectors = re.findall(r"\(([^()]*)\)", fields["spacedirections"])
+    if len(vectors) != 3:
+        raise ScanError(Status.BAD_GEOMETRY, f"space directions of {len(vectors)} axes")
+    check_axes(np.array([vector.split(",") for vector in vectors], np.float64).T)
+    sizes = _parse_sizes(fields["sizes"], int(fields["dimension"]))
     needed = math.prod(sizes) * NRRD_BYTES[fields["type"].lower()]
     open_body = {"raw": _read_chunks, "gzip": _inflate, "gz": _inflate}[fields["encoding"].lower()]
     return needed, open_body(file, sys.maxsize)

@@ -145,6 +145,7 @@ def shear(degrees: float) -> np.ndarray:
 def write_nifti(path: Path, qform: np.ndarray | None, sform: np.ndarray | None) -> None:
     """nibabel's own arithmetic writes quaternion and matrix."""
     image = nibabel.Nifti1Image(make_chest().transpose(2, 1, 0), None)
+    image.header.set_zooms(SPACING_MM[::-1])
     for axes, put in ((qform, image.set_qform), (sform, image.set_sform)):
         affine = np.diag([*SPACING_MM[::-1], 1.0])
         if axes is not None:

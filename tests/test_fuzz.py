@@ -1,0 +1,35 @@
+"""A short, repeatable form of `make fuzz`, and every source that it ever found to break a rule."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from darnet.errors import Status
+from tests.fuzz import FINDINGS, SEEDS, Fuzzer, fuzz, make_seed, read_finding
+
+
+@pytest.fixture
+def fuzzer(tmp_path: Path) -> Iterator[Fuzzer]:
+    fuzzer = Fuzzer(tmp_path)
+    yield fuzzer
+    fuzzer.close()
+
+
+def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
+    fuzz(fuzzer, number=0, count=150)
+    tally = fuzzer.tally
+    assert (tally.findings, tally.num_parent_errors) == (set(), 0)
+    assert tally.statuses.total() >= 100
+    assert len(tally.statuses) > 4  # mutations that are all refused for one reason would try nothing
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_what_is_mutated_is_sound(name: str, fuzzer: Fuzzer) -> None:
+    (scan,) = fuzzer.run(make_seed(name))
+    assert scan.status is Status.OK, scan.status_detail
+
+
+@pytest.mark.parametrize("path", sorted(FINDINGS.glob("*.zip")), ids=lambda path: path.stem)
+def test_what_once_broke_a_rule_breaks_none(path: Path, fuzzer: Fuzzer) -> None:
+    assert fuzzer.run(read_finding(path))

@@ -1,0 +1,191 @@
+"""No hostile scan passes, each ends in its own status, and none changes a bit of the scans around it."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pydicom.data
+import pytest
+
+from darnet.archive import list_sources
+from darnet.config import DecodeConfig, VolumeConfig
+from darnet.errors import Status
+from darnet.ingest import DECODE_TARGET, Ingester, Road
+from darnet.reading.sandbox import Sandbox
+from darnet.scan import IngestedScan
+from darnet.storage import open_store
+from tests.ct_fixtures import SERIES_UID, write_chest
+from tests.hostile import CASES, QUICK_CASES, SLOW_CASES
+from tests.places import SHARED
+from tests.poison_fixtures import write_sound
+
+ROAD = Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig(memory_bytes=1 << 30, timeout_s=60))
+ODD_DATA = SHARED / "data" / "ct" / "odd"
+PYDICOM_DATA = Path(pydicom.data.__file__).parent
+NUM_SOUND = 200
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """One child for all scans, as in a worker; a scan that ends it is followed by another."""
+    sandbox = Sandbox(DECODE_TARGET, ROAD.decode.memory_bytes, ROAD.decode.timeout_s)
+    yield sandbox
+    sandbox.close()
+
+
+def ingest(archive: Path, sandbox: Sandbox) -> list[IngestedScan]:
+    store = open_store(str(archive))
+    ingester = Ingester(store, ROAD, sandbox)
+    return [scan for source in list_sources(store.list_objects()) for scan in ingester.ingest(source)]
+
+
+def check(name: str, scans: list[IngestedScan]) -> None:
+    """One row with the case's status and reason, and nothing of the header's text."""
+    case = CASES[name]
+    (scan,) = scans
+    assert (scan.status, scan.volume) == (case.status, None), scan.status_detail
+    assert scan.status_detail
+    assert case.reason in scan.status_detail
+    if ": " in case.reason:
+        file = case.reason.split(": ")[0] + ": "
+        assert scan.status_detail.startswith(file)
+        assert scan.status_detail.count(file) == 1
+    assert SERIES_UID not in scan.status_detail
+    assert "patient-1" not in scan.status_detail
+
+
+@pytest.mark.parametrize("name", QUICK_CASES)
+def test_a_hostile_scan_ends_in_its_status(name: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    CASES[name].write(tmp_path / "a")
+    check(name, ingest(tmp_path, sandbox))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_so_does_a_large_one(name: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    test_a_hostile_scan_ends_in_its_status(name, sandbox, tmp_path)
+
+
+def test_there_are_more_hostile_scans_than_asked_for_and_no_status_of_reading_is_missing() -> None:
+    assert len(CASES) >= 70
+    of_reading = {status for status in Status if status.startswith(("SKIP_", "BAD_"))} - {Status.BAD_GAVE_UP}
+    assert of_reading - {case.status for case in CASES.values()} == set()
+
+
+def test_hostile_scans_change_no_bit_of_two_hundred_sound_ones(sandbox: Sandbox, tmp_path: Path) -> None:
+    for index in range(NUM_SOUND):
+        write_sound(tmp_path, index)
+    alone = {scan.scan_id: scan for scan in ingest(tmp_path, sandbox)}
+    places = {}
+    for index, name in enumerate(QUICK_CASES):  # a listing has them between the sound ones
+        place = f"sound{index * NUM_SOUND // len(QUICK_CASES):05d}-{index}"
+        CASES[name].write(tmp_path / place)
+        places[place] = name
+    ended: dict[str, list[IngestedScan]] = {place: [] for place in places}
+    sound = {}
+    for scan in ingest(tmp_path, sandbox):
+        place = scan.scan_id.split("#")[0].split(".")[0]
+        if place in ended:
+            ended[place].append(scan)
+        else:
+            sound[scan.scan_id] = scan
+    for place, scans in ended.items():
+        check(places[place], scans)
+    assert sound.keys() == alone.keys()
+    assert len({scan.volume.voxels.tobytes() for scan in alone.values() if scan.volume is not None}) == NUM_SOUND
+    for scan_id, scan in sound.items():
+        assert scan.volume is not None
+        before = alone[scan_id]
+        np.testing.assert_array_equal(scan.volume.voxels, before.volume.voxels)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(scan.lung, before.lung)  # type: ignore[arg-type]
+        assert scan.facts == before.facts
+
+
+# Files of others
+
+
+def list_real_files() -> list[Path]:
+    """What pydicom's wheel brings, and odd files of public collections."""
+    own = [path for name in ("test_files", "charset_files") for path in (PYDICOM_DATA / name).rglob("*")]
+    return sorted(path for path in [*own, *ODD_DATA.rglob("*")] if path.is_file())
+
+
+@pytest.mark.parametrize("are_together", [False, True], ids=["each alone", "all in one folder"])
+def test_none_of_pydicoms_files_is_a_chest(are_together: bool, sandbox: Sandbox, tmp_path: Path) -> None:
+    """In a folder each, and all in one, where what is no slice may lie with any series."""
+    files = [path for path in list_real_files() if PYDICOM_DATA in path.parents]
+    assert len(files) > 100
+    for index, path in enumerate(files):
+        folder = tmp_path / ("all" if are_together else f"{index:04d}")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{index:04d}{path.suffix}").symlink_to(path)
+    num_sources = len(list(list_sources(open_store(str(tmp_path)).list_objects())))
+    scans = ingest(tmp_path, sandbox)
+    assert len(scans) >= num_sources > 0
+    assert {scan.status for scan in scans} & {Status.OK, Status.ERR_DECODER_CRASH} == set()
+
+
+@pytest.mark.skipif(not ODD_DATA.is_dir(), reason="odd files (../shared/data/ct/odd) are not on this machine")
+def test_a_file_that_parses_to_nothing_is_no_slice_of_a_chest(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Real files that pydicom reads without an exception as an object without any element."""
+    empty = [path for path in list_real_files() if is_empty(path)]
+    assert empty
+    for index, path in enumerate(empty):
+        paths = write_chest(tmp_path / f"{index}")
+        paths[10].write_bytes(path.read_bytes())
+    scans = ingest(tmp_path, sandbox)
+    assert len(scans) >= len(empty)
+    assert all(scan.status.startswith(("SKIP_", "BAD_")) for scan in scans), scans
+
+
+def is_empty(path: Path) -> bool:
+    """Whether pydicom finds an object in the file, and no element in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return len(pydicom.dcmread(path, force=True)) == 0
+        except Exception:
+            return False
+
+
+@pytest.mark.skipif(not ODD_DATA.is_dir(), reason="odd files (../shared/data/ct/odd) are not on this machine")
+def test_none_of_the_odd_files_alone_is_a_chest(sandbox: Sandbox, tmp_path: Path) -> None:
+    files = [path for path in list_real_files() if ODD_DATA in path.parents]
+    for index, path in enumerate(files):
+        (tmp_path / f"{index:04d}").mkdir()
+        (tmp_path / f"{index:04d}" / path.name).symlink_to(path)
+    scans = ingest(tmp_path, sandbox)
+    assert len(scans) == len(files)
+    assert all(scan.status.startswith(("SKIP_", "BAD_")) for scan in scans), scans
+
+
+# Names in a bucket
+
+KEYS = {
+    "spaces": " a  b /c d/",
+    "unicode": "Größe/胸部/e\u0301\U0001fac1/",
+    "dots": "a/../../b/./..",
+    "newline": "a\nb\r\nc\t/",
+    "markup": "<Key>&amp;</Key>/'\"`$(x)%2F%00+?#*;/",
+    "1,024 bytes": "x" * (1024 - len("/000.dcm")),
+    "slashes": "/a//b///",
+}
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", KEYS)
+def test_a_chest_under_an_odd_key_is_a_chest(
+    name: str, sandbox: Sandbox, s3: Callable[[], str], tmp_path: Path
+) -> None:
+    store = open_store(s3())
+    for path in write_chest(tmp_path / "a"):
+        store.write_bytes(f"{KEYS[name].rstrip('/')}/{path.name}", path.read_bytes())
+        store.write_bytes(f"plain/{path.name}", path.read_bytes())
+    sources = {source.key: source for source in list_sources(store.list_objects())}
+    assert set(sources) == {KEYS[name].rstrip("/"), "plain"}
+    ingester = Ingester(store, ROAD, sandbox)
+    (odd,), (plain,) = (ingester.ingest(sources[key]) for key in (KEYS[name].rstrip("/"), "plain"))
+    assert odd.status is Status.OK, odd.status_detail
+    assert odd.scan_id.rpartition("#")[0] == KEYS[name].rstrip("/")
+    np.testing.assert_array_equal(odd.volume.voxels, plain.volume.voxels)  # type: ignore[union-attr]
