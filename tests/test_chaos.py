@@ -32,5 +32,5 @@ def test_a_night_in_a_storm_loses_nothing(tmp_path: Path) -> None:
     """A fifth of all answers is SlowDown, a twentieth 500, others cut, flipped, late or none."""
     with prepare_site(tmp_path) as site:
         outcome, remark = watch(Night(site, "weather"), weather)
-    assert outcome == Outcome(9, 0, 0, 0, 0, outcome.polls, 0), remark
+    assert outcome == Outcome(6, 0, 0, 0, 0, outcome.polls, 0), remark
     assert outcome.polls > 20

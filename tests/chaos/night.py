@@ -23,7 +23,7 @@ from tests.conftest import run_s3_server
 from tests.fault_proxy import FaultProxy, fair_weather, run_fault_proxy
 from tests.night_jobs import finish_job, start_job, write_archive
 
-NUM_CHESTS = 6
+NUM_CHESTS = 3
 MARK = "CHAOS_NIGHT"  # in the environment of a job and of all that it starts
 END_S = 30.0
 WAIT_S = 240.0
