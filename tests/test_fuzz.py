@@ -6,21 +6,23 @@ from pathlib import Path
 import pytest
 
 from darnet.errors import Status
-from tests.fuzz import FINDINGS, SEEDS, Fuzzer, fuzz, make_seed, read_finding
+from tests.fuzz import FINDINGS, SEEDS, Fuzzer, Tally, fuzz, make_seed, read_finding
 
 
-@pytest.fixture
-def fuzzer(tmp_path: Path) -> Iterator[Fuzzer]:
-    fuzzer = Fuzzer(tmp_path)
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
+    """One child for all, as in a worker."""
+    fuzzer = Fuzzer(tmp_path_factory.mktemp("archive"))
     yield fuzzer
     fuzzer.close()
 
 
 def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
-    fuzz(fuzzer, number=0, count=150)
+    fuzzer.tally = Tally()
+    fuzz(fuzzer, number=0, count=100)
     tally = fuzzer.tally
     assert (tally.findings, tally.num_parent_errors) == (set(), 0)
-    assert tally.statuses.total() >= 100
+    assert tally.statuses.total() >= 80
     assert len(tally.statuses) > 4  # mutations that are all refused for one reason would try nothing
 
 
