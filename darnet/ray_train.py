@@ -136,7 +136,9 @@ def measure_networks(
     try:
         told: list[str] = ray.get(
             [
-                measure.remote(places, network, folds, settings.score, settings.train.seed, has_gpu=has_gpu)
+                measure.remote(
+                    places, network, folds, settings.score, settings.train.seed, "cuda" if has_gpu else "cpu"
+                )
                 for network, folds in zip(networks, trained, strict=True)
             ]
         )
@@ -147,7 +149,7 @@ def measure_networks(
 
 
 def _measure_network(
-    places: Places, network: ModelConfig, folds: Sequence[FoldResult], config: ScoreConfig, seed: int, *, has_gpu: bool
+    places: Places, network: ModelConfig, folds: Sequence[FoldResult], config: ScoreConfig, seed: int, device: str
 ) -> str:
     """On the cluster: the model card's Markdown on the test cohort."""
     members = [build_network(network, seed) for _ in folds]
@@ -157,7 +159,7 @@ def _measure_network(
         members,
         batch_size=config.batch_size,
         num_threads=config.num_threads,
-        device="cuda" if has_gpu else "cpu",
+        device=device,
         temperatures=[fold.temperature for fold in folds],
     )
     index = open_volumes(places.volumes, places.cache)
