@@ -123,6 +123,9 @@ class TrainConfig(Section):
     """Train with torch.compile: minutes at the start, then faster steps. Source: ours."""
     sync_batchnorm: bool = False
     """Batch norm over all workers' scans in place of each worker's own; GPUs only. Source: ours."""
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", exclude=True)
+    """`gpu`: a GPU a worker, which is waited for where an autoscaler may add it; `auto`: GPUs if a node has any at the
+    start, else CPUs. In no digest: the same training may go on elsewhere. Source: ours."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from darnet.dataset import VolumesIndex
-from darnet.train import FoldResult, FoldState, Gang, Report, build_start, equip_network, fit_fold
+from darnet.train import FoldResult, FoldState, Gang, Metrics, Report, build_start, equip_network, fit_fold
 from darnet.training_plan import FoldTask
 from darnet.volumes_cache import open_volumes
 
-# While a node copies 13 GB of volumes its ranks answer nobody. Source: ours: CC-CCII at 1 MB/s, and half as long again.
-OPENING_LIMIT = timedelta(hours=6)
+# While a node copies 13 GB of volumes its ranks answer nobody, nor does rank 0 while it uploads a checkpoint.
+# Source: ours: CC-CCII at 1 MB/s, and half as long again.
+MEETING_LIMIT = timedelta(hours=6)
 
 
 def train_rank(
@@ -33,14 +34,20 @@ def train_rank(
 
     Raises: as `fit_fold` and `open_index`; RuntimeError if another rank is gone.
     """
-    meeting = dist.new_group(timeout=OPENING_LIMIT, backend="gloo")
+    meeting = dist.new_group(timeout=MEETING_LIMIT, backend="gloo")
     index = open_index(task.places.volumes, task.places.cache)
     # The default group's collectives soon find a rank that is gone. They must not begin while some still copy volumes;
     # a rank that dies meanwhile ends the wait: by its lost connection, or by Ray, which ends the gang.
-    dist.monitored_barrier(meeting, OPENING_LIMIT)
+    dist.monitored_barrier(meeting, MEETING_LIMIT)
+
+    def report_together(epoch: int, metrics: Metrics, state: FoldState) -> None:
+        """Ray holds the other ranks back only until they know the checkpoint's name, not until rank 0 has stored it."""
+        report(epoch, metrics, state)
+        dist.monitored_barrier(meeting, MEETING_LIMIT)
+
     gang = Gang(dist.get_rank(), dist.get_world_size(), _gather, device)
     network = equip_network(build_start(task.network, task.config, task.fold), task.config, device)
-    return fit_fold(prepare(network), index, task.fold, task.config, report, gang, resume)
+    return fit_fold(prepare(network), index, task.fold, task.config, report_together, gang, resume)
 
 
 def _gather(item: Any) -> list[Any]:

@@ -46,6 +46,7 @@ from darnet.history import render_files
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import build_network
 from darnet.ray_checkpoint import read_newest_state, read_state, write_state
+from darnet.ray_cluster import count_resource, list_nodes
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
@@ -53,7 +54,16 @@ from darnet.terminal import Meter, print_heading, show_progress
 from darnet.threads import set_num_threads
 from darnet.tracking import TrackedNetwork, Tracker, track_training
 from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fold, make_result
-from darnet.training_plan import FoldTask, GangPlan, Places, choose_networks, name_run, place_runs, plan_gangs
+from darnet.training_plan import (
+    FoldTask,
+    GangPlan,
+    Places,
+    choose_networks,
+    name_run,
+    place_runs,
+    plan_gangs,
+    read_room,
+)
 from darnet.volumes_cache import open_volumes
 
 MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
@@ -122,12 +132,15 @@ def measure_networks(
     """
     if not (table.frame["cohort"] == "test").any():
         return [NO_TEST] * len(networks)
-    measure = ray.remote(num_cpus=1, num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)(_measure_network)
+    has_gpu = settings.train.device == "gpu" or (settings.train.device == "auto" and count_resource("GPU") > 0)
+    measure = ray.remote(num_cpus=1, num_gpus=int(has_gpu))(_measure_network)
     print_heading("measuring on the test cohort")
     try:
         told: list[str] = ray.get(
             [
-                measure.remote(places, network, folds, settings.score, settings.train.seed)
+                measure.remote(
+                    places, network, folds, settings.score, settings.train.seed, "cuda" if has_gpu else "cpu"
+                )
                 for network, folds in zip(networks, trained, strict=True)
             ]
         )
@@ -138,13 +151,12 @@ def measure_networks(
 
 
 def _measure_network(
-    places: Places, network: ModelConfig, folds: Sequence[FoldResult], config: ScoreConfig, seed: int
+    places: Places, network: ModelConfig, folds: Sequence[FoldResult], config: ScoreConfig, seed: int, device: str
 ) -> str:
     """On the cluster: the model card's Markdown on the test cohort."""
     members = [build_network(network, seed) for _ in folds]
     for member, fold in zip(members, folds, strict=True):
         member.load_state_dict(fold.state)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
     ensemble = Ensemble(backend, batch_size=config.batch_size, temperatures=[fold.temperature for fold in folds])
     index = open_volumes(places.volumes, places.cache)
@@ -227,8 +239,9 @@ def train_folds(
         for network in networks
         for fold in range(config.num_folds)
     ]
-    plan = plan_gangs(ray.cluster_resources(), workers, len(tasks))
+    plan = plan_gangs(read_room(list_nodes()), workers, len(tasks), config.device)
     check_device(config, has_gpu=plan.has_gpus)
+    print(plan.title, file=sys.stderr)
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
@@ -288,7 +301,7 @@ def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> Tor
         scaling_config=ScalingConfig(
             num_workers=plan.workers,
             use_gpu=plan.has_gpus,
-            resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.has_gpus else {}),
+            resources_per_worker=plan.resources_per_worker,
         ),
         torch_config=TorchConfig(backend="nccl" if plan.has_gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=run_config,

@@ -101,7 +101,13 @@ class _NetworkRuns:
         self.folds[fold].log(int(metrics["epoch"] or 0), points)
 
     def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
-        """Add what a bundle says, and the epochs that are still missing."""
+        """Add what a bundle says, and the epochs that are still missing; the runs end whatever of it fails."""
+        try:
+            self._add_bundle(manifest, files)
+        finally:
+            self.end("FINISHED")
+
+    def _add_bundle(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         for line in files[HISTORY_FILE].decode().splitlines():
             metrics = json.loads(line)
             self.log_epoch(metrics["fold"], metrics)
@@ -111,12 +117,22 @@ class _NetworkRuns:
         self._client.set_tag(self.run.id, "model_sha256", manifest.model_sha256)
         for name in (CARD_FILE, MANIFEST_FILE):
             self._client.log_text(self.run.id, files[name].decode(), name)
-        self.end("FINISHED")
 
     def end(self, status: str) -> None:
-        """Close all of them as FINISHED or FAILED."""
+        """Close all of them as FINISHED or FAILED, also where one is refused; a server that is gone is asked once.
+
+        Raises: what the last one that was refused raised.
+        """
+        failure: Exception | None = None
         for run in (*self.folds, self.run):
-            self._client.set_terminated(run.id, status)
+            try:
+                self._client.set_terminated(run.id, status)
+            except Exception as error:  # MLflow's own, or its store's
+                if isinstance(error.__context__, OSError):  # MLflow's word for no answer; it waits half a minute for it
+                    raise
+                failure = error
+        if failure is not None:
+            raise failure
 
 
 class Tracker:
@@ -144,8 +160,8 @@ class Tracker:
 
     def fail(self) -> None:
         """Mark the runs of networks without a bundle."""
-        with self._tell_trouble():
-            for runs in self._unfinished.values():
+        for runs in self._unfinished.values():
+            with self._tell_trouble():
                 runs.end("FAILED")
 
     @contextmanager

@@ -4,11 +4,13 @@ No Ray: what runs where is decided here and done in `ray_train`.
 """
 
 import hashlib
-import math
+import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from darnet import __version__
 from darnet.bundle import name_model
@@ -17,7 +19,11 @@ from darnet.dataset import VolumesTable
 from darnet.errors import UsageError
 from darnet.settings import TrainSettings
 
-MIN_WORKER_CPUS = 1  # folds that share a CPU train slower together than one after another. Source: ours, by the demo
+# CPUs of a worker: more would not make it faster, and whole nodes could stay half empty; folds that share one train
+# slower together than one after another. Source: ours, by the demo
+WORKER_CPUS = 1
+GROUP_LABEL = "ray.io/node-group"  # on nodes that `ray up` and KubeRay start, of which an autoscaler may add more
+CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's file on the head, as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +52,42 @@ class FoldTask:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterRoom:
+    """What each node has ("CPU", "GPU"): those that are there, and those an autoscaler may add, `num_more` at most.
+
+    `more` is None where there may be an autoscaler and nobody here knows what it may add.
+    """
+
+    nodes: Sequence[Mapping[str, float]]
+    more: Sequence[Mapping[str, float]] | None = ()
+    num_more: int = 0
+
+    @property
+    def all_nodes(self) -> list[Mapping[str, float]]:
+        """Both kinds, as far as they are known."""
+        return [*self.nodes, *(self.more or ())]
+
+    def count_places(self, *, has_gpus: bool, is_grown: bool) -> int:
+        """How many workers fit, node by node; grown, with the nodes that give the most room."""
+        room = sum(_count_places(node, has_gpus) for node in self.nodes)
+        more = sorted((_count_places(node, has_gpus) for node in self.more or ()), reverse=True)
+        return room + (sum(more[: self.num_more]) if is_grown else 0)
+
+
+@dataclass(frozen=True, slots=True)
 class GangPlan:
-    """How the folds share the cluster: `side_by_side` folds at once, each of `workers` with these resources."""
+    """How the folds share the cluster: `side_by_side` folds at once, of `workers` each."""
 
     workers: int
     side_by_side: int
-    cpus_per_worker: float
     has_gpus: bool
+    title: str
+    """For people."""
+
+    @property
+    def resources_per_worker(self) -> dict[str, float]:
+        """As Ray names them."""
+        return {"CPU": WORKER_CPUS, **({"GPU": 1} if self.has_gpus else {})}
 
 
 def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[ModelConfig]:
@@ -93,24 +128,59 @@ def place_runs(settings: TrainSettings, out: str) -> str:
     return settings.runs or f"{out}.runs"
 
 
-def plan_gangs(resources: Mapping[str, float], workers: int, num_gangs: int) -> GangPlan:
-    """Share out a cluster: a GPU a worker where there are GPUs, and CPUs so that as many folds as can run at once.
+def read_room(nodes: Sequence[Mapping[str, Any]], cluster_file: Path = CLUSTER_FILE) -> ClusterRoom:
+    """What the nodes that are alive, as Ray describes them, and the cluster's file say of what can run."""
+    here = [node["Resources"] for node in nodes]
+    groups = Counter(node["Labels"][GROUP_LABEL] for node in nodes if GROUP_LABEL in node.get("Labels", {}))
+    if not groups:
+        return ClusterRoom(here)
+    try:
+        told = json.loads(cluster_file.expanduser().read_text())
+        types, head, most = told["available_node_types"], told["head_node_type"], told["max_workers"]
+    except (OSError, ValueError, KeyError):
+        return ClusterRoom(here, None)
+    free = {name: kind.get("max_workers", most) - groups[name] for name, kind in types.items() if name != head}
+    names = [name for name, num_nodes in free.items() for _ in range(num_nodes)]
+    if not set(groups) <= set(types) or not all(types[name].get("resources") for name in names):
+        return ClusterRoom(here, None)  # the file of another cluster, or machines that Ray counts once they are up
+    num_workers = groups.total() - groups[head]
+    return ClusterRoom(here, [types[name]["resources"] for name in names], max(0, most - num_workers))
 
-    A worker asks for one CPU at most: more would not make it faster, and whole nodes could stay half empty.
-    Source: ours: starting a small fold takes longer than training it, so that folds overlap on shared CPUs.
+
+def plan_gangs(
+    room: ClusterRoom, workers: int, num_gangs: int, device: Literal["auto", "cpu", "gpu"] = "auto"
+) -> GangPlan:
+    """Share out a cluster: a CPU a worker and, on GPUs, one of the same node; as many folds as can run at once.
+
+    A gang may lie on any nodes, as under Ray Train's strategy PACK, which prefers one node and insists on none.
     Raises: UsageError naming what the cluster lacks; an impossible request would wait for ever.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    if 0 < gpus < workers:
-        raise UsageError(f"--workers {workers} takes {workers} GPUs at once, the cluster has {gpus:g}")
-    if cpus < workers * MIN_WORKER_CPUS:
-        raise UsageError(
-            f"--workers {workers} takes at least {workers * MIN_WORKER_CPUS:g} CPUs, the cluster has {cpus:g}"
-        )
-    room = [num_gangs, cpus // (workers * MIN_WORKER_CPUS), *([gpus // workers] if gpus else [])]
-    side_by_side = int(min(room))
-    share = math.floor(cpus / (workers * side_by_side) * 100) / 100
-    return GangPlan(workers, side_by_side, min(1.0, share), gpus > 0)
+    has_gpus = device == "gpu" or (device == "auto" and any(node.get("GPU", 0) > 0 for node in room.nodes))
+    now = room.count_places(has_gpus=has_gpus, is_grown=False)
+    places = room.count_places(has_gpus=has_gpus, is_grown=True)
+    if places < workers and room.more is not None:
+        raise UsageError(_describe_lack(room, workers, places, has_gpus))
+    side_by_side = num_gangs if room.more is None else min(num_gangs, places // workers)
+    title = f"training on {'GPUs' if has_gpus else 'CPUs'} (train.device is {device})"
+    if now < side_by_side * workers:
+        title += f": {now} workers have room now; the others wait for nodes that an autoscaler adds"
+    return GangPlan(workers, side_by_side, has_gpus, title)
+
+
+def _count_places(node: Mapping[str, float], has_gpus: bool) -> int:
+    cpus, gpus = (node.get(name, 0.0) for name in ("CPU", "GPU"))
+    return int(min(cpus // WORKER_CPUS, gpus) if has_gpus else cpus // WORKER_CPUS)
+
+
+def _describe_lack(room: ClusterRoom, workers: int, places: int, has_gpus: bool) -> str:
+    kinds = {"CPU": WORKER_CPUS, **({"GPU": 1} if has_gpus else {})}
+    asked = " and ".join(f"{workers * each:g} {kind}s" for kind, each in kinds.items())
+    there = " and ".join(f"{sum(node.get(kind, 0) for node in room.all_nodes):g} {kind}s" for kind in kinds)
+    beside = ", each GPU beside a CPU of its own node" if has_gpus else ""
+    grown = " with all nodes that its autoscaler may add" if room.more else ""
+    return (
+        f"--workers {workers} takes {asked} at once{beside}; the cluster has {there}{grown}, room for {places} workers"
+    )
 
 
 def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:

@@ -1,4 +1,4 @@
-"""Ranks of torch alone, without Ray: how they begin together."""
+"""Ranks of torch alone, without Ray: how they wait for each other where only one has work."""
 
 import multiprocessing
 import time
@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Barrier
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -20,34 +21,42 @@ from darnet.volumes_cache import open_volumes
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
-CONFIG = TrainConfig(epochs=1, num_folds=2, learning_rate=1e-9)  # the first weights can still be told
+CONFIG = TrainConfig(epochs=2, num_folds=2, learning_rate=1e-9)  # the first weights can still be told
 FOLD = 1
+NOBODY = -1
 COLLECTIVE_TIMEOUT_S = 6
 
 
-def run_rank(rank: int, volumes: Path, scratch: Path, both_are_up: Barrier) -> None:
-    """Rank 1's node takes longer to copy volumes than a collective may take."""
+def run_rank(
+    rank: int, volumes: Path, scratch: Path, both_are_up: Barrier, late_opening: int, late_report: int
+) -> None:
+    """Rank `late_opening` copies volumes, and rank `late_report` uploads, for longer than a collective may take."""
 
-    def open_late(place: str, cache: Path) -> VolumesIndex:
-        time.sleep(rank * (COLLECTIVE_TIMEOUT_S + 3))
+    def open_index(place: str, cache: Path) -> VolumesIndex:
+        time.sleep((rank == late_opening) * (COLLECTIVE_TIMEOUT_S + 3))
         return open_volumes(place, cache)
+
+    def report(*_: object) -> None:
+        time.sleep((rank == late_report) * (COLLECTIVE_TIMEOUT_S + 3))
 
     torch.set_num_threads(1)
     both_are_up.wait()
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", f"file://{scratch / 'meeting'}", timeout, world_size=2, rank=rank)
     task = FoldTask(Places(str(volumes), str(scratch), scratch), "run", NETWORK, CONFIG, FOLD)
-    result = train_rank(task, torch.device("cpu"), DistributedDataParallel, lambda *_: None, None, open_late)
+    result = train_rank(task, torch.device("cpu"), DistributedDataParallel, report, None, open_index)
     torch.save(result.state, scratch / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_wait_for_one_that_copies_volumes_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("late_opening", "late_report"), [(1, NOBODY), (NOBODY, 0)])
+def test_ranks_wait_for_one_that_copies_or_uploads_for_longer_than_a_collective_may_take(
+    late_opening: int, late_report: int, tmp_path: Path
+) -> None:
     index = make_volumes(tmp_path / "volumes", num_train=12, num_folds=2)
     both_are_up = multiprocessing.get_context("spawn").Barrier(2)
-    torch.multiprocessing.start_processes(
-        run_rank, (index.folder, tmp_path, both_are_up), nprocs=2, start_method="spawn"
-    )
+    arguments = (index.folder, tmp_path, both_are_up, late_opening, late_report)
+    torch.multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.allclose(first["head.weight"], build_start(NETWORK, CONFIG, FOLD).head.weight, atol=1e-6)

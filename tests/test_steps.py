@@ -54,6 +54,7 @@ def test_the_papers_settings_are_the_defaults() -> None:
     plain = read_settings(PaperSettings, PLACES, "x")
     assert told.model_dump(exclude={"config", "cohorts"}) == plain.model_dump(exclude={"config", "cohorts"})
     assert (told.cohorts.division, told.cohorts.drop_discarded, told.cohorts.drop_shuffled) == ("paper", False, False)
+    assert (told.train.device, plain.train.device) == ("gpu", "auto")
 
 
 @pytest.mark.parametrize("settings", [PaperSettings, PhantomsSettings])

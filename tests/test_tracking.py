@@ -277,6 +277,34 @@ def test_a_trained_network_stays_trained_whatever_an_artifact_store_raises(capsy
     assert "stops nothing: the artifact store is full" in capsys.readouterr().err
 
 
+def test_runs_end_although_their_documents_are_refused_and_one_of_them_is_gone(
+    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, files = make_files()
+    with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
+        (network,), folds = find_runs(client)
+        client.delete_run(folds[0].info.run_id)
+        tracker.finish(bundle.manifest, {**files, "MODEL_CARD.md": b"\xff"})
+    assert "MLflow did not take all of it" in capsys.readouterr().err
+    assert [client.get_run(run.info.run_id).info.status for run in (network, folds[1])] == ["FINISHED"] * 2
+
+
+def test_an_interrupted_training_ends_every_run_that_can_be(client: MlflowClient, tmp_path: Path) -> None:
+    other = TrackedNetwork("darnet-ca", "runs/other", 2, {}, {})
+
+    def interrupt() -> None:
+        with track_training(str(tmp_path / "mlflow"), [TRAINING, other]):
+            _, folds = find_runs(client)
+            gone = next(run for run in folds if run.info.run_name == "darnet-da-ca fold 0")
+            client.delete_run(gone.info.run_id)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    networks, folds = find_runs(client)
+    assert [run.info.status for run in (*networks, *folds)] == ["FAILED"] * 5
+
+
 def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path: Path) -> None:
     def start(place: str) -> Any:
         with track_training(place, [TRAINING]) as tracker:

@@ -1,16 +1,29 @@
 """A training is planned without a cluster: which networks, how many folds at once, and what may resume what."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from darnet.bundle import name_model
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.settings import TrainSettings
-from darnet.training_plan import MIN_WORKER_CPUS, choose_networks, match_network, name_run, place_runs, plan_gangs
+from darnet.training_plan import (
+    ClusterRoom,
+    choose_networks,
+    match_network,
+    name_run,
+    place_runs,
+    plan_gangs,
+    read_room,
+)
+from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
@@ -28,33 +41,105 @@ def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSet
 
 
 @pytest.mark.parametrize(
-    ("resources", "workers", "side_by_side", "cpus_per_worker"),
+    ("nodes", "workers", "side_by_side"),
     [
-        ({"CPU": 2}, 1, 2, 1.0),
-        ({"CPU": 2}, 2, 1, 1.0),
-        ({"CPU": 3}, 1, 3, 1.0),
-        ({"CPU": 64}, 4, 5, 1.0),
-        ({"CPU": 32, "GPU": 8}, 4, 2, 1.0),
-        ({"CPU": 8, "GPU": 5}, 2, 2, 1.0),
-        ({"CPU": 5, "GPU": 8}, 4, 1, 1.0),
+        ([{"CPU": 2}], 1, 2),
+        ([{"CPU": 2}], 2, 1),
+        ([{"CPU": 1}, {"CPU": 2}], 1, 3),
+        ([{"CPU": 64}], 4, 5),
+        ([{"CPU": 16, "GPU": 4}] * 2, 4, 2),
+        ([{"CPU": 8, "GPU": 5}], 2, 2),
+        ([{"CPU": 5, "GPU": 8}], 4, 1),
+        ([{"CPU": 0}, {"CPU": 16}, {"CPU": 16, "GPU": 1}, {"CPU": 16, "GPU": 1}], 2, 1),
     ],
 )
-def test_a_cluster_is_shared_out_without_asking_for_more_than_it_has(
-    resources: dict[str, float], workers: int, side_by_side: int, cpus_per_worker: float
+def test_a_cluster_is_shared_out_without_asking_for_more_than_its_nodes_have(
+    nodes: list[dict[str, float]], workers: int, side_by_side: int
 ) -> None:
-    plan = plan_gangs(resources, workers, num_gangs=5)
-    assert (plan.side_by_side, plan.cpus_per_worker) == (side_by_side, cpus_per_worker)
-    assert plan.has_gpus == ("GPU" in resources)
-    gangs = workers * side_by_side
-    assert gangs * cpus_per_worker <= resources["CPU"]
-    assert not plan.has_gpus or gangs <= resources["GPU"]
+    plan = plan_gangs(ClusterRoom(nodes), workers, num_gangs=5)
+    assert plan.side_by_side == side_by_side
+    assert plan.has_gpus == any("GPU" in node for node in nodes)
 
 
-def test_a_cluster_without_enough_gpus_or_cpus_is_named() -> None:
-    with pytest.raises(UsageError, match="--workers 4 takes 4 GPUs at once, the cluster has 2"):
-        plan_gangs({"CPU": 64, "GPU": 2}, 4, 5)
-    with pytest.raises(UsageError, match=f"--workers 4 takes at least {4 * MIN_WORKER_CPUS:g} CPUs, the cluster has 0"):
-        plan_gangs({}, 4, 5)
+@pytest.mark.parametrize(
+    ("nodes", "device", "told"),
+    [
+        ([{"CPU": 64, "GPU": 2}], "auto", "takes 4 CPUs and 4 GPUs at once, .* has 64 CPUs and 2 GPUs, room for 2"),
+        ([], "auto", "takes 4 CPUs at once; the cluster has 0 CPUs, room for 0"),
+        ([{"CPU": 2}], "cpu", "takes 4 CPUs at once; the cluster has 2 CPUs"),
+        # In sum enough, in no node: seven of the GPUs have no CPU beside them.
+        (
+            [{"CPU": 1, "GPU": 8}, {"CPU": 16}],
+            "auto",
+            "beside a CPU of its own node; .* 17 CPUs and 8 GPUs, room for 1",
+        ),
+        ([{"CPU": 3.5}, {"CPU": 0.5}], "auto", "room for 3"),
+        ([{"CPU": 64}], "gpu", "the cluster has 64 CPUs and 0 GPUs, room for 0"),
+    ],
+)
+def test_what_a_cluster_lacks_is_named(nodes: list[dict[str, float]], device: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=f"--workers 4 .*{told}"):
+        plan_gangs(ClusterRoom(nodes), 4, 5, device)
+
+
+def test_the_device_is_the_one_that_is_asked_for() -> None:
+    both = ClusterRoom([{"CPU": 4, "GPU": 4}])
+    assert [plan_gangs(both, 1, 5, device).has_gpus for device in ("auto", "cpu", "gpu")] == [True, False, True]
+    assert "training on CPUs (train.device is auto)" in plan_gangs(ClusterRoom([{"CPU": 4}]), 1, 5).title
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> Callable[..., ClusterRoom]:
+    """The room of cluster.yaml's cluster with these nodes up, as its head knows it."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    file = tmp_path / "ray_bootstrap_config.yaml"
+
+    def read(*names: str, max_workers: int = 17) -> ClusterRoom:
+        file.write_text(json.dumps(config | {"max_workers": max_workers}))
+        return read_room(
+            [describe_node(name, config["available_node_types"][name]["resources"]) for name in names], file
+        )
+
+    return read
+
+
+def describe_node(group: str, resources: dict[str, float]) -> dict[str, Any]:
+    """As much of an entry of `ray.nodes()` as counts."""
+    return {"Alive": True, "Resources": resources, "Labels": {"ray.io/node-group": group} if group else {}}
+
+
+def test_gangs_wait_for_nodes_that_an_autoscaler_may_add(grown: Callable[..., ClusterRoom]) -> None:
+    plan = plan_gangs(grown("head", "gpu"), 2, 20)
+    assert (plan.side_by_side, plan.has_gpus) == (4, True)
+    assert "1 workers have room now; the others wait" in plan.title
+    without = plan_gangs(grown("head"), 1, 20, "gpu")  # the only spot machine was just reclaimed
+    assert (without.side_by_side, without.has_gpus) == (8, True)
+    assert plan_gangs(grown("head", "decode"), 1, 500, "cpu").side_by_side == 16 * 16
+
+
+def test_more_than_an_autoscaler_may_ever_add_is_refused(grown: Callable[..., ClusterRoom]) -> None:
+    assert plan_gangs(grown("head", "gpu"), 8, 5).side_by_side == 1
+    with pytest.raises(UsageError, match=r"--workers 9 .* with all nodes that its autoscaler may add, room for 8"):
+        plan_gangs(grown("head", "gpu"), 9, 5)
+    with pytest.raises(UsageError, match=r"--workers 4 .* room for 3"):
+        plan_gangs(grown("head", "gpu", "decode", max_workers=4), 4, 5)
+
+
+def test_where_nobody_knows_what_may_be_added_gangs_wait(tmp_path: Path, grown: Callable[..., ClusterRoom]) -> None:
+    grown("head")
+    of_kuberay = describe_node("workers", {"CPU": 1})
+    for file in (tmp_path / "missing", tmp_path / "ray_bootstrap_config.yaml"):  # the latter is of another cluster
+        assert plan_gangs(read_room([of_kuberay], file), 4, 5, "gpu").side_by_side == 5
+    started_by_hand = describe_node("", {"CPU": 1})
+    with pytest.raises(UsageError, match="room for 1"):
+        plan_gangs(read_room([started_by_hand], tmp_path / "ray_bootstrap_config.yaml"), 4, 5)
+
+
+def test_the_device_is_in_no_digest(index: VolumesIndex) -> None:
+    """Models trained before there was this setting are still read, and a training goes on where there is room."""
+    on_gpus = CONFIG.model_copy(update={"device": "gpu"})
+    assert name_run(index, NETWORK, on_gpus, 2, 0) == name_run(index, NETWORK, CONFIG, 2, 0)
+    assert "device" not in on_gpus.model_dump_json()
 
 
 def test_a_run_is_resumed_only_by_the_same_training(index: VolumesIndex) -> None:
