@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, StorageError
+from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, Status, StorageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import make_table
 from darnet.results import read_predictions
@@ -143,6 +143,15 @@ def test_the_third_night_of_the_same_error_is_final(store: Store) -> None:
     assert detail["a"] == "ERR_TIMEOUT, 3 nights: what happened"
     assert detail["b"] == "what happened"
     assert publish_rows(store, "run4", make_row("a", "ERR_TIMEOUT", night=4)) is None
+
+
+def test_only_what_a_scan_does_to_its_decoder_is_given_up(local: Store) -> None:
+    """Disabled keys, a bucket that moved, a full disk: trouble that may last, and says nothing of a scan."""
+    errors = [status for status in Status if status.startswith("ERR_")]
+    for night in (1, 2, 3):
+        publish_rows(local, f"run{night}", *[make_row(status, status, night=night) for status in errors])
+    given_up = {scan for scan, status in read_statuses(local).items() if status == "BAD_GAVE_UP"}
+    assert given_up == {"ERR_TIMEOUT", "ERR_DECODER_CRASH", "ERR_MEMORY"}
 
 
 @pytest.mark.parametrize("status", sorted(NEVER_GIVEN_UP))
