@@ -156,11 +156,43 @@ def test_only_what_a_scan_does_to_its_decoder_is_given_up(local: Store) -> None:
 
 @pytest.mark.parametrize("status", sorted(NEVER_GIVEN_UP))
 def test_what_a_person_must_put_right_is_never_given_up(local: Store, status: str) -> None:
-    for night in range(1, 6):
-        publish_rows(local, f"run{night}", make_row("a", status, night=night))
+    publish_rows(local, "run1", make_row("a", status, night=1))
+    for night in range(2, 6):
+        assert publish_rows(local, f"run{night}", make_row("a", status, night=night)) is None
     assert read_statuses(local) == {"a": status}
     publish_rows(local, "run6", make_row("a", night=6))
     assert read_statuses(local) == {"a": "OK"}
+
+
+NEWS = [
+    [make_row("a", "ERR_DENIED")],
+    [make_row("a", "ERR_ARCHIVED", input_sha256="j" * 64)],
+    [make_row("a", "ERR_ARCHIVED", model_sha256="n" * 64)],
+    [make_row("a", "ERR_ARCHIVED"), make_row("a#1", "ERR_TIMEOUT")],
+]
+
+
+@pytest.mark.parametrize("rows", NEWS)
+def test_an_error_that_says_anything_new_is_published(local: Store, rows: list[dict[str, Any]]) -> None:
+    publish_rows(local, "run1", make_row("a", "ERR_ARCHIVED"))
+    assert publish_rows(local, "run2", *rows) == 2
+
+
+@pytest.mark.parametrize("rows", [NEWS[0], NEWS[1], NEWS[3]])
+def test_so_is_the_old_word_after_it(local: Store, rows: list[dict[str, Any]]) -> None:
+    """The newest commit of a source tells of all its scans that are not final."""
+    publish_rows(local, "run1", make_row("a", "ERR_ARCHIVED"))
+    publish_rows(local, "run2", *rows)
+    assert publish_rows(local, "run3", make_row("a", "ERR_ARCHIVED", night=2)) == 3
+    assert read_statuses(local) == {"a": "ERR_ARCHIVED"}
+
+
+def test_only_what_repeats_is_left_out(local: Store) -> None:
+    publish_rows(local, "run1", make_row("a", "ERR_ARCHIVED"), make_row("b", "ERR_TIMEOUT"))
+    again = [make_row("a", "ERR_ARCHIVED", night=2), make_row("b", "ERR_TIMEOUT", night=2), make_row("c", night=2)]
+    assert publish_rows(local, "run2", *again) == 2
+    frame = read_predictions(local.uri, latest=False)
+    assert list(zip(frame["scan_id"], frame["commit"], strict=True)) == [("a", 1), ("b", 1), ("b", 2), ("c", 2)]
 
 
 @pytest.mark.parametrize(
