@@ -52,8 +52,11 @@ class Status(StrEnum):
         return not self.value.startswith("ERR_")
 
 
-# What a person must put right says nothing of the scan, however many nights it lasts.
-NEVER_GIVEN_UP = frozenset({Status.ERR_DENIED, Status.ERR_ARCHIVED})
+# Trouble of the store, of a right, a key or a disk says nothing of the scan, however long it lasts: a person puts
+# it right, and the scan must be scored then. Only what decoding a scan runs into is the scan's own, and may be final.
+NEVER_GIVEN_UP = frozenset(
+    {Status.ERR_STORAGE, Status.ERR_DENIED, Status.ERR_ARCHIVED, Status.ERR_GONE, Status.ERR_INPUT_CHANGED}
+)
 
 STATUS_MEANINGS: Mapping[Status, str] = {
     Status.OK: "scored",
@@ -76,8 +79,8 @@ STATUS_MEANINGS: Mapping[Status, str] = {
     Status.BAD_INTENSITY: "values that cannot be Hounsfield units",
     Status.BAD_LIMIT: "larger than the stated limits",
     Status.BAD_ZIP: "encrypted, damaged or hostile zip",
-    Status.BAD_GAVE_UP: "the same ERR on the same bytes for the third night",
-    Status.ERR_STORAGE: "could not be fetched",
+    Status.BAD_GAVE_UP: "the same ERR of decoding on the same bytes for the third night",
+    Status.ERR_STORAGE: "could not be fetched, or no room to decode it; tried every night",
     Status.ERR_DENIED: "we may not read it: give this job the right to; tried every night",
     Status.ERR_ARCHIVED: "in a storage class for archives: restore it; tried every night",
     Status.ERR_GONE: "deleted between plan and read",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ from darnet.storage import Store, transfer_all
 from darnet.storage_local import check_unchanged as check_file
 from darnet.volume import make_standard_volume
 
-DECODE_TARGET = "darnet.ingest:decode_source"
+DECODE_TARGET = "darnet.ingest:run_step"
 # The number of a slice behind two letters at most: too little for a patient's name, number or UID. Source: ours.
 HARMLESS_NAME = re.compile(r"[a-z]{0,2}[-_]?0*[0-9]{1,4}(\.[a-z]{2,5})?", re.IGNORECASE)
 
@@ -91,8 +92,21 @@ class Road:
         return f"Road(volume={self.volume!r}, decode={self.decode!r})"
 
 
+@dataclass(frozen=True)
+class FoundScan:
+    """A scan as its headers tell of it, before its pixels; travels to the child, which opens it."""
+
+    scan_id: str
+    facts: ScanFacts
+    open_stack: Callable[[], SliceStack]
+
+
 class Ingester:
-    """Fetches sources from a store and decodes them in a child process of its own, one after another."""
+    """Fetches sources from a store and decodes them in a child process of its own, one after another.
+
+    A source's headers are read in one call of the child, and each scan is decoded in one of its own, every call under
+    the limits of time and memory: what one scan does to its decoder costs the others nothing.
+    """
 
     def __init__(self, store: Store, road: Road, sandbox: Sandbox | None = None) -> None:
         self._store = store
@@ -106,7 +120,8 @@ class Ingester:
             with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
                 scans = self._read(source, Path(folder), clock)
         except OSError as error:  # also where there is no room for the folder itself
-            scans = [_refuse(source, ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine"))]
+            trouble = ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine")
+            scans = [_refuse(source.key, _count_objects(source), trouble)]
         # Headers are read for all scans of a source at once, so that each has an equal part in the time they took.
         shared_s = (clock.decode_s - sum(scan.decode_s for scan in scans)) / len(scans)
         return [replace(scan, fetch_s=clock.fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
@@ -117,16 +132,25 @@ class Ingester:
                 staged = stage_source(self._store, source, folder)
             try:
                 with clock.time("decode_s"):
-                    scans: list[IngestedScan] = self._sandbox.call(source.key, staged, folder, self._road)
+                    found = self._sandbox.call(find_scans, source.key, staged, folder, self._road)
+                    scans = [self._decode(item) if isinstance(item, FoundScan) else item for item in found]
             finally:  # what went wrong with a source that changed says nothing of the one that was planned
                 check_unchanged(self._store, source)
             return scans
-        except ScanError as error:
-            return [_refuse(source, error)]
         except (RunError, OSError):
             raise
-        except Exception as error:  # the other place where a scan becomes a row; the text may hold DICOM values
-            return [_refuse(source, ScanError(Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}"))]
+        except Exception as error:  # before its scans are known, the source becomes a row
+            return [_refuse(source.key, _count_objects(source), error)]
+
+    def _decode(self, found: FoundScan) -> IngestedScan:
+        start_s = time.perf_counter()
+        try:
+            scan: IngestedScan = self._sandbox.call(decode_scan, found, self._road.volume)
+        except (RunError, OSError):
+            raise
+        except Exception as error:  # what ended the child, or could not leave it
+            scan = _refuse(found.scan_id, found.facts, error)
+        return replace(scan, decode_s=time.perf_counter() - start_s)
 
     def close(self) -> None:
         """End the child process."""
@@ -149,10 +173,18 @@ class _Clock:
             setattr(self, stage, time.perf_counter() - start_s)
 
 
-def _refuse(source: Source, error: ScanError) -> IngestedScan:
-    """The one row of a source whose scans are not known."""
-    facts = ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
-    return IngestedScan(source.key, error.status, error.detail, facts)
+def _refuse(scan_id: str, facts: ScanFacts, error: Exception) -> IngestedScan:
+    """What a scan, or a source whose scans are not known, becomes where it ends in an error.
+
+    Decoders meet input nobody thought of, and what they say of it may hold DICOM values: only its kind is told.
+    """
+    if isinstance(error, ScanError):
+        return IngestedScan(scan_id, error.status, error.detail, facts)
+    return IngestedScan(scan_id, Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}", facts)
+
+
+def _count_objects(source: Source) -> ScanFacts:
+    return ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
 
 
 def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
@@ -205,76 +237,78 @@ def check_unchanged(store: Store, source: Source) -> None:
             check_file(path, item)
 
 
-def decode_source(source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road) -> list[IngestedScan]:
-    """Decode all scans of one staged source; runs inside the sandbox."""
+def run_step(step: Callable[..., Any], *arguments: Any) -> Any:
+    """What the sandbox calls: `find_scans` once for a source, `decode_scan` for each of its scans."""
     set_decoder_threads(1)
+    return step(*arguments)
+
+
+def find_scans(
+    source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road
+) -> list[FoundScan | IngestedScan]:
+    """All scans of one staged source, by its headers; those that can be refused by now are."""
     path = staged[0].path  # its suffix, and not the key's: a prefix may be called like a file
     if path.name.endswith(".zip"):
         try:
-            return _decode_slices(source_key, _unpack_zip(path, folder, road.decode), road)
+            return _find_slices(source_key, _unpack_zip(path, folder, road.decode), road)
         except ScanError as error:
-            return [IngestedScan(source_key, error.status, error.detail, _count(staged))]
+            return [_refuse(source_key, _count(staged), error)]
     if path.name.endswith(VOLUME_SUFFIXES):
-        return [_decode_scan(source_key, _count(staged), lambda: open_volume(path, road.decode), road)]
-    return _decode_slices(source_key, staged, road)
+        return [FoundScan(source_key, _count(staged), functools.partial(open_volume, path, road.decode))]
+    return _find_slices(source_key, staged, road)
 
 
-def _decode_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> list[IngestedScan]:
+def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> list[FoundScan | IngestedScan]:
     """Every DICOM series is a scan, and so are slice images unless they are thumbnails beside DICOM.
 
     The row named like the source itself is that of the images, or of unreadable files that no series can be blamed for.
     """
     files = sort_files(staged, road.decode.min_slices)
     images = files.images
-    scans = [
-        _decode_series(f"{source_key}#{hash_series_uid(uid)}", headers, files.spoiling[uid], road)
+    found: list[FoundScan | IngestedScan] = [
+        FoundScan(
+            f"{source_key}#{hash_series_uid(uid)}",
+            _describe_series(headers, road.pseudonym_key),
+            functools.partial(_open_series, headers, road.decode, files.spoiling[uid]),
+        )
         for uid, headers in sorted(files.series.items())
     ]
     if files.unplaced:
         facts = _count([*(fragment.file for fragment in files.unplaced), *images])
-        scans.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
+        found.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
     elif images:
         is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
         open_stack = functools.partial(open_images, images, road.decode, is_head_first=is_head_first)
-        scans.append(_decode_scan(source_key, _count(images), open_stack, road))
-    return scans or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
+        found.append(FoundScan(source_key, _count(images), open_stack))
+    return found or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
 
 
-def _decode_series(
-    scan_id: str, headers: Sequence[SliceHeader], unreadable: Sequence[ScanError], road: Road
-) -> IngestedScan:
+def _open_series(headers: Sequence[SliceHeader], limits: DecodeConfig, unreadable: Sequence[ScanError]) -> SliceStack:
     """One DICOM series; an unreadable file spoils the series it lies with."""
-
-    def open_stack() -> SliceStack:
-        return DicomStack(arrange_series(headers, road.decode, unreadable))
-
-    return _decode_scan(scan_id, _describe_series(headers, road.pseudonym_key), open_stack, road)
+    return DicomStack(arrange_series(headers, limits, unreadable))
 
 
-def _decode_scan(scan_id: str, facts: ScanFacts, open_stack: Callable[[], SliceStack], road: Road) -> IngestedScan:
-    """One of the two places where a scan becomes a row: whatever goes wrong with it ends here."""
-    start_s = time.perf_counter()
+def decode_scan(found: FoundScan, config: VolumeConfig) -> IngestedScan:
+    """One scan to the network's input; whatever is wrong with it ends here."""
+    facts = found.facts
     try:
-        stack = open_stack()
+        stack = found.open_stack()
         facts = _measure(facts, stack)
-        volume = make_standard_volume(stack, road.volume)
+        volume = make_standard_volume(stack, config)
         lung = None
         if volume.intensity is Intensity.HU:
-            lung = segment_lung(volume, road.volume.window_hu)
+            lung = segment_lung(volume, config.window_hu)
             if not has_lung(lung, volume):
                 raise ScanError(Status.SKIP_NO_LUNG, "no lung in the scan")
-        if road.volume.mask_outside_lung:
-            volume = replace(volume, voxels=mask_outside_lung(volume, road.volume.window_hu))
+        if config.mask_outside_lung:
+            volume = replace(volume, voxels=mask_outside_lung(volume, config.window_hu))
             if not volume.voxels.any():
                 raise ScanError(Status.SKIP_NO_LUNG, "no lung in the images, so nothing could be masked")
-        return IngestedScan(scan_id, Status.OK, "", facts, volume, lung, decode_s=time.perf_counter() - start_s)
-    except ScanError as error:
-        return IngestedScan(scan_id, error.status, error.detail, facts, decode_s=time.perf_counter() - start_s)
+        return IngestedScan(found.scan_id, Status.OK, "", facts, volume, lung)
     except MemoryError:
         raise
-    except Exception as error:  # decoders meet input nobody thought of; its text may hold DICOM values
-        detail = f"unexpected {type(error).__name__}"
-        return IngestedScan(scan_id, Status.ERR_DECODER_CRASH, detail, facts, decode_s=time.perf_counter() - start_s)
+    except Exception as error:
+        return _refuse(found.scan_id, facts, error)
 
 
 def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:

@@ -156,9 +156,10 @@ def finish_run(
     rows = folder.read_parts()
     check_rows(map(names.name_source, planned), rows)
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
-        gates = "judged by another driver"
+        gates, num_repeats = "judged by another driver", None
     else:
-        gates = review_run(folder, rows, config, images).describe()
+        verdict = review_run(folder, rows, config, images)
+        gates, num_repeats = verdict.describe(), verdict.num_repeats
     number = publish(folder.store, folder.run_id, rows, record.listing)
     folder.write_end(number)
     pictures = {} if images is None else {"cam_images": images.describe(rows.select(IMAGE_COLUMNS).to_pylist())}
@@ -169,6 +170,7 @@ def finish_run(
         "resumed_sources": len(planned) - len(missing),
         "scans": rows.num_rows,
         "statuses": dict(Counter(rows["status"].to_pylist()).most_common()),
+        "tried_in_vain": num_repeats,
         "gates": gates,
         "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
         "published": number,

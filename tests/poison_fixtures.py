@@ -6,12 +6,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+import pydicom
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from darnet.decode import write_volume
 from tests.ct_fixtures import SPACING_MM, make_chest, make_slice, write_chest
 
-PIXEL_DATA = struct.pack("<HH2s", 0x7FE0, 0x0010, b"OW")
+PIXEL_DATA = struct.pack("<HH1s", 0x7FE0, 0x0010, b"O")  # OW, and OB where they are compressed
 NUM_NESTED = 60_000  # GDCM follows nested sequences by recursion: so deep, its stack ends in a segmentation fault
 NUM_ELEMENTS = 1_000_000  # in each of NUM_HEADERS headers; each is read by itself, some seconds a file
 NUM_HEADERS = 24
@@ -19,8 +20,11 @@ BOMB_BYTES = 3 << 30  # of a deflated DICOM file, which has to be inflated befor
 
 
 def write_crash(folder: Path) -> None:
-    """A DICOM series of which one slice holds sequences in sequences in sequences."""
+    """A DICOM series of which one slice holds sequences in sequences in sequences; RLE, which only GDCM reads."""
     path = write_chest(folder)[7]
+    dataset = pydicom.dcmread(path)
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.save_as(path)
     heads, inside = [], 0
     for _ in range(NUM_NESTED):
         item = struct.pack("<HHI", 0xFFFE, 0xE000, inside)

@@ -9,13 +9,14 @@ drivers may die and start again.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from darnet.errors import ObjectMissing, PutUncertain
+from darnet.errors import NEVER_GIVEN_UP, ObjectMissing, PutUncertain
 from darnet.publishing.commit import publish
 from darnet.publishing.objects import Listing
 from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, is_error, make_table
@@ -24,6 +25,7 @@ from tests.results_fixtures import make_listing, make_row
 
 UNCERTAIN = "uncertain"
 FINAL_KEY = [*SCAN_KEY, *MODEL_KEY]
+COLUMNS = [*FINAL_KEY, "status"]
 
 
 class Question(NamedTuple):
@@ -275,6 +277,10 @@ class PublishModel:
         settled = everything.merge(final[[*FINAL_KEY, "commit"]], on=FINAL_KEY, suffixes=("", "_final"))
         if (is_error(settled) & (settled["commit"] >= settled["commit_final"])).any():
             faults.append("an ERR row follows the final row of its scan")
+        for _, rows in everything.groupby("source"):
+            said = [set(zip(*map(one.get, COLUMNS), strict=True)) for _, one in rows.groupby("commit")]
+            if any(first == then and {row[-1] for row in then} <= NEVER_GIVEN_UP for first, then in pairwise(said)):
+                faults.append("a commit repeats what the table says of a source")
         return faults + self._judge_order(frames)
 
     def _judge_order(self, frames: Sequence[pd.DataFrame]) -> list[str]:
@@ -330,7 +336,7 @@ def _rows(
     return rows
 
 
-ERR = "ERR_TIMEOUT"
+ERR, LASTING = "ERR_TIMEOUT", "ERR_ARCHIVED"
 SCENARIOS = (
     Scenario("both score the same scan", [_rows("x", a="OK", b="OK"), _rows("y", a="OK", c="OK")]),
     Scenario("each fails where the other does not", [_rows("x", a="OK", b=ERR), _rows("y", a=ERR, b="OK")]),
@@ -339,6 +345,11 @@ SCENARIOS = (
         "one gives up, one succeeds",
         [_rows("x", a=ERR), _rows("y", a="OK", b="OK")],
         [_rows("night1", 1, a=ERR), _rows("night2", 2, a=ERR)],
+    ),
+    Scenario(
+        "both try again in vain, one finds other trouble",
+        [_rows("x", a=LASTING, b=LASTING, c="OK"), _rows("y", a=LASTING, b="ERR_DENIED")],
+        [_rows("night1", 1, a=LASTING)],
     ),
     Scenario(
         "two drivers of one run, and a rival",

@@ -41,6 +41,7 @@ from tests.hostile.case import DISPLAY, cut, garble
 from tests.hostile.image_cases import write_images
 from tests.hostile.zip_cases import encrypted, zipped
 from tests.places import SHARED
+from tests.poison_fixtures import write_crash
 
 CT_DATA = SHARED / "data" / "ct"
 VOLUME = VolumeConfig(shape=(16, 32, 32))
@@ -359,6 +360,54 @@ def test_two_series_in_a_prefix_are_two_scans(ingest: Ingest, tmp_path: Path) ->
     assert [scan.status for scan in scans] == [Status.OK, Status.OK]
 
 
+@pytest.mark.parametrize("key", ["a", "a.zip"])
+def test_a_series_that_kills_its_decoder_costs_the_others_nothing(key: str, ingest: Ingest, tmp_path: Path) -> None:
+    """Beside it lie a sound series and slice images."""
+    folder, sound_uid = tmp_path / "archive" / "a", "1.2.3.4.6"
+    write_crash(folder)
+    for path in write_chest(tmp_path / "sound", SeriesInstanceUID=sound_uid):
+        path.rename(folder / f"sound-{path.name}")
+    for path in write_images(tmp_path / "images", ".png", DISPLAY):
+        path.rename(folder / path.name)
+    if key == "a.zip":
+        shutil.make_archive(str(folder), "zip", folder)
+        shutil.rmtree(folder)
+    scans = {scan.scan_id: scan for scan in ingest()}
+    crashed, sound = (f"{key}#{_digest(uid)}" for uid in (SERIES_UID, sound_uid))
+    statuses = {name: scan.status for name, scan in scans.items()}
+    assert statuses == {crashed: Status.ERR_DECODER_CRASH, sound: Status.OK, key: Status.OK}
+    assert scans[crashed].facts.num_files == 24
+    assert scans[crashed].facts.patient_key == scans[sound].facts.patient_key is not None
+
+
+class CountingSandbox:
+    """A sandbox that counts the volumes each call brings back."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self.num_volumes: list[int] = []
+
+    def call(self, *arguments: Any) -> Any:
+        answer = self._sandbox.call(*arguments)
+        scans = answer if isinstance(answer, list) else [answer]
+        self.num_volumes.append(sum(getattr(scan, "volume", None) is not None for scan in scans))
+        return answer
+
+
+def test_each_of_many_series_has_the_limits_of_a_call_to_itself(sandbox: Sandbox, tmp_path: Path) -> None:
+    for index in range(3):
+        for path in write_chest(tmp_path / f"{index}", SeriesInstanceUID=f"1.2.3.4.{index}"):
+            target = tmp_path / "archive" / "a" / f"{index}-{path.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    store = open_store(str(tmp_path / "archive"))
+    (source,) = list_sources(store.list_objects())
+    counting = CountingSandbox(sandbox)
+    scans = Ingester(store, ROAD, counting).ingest(source)  # type: ignore[arg-type]
+    assert [scan.status for scan in scans] == [Status.OK] * 3
+    assert counting.num_volumes == [0, 1, 1, 1]
+
+
 def test_strays_beside_the_slices_spoil_nothing(reference: IngestedScan, ingest: Ingest, tmp_path: Path) -> None:
     folder = tmp_path / "archive" / "reference"
     for name in ("LICENSE", "notes", "DICOMDIR", "data.bin"):
@@ -657,24 +706,24 @@ def test_a_file_replaced_or_deleted_after_planning_is_no_scan(ingest: Ingest, tm
 
 
 class Meddler:
-    """A sandbox that does something to the archive before or after decoding."""
+    """A sandbox that does something to the archive before or after one of its calls."""
 
-    def __init__(self, sandbox: Sandbox, before: Callable[[], object], after: Callable[[], object]) -> None:
-        self._sandbox, self._before, self._after = sandbox, before, after
+    def __init__(self, sandbox: Sandbox, when: str, meddle: Callable[[], object]) -> None:
+        self._sandbox, self._when, self._meddle = sandbox, when, meddle
 
-    def call(self, *arguments: Any) -> Any:
-        self._before()
+    def call(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        self._act("before", step)
         try:
-            return self._sandbox.call(*arguments)
+            return self._sandbox.call(step, *arguments)
         finally:
-            self._after()
+            self._act("after", step)
+
+    def _act(self, side: str, step: Callable[..., Any]) -> None:
+        if self._when == f"{side} {step.__name__}":
+            self._meddle()
 
 
-def _nothing() -> None:
-    pass
-
-
-@pytest.mark.parametrize("when", ["before decoding", "after decoding"])
+@pytest.mark.parametrize("when", ["before find_scans", "before decode_scan", "after decode_scan"])
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
 def test_a_source_read_in_place_that_changes_while_it_is_read_is_no_scan(
     when: str, change: str, sandbox: Sandbox, tmp_path: Path
@@ -690,8 +739,7 @@ def test_a_source_read_in_place_that_changes_while_it_is_read_is_no_scan(
         else:
             paths[4].write_bytes(paths[5].read_bytes())
 
-    hooks = (meddle, _nothing) if when.startswith("before") else (_nothing, meddle)
-    (scan,) = Ingester(store, ROAD, Meddler(sandbox, *hooks)).ingest(source)  # type: ignore[arg-type]
+    (scan,) = Ingester(store, ROAD, Meddler(sandbox, when, meddle)).ingest(source)  # type: ignore[arg-type]
     assert scan.status is (Status.ERR_GONE if change == "deleted" else Status.ERR_INPUT_CHANGED)
     assert scan.volume is None
 

@@ -36,7 +36,7 @@ from darnet.publishing.rows import (
     select_model,
     spell_key,
 )
-from darnet.scan import DIAGNOSES
+from darnet.scan import DIAGNOSES, BoolArray
 from darnet.storage import Store
 
 GIVE_UP_NIGHTS = 3  # Source: design: the same ERR on the same bytes for the third night is final
@@ -97,8 +97,9 @@ def publish(
 ) -> int | None:
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
-    Rows that another run made final meanwhile are left out, and those of sources of which it made other bytes final
-    that it listed later; the third night of the same ERR becomes BAD_GAVE_UP.
+    Rows that another run made final meanwhile are left out, those of sources of which it made other bytes final that it
+    listed later, and those that `find_repeats` tells of; the third night of the same ERR of decoding becomes
+    BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing.
 
     Raises: RunError if the rows are not of this run, one model and one preprocessing; StorageError, CredentialsError.
@@ -117,7 +118,7 @@ def publish(
         number = stored.commit + 1
     while True:
         past = pa.concat_tables(known)
-        settled = _settle(_drop_superseded(rows, past), past)
+        settled = _drop_repeats(_settle(_drop_superseded(rows, past), past), past)
         if not settled.num_rows:
             return None
         key = make_commit_key(number)
@@ -126,6 +127,21 @@ def publish(
             return number
         known.append(_select_related(read_stored(store, key, KEY_COLUMNS), rows, listing))
         number += 1
+
+
+def find_repeats(store: Store, rows: Any) -> BoolArray:
+    """Which of a run's rows say no more than earlier runs did: trouble that is never given up, and was the last word.
+
+    To publish them every night would fill the table, and to count them would hold every night, until somebody has put
+    right what may take months. The errors that are given up are published each night: their nights are counted there.
+    """
+    if NEVER_GIVEN_UP.isdisjoint(rows["status"].unique().to_pylist()):
+        return np.zeros(rows.num_rows, np.bool_)
+    known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
+    for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
+        if stored.run_id != rows["run_id"][0].as_py():
+            known.append(_select_ours(stored, rows))
+    return _are_repeats(rows, pa.concat_tables(known))
 
 
 def _claim(store: Store, key: str, data: bytes, run_id: str, pause: Callable[[float], None]) -> str:
@@ -153,11 +169,15 @@ def _select_related(stored: Stored, rows: Any, listing: Listing) -> Any:
     listed at once, or if it does not say, who saw a source last is unknown; dropping ours is then the harmless mistake:
     bytes that are still there are not final, and the next night scores them. Rows of bytes that are gone would stay.
     """
-    model_key = (rows[name][0].as_py() for name in MODEL_KEY)
-    related = select_model(stored.rows.filter(pc.is_in(stored.rows["source"], rows["source"])), *model_key)
+    related = _select_ours(stored, rows)
     is_unseen = stored.commit > listing.last_commit
     is_later = is_unseen and (stored.listed_until is None or stored.listed_until >= listing.started_at)
     return related.append_column(IS_LATER, pa.array([is_later] * related.num_rows, pa.bool_()))
+
+
+def _select_ours(stored: Stored, rows: Any) -> Any:
+    model_key = (rows[name][0].as_py() for name in MODEL_KEY)
+    return select_model(stored.rows.filter(pc.is_in(stored.rows["source"], rows["source"])), *model_key)
 
 
 def _drop_superseded(rows: Any, known: Any) -> Any:
@@ -180,6 +200,27 @@ def _settle(rows: Any, known: Any) -> Any:
     return _give_up(kept, _count_nights(mine[~is_settled], past) >= GIVE_UP_NIGHTS)
 
 
+def _drop_repeats(rows: Any, known: Any) -> Any:
+    return rows.filter(pa.array(~_are_repeats(rows, known))) if rows.num_rows else rows
+
+
+def _are_repeats(rows: Any, known: Any) -> BoolArray:
+    """Rows of sources whose newest commit holds these ERR rows and no others: it tells of all that is not final."""
+    columns = [*SCAN_KEY, "status"]
+    mine = rows.select(columns).to_pandas()
+    past = known.to_pandas()
+    newest = past[(past["commit"] == past.groupby("source")["commit"].transform("max")) & is_error(past)]
+    is_same = is_among(mine, newest, columns) & _is_lasting(mine).to_numpy()
+    others = [mine.loc[~is_same, "source"], newest.loc[~is_among(newest, mine, columns), "source"]]
+    is_repeat: BoolArray = is_same & ~mine["source"].isin(pd.concat(others)).to_numpy()
+    return is_repeat
+
+
+def _is_lasting(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each row is of trouble that is never given up."""
+    return frame["status"].isin(list(NEVER_GIVEN_UP))
+
+
 def _done_sources(past: pd.DataFrame) -> pd.DataFrame:
     """Rows of the sources whose newest commit holds no ERR."""
     is_newest = past["commit"] == past.groupby(SOURCE_KEY)["commit"].transform("max")
@@ -194,11 +235,7 @@ def _count_nights(mine: pd.DataFrame, past: pd.DataFrame) -> Any:
     columns = [*SCAN_KEY, "status"]
     both = pd.concat([past, mine])[[*columns, "night"]]
     counts = (
-        both[is_error(both) & ~both["status"].isin(list(NEVER_GIVEN_UP))]
-        .groupby(columns)["night"]
-        .nunique()
-        .rename("num_nights")
-        .reset_index()
+        both[is_error(both) & ~_is_lasting(both)].groupby(columns)["night"].nunique().rename("num_nights").reset_index()
     )
     return mine.merge(counts, how="left", on=columns)["num_nights"].fillna(0).to_numpy()
 

@@ -40,10 +40,14 @@ class Measure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gates say of a run: they measure every one, and judge it unless `unjudged` gives a reason not to."""
+    """What the gates say of a run: they measure every one, and judge it unless `unjudged` gives a reason not to.
+
+    `num_repeats` scans are left out: they were tried again, and ended as the table says already.
+    """
 
     measures: tuple[Measure, ...]
     unjudged: str
+    num_repeats: int = 0
 
     @property
     def breaches(self) -> tuple[Measure, ...]:
@@ -52,9 +56,11 @@ class Verdict:
 
     def describe(self) -> str:
         """One line for a summary."""
+        repeats = f"; without {self.num_repeats} scans tried again in vain" if self.num_repeats else ""
         if self.unjudged:
-            return f"not judged: {self.unjudged}"
-        return f"held: {'; '.join(measure.describe() for measure in self.breaches)}" if self.breaches else "passed"
+            return f"not judged: {self.unjudged}{repeats}"
+        breaches = "; ".join(measure.describe() for measure in self.breaches)
+        return (f"held: {breaches}" if breaches else "passed") + repeats
 
 
 def judge(rows: pd.DataFrame, earlier: pd.DataFrame, config: GateConfig) -> Verdict:

@@ -5,6 +5,7 @@ Rows of a run and the table go in; a verdict and the night's page come out, or `
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -12,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from darnet.cam_images import CamImages
 from darnet.config import GateConfig
 from darnet.errors import HeldError, UsageError
-from darnet.publishing.commit import check_rows, publish
+from darnet.publishing.commit import check_rows, find_repeats, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, list_scans, render_nightly
 from darnet.publishing.objects import NOTICE, list_commit_objects, list_commits, read_objects, stream_objects
@@ -39,11 +40,13 @@ def refuse_if_held(store: Store) -> None:
 def review_run(folder: RunFolder, rows: Any, config: GateConfig, images: CamImages | None = None) -> Verdict:
     """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
+    What only repeats the table (`find_repeats`) stands on the page and is not judged: it would hold every night.
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
     """
     earlier = read_earlier_nights(folder.store, rows["night"][0].as_py(), config.gate_nights).to_pandas()
     tonight = rows.select(NIGHT_COLUMNS).to_pandas()
-    verdict = judge(tonight, earlier, config)
+    is_repeat = find_repeats(folder.store, rows)
+    verdict = replace(judge(tonight[~is_repeat], earlier, config), num_repeats=int(is_repeat.sum()))
     listed = tonight[tonight["scan_id"].isin(list_scans(tonight))].to_dict("records")
     pictures = {} if images is None else images.read_thumbnails(listed)
     folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict, pictures).encode())

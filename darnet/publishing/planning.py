@@ -10,7 +10,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -98,7 +98,10 @@ def plan_night(
 
     def make_record(plan_sha256: str) -> RunRecord:
         listing = Listing(keys.last_commit, started_at, results.read_clock())
-        return RunRecord(night, work, selection.describe(), plan_sha256, listing)
+        record = RunRecord(night, work, selection.describe(), plan_sha256, listing)
+        while RunFolder(results, record.run_id).is_over:
+            record = replace(record, attempt=record.attempt + 1)
+        return record
 
     with tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
         path = Path(temporary) / "plan.parquet"

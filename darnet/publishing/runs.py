@@ -62,13 +62,17 @@ class Work:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The parameters of a run, kept as `run.json`. The times of listing are not part of what it is."""
+    """The parameters of a run, kept as `run.json`. The times of listing are not part of what it is.
+
+    `attempt` counts the runs of these parameters that ended before and left the table as it was: they tried in vain.
+    """
 
     night: date
     work: Work
     selection: Mapping[str, Any]
     plan_sha256: str
     listing: Listing
+    attempt: int = 0
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -79,13 +83,14 @@ class RunRecord:
             "selection": dict(self.selection),
             "plan_sha256": self.plan_sha256,
             "last_commit": self.listing.last_commit,
+            **({"attempt": self.attempt} if self.attempt else {}),
         }
 
     @property
     def run_id(self) -> str:
         """A name that the same work gets again after a kill, and other work does not.
 
-        The table's last number is part of it, so that trying again what failed is another run.
+        The table's last number and `attempt` are part of it, so that trying again what failed is another run.
         """
         return f"{self.night:%Y%m%d}-{digest_json(self.parameters)[:16]}"
 
@@ -101,7 +106,8 @@ class RunRecord:
         times = (datetime.fromisoformat(told[name]) for name in ("listed_from", "listed_until"))
         work = Work(*(told[name] for name in Work.__dataclass_fields__))
         listing = Listing(told["last_commit"], *times)
-        return cls(date.fromisoformat(told["night"]), work, told["selection"], told["plan_sha256"], listing)
+        night = date.fromisoformat(told["night"])
+        return cls(night, work, told["selection"], told["plan_sha256"], listing, told.get("attempt", 0))
 
 
 def write_plan(planned: Iterable[PlannedSource], path: Path, make_record: Callable[[str], RunRecord]) -> RunRecord:
@@ -244,6 +250,13 @@ class RunFolder:
         for part in read_objects(self.store, list_parquet_keys(self.store, self._parts), ["source"]):
             staged.update(unspell_key(text) for text in part.rows["source"].unique().to_pylist())
         return staged
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run was brought to an end."""
+        with suppress(FolderMissing):
+            return any(item.key == self.locate(ENDED) for item in self.store.list_objects(self.locate(ENDED)))
+        return False
 
     def write_end(self, published: int | None) -> None:
         """Note that the run is over, and under which number it is in the table, if it is: nobody need go on from it."""

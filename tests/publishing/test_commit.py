@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, StorageError
+from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, Status, StorageError
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import make_table
 from darnet.results import read_predictions
@@ -145,13 +145,54 @@ def test_the_third_night_of_the_same_error_is_final(store: Store) -> None:
     assert publish_rows(store, "run4", make_row("a", "ERR_TIMEOUT", night=4)) is None
 
 
+def test_only_what_a_scan_does_to_its_decoder_is_given_up(local: Store) -> None:
+    """Disabled keys, a bucket that moved, a full disk: trouble that may last, and says nothing of a scan."""
+    errors = [status for status in Status if status.startswith("ERR_")]
+    for night in (1, 2, 3):
+        publish_rows(local, f"run{night}", *[make_row(status, status, night=night) for status in errors])
+    given_up = {scan for scan, status in read_statuses(local).items() if status == "BAD_GAVE_UP"}
+    assert given_up == {"ERR_TIMEOUT", "ERR_DECODER_CRASH", "ERR_MEMORY"}
+
+
 @pytest.mark.parametrize("status", sorted(NEVER_GIVEN_UP))
 def test_what_a_person_must_put_right_is_never_given_up(local: Store, status: str) -> None:
-    for night in range(1, 6):
-        publish_rows(local, f"run{night}", make_row("a", status, night=night))
+    publish_rows(local, "run1", make_row("a", status, night=1))
+    for night in range(2, 6):
+        assert publish_rows(local, f"run{night}", make_row("a", status, night=night)) is None
     assert read_statuses(local) == {"a": status}
     publish_rows(local, "run6", make_row("a", night=6))
     assert read_statuses(local) == {"a": "OK"}
+
+
+NEWS = [
+    [make_row("a", "ERR_DENIED")],
+    [make_row("a", "ERR_ARCHIVED", input_sha256="j" * 64)],
+    [make_row("a", "ERR_ARCHIVED", model_sha256="n" * 64)],
+    [make_row("a", "ERR_ARCHIVED"), make_row("a#1", "ERR_TIMEOUT")],
+]
+
+
+@pytest.mark.parametrize("rows", NEWS)
+def test_an_error_that_says_anything_new_is_published(local: Store, rows: list[dict[str, Any]]) -> None:
+    publish_rows(local, "run1", make_row("a", "ERR_ARCHIVED"))
+    assert publish_rows(local, "run2", *rows) == 2
+
+
+@pytest.mark.parametrize("rows", [NEWS[0], NEWS[1], NEWS[3]])
+def test_so_is_the_old_word_after_it(local: Store, rows: list[dict[str, Any]]) -> None:
+    """The newest commit of a source tells of all its scans that are not final."""
+    publish_rows(local, "run1", make_row("a", "ERR_ARCHIVED"))
+    publish_rows(local, "run2", *rows)
+    assert publish_rows(local, "run3", make_row("a", "ERR_ARCHIVED", night=2)) == 3
+    assert read_statuses(local) == {"a": "ERR_ARCHIVED"}
+
+
+def test_only_what_repeats_is_left_out(local: Store) -> None:
+    publish_rows(local, "run1", make_row("a", "ERR_ARCHIVED"), make_row("b", "ERR_TIMEOUT"))
+    again = [make_row("a", "ERR_ARCHIVED", night=2), make_row("b", "ERR_TIMEOUT", night=2), make_row("c", night=2)]
+    assert publish_rows(local, "run2", *again) == 2
+    frame = read_predictions(local.uri, latest=False)
+    assert list(zip(frame["scan_id"], frame["commit"], strict=True)) == [("a", 1), ("b", 1), ("b", 2), ("c", 2)]
 
 
 @pytest.mark.parametrize(

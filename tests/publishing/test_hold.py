@@ -9,8 +9,11 @@ import pytest
 
 from darnet.errors import ExitCode, HeldError, UsageError
 from darnet.job import run_job
+from darnet.publishing.commit import publish
 from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
+from darnet.publishing.rows import make_table
 from darnet.publishing.runs import RunFolder, find_unfinished
+from darnet.results import read_predictions
 from darnet.settings import ScoreSettings
 from darnet.storage import Store, open_store
 from tests.results_fixtures import (
@@ -18,6 +21,7 @@ from tests.results_fixtures import (
     begin_run,
     has_plan,
     list_commit_numbers,
+    make_listing,
     make_row,
     make_source,
     publish_rows,
@@ -195,6 +199,28 @@ def test_a_good_or_small_run_is_let_through(local: Store) -> None:
     small = review_run(*stage_night(local, 4, "ERR_TIMEOUT"), CONFIG)
     assert small.describe() == "not judged: 1 scans, the gates need 4"
     assert list_held_runs(local) == []
+
+
+def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(store: Store) -> None:
+    """Half of the archive lies in Glacier, and new scans arrive beside it: only the first night is held."""
+    for night in (1, 2):
+        publish_rows(store, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
+    folder, rows = stage_night(store, 3, "OK", "OK", *["ERR_ARCHIVED"] * 4)
+    with pytest.raises(HeldError):
+        review_run(folder, rows, CONFIG)
+    assert decide(store, "accept", "run3")["published"] == 3
+
+    old = [row | {"run_id": "run4", "night": datetime.date(2030, 1, 4)} for row in rows.to_pylist()[2:]]
+    folder, fresh = stage_night(store, 4, "OK", "OK", "OK", "OK")
+    rows = make_table([*fresh.to_pylist(), *old])
+    verdict = review_run(folder, rows, CONFIG)
+    assert verdict.describe() == "passed; without 4 scans tried again in vain"
+    assert publish(store, "run4", rows, make_listing(9)) == 4
+    assert set(read_predictions(store.uri, latest=False)["scan_id"][14:]) == {f"4-{index}" for index in range(4)}
+
+    alone = make_table([row | {"run_id": "run5"} for row in old])
+    assert review_run(RunFolder(store, "run5"), alone, CONFIG).num_repeats == 4
+    assert publish(store, "run5", alone, make_listing(10)) is None
 
 
 def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:

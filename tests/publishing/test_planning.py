@@ -291,6 +291,19 @@ def test_times_are_the_results_store_s(tmp_path: Path) -> None:
     assert folder.read_record().listing == Listing(0, MIDNIGHT, MIDNIGHT)
 
 
+def test_a_run_that_ended_in_vain_is_not_gone_on_from(store: Store) -> None:
+    """What was put right meanwhile is tried in the same night: the old run's parts say that it failed."""
+    archive = ListedStore(list_slices("a"))
+    first = plan(archive, store)
+    assert first is not None
+    first.write_end(None)
+    second = plan(archive, store)
+    assert second is not None
+    assert second.run_id != first.run_id
+    assert second.read_record().run_id == second.run_id
+    assert plan(archive, store) == second
+
+
 def test_the_same_night_again_is_the_same_run(local: Store) -> None:
     archive = ListedStore(list_slices("a", "b"))
     first, again, next_night = (plan(archive, local, night=date(2030, 1, day)) for day in (1, 1, 2))
