@@ -92,7 +92,7 @@ def score_archive(
     """
     refuse_if_held(results)
     if images is not None:
-        images.check()
+        images.check(results)
     bundle = read_model(model, config)
     work = describe_work(archive, bundle, config, names)
     finish = functools.partial(finish_run, archive, model, bundle, config, images, names=names)
