@@ -72,7 +72,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     """Carry out a person's decision on a run, and keep the reason beside it; again after a kill is harmless.
 
     Raises: UsageError naming what is held, if a run to accept is not, or one to discard is not even begun, and for one
-        to discard that is published; RunError of `publish`.
+        to discard that is published; as `check_rows` and `publish`.
     """
     run_id = settings.accept or settings.discard or ""
     files = list_run_files(store)
@@ -90,8 +90,9 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     decision: dict[str, Any] = hold | {"reason": settings.reason, "published": None}
     if settings.accept is not None:
         rows = folder.read_parts()
-        check_rows(folder.list_planned_sources(), rows)
-        decision["published"] = publish(store, run_id, rows, folder.read_record().listing)
+        record = folder.read_record()
+        check_rows(folder.list_planned_sources(), rows, record.work.origin)
+        decision["published"] = publish(store, run_id, rows, record.listing, record.work.origin)
         folder.write_end(decision["published"])
     store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
     if settings.discard is not None:
