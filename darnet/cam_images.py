@@ -14,7 +14,7 @@ import numpy as np
 
 from darnet.cam import find_peak
 from darnet.config import CamChoice
-from darnet.errors import RunError
+from darnet.errors import RunError, UsageError
 from darnet.page import HtmlFigure
 from darnet.publishing.rows import PROBABILITIES, spell_key
 from darnet.scan import FloatArray, StandardVolume, Uint8Array
@@ -37,11 +37,16 @@ class CamImages:
     store: Store
     choice: CamChoice
 
-    def check(self) -> None:
-        """Say at once, and not at the end of a night, that the place cannot be reached.
+    def check(self, results: Store) -> None:
+        """Say at once, and not at the end of a night, that the place cannot be reached, or is the results'.
 
-        Raises: StorageError, CredentialsError.
+        Raises: UsageError, StorageError, CredentialsError.
         """
+        if f"{self.store.uri}/".startswith(f"{results.uri}/"):
+            raise UsageError(
+                f"--cam-images {self.store.uri} lies in --results {results.uri}, whose readers would see the pictures; "
+                "give them a separate prefix"
+            )
         next(iter(self.store.list_objects()), None)
 
     def write(self, row: Mapping[str, Any], volume: StandardVolume, cam: FloatArray) -> None:

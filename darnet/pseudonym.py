@@ -2,7 +2,7 @@
 
 import hmac
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -60,18 +60,6 @@ class KeyNames:
     def name_scan(self, scan_id: str) -> str:
         """The table's `scan_id`."""
         return scan_id if self.secret is None else f"{self.scheme}{pseudonymise(scan_id, 'scan', self.secret)}"
-
-    def refuse_others(self, names: Iterable[str]) -> None:
-        """Raises: UsageError if a table's names are of another scheme."""
-        for name in names:
-            if name.startswith(HIDDEN_KEY) == bool(self.scheme) and name.startswith(self.scheme):
-                continue
-            others = "--scan-id hmac" if name.startswith(HIDDEN_KEY) else "the keys of the archive"
-            told = f" and another {PSEUDONYM_VARIABLE}" if self.scheme and name.startswith(HIDDEN_KEY) else ""
-            raise UsageError(
-                f"the table names its scans by {others}{told}: score into it in the same way, or into a table of its "
-                "own; each scan would be in it twice"
-            )
 
 
 OPEN_KEYS = KeyNames()

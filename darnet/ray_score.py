@@ -23,6 +23,7 @@ from darnet.ingest import Road
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.hold import PAGE, is_published, refuse_if_held, review_run
+from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
 from darnet.ray_cluster import (
@@ -81,6 +82,7 @@ def score_archive(
     selection: Selection = EVERYTHING,
     images: CamImages | None = None,
     names: KeyNames = OPEN_KEYS,
+    moved_from: str = "",
 ) -> dict[str, Any]:
     """Score what is new or changed in the archive and publish it as one object; a summary for people and schedulers.
 
@@ -92,12 +94,12 @@ def score_archive(
     """
     refuse_if_held(results)
     if images is not None:
-        images.check()
+        images.check(results)
     bundle = read_model(model, config)
-    work = describe_work(archive, bundle, config, names)
-    finish = functools.partial(finish_run, archive, model, bundle, config, images, names=names)
+    work = describe_work(archive, bundle, config, names, moved_from)
+    finish = functools.partial(finish_run, archive, model, bundle, config, images)
     runs = [finish(folder) for folder in find_unfinished(results, work)]
-    plan = plan_night(archive, results, work, night or _now().date(), selection, names)
+    plan = plan_night(archive, results, work, night or _now().date(), selection)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}
@@ -113,20 +115,23 @@ def preview_archive(
     config: ScoreConfig,
     selection: Selection,
     names: KeyNames = OPEN_KEYS,
+    moved_from: str = "",
 ) -> dict[str, Any]:
     """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
     refuse_if_held(results)
-    work = describe_work(archive, read_model(model, config), config, names)
-    return preview_night(archive, results, work, selection, _now, names)
+    work = describe_work(archive, read_model(model, config), config, names, moved_from)
+    return preview_night(archive, results, work, selection, _now)
 
 
-def describe_work(archive: Store, bundle: Bundle, config: ScoreConfig, names: KeyNames = OPEN_KEYS) -> Work:
+def describe_work(
+    archive: Store, bundle: Bundle, config: ScoreConfig, names: KeyNames = OPEN_KEYS, moved_from: str = ""
+) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
     manifest = bundle.manifest
     # These change no row. The backend does, in its last digits: one run is finished under one backend.
     settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache"})
-    digest = digest_json({**settings, "names": names.scheme})
-    return Work(archive.uri, manifest.model_sha256, manifest.preprocessing_version, digest)
+    origin = Origin.here(archive.uri, names, moved_from)
+    return Work(origin, manifest.model_sha256, manifest.preprocessing_version, digest_json(settings))
 
 
 def finish_run(
@@ -136,7 +141,6 @@ def finish_run(
     config: ScoreConfig,
     images: CamImages | None,
     folder: RunFolder,
-    names: KeyNames = OPEN_KEYS,
 ) -> dict[str, Any]:
     """Score what a run's plan still lacks and publish the run; its part of the summary.
 
@@ -144,7 +148,7 @@ def finish_run(
     """
     record, planned = folder.read_record(), folder.list_planned_sources()
     run = RunFacts(folder.run_id, record.night, bundle.manifest, __version__)
-    staged = folder.list_staged_sources()
+    names, staged = record.work.origin.recall_names(), folder.list_staged_sources()
     missing = [place for place, key in enumerate(planned) if names.name_source(key) not in staged]
     del staged
     if missing:
@@ -154,13 +158,13 @@ def finish_run(
         )
         stage_rows(dataset, folder, len(missing), config.part_scans)
     rows = folder.read_parts()
-    check_rows(map(names.name_source, planned), rows)
+    check_rows(planned, rows, record.work.origin)
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
         gates, num_repeats = "judged by another driver", None
     else:
         verdict = review_run(folder, rows, config, images)
         gates, num_repeats = verdict.describe(), verdict.num_repeats
-    number = publish(folder.store, folder.run_id, rows, record.listing)
+    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin)
     folder.write_end(number)
     pictures = {} if images is None else {"cam_images": images.describe(rows.select(IMAGE_COLUMNS).to_pylist())}
     return {

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.train import (
     Checkpoint,

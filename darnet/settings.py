@@ -155,6 +155,8 @@ class ScoreSettings(Settings):
     scan_id: Literal["key", "hmac"] = "key"
     """How the table names sources and scans: by their keys in the archive, or by HMAC-SHA256 of those under the nodes'
     DARNET_PSEUDONYM_KEY. A table keeps to one."""
+    archive_moved_from: str = ""
+    """Where the table says that its archive is, if that archive is now at `archive`; until a night has published."""
     dry_run: bool = False
     """Say what would be scored and why, and write nothing anywhere."""
     cam_images: str = ""

@@ -27,13 +27,13 @@ def work(settings: ScoreSettings) -> dict[str, Any]:
         raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
     selection = Selection(settings.prefix, settings.since, settings.glob, settings.settle_s)
     places = open_store(settings.archive), open_store(settings.model), results
-    names = choose_names(settings.scan_id)
+    naming = choose_names(settings.scan_id), settings.archive_moved_from
     if settings.dry_run:
-        return preview_archive(*places, settings.score, selection, names)
+        return preview_archive(*places, settings.score, selection, *naming)
     images = None
     if settings.cam_images:
         images = CamImages(open_store(settings.cam_images, create=True), settings.cam_choice)
-    return score_archive(*places, settings.score, night, selection, images, names)
+    return score_archive(*places, settings.score, night, selection, images, *naming)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from darnet.publishing.commit import publish
 from darnet.publishing.objects import Listing
 from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, is_error, make_table
 from darnet.scan import StoredObject
-from tests.results_fixtures import make_listing, make_row
+from tests.results_fixtures import ORIGIN, make_listing, make_row
 
 UNCERTAIN = "uncertain"
 FINAL_KEY = [*SCAN_KEY, *MODEL_KEY]
@@ -193,7 +193,7 @@ class PublishModel:
         """Run the real code until it asks what is not answered, or ends."""
         try:
             store = AnsweringStore(answers, self._objects)
-            return Outcome(publish(store, run.run_id, run.rows, run.listing, lambda _: None))  # type: ignore[arg-type]
+            return Outcome(publish(store, run.run_id, run.rows, run.listing, ORIGIN, lambda _: None))  # type: ignore[arg-type]
         except Unanswered as asked:
             return asked.question
 

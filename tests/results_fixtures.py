@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from darnet.publishing.commit import publish
 from darnet.publishing.objects import Listing
+from darnet.publishing.origin import Origin
 from darnet.publishing.rows import SCHEMA, Reason, make_table
 from darnet.publishing.runs import PLAN, PlannedSource, RunFolder, RunRecord, Work, list_run_files, write_plan
 from darnet.results import read_predictions
@@ -21,7 +22,8 @@ from darnet.scan import Source, StoredObject
 from darnet.storage import Store
 
 MODEL = "m" * 64
-WORK = Work("/archive", MODEL, "1-abc", "s" * 64)
+ORIGIN = Origin("/archive")
+WORK = Work(ORIGIN, MODEL, "1-abc", "s" * 64)
 ODD_KEYS = [
     "a b/ü",
     "日本\U0001f600",
@@ -76,10 +78,12 @@ def make_listing(minute: int, *, minutes: int = 0, last_commit: int = 0) -> List
 MINUTES = itertools.count()
 
 
-def publish_rows(store: Store, run_id: str, *rows: Mapping[str, Any], listing: Listing | None = None) -> int | None:
+def publish_rows(
+    store: Store, run_id: str, *rows: Mapping[str, Any], listing: Listing | None = None, origin: Origin = ORIGIN
+) -> int | None:
     """Publish as a run does; it has listed the archive after every earlier call, unless `listing` says when."""
     table = make_table([{**row, "run_id": run_id} for row in rows])
-    return publish(store, run_id, table, listing or make_listing(next(MINUTES)), pause=lambda _: None)
+    return publish(store, run_id, table, listing or make_listing(next(MINUTES)), origin, pause=lambda _: None)
 
 
 def begin_run(

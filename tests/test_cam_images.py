@@ -12,8 +12,9 @@ import pytest
 
 from darnet.cam_images import CamImages, draw_montage, is_chosen, make_thumbnail, name_image
 from darnet.config import CamChoice
-from darnet.errors import RunError, StorageError
+from darnet.errors import RunError, StorageError, UsageError
 from darnet.scan import CropBox, FloatArray, Intensity, StandardVolume
+from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.results_fixtures import make_row
 
@@ -188,4 +189,22 @@ def test_a_store_without_room_costs_the_pictures_and_is_told(tmp_path: Path) -> 
     gone = CamImages(LocalStore(tmp_path / "gone"), CamChoice())
     assert "no such folder" in gone.describe(rows)["error"]
     with pytest.raises(RunError):
-        gone.check()
+        gone.check(LocalStore(tmp_path / "results"))
+
+
+@pytest.mark.parametrize(
+    ("place", "is_refused"),
+    [("s3://a/results", True), ("s3://a/results/cam", True), ("s3://a/results-cam", False), ("s3://a", False)],
+)
+def test_pictures_do_not_lie_in_the_results(place: str, is_refused: bool, tmp_path: Path) -> None:
+    """What lists the pictures' place is a folder here; only its address counts."""
+
+    class Named(LocalStore):
+        uri = place
+
+    images = CamImages(Named(tmp_path), CamChoice())
+    if not is_refused:
+        images.check(open_store("s3://a/results"))
+        return
+    with pytest.raises(UsageError, match="a separate prefix"):
+        images.check(open_store("s3://a/results"))

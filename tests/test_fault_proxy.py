@@ -18,7 +18,7 @@ from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.runs import RunFolder
 from darnet.storage import S3Store, connect_s3, open_store, transfer_all
 from tests.fault_proxy import Fault, FaultProxy, Policy, Request, Weather, run_fault_proxy
-from tests.results_fixtures import begin_run, make_listing, make_row, make_source
+from tests.results_fixtures import ORIGIN, begin_run, make_listing, make_row, make_source
 from tests.small_disk import MountRefused, mount_small_disk
 
 NUM_OBJECTS = 60
@@ -192,7 +192,7 @@ def stage_run(store: S3Store, num_sources: int) -> tuple[RunFolder, Any]:
     for key in keys:
         folder.write_part(key, [make_row(key, run_id=folder.run_id)])
     rows = folder.read_parts()
-    check_rows([source.key for source in folder.read_sources()], rows)
+    check_rows([source.key for source in folder.read_sources()], rows, ORIGIN)
     return folder, rows
 
 
@@ -201,8 +201,8 @@ def test_a_run_planned_staged_and_published_in_a_storm_is_whole(s3: Callable[[],
     store = open_through(s3() + "/results")
     proxy.policy = STORM
     folder, rows = stage_run(store, 12)
-    assert publish(store, folder.run_id, rows, make_listing(0)) == 1
-    assert publish(store, folder.run_id, rows, make_listing(0)) == 1
+    assert publish(store, folder.run_id, rows, make_listing(0), ORIGIN) == 1
+    assert publish(store, folder.run_id, rows, make_listing(0), ORIGIN) == 1
     proxy.policy = lambda _: None
     digests, faults = check_table(store)
     assert (len(digests), faults) == (1, [])
@@ -220,7 +220,7 @@ def test_a_put_without_a_clear_answer_publishes_once(
     store = open_through(s3())
     folder, rows = stage_run(store, 1)
     proxy.policy = only(Fault(kind), "PUT", "/predictions/", times)
-    assert publish(store, folder.run_id, rows, make_listing(0), pause=lambda _: None) == 1
+    assert publish(store, folder.run_id, rows, make_listing(0), ORIGIN, pause=lambda _: None) == 1
     assert [item.key for item in store.list_objects("predictions/")] == ["predictions/c00000001.parquet"]
     assert proxy.done[kind] >= min(times, 5 if kind == "lost" else times)
 
@@ -231,7 +231,7 @@ def test_a_store_that_never_answers_is_a_storage_error(s3: Callable[[], str], pr
     folder, rows = stage_run(store, 1)
     proxy.policy = lambda _: Fault("reset")
     with pytest.raises(StorageError):
-        publish(store, folder.run_id, rows, make_listing(0), pause=lambda _: None)
+        publish(store, folder.run_id, rows, make_listing(0), ORIGIN, pause=lambda _: None)
 
 
 # A full disk

@@ -15,7 +15,8 @@ ROWS = (
     "pseudonym publishing.rows ray_metrics reading.dicom reading.sandbox reading.stored_pixels reading.volume_file "
     "report settings storage_local tables terminal threads volume",
     "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions inference.graph "
-    "job phantoms.body phantoms.files phantoms.findings publishing.gates reading.series reading.slice_order storage",
+    "job phantoms.body phantoms.files phantoms.findings publishing.gates publishing.origin reading.series "
+    "reading.slice_order storage",
     "bundle cam_images dataset evaluation.measures evaluation.truth inference.torch_backend ingest phantom "
     "phantoms.decoys publishing.nightly_report publishing.objects steps",
     "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate "

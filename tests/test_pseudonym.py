@@ -69,25 +69,6 @@ def test_names_are_keys_or_keyed_digests_under_the_mark_of_the_secret() -> None:
     assert SECRET not in repr(names)
 
 
-@pytest.mark.parametrize(
-    ("told", "names", "is_refused"),
-    [
-        ("ct/Doe", OPEN_KEYS, False),
-        ("ct/Doe", KeyNames(SECRET.encode()), True),
-        (KeyNames(SECRET.encode()).name_source("a"), OPEN_KEYS, True),
-        (KeyNames(SECRET.encode()).name_source("a"), KeyNames(SECRET.encode()), False),
-        (KeyNames(SECRET[::-1].encode()).name_source("a"), KeyNames(SECRET.encode()), True),
-    ],
-)
-def test_a_table_of_other_names_is_refused(told: str, names: KeyNames, is_refused: bool) -> None:
-    names.refuse_others([])
-    if not is_refused:
-        names.refuse_others([told])
-        return
-    with pytest.raises(UsageError, match="in the same way, or into a table of its own"):
-        names.refuse_others([told])
-
-
 def test_digests_need_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PSEUDONYM_VARIABLE, raising=False)
     assert choose_names("key") is OPEN_KEYS

@@ -17,6 +17,7 @@ from darnet.errors import NEVER_GIVEN_UP, ObjectMissing, PutUncertain, RunError,
 from darnet.publishing.objects import (
     Listing,
     Stored,
+    demand_origin,
     list_commit_objects,
     make_commit_key,
     open_parquet,
@@ -24,6 +25,7 @@ from darnet.publishing.objects import (
     stream_objects,
     to_parquet,
 )
+from darnet.publishing.origin import Origin
 from darnet.publishing.rows import (
     KEY_COLUMNS,
     MODEL_KEY,
@@ -48,13 +50,16 @@ PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three class
 # The gate before publishing
 
 
-def check_rows(planned_sources: Iterable[str], table: Any) -> None:
-    """Demand of a run's rows that nothing was lost, doubled or made up.
+def check_rows(planned_sources: Iterable[str], table: Any, origin: Origin) -> None:
+    """Demand of a run's rows that nothing was lost, doubled or made up, and all is named as the run says.
 
-    Raises: RunError naming a source that is without rows, not planned, has a scan twice, an unknown status,
-        probabilities that are none, or another model than the rest.
+    Planned are keys of the archive; an error tells the table's name of one.
+    Raises: UsageError as `recall_names`; RunError naming a source that is without rows, not planned, has a scan twice,
+        an unknown status, probabilities that are none, or another model than the rest.
     """
-    times = Counter(map(spell_key, planned_sources))
+    _demand_own_names(table, origin)
+    name = origin.recall_names().name_source
+    times = Counter(spell_key(name(key)) for key in planned_sources)
     planned = set(times)
     frame = table.select(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]).to_pandas()
     found = set(frame["source"])
@@ -67,6 +72,11 @@ def check_rows(planned_sources: Iterable[str], table: Any) -> None:
         "has another model than the first row", frame.loc[pd.factorize(frame["model_sha256"])[0] > 0, "source"]
     )
     _check_probabilities(frame)
+
+
+def _demand_own_names(table: Any, origin: Origin) -> None:
+    for column in ("source", "scan_id"):
+        origin.demand_own_names(table[column].unique().to_pylist())
 
 
 def _check_probabilities(frame: pd.DataFrame) -> None:
@@ -93,7 +103,12 @@ def _demand_none(complaint: str, sources: Iterable[str]) -> None:
 
 
 def publish(
-    store: Store, run_id: str, rows: Any, listing: Listing, pause: Callable[[float], None] = time.sleep
+    store: Store,
+    run_id: str,
+    rows: Any,
+    listing: Listing,
+    origin: Origin,
+    pause: Callable[[float], None] = time.sleep,
 ) -> int | None:
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
@@ -102,16 +117,18 @@ def publish(
     BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing.
 
-    Raises: RunError if the rows are not of this run, one model and one preprocessing; StorageError, CredentialsError.
+    Raises: RunError if the rows are not of this run, its origin, one model and one preprocessing; UsageError if a run
+        of this origin may not add to the table; StorageError, CredentialsError.
     """
     if not rows.num_rows:
         return None
     for name, expected in (("run_id", run_id), *((name, rows[name][0].as_py()) for name in MODEL_KEY)):
         if rows[name].unique().to_pylist() != [expected]:
             raise RunError(f"publish: rows of more than one {name}, or not of {expected}")
+    _demand_own_names(rows, origin)
     known = [SCHEMA.empty_table().select(KEY_COLUMNS).append_column(IS_LATER, pa.array([], pa.bool_()))]
     number = 1
-    for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
+    for stored in demand_origin(stream_objects(store, list_commit_objects(store), KEY_COLUMNS), origin):
         if stored.run_id == run_id:
             return stored.commit
         known.append(_select_related(stored, rows, listing))
@@ -122,10 +139,11 @@ def publish(
         if not settled.num_rows:
             return None
         key = make_commit_key(number)
-        data = to_parquet(_finish(settled, number), run_id, listing.ended_at)
+        data = to_parquet(_finish(settled, number), run_id, listing.ended_at, origin)
         if _claim(store, key, data, run_id, pause) == run_id:
             return number
-        known.append(_select_related(read_stored(store, key, KEY_COLUMNS), rows, listing))
+        for stored in demand_origin([read_stored(store, key, KEY_COLUMNS)], origin):
+            known.append(_select_related(stored, rows, listing))
         number += 1
 
 

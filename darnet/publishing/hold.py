@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from darnet.cam_images import CamImages
 from darnet.config import GateConfig
-from darnet.errors import HeldError, UsageError
+from darnet.errors import HeldError, RunError, UsageError
 from darnet.publishing.commit import check_rows, find_repeats, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, list_scans, render_nightly
@@ -74,8 +74,8 @@ def read_earlier_nights(store: Store, night: Any, num_nights: int) -> Any:
 def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     """Carry out a person's decision on a run, and keep the reason beside it; again after a kill is harmless.
 
-    Raises: UsageError naming what is held, if a run to accept is not, or one to discard is not even begun; RunError of
-        `publish`.
+    Raises: UsageError naming what is held, if a run to accept is not, or one to discard is not even begun, and for one
+        to discard that is published; as `check_rows` and `publish`.
     """
     run_id = settings.accept or settings.discard or ""
     files = list_run_files(store)
@@ -83,13 +83,19 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     is_begun = settings.discard is not None and PLAN in files.get(run_id, ()) and not is_published(store, run_id)
     if run_id not in held and not is_begun:
         raise UsageError(f"{store.uri}: run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
+    if settings.discard is not None and not is_begun and is_published(store, run_id):
+        raise UsageError(
+            f"{store.uri}: run {run_id} is in the table already, and what is published stays; say --accept in place of "
+            "--discard, which only ends the hold"
+        )
     folder = RunFolder(store, run_id)
     hold = _read_hold(store, run_id) if run_id in held else {"run_id": run_id, "notice": NOTICE}
     decision: dict[str, Any] = hold | {"reason": settings.reason, "published": None}
     if settings.accept is not None:
         rows = folder.read_parts()
-        check_rows(folder.list_planned_sources(), rows)
-        decision["published"] = publish(store, run_id, rows, folder.read_record().listing)
+        record = folder.read_record()
+        check_rows(folder.list_planned_sources(), rows, record.work.origin)
+        decision["published"] = publish(store, run_id, rows, record.listing, record.work.origin)
         folder.write_end(decision["published"])
     store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
     if settings.discard is not None:
@@ -125,7 +131,15 @@ def _explain_hold(store: Store, hold: Mapping[str, Any]) -> HeldError:
 
 
 def _read_hold(store: Store, run_id: str) -> dict[str, Any]:
-    hold: dict[str, Any] = json.loads(store.read_bytes(RunFolder(store, run_id).locate(HELD)))
+    """Raises: RunError if the file does not say what `_describe_hold` says."""
+    key = f"{RUNS}{run_id}/{HELD}"
+    try:
+        hold: dict[str, Any] = json.loads(store.read_bytes(key))
+        _explain_hold(store, hold)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{store.uri}/{key}: damaged ({error!r}); delete it, and the next night judges its run anew"
+        ) from error
     return hold
 
 

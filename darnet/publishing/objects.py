@@ -5,7 +5,7 @@ Also the numbering of the table's commits.
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet.errors import FolderMissing, StorageError, UsageError
+from darnet.publishing.origin import Origin
 from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA
 from darnet.scan import StoredObject
 from darnet.storage import Store
@@ -48,12 +49,14 @@ class Listing:
 class Stored:
     """A Parquet object read back, or some of its rows: whose it is, and the asked-for columns.
 
-    `listed_until` is when its run ended listing the archive; None if it does not say.
+    `listed_until` is when its run ended listing the archive, `origin` what that run says of its own; None if it does
+    not say.
     """
 
     key: str
     run_id: str
     listed_until: datetime | None
+    origin: Origin | None
     rows: Any
 
     @property
@@ -62,10 +65,11 @@ class Stored:
         return read_commit_number(self.key)
 
 
-def to_parquet(table: Any, run_id: str, listed_until: datetime | None = None) -> bytes:
+def to_parquet(table: Any, run_id: str, listed_until: datetime | None = None, origin: Origin | None = None) -> bytes:
     """A table as a whole object of this run. Each page has a checksum, which every reader of ours looks at."""
     sink = pa.BufferOutputStream()
     told = {} if listed_until is None else {LISTED_UNTIL: listed_until.isoformat()}
+    told |= {} if origin is None else origin.to_metadata()
     described = table.replace_schema_metadata(describe_file(run_id) | told)
     pq.write_table(described, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
     data: bytes = sink.getvalue().to_pybytes()
@@ -101,7 +105,7 @@ def parse_stored(store: Store, key: str, data: bytes, columns: list[str] | None 
     """
     file, run_id = _parse_parquet(store, key, pa.BufferReader(data))
     with explain_damage(store, key):
-        return Stored(key, run_id, _read_listed_until(file), file.read(columns))
+        return _describe(file, key, run_id, file.read(columns))
 
 
 @contextmanager
@@ -109,13 +113,15 @@ def explain_damage(store: Store, key: str) -> Iterator[None]:
     """Turn what a Parquet reader says of damaged pages into a StorageError that names the object."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise StorageError(f"{store.uri}/{key}: damaged ({error}); restore it from a copy") from error
 
 
-def _read_listed_until(file: Any) -> datetime | None:
-    told = file.metadata.metadata.get(LISTED_UNTIL.encode())
-    return None if told is None else datetime.fromisoformat(told.decode())
+def _describe(file: Any, key: str, run_id: str, rows: Any) -> Stored:
+    metadata = file.metadata.metadata
+    told = metadata.get(LISTED_UNTIL.encode())
+    listed_until = None if told is None else datetime.fromisoformat(told.decode())
+    return Stored(key, run_id, listed_until, Origin.from_metadata(metadata), rows)
 
 
 def _parse_parquet(store: Store, key: str, source: Any) -> tuple[Any, str]:
@@ -140,7 +146,7 @@ def read_stored(store: Store, key: str, columns: list[str] | None = None) -> Sto
     """
     file, run_id = open_parquet(store, key)
     with explain_damage(store, key):
-        return Stored(key, run_id, _read_listed_until(file), file.read(columns))
+        return _describe(file, key, run_id, file.read(columns))
 
 
 def read_objects(store: Store, keys: Sequence[str], columns: list[str] | None = None) -> Iterator[Stored]:
@@ -170,7 +176,23 @@ def _stream_object(store: Store, item: StoredObject, columns: list[str]) -> Iter
         for group in range(file.num_row_groups):  # one at a time: all of them at once would fetch ahead
             batches = file.iter_batches(PIECE_ROWS, [group], columns)
             while (rows := _read_batch(store, item.key, batches)) is not None:
-                yield Stored(item.key, run_id, _read_listed_until(file), rows)
+                with explain_damage(store, item.key):
+                    piece = _describe(file, item.key, run_id, rows)
+                yield piece
+
+
+def demand_origin(table: Iterable[Stored], origin: Origin) -> Iterator[Stored]:
+    """Pass the table's objects on in their order, as long as a run of this origin may add to them.
+
+    Raises: UsageError as `Origin.refuse_object` and, at the end, `Origin.refuse_archive`.
+    """
+    newest = None
+    for stored in table:
+        is_read = "source" in stored.rows.column_names
+        origin.refuse_object(stored.origin, stored.rows["source"][:1].to_pylist() if is_read else ())
+        newest = stored.origin
+        yield stored
+    origin.refuse_archive(newest)
 
 
 def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Any:

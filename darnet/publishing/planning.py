@@ -18,7 +18,6 @@ from typing import Any
 
 from darnet.archive import Selection, batch_by, list_sources
 from darnet.errors import UsageError
-from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.objects import Listing
 from darnet.publishing.rows import Reason
 from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, find_unfinished, write_plan
@@ -80,16 +79,14 @@ class Plan:
     survey: Survey
 
 
-def plan_night(
-    archive: Store, results: Store, work: Work, night: date, selection: Selection, names: KeyNames = OPEN_KEYS
-) -> Plan:
+def plan_night(archive: Store, results: Store, work: Work, night: date, selection: Selection) -> Plan:
     """Begin the run of what is selected and not settled, in the archive's order; a run of the same work goes on.
 
     All times are of the results store's clock, so that runs of several machines can be told which came first.
 
     Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters.
     """
-    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, names)  # first: see Listing
+    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)  # first: see Listing
     started_at, survey = results.read_clock(), Survey()
     planned = survey_archive(archive, keys, selection, started_at.timestamp(), survey)
     first = next(planned, None)
@@ -117,21 +114,20 @@ def preview_night(
     work: Work,
     selection: Selection,
     clock: Callable[[], datetime],
-    names: KeyNames = OPEN_KEYS,
 ) -> dict[str, Any]:
     """Show on stderr what would be scored and why; the counts for a summary. Writes nothing.
 
     What an unfinished run holds is counted too: it would be scored in the same call.
     """
     unfinished = [folder.run_id for folder in find_unfinished(results, work)]
-    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, names)
+    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)
     survey = Survey()
     shown: list[tuple[object, ...]] = []
     for planned in survey_archive(archive, keys, selection, clock().timestamp(), survey):
         if len(shown) < PREVIEW_SOURCES:
             source = planned.source
             shown.append(
-                (names.name_source(source.key), str(planned.reason), len(source.objects), source.num_bytes / 1e6)
+                (keys.names.name_source(source.key), str(planned.reason), len(source.objects), source.num_bytes / 1e6)
             )
     counts = survey.describe()
     reasons, empty = counts.pop("reasons"), counts.pop("empty_prefixes")

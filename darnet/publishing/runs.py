@@ -23,6 +23,7 @@ from darnet.errors import FolderMissing, ObjectMissing, PutUncertain, UsageError
 from darnet.publishing.objects import (
     NOTICE,
     Listing,
+    demand_origin,
     describe_file,
     digest_object,
     list_commit_objects,
@@ -32,6 +33,7 @@ from darnet.publishing.objects import (
     take_rows,
     to_parquet,
 )
+from darnet.publishing.origin import Origin
 from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA, Reason, make_table, spell_key, unspell_key
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
@@ -52,9 +54,9 @@ class PlannedSource:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run shares with the one that may finish it: archive, model, and the digest of the settings of scoring."""
+    """What a run shares with the one that may finish it: origin, model, and the digest of the settings of scoring."""
 
-    archive: str
+    origin: Origin
     model_sha256: str
     preprocessing_version: str
     settings_sha256: str
@@ -104,7 +106,8 @@ class RunRecord:
         """Raises: ValueError, KeyError, TypeError for what `to_json` did not write."""
         told = json.loads(data)
         times = (datetime.fromisoformat(told[name]) for name in ("listed_from", "listed_until"))
-        work = Work(*(told[name] for name in Work.__dataclass_fields__))
+        origin = Origin(**told["origin"])
+        work = Work(origin, told["model_sha256"], told["preprocessing_version"], told["settings_sha256"])
         listing = Listing(told["last_commit"], *times)
         night = date.fromisoformat(told["night"])
         return cls(night, work, told["selection"], told["plan_sha256"], listing, told.get("attempt", 0))
@@ -298,7 +301,7 @@ def list_run_files(store: Store) -> dict[str, set[str]]:
 def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
     """Runs of this work that were begun and not brought to an end, the oldest first.
 
-    Raises: UsageError if the record of one is of another run.
+    Raises: UsageError if the record of one is of another run, or if the table takes no rows of this work's origin.
     """
     files = list_run_files(store)
     over = {HELD, ENDED, DISCARDED}
@@ -307,7 +310,8 @@ def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
     ours = [(folder, record) for folder, record in begun if record.work == work]
     if not ours:
         return []
-    published = {stored.run_id for stored in stream_objects(store, list_commit_objects(store), [])}
+    table = stream_objects(store, list_commit_objects(store), [])
+    published = {stored.run_id for stored in demand_origin(table, work.origin)}
     for folder, record in ours:
         if record.run_id != folder.run_id:
             raise UsageError(

@@ -10,7 +10,8 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from darnet.pseudonym import OPEN_KEYS, KeyNames
-from darnet.publishing.objects import Stored, list_commit_objects, read_commit_number, stream_objects
+from darnet.publishing.objects import Stored, demand_origin, list_commit_objects, read_commit_number, stream_objects
+from darnet.publishing.origin import Origin
 from darnet.publishing.rows import MODEL_KEY, SOURCE_KEY, Reason, is_of_model, spell_key
 from darnet.scan import BoolArray, Source
 from darnet.storage import Store
@@ -65,18 +66,15 @@ def _name_reason(is_retried: bool, is_known: bool, is_known_elsewhere: bool) -> 
     return Reason.OTHER_MODEL if is_known_elsewhere else Reason.NEW
 
 
-def read_scored_keys(
-    store: Store, model_sha256: str, preprocessing_version: str, names: KeyNames = OPEN_KEYS
-) -> ScoredKeys:
+def read_scored_keys(store: Store, model_sha256: str, preprocessing_version: str, origin: Origin) -> ScoredKeys:
     """What is settled under this model and preprocessing, read commit after commit.
 
     A source is done if its newest commit holds no ERR row: a commit tells of all its scans that were not final.
-    Raises: UsageError if the table names its sources otherwise.
+    Raises: UsageError if a run of this origin may not add to the table.
     """
-    objects = list_commit_objects(store)
+    names, objects = origin.recall_names(), list_commit_objects(store)
     events, elsewhere = _Events(), _Halves()
-    for stored in stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]):
-        names.refuse_others(stored.rows["source"][:1].to_pylist())  # a commit is of one run, whose names are alike
+    for stored in demand_origin(stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]), origin):
         is_ours = is_of_model(stored.rows, model_sha256, preprocessing_version)
         events.note(stored, is_ours)
         elsewhere.note(stored.rows["source"].filter(pc.invert(is_ours)))

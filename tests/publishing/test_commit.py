@@ -16,6 +16,7 @@ from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.storage import Store
 from tests.results_fixtures import (
+    ORIGIN,
     list_commit_numbers,
     make_listing,
     make_row,
@@ -37,7 +38,7 @@ def test_commits_are_numbered_from_one_and_rows_carry_the_number(store: Store) -
 
 
 def test_nothing_new_publishes_nothing(store: Store) -> None:
-    assert publish(store, "none", make_table([]), make_listing(0)) is None
+    assert publish(store, "none", make_table([]), make_listing(0), ORIGIN) is None
     publish_rows(store, "one", make_row("a"))
     assert publish_rows(store, "two", make_row("a", probability_ncp=0.6)) is None
     assert list_commit_numbers(store) == [1]
@@ -52,7 +53,7 @@ def test_a_restart_after_a_lost_acknowledgement_finds_its_commit(store: Store) -
 
 def test_rows_of_another_run_or_of_two_models_are_refused(local: Store) -> None:
     with pytest.raises(RunError, match="run_id"):
-        publish(local, "mine", make_table([make_row("a", run_id="other")]), make_listing(0))
+        publish(local, "mine", make_table([make_row("a", run_id="other")]), make_listing(0), ORIGIN)
     with pytest.raises(RunError, match="model_sha256"):
         publish_rows(local, "mine", make_row("a"), make_row("b", model_sha256="other"))
 
@@ -367,8 +368,8 @@ def test_every_published_scan_and_key_has_one_final_row(local: Store, seed: int)
 
 def test_sound_rows_pass() -> None:
     rows = [make_row("a#1"), make_row("a#2", "ERR_TIMEOUT"), make_row("caf\udce9", "SKIP_NO_LUNG")]
-    check_rows(["a", "caf\udce9"], make_table(rows))
-    check_rows([], make_table([]))
+    check_rows(["a", "caf\udce9"], make_table(rows), ORIGIN)
+    check_rows([], make_table([]), ORIGIN)
 
 
 @pytest.mark.parametrize(
@@ -392,4 +393,4 @@ def test_sound_rows_pass() -> None:
 )
 def test_unsound_rows_name_their_source(rows: list[dict[str, Any]], complaint: str) -> None:
     with pytest.raises(RunError, match=complaint):
-        check_rows(["a", "b"], make_table(rows))
+        check_rows(["a", "b"], make_table(rows), ORIGIN)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import ExitCode, HeldError, UsageError
+from darnet.errors import ExitCode, HeldError, RunError, UsageError
 from darnet.job import run_job
 from darnet.publishing.commit import publish
 from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
@@ -190,6 +190,28 @@ def test_a_published_run_cannot_be_discarded(local: Store) -> None:
     publish_rows(local, folder.run_id, make_row("a"))
     with pytest.raises(UsageError, match="is not held"):
         decide(local, "discard", folder.run_id)
+
+
+def test_a_held_run_that_another_driver_published_is_accepted_and_not_discarded(local: Store) -> None:
+    folder = hold_night(local)
+    publish_rows(local, folder.run_id, *folder.read_parts().to_pylist())
+    with pytest.raises(UsageError, match=r"in the table already.*--accept"):
+        decide(local, "discard", folder.run_id)
+    assert list_held_runs(local) == [folder.run_id]
+    assert decide(local, "accept", folder.run_id)["published"] == 3
+    assert (list_commit_numbers(local), list_held_runs(local)) == ([1, 2, 3], [])
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[]", b'{"run_id": "run3"}', b'{"run_id": "a", "breaches": [1]}', b"\xff"])
+def test_a_damaged_hold_is_named(local: Store, damaged: bytes) -> None:
+    folder = hold_night(local)
+    local.write_bytes(folder.locate("HELD.json"), damaged)
+    for ask in (lambda: refuse_if_held(local), lambda: decide(local, "accept", "run3")):
+        with pytest.raises(RunError, match=r"run3/HELD\.json: damaged.*delete it") as caught:
+            ask()
+        assert not isinstance(caught.value, HeldError)
+    local.delete(folder.locate("HELD.json"))
+    refuse_if_held(local)
 
 
 def test_a_good_or_small_run_is_let_through(local: Store) -> None:

@@ -19,7 +19,7 @@ from darnet.publishing.scored_keys import read_scored_keys
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
-from tests.results_fixtures import MODEL, WORK, begin_run, make_row, publish_rows, read_plan
+from tests.results_fixtures import MODEL, ORIGIN, WORK, begin_run, make_row, publish_rows, read_plan
 
 NIGHT = date(2030, 1, 1)
 MIDNIGHT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -50,7 +50,7 @@ def list_slices(*keys: str, num_slices: int = 2, age_s: float = 1e6) -> list[Sto
 
 def survey(archive: Any, results: Store, selection: Selection = EVERYTHING) -> tuple[list[PlannedSource], Survey]:
     counted = Survey()
-    keys = read_scored_keys(results, MODEL, "1-abc")
+    keys = read_scored_keys(results, MODEL, "1-abc", ORIGIN)
     return list(survey_archive(archive, keys, selection, MIDNIGHT_S, counted)), counted
 
 
@@ -131,7 +131,7 @@ def test_sources_come_while_the_listing_still_streams(local: Store) -> None:
             asked.append(number)
             yield StoredObject(f"ct/{number:08d}.nii", 1, "v")
 
-    keys = read_scored_keys(local, MODEL, "1-abc")
+    keys = read_scored_keys(local, MODEL, "1-abc", ORIGIN)
     found = survey_archive(ListedStore(stream), keys, EVERYTHING, MIDNIGHT_S, Survey())  # type: ignore[arg-type]
     assert next(found).source.key == "ct/00000000.nii"
     assert len(asked) <= LOOKUP_OBJECTS

@@ -12,6 +12,7 @@ import pytest
 
 from darnet.errors import ObjectMissing, RunError, Status, StorageError, UsageError
 from darnet.publishing.commit import check_rows, publish
+from darnet.publishing.origin import Origin
 from darnet.publishing.rows import Reason, spell_key
 from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part
 from darnet.publishing.scored_keys import read_scored_keys
@@ -21,6 +22,7 @@ from darnet.storage_local import LocalStore
 from tests.results_fixtures import (
     MODEL,
     ODD_KEYS,
+    ORIGIN,
     WORK,
     begin_run,
     flip_bit,
@@ -98,7 +100,7 @@ def test_a_record_comes_back_as_written(store: Store) -> None:
     assert record.run_id == folder.run_id
     assert (record.night, record.work, record.listing) == (date(2030, 1, 3), WORK, make_listing(0))
     told = json.loads(store.read_bytes(folder.locate("run.json")))
-    assert (told["archive"], told["night"], told["last_commit"]) == ("/archive", "2030-01-03", 0)
+    assert (told["origin"]["archive"], told["night"], told["last_commit"]) == ("/archive", "2030-01-03", 0)
     assert told["notice"] == "research use only"
 
 
@@ -133,8 +135,10 @@ def find_ids(store: Store, work: Work = WORK) -> list[str]:
 def test_runs_of_the_same_work_that_never_ended_are_finished_first(store: Store) -> None:
     assert find_ids(store) == []
     later, first = (begin_run(store, make_source(key), night=night) for key, night in (("a", 2), ("b", 1)))
-    for field in Work.__dataclass_fields__:
+    for field in set(Work.__dataclass_fields__) - {"origin"}:
         begin_run(store, make_source("a"), work=replace(WORK, **{field: "other"}))
+    for field in Origin.__dataclass_fields__:
+        begin_run(store, make_source("a"), work=replace(WORK, origin=replace(ORIGIN, **{field: "other"})))
     assert find_ids(store) == [first.run_id, later.run_id]
 
 
@@ -239,7 +243,7 @@ def test_a_source_planned_twice_is_not_published(local: Store) -> None:
     folder = begin_run(local, make_source("s"))
     folder.write_part("p", [make_row("s", run_id=folder.run_id)])
     with pytest.raises(RunError, match="'s' planned twice"):
-        check_rows(["s", "s"], folder.read_parts())
+        check_rows(["s", "s"], folder.read_parts(), ORIGIN)
 
 
 def test_a_restarted_run_scores_what_is_missing_and_publishes_once(store: Store) -> None:
@@ -250,9 +254,9 @@ def test_a_restarted_run_scores_what_is_missing_and_publishes_once(store: Store)
     missing = set(folder.list_planned_sources()) - folder.list_staged_sources()
     assert missing == {"c"}
     folder.write_part(name_part(missing), [make_row("c")])
-    check_rows(folder.list_planned_sources(), folder.read_parts())
-    assert publish(store, "run", folder.read_parts(), make_listing(0)) == 1
-    assert publish(store, "run", folder.read_parts(), make_listing(0)) == 1
+    check_rows(folder.list_planned_sources(), folder.read_parts(), ORIGIN)
+    assert publish(store, "run", folder.read_parts(), make_listing(0), ORIGIN) == 1
+    assert publish(store, "run", folder.read_parts(), make_listing(0), ORIGIN) == 1
     assert read_statuses(store, latest=False) == {"a": "OK", "b": "BAD_TILT", "c": "OK"}
 
 
@@ -266,4 +270,4 @@ def test_odd_names_on_disk_reach_the_table_and_the_plan(tmp_path: Path) -> None:
     publish_rows(results, "run", make_row(source.key, "BAD_TRUNCATED", input_sha256=source.input_sha256))
     assert folder.read_sources([0]) == [source]
     assert read_statuses(results) == {"caf\\xe9.nii": Status.BAD_TRUNCATED}
-    assert read_scored_keys(results, MODEL, "1-abc").find_reasons([source]) == [None]
+    assert read_scored_keys(results, MODEL, "1-abc", ORIGIN).find_reasons([source]) == [None]

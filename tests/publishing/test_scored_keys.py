@@ -19,13 +19,13 @@ from darnet.publishing.scored_keys import (
 )
 from darnet.scan import Source
 from darnet.storage import Store
-from tests.results_fixtures import MODEL, make_row, make_source, publish_rows, read_statuses
+from tests.results_fixtures import MODEL, ORIGIN, make_row, make_source, publish_rows, read_statuses
 
 KEYS = ["a", "b", "c é", "caf\udce9"]
 
 
 def read_keys(store: Store) -> ScoredKeys:
-    return read_scored_keys(store, MODEL, "1-abc")
+    return read_scored_keys(store, MODEL, "1-abc", ORIGIN)
 
 
 def find_reasons(store: Store, *sources: Source) -> list[Reason | None]:
@@ -53,14 +53,14 @@ def test_another_model_or_preprocessing_scores_all_anew_and_says_so(local: Store
     a, b = make_source("a"), make_source("b")
     publish_rows(local, "one", *make_rows_of(a), *make_rows_of(b))
     for model, preprocessing in (("n" * 64, "1-abc"), (MODEL, "2-abc")):
-        keys = read_scored_keys(local, model, preprocessing)
+        keys = read_scored_keys(local, model, preprocessing, ORIGIN)
         assert keys.find_reasons([a, make_source("b", "2"), make_source("c")]) == [
             Reason.OTHER_MODEL,
             Reason.OTHER_MODEL,
             Reason.NEW,
         ]
     publish_rows(local, "two", *make_rows_of(a, model_sha256="n" * 64))
-    keys = read_scored_keys(local, "n" * 64, "1-abc")
+    keys = read_scored_keys(local, "n" * 64, "1-abc", ORIGIN)
     assert keys.find_reasons([a, make_source("a", "2"), b]) == [None, Reason.CHANGED, Reason.OTHER_MODEL]
 
 
