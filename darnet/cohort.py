@@ -57,8 +57,6 @@ class Division(Section):
     """The settings, their defaults spelled out."""
     num_folds: int
     """Folds of the training cohort."""
-    seed: int
-    """Seeds what was dealt."""
 
 
 def read_cohort(name: str, data: bytes, *, num_folds: int = NUM_FOLDS) -> pd.DataFrame:
@@ -114,7 +112,7 @@ def divide_cohort(
     return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
 
 
-def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int, seed: int) -> Division:
+def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int) -> Division:
     """What `divide_cohort` does with this table under these settings.
 
     Raises: UsageError as `name_own_cohorts`.
@@ -126,7 +124,6 @@ def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int
             "folds_by": "fold" if _has_own_folds(frame, own) else "patient",
             "cohorts": config.resolved,
             "num_folds": num_folds,
-            "seed": seed,
         }
     )
 
@@ -135,7 +132,7 @@ def describe_division(division: Division | None) -> str:
     """A division in one sentence; None is one that nobody recorded."""
     if division is None:
         return "not recorded: prepared by an earlier version"
-    config, dealt = division.cohorts, f"dealt by patient (seed {division.seed})"
+    config, dealt = division.cohorts, f"dealt by patient (seed {division.cohorts.seed})"
     cohorts, folds = (
         dealt if column == "patient" else f"of the table's column {column}"
         for column in (division.cohorts_by, division.folds_by)

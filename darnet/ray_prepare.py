@@ -65,11 +65,11 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     volumes.write_bytes(EXCLUDED_FILE, table.encode())
     if not is_usable.any():
         raise UsageError(f"no scan of the cohort is usable; {volumes.uri}/{EXCLUDED_FILE} says why for each")
-    usable, deal = frame[is_usable], {"num_folds": settings.train.num_folds, "seed": settings.train.seed}
+    usable, config, num_folds = frame[is_usable], settings.cohorts, settings.train.num_folds
     divided = divide_cohort(
-        usable, division=settings.cohorts.division, test_fraction=settings.cohorts.test_fraction, **deal
+        usable, num_folds=num_folds, seed=config.seed, division=config.division, test_fraction=config.test_fraction
     )
-    division = record_division(usable, settings.cohorts, **deal)
+    division = record_division(usable, config, num_folds=num_folds)
     write_facts(volumes, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {
         "volumes": volumes.uri,

@@ -89,6 +89,8 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     again = prepare_volumes(open_store(settings.archive), cohort, volumes, settings)
     assert (done["sources_reused"], again["sources_reused"]) == (0, 11)
     assert {**again, "sources_reused": 0} == done
+    reseeded = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 1})})
+    assert prepare_volumes(open_store(settings.archive), cohort, volumes, reseeded) == again
     (tmp_path / "volumes" / index.frame.set_index("patient_id").loc["p02", "array"]).unlink()
     (tmp_path / "archive" / "NCP" / "p01" / "1" / "1.png").touch()
     assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 9

@@ -11,7 +11,7 @@ from darnet.dataset import VolumesIndex, read_index, write_array, write_index
 from darnet.storage import open_store
 
 SMALL_VOLUME = VolumeConfig(shape=(8, 32, 32))
-DIVISION = Division(cohorts_by="cohort", folds_by="patient", cohorts=CohortConfig(), num_folds=2, seed=5)
+DIVISION = Division(cohorts_by="cohort", folds_by="patient", cohorts=CohortConfig(seed=5), num_folds=2)
 
 
 def make_voxels(diagnosis: str, seed: int, shape: tuple[int, int, int] = SMALL_VOLUME.shape) -> np.ndarray:
