@@ -4,7 +4,7 @@ The bytes of a CSV or Parquet table enter; a checked frame of scans, divided int
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -144,6 +144,14 @@ def describe_division(division: Division | None) -> str:
     }
     left_out = ", ".join(name for name, is_dropped in drops.items() if is_dropped) or "nothing"
     return f"{config.division}: cohorts {cohorts}; {division.num_folds} folds {folds}; left out for defects: {left_out}"
+
+
+def describe_excluded(excluded: Mapping[str, int] | None) -> str:
+    """Scans of a table that its volumes lack, counted by reason; None are those that nobody recorded."""
+    if excluded is None:
+        return "not recorded: prepared by an earlier version"
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(excluded.items()))
+    return f"{told} (excluded.csv beside the volumes names each)" if told else "no scan of the table"
 
 
 def name_own_cohorts(frame: pd.DataFrame, division: str) -> str | None:

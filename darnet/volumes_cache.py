@@ -37,7 +37,7 @@ def copy_volumes(store: Store, cache: Path) -> Path:
         local = open_store(str(folder), create=True)
         if not (folder / VOLUMES_FILE).is_file():
             _copy_arrays(store, local, table)
-        write_index(local, table.frame, table.volume, table.division)
+        write_index(local, table.frame, table.volume, table.division, table.excluded)
     return folder
 
 

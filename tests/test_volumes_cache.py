@@ -12,7 +12,7 @@ from darnet.errors import StorageError
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
 from darnet.volumes_cache import copy_volumes, open_volumes
-from tests.volumes_fixtures import DIVISION, make_volumes
+from tests.volumes_fixtures import DIVISION, EXCLUDED, make_volumes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def test_a_copy_is_what_was_prepared(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path)
     copied, made = read_index(copy_volumes(store, tmp_path / "cache")), read_index(tmp_path / "made")
     pd.testing.assert_frame_equal(copied.frame, made.frame)
-    assert (copied.cohort_sha256, copied.division) == (made.cohort_sha256, DIVISION)
+    assert (copied.cohort_sha256, copied.division, copied.excluded) == (made.cohort_sha256, DIVISION, EXCLUDED)
     for name in made.frame["array"]:
         assert (copied.folder / name).read_bytes() == (made.folder / name).read_bytes()
 

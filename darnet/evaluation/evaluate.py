@@ -23,7 +23,7 @@ from darnet.bundle import (
     load_networks,
     read_bundle,
 )
-from darnet.cohort import Division, count_cohort, describe_division, find_leaking_patients, tell_leak
+from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, find_leaking_patients, tell_leak
 from darnet.config import ScoreConfig, digest_json
 from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
@@ -320,6 +320,7 @@ def _describe_origin(
         "bundle_settings_sha256": manifest.settings_sha256,
         **_describe_settings(settings, audit),
         "division": describe_division(index.division),
+        "excluded": describe_excluded(index.excluded),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")

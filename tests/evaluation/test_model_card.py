@@ -30,6 +30,7 @@ def test_scans_are_counted_by_fold_cohort_and_diagnosis(tmp_path: Path) -> None:
         ["test", "2", "1", "1", "4", "4"],
     ]
     assert "no patient is in two folds" in told
+    assert "Not among them: 2 BAD_TRUNCATED, 1 NOT_IN_ARCHIVE (excluded.csv beside the volumes names each)." in told
     assert "Division patient: cohorts of the table's column cohort; 2 folds dealt by patient (seed 5)" in told
     assert "No patient of the test cohort has a scan in the training cohort." in told
     assert not re.search(r"patient-\d|scan-\d", told)
