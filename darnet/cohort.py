@@ -226,16 +226,31 @@ def find_leaking_patients(frame: pd.DataFrame) -> list[str]:
     return sorted(train & test)
 
 
+def has_leak(frame: pd.DataFrame) -> bool:
+    """Whether training knows a patient, or under another name a standard volume, of the test cohort."""
+    return bool(find_leaking_patients(frame)) or count_leaking_volumes(frame) > 0
+
+
+def count_leaking_volumes(frame: pd.DataFrame) -> int:
+    """Test scans whose standard volume is that of a training scan, voxel by voxel (column sha256)."""
+    is_test = frame["cohort"] == "test"
+    known = frame.loc[frame["cohort"] == "train", "sha256"]
+    return int(frame.loc[is_test, "sha256"].isin(known).sum())
+
+
 def tell_leak(frame: pd.DataFrame) -> str:
-    """One sentence, without its full stop, on patients of the test cohort that are in training too."""
+    """One sentence, without its full stop, on patients and standard volumes of the test cohort that are in training."""
     leaking, test = find_leaking_patients(frame), frame[frame["cohort"] == "test"]
-    if not leaking:
-        return "No patient of the test cohort has a scan in the training cohort"
-    num_scans = int(test["patient_id"].isin(leaking).sum())
-    return (
-        f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) also "
-        "have scans in the training cohort"
-    )
+    told = "No patient of the test cohort has a scan in the training cohort"
+    if leaking:
+        num_scans = int(test["patient_id"].isin(leaking).sum())
+        told = (
+            f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) "
+            "also have scans in the training cohort"
+        )
+    if num_volumes := count_leaking_volumes(frame):
+        told += f"; the standard volumes of {num_volumes} of {len(test)} test scans are also those of training scans"
+    return told
 
 
 def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:

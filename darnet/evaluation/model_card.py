@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from darnet.cohort import COHORTS, describe_division, describe_excluded, find_leaking_patients, tell_leak
+from darnet.cohort import COHORTS, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
 from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
@@ -37,7 +37,7 @@ def describe_leak(table: VolumesTable) -> str:
     """Whether patients of the test cohort are in training too."""
     if not (table.frame["cohort"] == "test").any():
         return NO_TEST
-    if not find_leaking_patients(table.frame):
+    if not has_leak(table.frame):
         return f"{tell_leak(table.frame)}."
     return f"**{tell_leak(table.frame)}: figures on the test cohort flatter the model.**"
 
