@@ -5,6 +5,7 @@ A fold is one `TorchTrainer` run of some DDP workers; folds run side by side as 
 
 import contextlib
 import functools
+import hashlib
 import os
 import sys
 import tempfile
@@ -40,7 +41,7 @@ from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ScoreConfig
 from darnet.dataset import VolumesTable, read_table
-from darnet.errors import RunError
+from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.gang import train_rank
 from darnet.history import render_files
@@ -234,6 +235,7 @@ def train_folds(
     tasks_of = [_list_folds(training, table, places, workers) for training in trainings]
     tasks = [task for tasks in tasks_of for task in tasks]
     plan = plan_gangs(ray.cluster_resources(), workers, len(tasks))
+    holder = _hold_runs(places)
     for training in trainings:
         check_device(training.config, has_gpu=plan.has_gpus)
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
@@ -246,8 +248,25 @@ def train_folds(
             done = _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
     finally:
         queue.shutdown()
+        ray.kill(holder)
     checkpoints = dict(zip(tasks, done, strict=True))
     return [functools.partial(_read_folds, [checkpoints[task] for task in tasks]) for tasks in tasks_of]
+
+
+class _Holder:
+    """Ends with the driver that made it, however that ends; its name is taken until then."""
+
+
+def _hold_runs(places: Places) -> Any:
+    """Two drivers would delete each other's checkpoints; in all other steps of jobs.paper both write the same bytes.
+
+    Raises: UsageError while another driver of this cluster trains there.
+    """
+    name = f"darnet-runs-{hashlib.sha256(places.runs.encode()).hexdigest()[:16]}"
+    try:
+        return ray.remote(_Holder).options(name=name, namespace="darnet", num_cpus=0).remote()
+    except ValueError as error:
+        raise UsageError(f"{places.runs}: another job of this cluster trains there; wait for it, or stop it") from error
 
 
 def _list_folds(training: Training, table: VolumesTable, places: Places, workers: int) -> list[FoldTask]:

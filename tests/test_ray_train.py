@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from ray.train import WorkerGroupError
@@ -198,6 +200,17 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: Volum
     least = f"{12 * MIN_WORKER_CPUS:g}"
     with pytest.raises(UsageError, match=f"--workers 12 takes at least {least} CPUs, the cluster has 4"):
         train_folds(index, [Training(NETWORK, config)], make_places(index, tmp_path), workers=12, on_progress=ignore)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_second_driver_is_refused_while_the_first_trains_there(index: VolumesIndex, tmp_path: Path) -> None:
+    places = make_places(index, tmp_path)
+    name = f"darnet-runs-{hashlib.sha256(places.runs.encode()).hexdigest()[:16]}"
+    first = ray.remote(Killed).options(name=name, namespace="darnet", num_cpus=0).remote([], [], [], tmp_path, "")
+    with pytest.raises(UsageError, match="another job of this cluster trains there"):
+        train_folds(index, [TRAINING], places, workers=WORKERS, on_progress=ignore)
+    del first
 
 
 class FailingTrainer:
