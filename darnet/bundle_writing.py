@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -62,7 +62,7 @@ def write_bundle(out: str, **facts: Any) -> Bundle:
     """
     refuse_existing(out)
     bundle, files = make_bundle(**facts)
-    publish_bundles(out, {"": files})
+    publish_bundles(out, [("", files)])
     return bundle
 
 
@@ -128,27 +128,31 @@ def add_int8_graphs(
     return Bundle(manifest, bundle.weights, tuple(graphs)), files
 
 
-def publish_bundles(out: str, bundles: Mapping[str, Files]) -> None:
-    """Write bundles below `out`, each under its name; under the name "" to `out` itself.
+def publish_bundles(out: str, bundles: Iterable[tuple[str, Files]]) -> None:
+    """Write bundles below `out`, each under its name, as they come; under the name "" to `out` itself.
 
     A local folder appears whole or not at all. In a bucket every bundle does: its manifest, without which it is none,
     comes when the other files of all are there. Nothing there is replaced but a model card: what a killed publishing of
     the same networks left is gone on with.
     Raises: UsageError if another bundle, or a part of one, is there already; StorageError, CredentialsError.
     """
-    files = {f"{name}/{file}".lstrip("/"): data for name, held in bundles.items() for file, data in held.items()}
+    # One bundle at a time: four networks of three seeds hold 8 GB of weights.
+    files = ((f"{name}/{file}".lstrip("/"), data) for name, held in bundles for file, data in held.items())
     store = open_store(out)
     if isinstance(store, LocalStore):
         _publish_folder(store.root, files)
         return
-    manifests = [key for key in files if key.rpartition("/")[2] == MANIFEST_FILE]
-    for key in (key for key in files if key not in manifests):
-        if key.rpartition("/")[2] == CARD_FILE:  # says the day it was written
-            store.write_bytes(key, files[key])
-        elif _put_once(store, key, files[key]) != files[key]:
+    manifests = {}
+    for key, data in files:
+        file = key.rpartition("/")[2]
+        if file == MANIFEST_FILE:
+            manifests[key] = data
+        elif file == CARD_FILE:  # says the day it was written
+            store.write_bytes(key, data)
+        elif _put_once(store, key, data) != data:
             raise _refuse(store.uri)
-    for key in manifests:
-        if _name_networks(_put_once(store, key, files[key])) != _name_networks(files[key]):
+    for key, data in manifests.items():
+        if _name_networks(_put_once(store, key, data)) != _name_networks(data):
             raise _refuse(store.uri)
 
 
@@ -262,12 +266,12 @@ def _refuse(place: str) -> UsageError:
     return UsageError(f"{place}: exists already, and a bundle is never overwritten; name another folder")
 
 
-def _publish_folder(out: Path, files: Files) -> None:
+def _publish_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Fill a hidden folder beside `out` and rename it, so that no reader meets a part of a bundle."""
     staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         store = open_store(str(staged), create=True)
-        for name, data in files.items():
+        for name, data in files:
             store.write_bytes(name, data)
         staged.rename(out)
     except OSError as error:

@@ -4,7 +4,7 @@ The bytes of a CSV or Parquet table enter; a checked frame of scans, divided int
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -57,8 +57,6 @@ class Division(Section):
     """The settings, their defaults spelled out."""
     num_folds: int
     """Folds of the training cohort."""
-    seed: int
-    """Seeds what was dealt."""
 
 
 def read_cohort(name: str, data: bytes, *, num_folds: int = NUM_FOLDS) -> pd.DataFrame:
@@ -114,7 +112,7 @@ def divide_cohort(
     return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
 
 
-def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int, seed: int) -> Division:
+def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int) -> Division:
     """What `divide_cohort` does with this table under these settings.
 
     Raises: UsageError as `name_own_cohorts`.
@@ -126,7 +124,6 @@ def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int
             "folds_by": "fold" if _has_own_folds(frame, own) else "patient",
             "cohorts": config.resolved,
             "num_folds": num_folds,
-            "seed": seed,
         }
     )
 
@@ -135,7 +132,7 @@ def describe_division(division: Division | None) -> str:
     """A division in one sentence; None is one that nobody recorded."""
     if division is None:
         return "not recorded: prepared by an earlier version"
-    config, dealt = division.cohorts, f"dealt by patient (seed {division.seed})"
+    config, dealt = division.cohorts, f"dealt by patient (seed {division.cohorts.seed})"
     cohorts, folds = (
         dealt if column == "patient" else f"of the table's column {column}"
         for column in (division.cohorts_by, division.folds_by)
@@ -147,6 +144,14 @@ def describe_division(division: Division | None) -> str:
     }
     left_out = ", ".join(name for name, is_dropped in drops.items() if is_dropped) or "nothing"
     return f"{config.division}: cohorts {cohorts}; {division.num_folds} folds {folds}; left out for defects: {left_out}"
+
+
+def describe_excluded(excluded: Mapping[str, int] | None) -> str:
+    """Scans of a table that its volumes lack, counted by reason; None are those that nobody recorded."""
+    if excluded is None:
+        return "not recorded: prepared by an earlier version"
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(excluded.items()))
+    return f"{told} (excluded.csv beside the volumes names each)" if told else "no scan of the table"
 
 
 def name_own_cohorts(frame: pd.DataFrame, division: str) -> str | None:
@@ -221,16 +226,31 @@ def find_leaking_patients(frame: pd.DataFrame) -> list[str]:
     return sorted(train & test)
 
 
+def has_leak(frame: pd.DataFrame) -> bool:
+    """Whether training knows a patient, or under another name a standard volume, of the test cohort."""
+    return bool(find_leaking_patients(frame)) or count_leaking_volumes(frame) > 0
+
+
+def count_leaking_volumes(frame: pd.DataFrame) -> int:
+    """Test scans whose standard volume is that of a training scan, voxel by voxel (column sha256)."""
+    is_test = frame["cohort"] == "test"
+    known = frame.loc[frame["cohort"] == "train", "sha256"]
+    return int(frame.loc[is_test, "sha256"].isin(known).sum())
+
+
 def tell_leak(frame: pd.DataFrame) -> str:
-    """One sentence, without its full stop, on patients of the test cohort that are in training too."""
+    """One sentence, without its full stop, on patients and standard volumes of the test cohort that are in training."""
     leaking, test = find_leaking_patients(frame), frame[frame["cohort"] == "test"]
-    if not leaking:
-        return "No patient of the test cohort has a scan in the training cohort"
-    num_scans = int(test["patient_id"].isin(leaking).sum())
-    return (
-        f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) also "
-        "have scans in the training cohort"
-    )
+    told = "No patient of the test cohort has a scan in the training cohort"
+    if leaking:
+        num_scans = int(test["patient_id"].isin(leaking).sum())
+        told = (
+            f"{len(leaking)} of {test['patient_id'].nunique()} test patients ({num_scans} of {len(test)} test scans) "
+            "also have scans in the training cohort"
+        )
+    if num_volumes := count_leaking_volumes(frame):
+        told += f"; the standard volumes of {num_volumes} of {len(test)} test scans are also those of training scans"
+    return told
 
 
 def count_cohort(frame: pd.DataFrame) -> dict[str, dict[str, int]]:

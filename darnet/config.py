@@ -103,7 +103,7 @@ class TrainConfig(Section):
     """Standard deviation of the head's first weights; with more, a short training leaves its plateau sooner.
     Source: authors' code."""
     seed: int = 0
-    """Seeds the division into folds and, each fold apart, weights, order and augmentation."""
+    """Seeds weights, order and augmentation, each fold apart; `cohorts.seed` divides."""
     temperature_scaling: bool = False
     """Divide each fold's logits by the temperature that fits its validation scans best, in all later use of it.
     Source: Guo et al. 2017; the paper has none."""
@@ -144,6 +144,9 @@ class CohortConfig(Section):
     cohort of the table's column paper_cohort, whose patients may be in both, and folds on patient level."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the scans dealt to a test cohort made here."""
+    seed: int = 0
+    """Seeds what is dealt: test cohort and folds. Apart from `train.seed`, so that trainings of several seeds share
+    them."""
     drop_discarded: bool | None = None
     """Leave out scans whose column discard is 1; else they are used as they are. Default: as `division`, on under
     `patient` and off under `paper`."""

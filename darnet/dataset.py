@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,8 @@ COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha
 class VolumesTable:
     """The tables of a volumes folder, checked; `frame` has the columns of `COLUMNS`, one row a scan.
 
-    `division` is None where it was not recorded.
+    `division` and `excluded`, the scans of the table that are not in it by the reason, are None where they were not
+    recorded.
     """
 
     place: str
@@ -49,6 +50,7 @@ class VolumesTable:
     volume: VolumeConfig
     cohort_sha256: str
     division: Division | None
+    excluded: Mapping[str, int] | None
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -161,10 +163,17 @@ def write_array(store: Store, scan_id: str, voxels: Uint8Array) -> tuple[str, st
     return name, sha256
 
 
-def write_index(store: Store, frame: pd.DataFrame, volume: VolumeConfig, division: Division | None = None) -> str:
+def write_index(
+    store: Store,
+    frame: pd.DataFrame,
+    volume: VolumeConfig,
+    division: Division | None = None,
+    excluded: Mapping[str, int] | None = None,
+) -> str:
     """Store the cohort table, then the file that declares the folder complete; returns the cohort's digest.
 
-    `division` is how the table came by its cohorts and folds, if that is known.
+    `division` is how the table came by its cohorts and folds, `excluded` counts by reason the scans that are not in
+    it, if that is known.
 
     Raises: UsageError naming the first row that is wrong.
     """
@@ -180,6 +189,7 @@ def write_index(store: Store, frame: pd.DataFrame, volume: VolumeConfig, divisio
         "preprocessing_version": volume.preprocessing_version,
         "cohort_sha256": cohort_sha256,
         "division": None if division is None else division.model_dump(mode="json"),
+        "excluded": None if excluded is None else dict(excluded),
     }
     store.write_bytes(VOLUMES_FILE, json.dumps(declared, indent=2).encode())
     return cohort_sha256
@@ -216,7 +226,7 @@ def read_table(store: Store) -> VolumesTable:
             unknown diagnosis or cohort, a patient in two folds; StorageError.
     """
     place, text = f"{store.uri}/{VOLUMES_FILE}", _read_needed(store, VOLUMES_FILE)
-    volume, declared_sha256, division = _parse_declaration(place, text)
+    volume, declared_sha256, division, excluded = _parse_declaration(place, text)
     frame = pd.read_parquet(io.BytesIO(_read_needed(store, COHORT_FILE)))
     _check_columns(store.uri, frame)
     _check_rows(store.uri, frame)
@@ -224,7 +234,7 @@ def read_table(store: Store) -> VolumesTable:
     if declared_sha256 != cohort_sha256:
         place = f"{store.uri}/{COHORT_FILE}"
         raise UsageError(f"{place} is not the table {VOLUMES_FILE} declares; run jobs.prepare again")
-    return VolumesTable(store.uri, frame, volume, cohort_sha256, division)
+    return VolumesTable(store.uri, frame, volume, cohort_sha256, division, excluded)
 
 
 def read_index(folder: Path) -> VolumesIndex:
@@ -235,7 +245,9 @@ def read_index(folder: Path) -> VolumesIndex:
     table = read_table(open_store(str(folder)))
     for name in table.frame["array"]:
         _check_array(folder / name, table.volume.shape)
-    return VolumesIndex(table.place, table.frame, table.volume, table.cohort_sha256, table.division, folder)
+    return VolumesIndex(
+        table.place, table.frame, table.volume, table.cohort_sha256, table.division, table.excluded, folder
+    )
 
 
 def digest_cohort(frame: pd.DataFrame) -> str:
@@ -281,21 +293,23 @@ def _check_rows(place: str, frame: pd.DataFrame) -> None:
             raise UsageError(f"{place}/{COHORT_FILE}: {fault}: scan_id {row['scan_id']} ({facts})")
 
 
-def _parse_declaration(place: str, text: bytes) -> tuple[VolumeConfig, str, Division | None]:
-    """Volume settings, cohort digest and division; settings that this code would carry out otherwise are refused."""
+def _parse_declaration(place: str, text: bytes) -> tuple[VolumeConfig, str, Division | None, Mapping[str, int] | None]:
+    """What volumes.json says, checked; settings that this code would carry out otherwise are refused."""
     try:
         declared = json.loads(text)
         volume = VolumeConfig.model_validate(declared["volume"])
         version, cohort_sha256 = declared["preprocessing_version"], str(declared["cohort_sha256"])
         recorded = declared.get("division")
         division = None if recorded is None else Division.model_validate(recorded)
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        counts = declared.get("excluded")
+        excluded = None if counts is None else {str(name): int(count) for name, count in counts.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise UsageError(f"{place}: not written by jobs.prepare: {error}") from error
     if version != volume.preprocessing_version:
         raise UsageError(
             f"{place}: prepared as {version}, this code prepares {volume.preprocessing_version}; run jobs.prepare again"
         )
-    return volume, cohort_sha256, division
+    return volume, cohort_sha256, division, excluded
 
 
 def _check_array(path: Path, shape: tuple[int, int, int]) -> None:

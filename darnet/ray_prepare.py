@@ -21,7 +21,7 @@ from darnet.cohort import (
     record_division,
 )
 from darnet.dataset import write_array, write_facts, write_index
-from darnet.errors import Status, UsageError
+from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
 from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
@@ -40,7 +40,8 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
 
     What an earlier call has stored under the same settings, of sources that have not changed, is not decoded again.
     Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned.
-    Raises: UsageError if no scan of the cohort is usable.
+    Raises: UsageError if no scan of the cohort is usable; RunError while some may be next time: no study is to be made
+            of what a bad hour left.
     """
     left_out = find_left_out(cohort, settings.cohorts)
     sources = match_cohort(cohort[left_out == ""], list_sources(archive.list_objects()))
@@ -63,24 +64,37 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     excluded = frame[~is_usable]
     table = excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(index=False)
     volumes.write_bytes(EXCLUDED_FILE, table.encode())
+    _refuse_unfinished(excluded["status"], f"{volumes.uri}/{EXCLUDED_FILE}")
     if not is_usable.any():
         raise UsageError(f"no scan of the cohort is usable; {volumes.uri}/{EXCLUDED_FILE} says why for each")
-    usable, deal = frame[is_usable], {"num_folds": settings.train.num_folds, "seed": settings.train.seed}
+    usable, config, num_folds = frame[is_usable], settings.cohorts, settings.train.num_folds
     divided = divide_cohort(
-        usable, division=settings.cohorts.division, test_fraction=settings.cohorts.test_fraction, **deal
+        usable, num_folds=num_folds, seed=config.seed, division=config.division, test_fraction=config.test_fraction
     )
-    division = record_division(usable, settings.cohorts, **deal)
+    division = record_division(usable, config, num_folds=num_folds)
+    counts = dict(Counter(map(str, excluded["status"])))
     write_facts(volumes, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {
         "volumes": volumes.uri,
         "scans": len(divided),
-        "excluded": dict(Counter(excluded["status"])),
+        "excluded": counts,
         "sources_reused": num_reused,
         "turned": len(reversed_sources),
         "counts": count_cohort(divided),
         "patients_in_both_cohorts": len(find_leaking_patients(divided)),
-        "cohort_sha256": write_index(volumes, divided, settings.volume, division),
+        "cohort_sha256": write_index(volumes, divided, settings.volume, division, counts),
     }
+
+
+def _refuse_unfinished(excluded: "pd.Series[str]", place: str) -> None:
+    """Raises: RunError if one of these statuses is not final."""
+    counts = Counter(str(status) for status in excluded if status in set(Status) and not Status(status).is_final)
+    if counts:
+        told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        raise RunError(
+            f"{counts.total()} scans may yet be usable ({told}; {place} names each): the same command tries these "
+            "again and no other. One that ends so every time must leave the cohort table"
+        )
 
 
 def _store_sources(

@@ -4,13 +4,15 @@ A fold is one `TorchTrainer` run of some DDP workers; folds run side by side as 
 """
 
 import contextlib
+import functools
+import hashlib
 import os
 import sys
 import tempfile
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
@@ -34,11 +36,11 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet import __version__
-from darnet.bundle import Bundle, BundleSettings, name_model
+from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
-from darnet.config import ModelConfig, ScoreConfig, TrainConfig
+from darnet.config import ScoreConfig
 from darnet.dataset import VolumesTable, read_table
-from darnet.errors import RunError
+from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.gang import train_rank
 from darnet.history import render_files
@@ -57,7 +59,8 @@ from darnet.training_plan import (
     FoldTask,
     GangPlan,
     Places,
-    choose_networks,
+    Training,
+    choose_trainings,
     name_run,
     place_runs,
     plan_gangs,
@@ -74,6 +77,8 @@ POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
 
 OnProgress: TypeAlias = Callable[[FoldTask, Metrics], None]
 """Called in the driver with each epoch's metrics."""
+ReadFolds: TypeAlias = Callable[[], list[FoldResult]]
+"""Reads a training's folds where they are needed: the driver need not hold those of all, 140 MB each."""
 
 
 class _ReportForwarder(UserCallback):
@@ -94,53 +99,51 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     out = open_store(settings.out)
     volumes = open_store(settings.volumes)
     table = read_table(volumes)
-    networks = choose_networks(settings, table.volume)
-    refuse_existing(settings.out, _name_bundles(networks))
+    trainings = choose_trainings(settings, table.volume)
+    refuse_existing(settings.out, [training.folder for training in trainings])
     runs = open_store(place_runs(settings, out.uri), create=True)
     _check_writable(runs)
     places = Places(volumes.uri, runs.uri, settings.cache)
-    total = settings.train.epochs * settings.train.num_folds * len(networks)
-    with track_training(settings.mlflow, _describe_networks(settings, table, networks, runs)) as tracker:
+    total = settings.train.epochs * settings.train.num_folds * len(trainings)
+    with track_training(settings.mlflow, _describe_trainings(settings, table, trainings, runs)) as tracker:
         with show_progress("training, epochs of all folds", total) as meter:
             trained = train_folds(
                 table,
-                networks,
-                settings.train,
+                trainings,
                 places,
                 workers=settings.workers,
                 on_progress=_follow_epochs(meter, tracker),
             )
-        tested_on = measure_networks(table, networks, trained, places, settings)
-        bundles = write_bundles(settings, table, networks, trained, tested_on, today)
-        for bundle, files in bundles:
-            tracker.finish(bundle.manifest, files)
-    models = [_summarise(bundle, folds) for (bundle, _), folds in zip(bundles, trained, strict=True)]
+        tested_on = measure_networks(table, trainings, trained, places, settings.score)
+        bundles = write_bundles(settings, table, trainings, trained, tested_on, today)
+        for training, (manifest, files) in zip(trainings, bundles, strict=True):
+            tracker.finish(training.title, manifest, files)
+    models = [_summarise(manifest) for manifest, _ in bundles]
     return {"bundle": out.uri, **(models[0] if len(models) == 1 else {"models": models})}
 
 
 def measure_networks(
     table: VolumesTable,
-    networks: Sequence[ModelConfig],
-    trained: Sequence[Sequence[FoldResult]],
+    trainings: Sequence[Training],
+    trained: Sequence[ReadFolds],
     places: Places,
-    settings: TrainSettings,
+    config: ScoreConfig,
 ) -> list[str]:
     """What each network's model card says of the test cohort, measured where the cluster has volumes and GPUs.
 
     Raises: RunError if the cluster or a task gives up; the same call again trains nothing twice.
     """
     if not (table.frame["cohort"] == "test").any():
-        return [NO_TEST] * len(networks)
-    has_gpu = settings.train.device == "gpu" or (settings.train.device == "auto" and count_resource("GPU") > 0)
+        return [NO_TEST] * len(trainings)
+    device = trainings[0].config.device
+    has_gpu = device == "gpu" or (device == "auto" and count_resource("GPU") > 0)
     measure = ray.remote(num_cpus=1, num_gpus=int(has_gpu))(_measure_network)
     print_heading("measuring on the test cohort")
     try:
         told: list[str] = ray.get(
             [
-                measure.remote(
-                    places, network, folds, settings.score, settings.train.seed, "cuda" if has_gpu else "cpu"
-                )
-                for network, folds in zip(networks, trained, strict=True)
+                measure.remote(places, training, read_folds, config, "cuda" if has_gpu else "cpu")
+                for training, read_folds in zip(trainings, trained, strict=True)
             ]
         )
         return told
@@ -150,10 +153,11 @@ def measure_networks(
 
 
 def _measure_network(
-    places: Places, network: ModelConfig, folds: Sequence[FoldResult], config: ScoreConfig, seed: int, device: str
+    places: Places, training: Training, read_folds: ReadFolds, config: ScoreConfig, device: str
 ) -> str:
     """On the cluster: the model card's Markdown on the test cohort."""
-    members = [build_network(network, seed) for _ in folds]
+    folds, seed = read_folds(), training.config.seed
+    members = [build_network(training.network, seed) for _ in folds]
     for member, fold in zip(members, folds, strict=True):
         member.load_state_dict(fold.state)
     backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
@@ -165,47 +169,47 @@ def _measure_network(
 def write_bundles(
     settings: TrainSettings,
     table: VolumesTable,
-    networks: Sequence[ModelConfig],
-    trained: Sequence[Sequence[FoldResult]],
+    trainings: Sequence[Training],
+    trained: Sequence[ReadFolds],
     tested_on: Sequence[str],
     today: date,
-) -> list[tuple[Bundle, Files]]:
-    """Write a single network's bundle to `settings.out`, several to folders of it named like them.
+) -> list[tuple[BundleManifest, Files]]:
+    """Write each training's bundle to its folder of `settings.out`.
 
-    `tested_on` is what each model card says of the test cohort. Returns each bundle with its files.
+    `tested_on` is what each model card says of the test cohort. Returns each manifest with the files but the weights.
     """
-    made = [
-        make_bundle(
-            settings=BundleSettings(volume=table.volume, network=network, train=settings.train),
-            folds=[
-                TrainedFold(
-                    fold.state, settings.workers, settings.train.seed, fold.metrics, fold.temperature, fold.history
-                )
-                for fold in folds
-            ],
-            cohort_sha256=table.cohort_sha256,
-            model_version=today.isoformat(),
-            code_version=__version__,
-            trained_on=describe_cohort(table),
-            tested_on=told,
-        )
-        for network, folds, told in zip(networks, trained, tested_on, strict=True)
-    ]
-    names = _name_bundles(networks)
-    publish_bundles(settings.out, dict(zip(names, (files for _, files in made), strict=True)))
+    made: list[tuple[BundleManifest, Files]] = []
+
+    def make_each() -> Iterator[tuple[str, Files]]:
+        for training, read_folds, told in zip(trainings, trained, tested_on, strict=True):
+            bundle, files = make_bundle(
+                settings=BundleSettings(volume=table.volume, network=training.network, train=training.config),
+                folds=[
+                    TrainedFold(
+                        fold.state, settings.workers, training.config.seed, fold.metrics, fold.temperature, fold.history
+                    )
+                    for fold in read_folds()
+                ],
+                cohort_sha256=table.cohort_sha256,
+                model_version=today.isoformat(),
+                code_version=__version__,
+                trained_on=describe_cohort(table),
+                tested_on=told,
+            )
+            weights = {fold.file for fold in bundle.manifest.folds}
+            made.append((bundle.manifest, {name: data for name, data in files.items() if name not in weights}))
+            yield training.folder, files
+
+    publish_bundles(settings.out, make_each())
     return made
 
 
-def _name_bundles(networks: Sequence[ModelConfig]) -> list[str]:
-    """A single network's bundle is `out` itself, several are folders in it."""
-    return [""] if len(networks) == 1 else [name_model(network) for network in networks]
-
-
-def _summarise(bundle: Bundle, folds: Sequence[FoldResult]) -> dict[str, Any]:
+def _summarise(manifest: BundleManifest) -> dict[str, Any]:
     return {
-        "model": bundle.manifest.model_name,
-        "model_sha256": bundle.manifest.model_sha256,
-        "validation_accuracy_3class": [fold.metrics["accuracy_3class"] for fold in folds],
+        "model": manifest.model_name,
+        "seed": manifest.settings.train.seed,
+        "model_sha256": manifest.model_sha256,
+        "validation_accuracy_3class": [fold.validation["accuracy_3class"] for fold in manifest.folds],
     }
 
 
@@ -218,29 +222,25 @@ def _check_writable(store: Store) -> None:
 
 def train_folds(
     table: VolumesTable,
-    networks: Sequence[ModelConfig],
-    config: TrainConfig,
+    trainings: Sequence[Training],
     places: Places,
     *,
     workers: int,
     on_progress: OnProgress,
-) -> list[list[FoldResult]]:
-    """Train all folds of all networks, `workers` DDP ranks each, and return them by network, in order.
+) -> list[ReadFolds]:
+    """Train all folds of all trainings, `workers` DDP ranks each; returns how to read each training's, in order.
 
     The runs keep every fold's last checkpoints: the same call again resumes what was killed and only reads what was
     finished. Local runs and volumes must be where every node of the cluster sees them.
     Raises: UsageError naming what the cluster lacks or what does not fit; RunError naming the first fold that failed.
     """
-    for fold in range(config.num_folds):
-        check_fold(table, fold, config, workers)
-    tasks = [
-        FoldTask(places, name_run(table, network, config, workers, fold), network, config, fold)
-        for network in networks
-        for fold in range(config.num_folds)
-    ]
-    plan = plan_gangs(read_room(list_nodes()), workers, len(tasks), config.device)
-    check_device(config, has_gpu=plan.has_gpus)
+    tasks_of = [_list_folds(training, table, places, workers) for training in trainings]
+    tasks = [task for tasks in tasks_of for task in tasks]
+    plan = plan_gangs(read_room(list_nodes()), workers, len(tasks), trainings[0].config.device)
+    for training in trainings:
+        check_device(training.config, has_gpu=plan.has_gpus)
     print(plan.title, file=sys.stderr)
+    holder = _hold_runs(places)
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
@@ -248,27 +248,65 @@ def train_folds(
     trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
-            results = _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
+            done = _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
     finally:
         queue.shutdown()
-    return [results[start : start + config.num_folds] for start in range(0, len(results), config.num_folds)]
+        ray.kill(holder)
+    checkpoints = dict(zip(tasks, done, strict=True))
+    return [functools.partial(_read_folds, [checkpoints[task] for task in tasks]) for tasks in tasks_of]
 
 
-def _describe_networks(
-    settings: TrainSettings, table: VolumesTable, networks: Sequence[ModelConfig], runs: Store
+class _Holder:
+    """Ends with the driver that made it, however that ends; its name is taken until then."""
+
+
+def _hold_runs(places: Places) -> Any:
+    """Two drivers would delete each other's checkpoints; in all other steps of jobs.paper both write the same bytes.
+
+    Raises: UsageError while another driver of this cluster trains there.
+    """
+    name = f"darnet-runs-{hashlib.sha256(places.runs.encode()).hexdigest()[:16]}"
+    try:
+        return ray.remote(_Holder).options(name=name, namespace="darnet", num_cpus=0).remote()
+    except ValueError as error:
+        raise UsageError(f"{places.runs}: another job of this cluster trains there; wait for it, or stop it") from error
+
+
+def _list_folds(training: Training, table: VolumesTable, places: Places, workers: int) -> list[FoldTask]:
+    """Raises: UsageError as `check_fold`."""
+    network, config = training.network, training.config
+    for fold in range(config.num_folds):
+        check_fold(table, fold, config, workers)
+    return [
+        FoldTask(places, name_run(table, network, config, workers, fold), network, config, fold)
+        for fold in range(config.num_folds)
+    ]
+
+
+def _read_folds(checkpoints: Sequence[Checkpoint]) -> list[FoldResult]:
+    return [make_result(fold, read_state(checkpoint)) for fold, checkpoint in enumerate(checkpoints)]
+
+
+def _describe_trainings(
+    settings: TrainSettings, table: VolumesTable, trainings: Sequence[Training], runs: Store
 ) -> list[TrackedNetwork]:
-    """What MLflow is told of each network before it is trained."""
-    told = {"volume": table.volume.model_dump(mode="json"), "train": settings.train.model_dump(mode="json")}
+    """What MLflow is told of each training before it begins."""
+    volume = table.volume.model_dump(mode="json")
     tags = {"cohort_sha256": table.cohort_sha256, "preprocessing_version": table.volume.preprocessing_version}
     return [
         TrackedNetwork(
-            name_model(network),
-            f"{runs.uri}/{name_run(table, network, settings.train, settings.workers, 0)}",
-            settings.train.num_folds,
-            told | {"network": network.model_dump(mode="json"), "workers": settings.workers},
+            training.title,
+            f"{runs.uri}/{name_run(table, training.network, training.config, settings.workers, 0)}",
+            training.config.num_folds,
+            {
+                "volume": volume,
+                "train": training.config.model_dump(mode="json"),
+                "network": training.network.model_dump(mode="json"),
+                "workers": settings.workers,
+            },
             tags | {"code_version": __version__},
         )
-        for network in networks
+        for training in trainings
     ]
 
 
@@ -280,7 +318,7 @@ def _follow_epochs(meter: Meter, tracker: Tracker) -> OnProgress:
         units = max(0, int(metrics["epoch"]) + 1 - done[task])
         done[task] += units
         meter.advance(units, {task.title: units})
-        tracker.log_epoch(name_model(task.network), task.fold, metrics)
+        tracker.log_epoch(Training(task.network, task.config).title, task.fold, metrics)
 
     return follow
 
@@ -313,9 +351,9 @@ def _run_all(
     side_by_side: int,
     queue: Queue,
     on_progress: OnProgress,
-) -> list[FoldResult]:
+) -> list[Checkpoint]:
     """Keep `side_by_side` folds running; hand reports on as they come, in this thread."""
-    fits: list[Future[FoldResult]] = []
+    fits: list[Future[Checkpoint]] = []
     while len(fits) < len(trainers) or not all(fit.done() for fit in fits):
         for fit in fits:
             if fit.done():
@@ -339,9 +377,9 @@ def _forward_reports(tasks: Sequence[FoldTask], queue: Queue, on_progress: OnPro
         return
 
 
-def _start_fit(task: FoldTask, trainer: TorchTrainer) -> "Future[FoldResult]":
+def _start_fit(task: FoldTask, trainer: TorchTrainer) -> "Future[Checkpoint]":
     """Run a trainer in a thread of its own, which unlike an executor's does not keep an interrupted job alive."""
-    future: Future[FoldResult] = Future()
+    future: Future[Checkpoint] = Future()
 
     def run() -> None:
         try:
@@ -353,10 +391,10 @@ def _start_fit(task: FoldTask, trainer: TorchTrainer) -> "Future[FoldResult]":
     return future
 
 
-def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
+def _fit(task: FoldTask, trainer: TorchTrainer) -> Checkpoint:
     """Raises: RunError naming the network, the fold and a worker's error, with the exit code that this asks for."""
     try:
-        checkpoint = trainer.fit().checkpoint
+        checkpoint: Checkpoint | None = trainer.fit().checkpoint
     except WorkerGroupError as error:
         # Where one rank says what is wrong, the others only lose their connection to it.
         failures = sorted(error.worker_failures.values(), key=lambda failure: not isinstance(failure, RunError))
@@ -364,7 +402,7 @@ def _fit(task: FoldTask, trainer: TorchTrainer) -> FoldResult:
     except TrainingFailedError as error:
         raise RunError(f"{task.title} failed: {error}") from error
     assert checkpoint is not None, "every epoch reports a checkpoint"
-    return make_result(task.fold, read_state(checkpoint))
+    return checkpoint
 
 
 def _name_failure(title: str, cause: BaseException) -> RunError:

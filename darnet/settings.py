@@ -103,6 +103,9 @@ class TrainSettings(CachingSettings):
     yet, and a folder must not exist."""
     networks: tuple[Literal["plain", "ca", "da", "da-ca"], ...] = ()
     """Which of the paper's Table 3 to train, such as plain,ca,da,da-ca. Default: the one that `network` describes."""
+    seeds: tuple[int, ...] = ()
+    """Train every network with each of these in place of train.seed, such as 0,1,2; several leave bundles in
+    `seed<k>/<network>`. Default: train.seed alone."""
     workers: int = Field(1, ge=1)
     """DDP workers a fold; must divide train.batch_size."""
     runs: str = ""
@@ -115,6 +118,7 @@ class TrainSettings(CachingSettings):
     def _check(self) -> Self:
         if len(set(self.networks)) < len(self.networks):
             raise ValueError(f"networks {', '.join(self.networks)}: name each once")
+        _check_seeds(self.seeds)
         return self
 
 
@@ -285,12 +289,24 @@ class PaperSettings(CachingSettings):
     s3://bucket/prefix."""
     truth: str | None = None
     """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, if any are known."""
+    seeds: tuple[int, ...] = (0,)
+    """Train every network with each of these, such as 0,1,2, on the same folds; several leave bundles in
+    `bundles/seed<k>`. A difference of networks can be shown of three or more. They stand in place of train.seed."""
     workers: int = Field(1, ge=1)
     """DDP workers a fold; must divide train.batch_size."""
     mlflow: str | None = None
     """MLflow tracking URI to log the trainings to, as jobs.train does."""
     replicates: int = Field(2000, ge=2000)
     """Bootstrap replicates of the 95% intervals."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.seeds:
+            raise ValueError("seeds: name at least one")
+        _check_seeds(self.seeds)
+        if self.train.seed != TrainConfig().seed:
+            raise ValueError("train.seed: give --seeds here, which stand in its place")
+        return self
 
 
 class DemoSettings(Settings):
@@ -303,6 +319,11 @@ class DemoSettings(Settings):
     network: ModelConfig = ModelConfig(base_channels=8)
     train: TrainConfig = TrainConfig(epochs=8, learning_rate=2e-3, head_init_std=0.1)
     score: ScoreConfig = ScoreConfig()
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {', '.join(map(str, seeds))}: name each once")
 
 
 def read_settings(settings_class: type[SettingsT], arguments: list[str], prog: str) -> SettingsT:

@@ -152,11 +152,11 @@ class Tracker:
             with self._tell_trouble():
                 self._unfinished[network].log_epoch(fold, metrics)
 
-    def finish(self, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
+    def finish(self, network: str, manifest: BundleManifest, files: Mapping[str, bytes]) -> None:
         """Add to a network's run what its bundle says, its card and its manifest."""
-        if manifest.model_name in self._unfinished:
+        if network in self._unfinished:
             with self._tell_trouble():
-                self._unfinished.pop(manifest.model_name).finish(manifest, files)
+                self._unfinished.pop(network).finish(manifest, files)
 
     def fail(self) -> None:
         """Mark the runs of networks without a bundle."""

@@ -36,6 +36,20 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
+class Training:
+    """One network trained with one seed; its bundle is `folder` in what is written, "" where it is all of it."""
+
+    network: ModelConfig
+    config: TrainConfig
+    folder: str = ""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{name_model(self.network)} seed {self.config.seed}"
+
+
+@dataclass(frozen=True, slots=True)
 class FoldTask:
     """What a worker needs to train one fold of one network; `run` is the name its checkpoints are kept under."""
 
@@ -48,7 +62,7 @@ class FoldTask:
     @property
     def title(self) -> str:
         """For people."""
-        return f"{name_model(self.network)} fold {self.fold}"
+        return f"{name_model(self.network)} seed {self.config.seed} fold {self.fold}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,24 @@ def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[Model
     return [
         network.model_copy(update={"depth_attention": "da" in wanted, "channel_attention": "ca" in wanted})
         for wanted in attentions
+    ]
+
+
+def choose_trainings(settings: TrainSettings, volume: VolumeConfig) -> list[Training]:
+    """Every network with every seed, seed by seed; several seeds have a folder each.
+
+    Raises: UsageError as `match_network`.
+    """
+    networks, seeds = choose_networks(settings, volume), settings.seeds or (settings.train.seed,)
+    names = ["" if len(networks) == len(seeds) == 1 else name_model(network) for network in networks]
+    return [
+        Training(
+            network,
+            settings.train.model_copy(update={"seed": seed}),
+            f"seed{seed}/{name}" if len(seeds) > 1 else name,
+        )
+        for seed in seeds
+        for network, name in zip(networks, names, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""python -m jobs.paper: archive + cohort -> volumes, audit, four networks of five folds, one report."""
+"""python -m jobs.paper: archive + cohort -> volumes, audit, four networks of five folds and some seeds, one report."""
 
 import sys
 from typing import Any
@@ -30,6 +30,7 @@ def work(settings: PaperSettings) -> dict[str, Any]:
         volumes=volumes,
         out=bundles,
         networks=("plain", "ca", "da", "da-ca"),
+        seeds=settings.seeds,
         workers=settings.workers,
         mlflow=settings.mlflow,
         **tree,
@@ -43,10 +44,11 @@ def work(settings: PaperSettings) -> dict[str, Any]:
         replicates=settings.replicates,
         **tree,
     )
+    last = f"seed{settings.seeds[-1]}/{NETWORK_NAMES[-1]}" if len(settings.seeds) > 1 else NETWORK_NAMES[-1]
     steps = [
         Step("volumes and folds", store, "volumes/volumes.json", lambda: jobs.prepare.work(prepare)),
         Step("audit of the cohort", store, "audit/excluded.csv", lambda: jobs.prepare.work(audit)),
-        Step("training", store, f"bundles/{NETWORK_NAMES[-1]}/bundle.json", lambda: jobs.train.work(train)),
+        Step("training", store, f"bundles/{last}/bundle.json", lambda: jobs.train.work(train)),
         Step("evaluation", store, "report/report.html", lambda: evaluate_on_cluster(evaluate)),
     ]
     return {"out": out, "done": run_steps(steps), "report": f"{report}/report.html"}

@@ -381,17 +381,17 @@ def test_in_a_bucket_nothing_is_a_bundle_until_the_files_of_all_are_there(s3: Ca
     bundle, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], **facts)
     spoiled = dict(files) | {"MODEL_CARD.md": 7}
     with pytest.raises(UsageError):
-        publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": spoiled})  # type: ignore[dict-item]
+        publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": spoiled}.items())  # type: ignore[dict-item]
     with pytest.raises(UsageError, match=r"no bundle\.json here"):
         find_bundles(open_store(out))
     refuse_existing(out)
-    publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": files})
+    publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": files}.items())
     assert [read_bundle(place) for place in find_bundles(open_store(out))] == [bundle, bundle]
     with pytest.raises(UsageError, match="bundles: exists already"):
         refuse_existing(out)
     _, others = make_bundle(settings=SETTINGS, folds=[_fold(1)], **facts)
     with pytest.raises(UsageError, match="bundles: exists already"):  # another training that began meanwhile
-        publish_bundles(out, {"darnet-da-ca": others})
+        publish_bundles(out, [("darnet-da-ca", others)])
     assert read_bundle(open_store(f"{out}/darnet-da-ca")) == bundle
 
 
@@ -400,10 +400,10 @@ def test_a_publishing_that_was_killed_between_two_bundles_goes_on(s3: Callable[[
     out, names = s3() + "/bundles", ("darnet-plain", "darnet-da-ca")
     facts: dict[str, Any] = {"cohort_sha256": COHORT_SHA256, "code_version": "0", "trained_on": ""}
     bundle, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], model_version="the day it was killed", **facts)
-    publish_bundles(out, {names[0]: files})
+    publish_bundles(out, [(names[0], files)])
     refuse_existing(out, names)
     later, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], model_version="a day later", **facts)
-    publish_bundles(out, dict.fromkeys(names, files))
+    publish_bundles(out, dict.fromkeys(names, files).items())
     assert [read_bundle(place) for place in find_bundles(open_store(out))] == [bundle, later]
     with pytest.raises(UsageError, match="exists already"):
         refuse_existing(out, names)

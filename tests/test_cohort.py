@@ -467,15 +467,15 @@ def test_a_division_is_recorded_with_the_columns_that_made_it(
     columns: dict[str, object], division: str, told: str
 ) -> None:
     frame = pd.DataFrame({"scan_id": ["a", "b"], "patient_id": ["1", "2"], "diagnosis": ["CP", "CP"], **columns})
-    config = CohortConfig.model_validate({"division": division, "drop_duplicates": division == "paper"})
+    config = CohortConfig.model_validate({"division": division, "drop_duplicates": division == "paper", "seed": 7})
     left_out = {"patient": "discarded, shuffled", "paper": "duplicate or noise slices"}[division]
-    recorded = record_division(frame, config, num_folds=2, seed=7)
+    recorded = record_division(frame, config, num_folds=2)
     assert describe_division(recorded) == f"{told}; left out for defects: {left_out}"
-    assert (recorded.seed, recorded.num_folds) == (7, 2)
+    assert (recorded.cohorts.seed, recorded.num_folds) == (7, 2)
 
 
 def test_a_recorded_division_keeps_what_its_defaults_meant() -> None:
     """Under other defaults of a later version it must still say what was done."""
     frame = pd.DataFrame({"scan_id": ["a"], "patient_id": ["1"], "diagnosis": ["CP"]})
-    recorded = record_division(frame, CohortConfig(), num_folds=2, seed=0).cohorts
+    recorded = record_division(frame, CohortConfig(), num_folds=2).cohorts
     assert (recorded.drop_discarded, recorded.drop_shuffled, recorded.drop_duplicates) == (True, True, False)

@@ -50,7 +50,7 @@ def test_an_index_is_read_back_as_written(tmp_path: Path) -> None:
 def test_the_division_is_declared_and_that_of_an_older_folder_is_unknown(tmp_path: Path) -> None:
     assert make_volumes(tmp_path, 6, 2).division == DIVISION
     declared = json.loads((tmp_path / "volumes.json").read_text())
-    assert (declared["division"]["cohorts_by"], declared["division"]["seed"]) == ("cohort", 5)
+    assert (declared["division"]["cohorts_by"], declared["division"]["cohorts"]["seed"]) == ("cohort", 5)
     del declared["division"]
     (tmp_path / "volumes.json").write_text(json.dumps(declared))
     assert read_index(tmp_path).division is None

@@ -38,17 +38,19 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     run("phantoms", "--out", phantoms, *sizes)
     places = ("--archive", phantoms / "archive", "--cohort", phantoms / "cohort.csv", "--truth", phantoms / "truth")
     study = open_store(str(tmp_path / "study") if place == "local" else request.getfixturevalue("s3")() + "/study")
-    settings = (*TINY, "--cache", tmp_path / "cache")
+    settings = (*TINY, "--cache", tmp_path / "cache", "--seeds", "0,1")
     assert len(run("paper", *places, "--out", study.uri, *settings)["done"]) == 4  # volumes, audit, training, report
     metrics = json.loads(study.read_bytes("report/metrics.json"))
     assert list(metrics["networks"]) == ["ResNet18", "CA", "DA", "DA+CA"]
+    seeds = [sorted(set(network["seeds"])) for network in metrics["networks"].values()]
+    assert seeds == [["0", "1"]] * 4
     assert metrics["cohort_counts"]["test"] == {"CP": 2, "NCP": 2, "Normal": 2}
     assert [maps["diagnosis"] for maps in metrics["activation_maps"]] == ["NCP", "CP"]
     assert len(study.read_bytes("report/fig2.png")) > 10_000
     assert has_object(study, "audit/audit.html")
 
-    bundle = study.read_bytes("bundles/darnet-da/bundle.json")
+    bundle = study.read_bytes("bundles/seed1/darnet-da/bundle.json")
     study.delete("report/report.html")
     assert run("paper", *places, "--out", study.uri, *settings)["done"] == ["evaluation"]
     assert has_object(study, "report/report.html")
-    assert study.read_bytes("bundles/darnet-da/bundle.json") == bundle
+    assert study.read_bytes("bundles/seed1/darnet-da/bundle.json") == bundle

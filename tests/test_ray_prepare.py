@@ -10,6 +10,7 @@ import pytest
 from darnet.auditing.audit import audit_cohort, summarise_audit
 from darnet.cohort import read_cohort
 from darnet.dataset import read_facts, read_index
+from darnet.errors import RunError
 from darnet.ray_prepare import prepare_volumes
 from darnet.settings import PrepareSettings
 from darnet.storage import open_store
@@ -64,6 +65,7 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     reasons = {"p04": "SHUFFLED", "p05": "DISCARDED", "p13": "NOT_IN_ARCHIVE", "p14": "NOT_IN_COHORT"}
     assert excluded.to_dict() == reasons
     assert done["excluded"] == dict.fromkeys(reasons.values(), 1)
+    assert read_index(tmp_path / "volumes").excluded == dict.fromkeys(reasons.values(), 1)
     assert (done["scans"], done["turned"], done["patients_in_both_cohorts"]) == (11, 1, 0)
     index = read_index(tmp_path / "volumes")
     assert index.frame.set_index("patient_id")["cohort"].to_dict() == {
@@ -89,7 +91,34 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     again = prepare_volumes(open_store(settings.archive), cohort, volumes, settings)
     assert (done["sources_reused"], again["sources_reused"]) == (0, 11)
     assert {**again, "sources_reused": 0} == done
+    reseeded = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": 1})})
+    assert prepare_volumes(open_store(settings.archive), cohort, volumes, reseeded) == again
     (tmp_path / "volumes" / index.frame.set_index("patient_id").loc["p02", "array"]).unlink()
     (tmp_path / "archive" / "NCP" / "p01" / "1" / "1.png").touch()
     assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 9
     assert read_index(tmp_path / "volumes").cohort_sha256 == index.cohort_sha256
+
+
+def test_a_preparation_that_an_outage_spoilt_declares_no_volumes_and_tries_only_those_again(
+    ray_cluster: None,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    table = write_archive(tmp_path / "archive").query("scan_id != '13'").to_csv(index=False)
+    cohort = read_cohort("table.csv", table.encode())
+    places = {"cohort": "table.csv", "archive": str(tmp_path / "archive"), "volumes": str(tmp_path / "volumes")}
+    config = {"volume": {"shape": (16, 32, 32)}, "cohorts": {"division": "paper"}, "train": {"num_folds": 2}}
+    settings = PrepareSettings.model_validate(places | config)
+    archive, volumes = open_store(settings.archive), open_store(settings.volumes, create=True)
+    unreadable = tmp_path / "archive" / "NCP" / "p01" / "1" / "1.png"
+    told = unreadable.stat()
+    data = unreadable.read_bytes()
+    unreadable.unlink()
+    unreadable.symlink_to("/proc/self/mem")  # listed, and read with an error of input and output
+    with pytest.raises(RunError, match=r"1 scans may yet be usable \(1 ERR_\w+; .*excluded\.csv names each\)"):
+        prepare_volumes(archive, cohort, volumes, settings)
+    assert not (tmp_path / "volumes" / "volumes.json").exists()
+    unreadable.unlink()
+    unreadable.write_bytes(data)
+    assert told.st_size == len(data)
+    done = prepare_volumes(archive, cohort, volumes, settings)
+    assert (done["scans"], done["sources_reused"]) == (13, 12)

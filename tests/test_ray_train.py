@@ -1,6 +1,8 @@
 """Folds on a real, small Ray cluster: they give a bundle, survive the death of a rank, and refuse what cannot be."""
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import os
@@ -17,28 +19,31 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 
-from darnet.bundle import load_networks, read_bundle
-from darnet.config import ModelConfig, TrainConfig
+from darnet.bundle import find_bundles, load_networks, read_bundle
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, UsageError
+from darnet.evaluation.seeds import merge_seeds
 from darnet.history import render_history
 from darnet.model import build_network
 from darnet.ray_train import _fit, measure_networks, train_folds, train_model, write_bundles
 from darnet.settings import TrainSettings
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
-from darnet.training_plan import FoldTask, Places, choose_networks
+from darnet.training_plan import FoldTask, Places, Training, choose_networks, choose_trainings
 from tests.gloo_ranks import train_with_torch_alone
 from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
 CONFIG = TrainConfig(epochs=6, num_folds=2, learning_rate=3e-3)
+TRAINING = Training(NETWORK, CONFIG)
 WORKERS = 2
 DAY = date(2020, 3, 1)
 
@@ -93,10 +98,8 @@ def killed(
             os.kill(victims[0], signal.SIGKILL)
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        (results,) = train_folds(
-            index, [NETWORK], CONFIG, make_places(index, runs), workers=WORKERS, on_progress=kill_once
-        )
-    return Killed(results, reported, victims, runs, printed.getvalue())
+        (read_folds,) = train_folds(index, [TRAINING], make_places(index, runs), workers=WORKERS, on_progress=kill_once)
+    return Killed(read_folds(), reported, victims, runs, printed.getvalue())
 
 
 def find_train_workers() -> list[int]:
@@ -195,7 +198,18 @@ def check_mlflow(folder: Path, model_sha256: str, index: VolumesIndex) -> None:
 def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: VolumesIndex, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"batch_size": 12})
     with pytest.raises(UsageError, match="--workers 12 takes 12 CPUs at once; the cluster has 4 CPUs"):
-        train_folds(index, [NETWORK], config, make_places(index, tmp_path), workers=12, on_progress=ignore)
+        train_folds(index, [Training(NETWORK, config)], make_places(index, tmp_path), workers=12, on_progress=ignore)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_second_driver_is_refused_while_the_first_trains_there(index: VolumesIndex, tmp_path: Path) -> None:
+    places = make_places(index, tmp_path)
+    name = f"darnet-runs-{hashlib.sha256(places.runs.encode()).hexdigest()[:16]}"
+    first = ray.remote(Killed).options(name=name, namespace="darnet", num_cpus=0).remote([], [], [], tmp_path, "")
+    with pytest.raises(UsageError, match="another job of this cluster trains there"):
+        train_folds(index, [TRAINING], places, workers=WORKERS, on_progress=ignore)
+    del first
 
 
 class FailingTrainer:
@@ -211,7 +225,9 @@ class FailingTrainer:
 @pytest.mark.parametrize("error", [StorageError("s3://volumes: gone"), CredentialsError("s3://volumes: who are you?")])
 def test_what_a_worker_says_of_store_and_credentials_decides_the_exit_code(error: RunError, tmp_path: Path) -> None:
     task = FoldTask(Places("volumes", "runs", tmp_path), "run", NETWORK, CONFIG, 1)
-    with pytest.raises(RunError, match=f"darnet-da-ca fold 1 failed 4 times, .* {re.escape(str(error))}") as caught:
+    with pytest.raises(
+        RunError, match=f"darnet-da-ca seed 0 fold 1 failed 4 times, .* {re.escape(str(error))}"
+    ) as caught:
         _fit(task, cast(TorchTrainer, FailingTrainer(RuntimeError("Connection closed by peer"), error)))
     assert caught.value.exit_code == error.exit_code > 1
     with pytest.raises(RunError, match="Connection closed by peer") as caught:
@@ -228,17 +244,17 @@ def test_a_workers_kind_of_failure_survives_the_way_back(index: VolumesIndex, tm
     array.unlink()
     places = replace(make_places(index, tmp_path / "runs"), volumes=str(tmp_path / "volumes"))
     with pytest.raises(RunError, match=re.escape(f"{array}: cannot be read")) as caught:
-        train_folds(index, [NETWORK], CONFIG, places, workers=WORKERS, on_progress=ignore)
+        train_folds(index, [TRAINING], places, workers=WORKERS, on_progress=ignore)
     assert caught.value.exit_code == ExitCode.WRONG_USE
     fold = FoldResult(0, build_network(NETWORK, 0).state_dict(), {}, [])
     with pytest.raises(RunError, match=f"the test cohort could not be measured: {re.escape(str(array))}") as caught:
-        measure_networks(index, [NETWORK], [[fold]], places, make_settings(index, tmp_path))
+        measure_networks(index, [TRAINING], [functools.partial(list, [fold])], places, ScoreConfig())
     assert caught.value.exit_code == ExitCode.WRONG_USE
 
 
 def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: VolumesIndex, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="3 workers do not divide a batch of 4"):
-        train_folds(index, [NETWORK], CONFIG, make_places(index, tmp_path), workers=3, on_progress=ignore)
+        train_folds(index, [TRAINING], make_places(index, tmp_path), workers=3, on_progress=ignore)
 
 
 def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesIndex, tmp_path: Path) -> None:
@@ -248,18 +264,33 @@ def test_an_existing_bundle_is_refused_before_anything_starts(index: VolumesInde
 
 def test_several_networks_leave_a_folder_of_bundles_whole_or_not_at_all(index: VolumesIndex, tmp_path: Path) -> None:
     settings = make_settings(index, tmp_path / "out", networks=("plain", "da"))
-    networks = choose_networks(settings, SMALL_VOLUME)
-    trained = [
-        [FoldResult(fold, build_network(network, fold).state_dict(), {"accuracy_3class": 0.5}, []) for fold in range(2)]
-        for network in networks
-    ]
+    trainings = choose_trainings(settings, SMALL_VOLUME)
+    trained = [functools.partial(list, make_folds(training)) for training in trainings]
     with pytest.raises(ValueError, match="these weights are not of the network"):
-        write_bundles(settings, index, networks, trained[:1] * 2, ["", ""], DAY)
+        write_bundles(settings, index, trainings, trained[:1] * 2, ["", ""], DAY)
     assert list(tmp_path.iterdir()) == []
-    write_bundles(settings, index, networks, trained, ["", ""], DAY)
+    write_bundles(settings, index, trainings, trained, ["", ""], DAY)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    for network, name in zip(networks, ("darnet-plain", "darnet-da"), strict=True):
-        assert read_bundle(open_store(str(tmp_path / "out" / name))).manifest.settings.network == network
+    for training, name in zip(trainings, ("darnet-plain", "darnet-da"), strict=True):
+        assert read_bundle(open_store(str(tmp_path / "out" / name))).manifest.settings.network == training.network
+
+
+def test_every_network_of_every_seed_is_found_and_merged_as_one_ensemble(index: VolumesIndex, tmp_path: Path) -> None:
+    settings = make_settings(index, tmp_path / "out", networks=("plain", "da"), seeds=(3, 4, 5))
+    trainings = choose_trainings(settings, SMALL_VOLUME)
+    trained = [functools.partial(list, make_folds(training)) for training in trainings]
+    write_bundles(settings, index, trainings, trained, [""] * 6, DAY)
+    bundles = [read_bundle(place) for place in find_bundles(open_store(str(tmp_path / "out")))]
+    for name in ("darnet-plain", "darnet-da"):
+        merged = merge_seeds([bundle for bundle in bundles if bundle.manifest.model_name == name]).manifest
+        assert sorted((fold.seed, fold.number) for fold in merged.folds) == [
+            (seed, number) for seed in (3, 4, 5) for number in (0, 1)
+        ]
+
+
+def make_folds(training: Training) -> list[FoldResult]:
+    states = [build_network(training.network, training.config.seed + fold).state_dict() for fold in range(2)]
+    return [FoldResult(fold, state, {"accuracy_3class": 0.5}, []) for fold, state in enumerate(states)]
 
 
 def start_job(*arguments: str) -> "subprocess.Popen[bytes]":

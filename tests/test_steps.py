@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from darnet.errors import UsageError
+from darnet.evaluation.intervals import MIN_SEEDS
 from darnet.settings import PaperSettings, PhantomsSettings, read_settings
 from darnet.steps import Step, claim_folder, run_steps
 from darnet.storage import Store
@@ -52,7 +53,10 @@ def test_another_table_under_the_same_name_is_refused(store: Store) -> None:
 def test_the_papers_settings_are_the_defaults() -> None:
     told = read_settings(PaperSettings, [*PLACES, "--config", str(JOBS / "paper.toml")], "x")
     plain = read_settings(PaperSettings, PLACES, "x")
-    assert told.model_dump(exclude={"config", "cohorts"}) == plain.model_dump(exclude={"config", "cohorts"})
+    assert told.model_dump(exclude={"config", "cohorts", "seeds"}) == plain.model_dump(
+        exclude={"config", "cohorts", "seeds"}
+    )
+    assert len(told.seeds) >= MIN_SEEDS
     assert (told.cohorts.division, told.cohorts.drop_discarded, told.cohorts.drop_shuffled) == ("paper", False, False)
     assert (told.train.device, plain.train.device) == ("gpu", "auto")
 

@@ -106,7 +106,7 @@ def test_a_training_that_was_resumed_is_logged_once(client: MlflowClient, tmp_pa
         assert client.get_run(network.info.run_id).info.status == "RUNNING"
         tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 1))  # what was done after the last checkpoint
         tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 2))
-        tracker.finish(bundle.manifest, files)
+        tracker.finish("darnet-da-ca", bundle.manifest, files)
 
     (again,), folds = find_runs(client)
     assert again.info.run_id == network.info.run_id
@@ -122,7 +122,7 @@ def test_a_networks_run_tells_settings_means_and_documents(client: MlflowClient,
     bundle, files = make_files()
     for _ in range(2):
         with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
-            tracker.finish(bundle.manifest, files)
+            tracker.finish("darnet-da-ca", bundle.manifest, files)
     (run,), _ = find_runs(client)
     assert run.info.run_name == "darnet-da-ca"
     assert run.data.params == {"train.epochs": "3", "train.augment.zoom": "[0.9, 1.1]", "workers": "2"}
@@ -154,7 +154,7 @@ def test_a_training_goes_on_when_mlflow_fails(
         tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, 0))
         assert "MLflow did not take all of it" in capsys.readouterr().err
         client.restore_run(folds[0].info.run_id)
-        tracker.finish(bundle.manifest, files)
+        tracker.finish("darnet-da-ca", bundle.manifest, files)
     assert [step for step, _ in read_curve(client, folds[0], "train_loss")] == [0, 1, 2]
 
 
@@ -243,7 +243,7 @@ def test_a_server_that_is_gone_is_told_of_once_and_tried_once_more_at_the_end(
         for epoch in range(5):
             tracker.log_epoch("darnet-da-ca", 0, make_epoch(0, epoch))
         assert capsys.readouterr().err.count("MLflow did not take all of it") == 1
-        tracker.finish(bundle.manifest, files)
+        tracker.finish("darnet-da-ca", bundle.manifest, files)
     assert capsys.readouterr().err.count("MLflow did not take all of it") == 1
 
 
@@ -273,7 +273,7 @@ class FullStore:
 
 def test_a_trained_network_stays_trained_whatever_an_artifact_store_raises(capsys: pytest.CaptureFixture[str]) -> None:
     bundle, files = make_files()
-    Tracker({"darnet-da-ca": cast(Any, FullStore())}).finish(bundle.manifest, files)
+    Tracker({"darnet-da-ca": cast(Any, FullStore())}).finish("darnet-da-ca", bundle.manifest, files)
     assert "stops nothing: the artifact store is full" in capsys.readouterr().err
 
 

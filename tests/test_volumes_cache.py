@@ -12,7 +12,7 @@ from darnet.errors import StorageError
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
 from darnet.volumes_cache import copy_volumes, open_volumes
-from tests.volumes_fixtures import DIVISION, make_volumes
+from tests.volumes_fixtures import DIVISION, EXCLUDED, make_volumes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def test_a_copy_is_what_was_prepared(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path)
     copied, made = read_index(copy_volumes(store, tmp_path / "cache")), read_index(tmp_path / "made")
     pd.testing.assert_frame_equal(copied.frame, made.frame)
-    assert (copied.cohort_sha256, copied.division) == (made.cohort_sha256, DIVISION)
+    assert (copied.cohort_sha256, copied.division, copied.excluded) == (made.cohort_sha256, DIVISION, EXCLUDED)
     for name in made.frame["array"]:
         assert (copied.folder / name).read_bytes() == (made.folder / name).read_bytes()
 
@@ -62,6 +62,39 @@ def test_a_local_folder_is_used_as_it_is(tmp_path: Path) -> None:
     made = make_volumes(tmp_path / "made", 6, 2)
     assert open_volumes(str(made.folder), tmp_path / "cache").folder == made.folder
     assert not (tmp_path / "cache").exists()
+
+
+def flip_last_bit(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_one_wrong_voxel_of_a_local_folder_is_noticed_also_after_it_was_once_found_sound(tmp_path: Path) -> None:
+    made = make_volumes(tmp_path / "made", 6, 2)
+    path = made.folder / made.frame["array"][3]
+    sound = path.read_bytes()
+    flip_last_bit(path)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=rf"{path.name}: damaged"):
+            open_volumes(str(made.folder), tmp_path / "cache")
+    path.write_bytes(sound)
+    open_volumes(str(made.folder), tmp_path / "cache")
+    flip_last_bit(path)
+    with pytest.raises(StorageError, match=rf"{path.name}: damaged"):
+        open_volumes(str(made.folder), tmp_path / "cache")
+
+
+@pytest.mark.s3
+def test_a_copy_that_is_damaged_later_is_noticed_and_made_whole_when_deleted(s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    uri = s3() + "/volumes"
+    fill(open_store(uri), tmp_path)
+    index = open_volumes(uri, tmp_path / "cache")
+    path = index.folder / index.frame["array"][3]
+    flip_last_bit(path)
+    with pytest.raises(StorageError, match=rf"{path.name}: damaged"):
+        open_volumes(uri, tmp_path / "cache")
+    path.unlink()
+    assert open_volumes(uri, tmp_path / "cache").folder == index.folder
 
 
 def test_all_workers_of_a_node_together_copy_once(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from darnet.dataset import VolumesIndex, read_index, write_array, write_index
 from darnet.storage import open_store
 
 SMALL_VOLUME = VolumeConfig(shape=(8, 32, 32))
-DIVISION = Division(cohorts_by="cohort", folds_by="patient", cohorts=CohortConfig(), num_folds=2, seed=5)
+EXCLUDED = {"NOT_IN_ARCHIVE": 1, "BAD_TRUNCATED": 2}
+DIVISION = Division(cohorts_by="cohort", folds_by="patient", cohorts=CohortConfig(seed=5), num_folds=2)
 
 
 def make_voxels(diagnosis: str, seed: int, shape: tuple[int, int, int] = SMALL_VOLUME.shape) -> np.ndarray:
@@ -50,5 +51,6 @@ def make_cohort(
 
 def make_volumes(folder: Path, num_train: int, num_folds: int, num_test: int = 0) -> VolumesIndex:
     """A whole volumes folder, read back."""
-    write_index(open_store(str(folder)), make_cohort(folder, num_train, num_folds, num_test), SMALL_VOLUME, DIVISION)
+    cohort = make_cohort(folder, num_train, num_folds, num_test)
+    write_index(open_store(str(folder)), cohort, SMALL_VOLUME, DIVISION, EXCLUDED)
     return read_index(folder)

@@ -305,7 +305,7 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
         divided = divide_cohort(
             used,
             num_folds=settings.train.num_folds,
-            seed=settings.train.seed,
+            seed=settings.cohorts.seed,
             division=settings.cohorts.division,
             test_fraction=settings.cohorts.test_fraction,
         )
@@ -316,7 +316,7 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
 
 def _describe_settings(settings: PrepareSettings) -> dict[str, Any]:
     """What divided the table, its defaults resolved; the fingerprint is of this and of nothing else."""
-    train = settings.train.model_dump(mode="json", include={"seed", "num_folds"})
+    train = settings.train.model_dump(mode="json", include={"num_folds"})
     described = {"cohorts": settings.cohorts.resolved.model_dump(mode="json"), "train": train}
     return described | {"sha256": digest_json(described)}
 

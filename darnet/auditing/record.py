@@ -52,8 +52,8 @@ class AuditRecord:
 
     def _list_other_settings(self, division: Division) -> list[str]:
         told = self.summary["division_settings"]
-        ours: dict[str, Any] = {"seed": division.seed, "num_folds": division.num_folds}
-        pairs = [("train", ours), ("cohorts", division.cohorts.resolved.model_dump(mode="json"))]
+        cohorts: dict[str, Any] = division.cohorts.resolved.model_dump(mode="json")
+        pairs = [("train", {"num_folds": division.num_folds}), ("cohorts", cohorts)]
         return [
             f"{section}.{name}"
             for section, values in pairs

@@ -23,7 +23,7 @@ from darnet.bundle import (
     load_networks,
     read_model,
 )
-from darnet.cohort import Division, count_cohort, describe_division, find_leaking_patients, tell_leak
+from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.config import ScoreConfig, digest_json
 from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
@@ -244,7 +244,7 @@ def tabulate_predictions(
 
 def describe_leak(index: VolumesIndex, manifest: BundleManifest) -> tuple[str, bool]:
     """Say whether the bundle knows patients of the test cohort, and whether that is something to be warned of."""
-    is_leaking = bool(find_leaking_patients(index.frame))
+    is_leaking = has_leak(index.frame)
     told = tell_leak(index.frame) + (": these figures flatter the model." if is_leaking else ".")
     if manifest.cohort_sha256 == index.cohort_sha256:
         return told, is_leaking
@@ -320,6 +320,7 @@ def _describe_origin(
         "bundle_settings_sha256": manifest.settings_sha256,
         **_describe_settings(settings, audit),
         "division": describe_division(index.division),
+        "excluded": describe_excluded(index.excluded),
     }
     subject = f"{manifest.model_name} {manifest.model_version}"
     return Origin(subject, told, facts, warning=told if is_warning else "")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from darnet.cohort import COHORTS, describe_division, find_leaking_patients, tell_leak
+from darnet.cohort import COHORTS, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
 from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
@@ -26,6 +26,7 @@ def describe_cohort(table: VolumesTable) -> str:
             f"{len(rows)} scans of {rows['patient_id'].nunique()} patients in {table.num_folds} folds, divided by "
             "patient: no patient is in two folds.",
             f"Division {describe_division(table.division)}.",
+            f"Not among them: {describe_excluded(table.excluded)}.",
             _render_table([["", *LABELS, "scans", "patients"], *_count_parts(table)]),
             describe_leak(table),
         ]
@@ -36,7 +37,7 @@ def describe_leak(table: VolumesTable) -> str:
     """Whether patients of the test cohort are in training too."""
     if not (table.frame["cohort"] == "test").any():
         return NO_TEST
-    if not find_leaking_patients(table.frame):
+    if not has_leak(table.frame):
         return f"{tell_leak(table.frame)}."
     return f"**{tell_leak(table.frame)}: figures on the test cohort flatter the model.**"
 

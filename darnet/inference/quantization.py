@@ -59,7 +59,7 @@ def quantize_bundle(
             meter.advance(1, {})
     _refuse_above(bound, bundle.manifest.folds, records)
     quantized, written = add_int8_graphs(bundle, model, graphs, records)
-    publish_bundles(out, {"": written})
+    publish_bundles(out, [("", written)])
     return quantized
 
 

@@ -154,7 +154,7 @@ def test_the_division_is_written_down_and_read_back_as_a_table_makes_it_again(tm
     excluded = read_text_table(tmp_path / "excluded.csv")
     assert excluded[["scan_id", "status"]].to_numpy().tolist() == [["s000", "DISCARDED"]]
     assert (found["left_out"], found["reversed_scans"]) == ({"DISCARDED": 1}, 1)
-    again = audit_text((tmp_path / "division.csv").read_text(), tmp_path / "again", train={"seed": 77})
+    again = audit_text((tmp_path / "division.csv").read_text(), tmp_path / "again", cohorts={"seed": 77})
     assert again["counts"] == found["division"]["counts"]
     assert (again["left_out"], again["reversed_scans"]) == ({"DISCARDED": 1}, 1)
     for name in ("division.csv", "excluded.csv"):
@@ -163,17 +163,29 @@ def test_the_division_is_written_down_and_read_back_as_a_table_makes_it_again(tm
 
 def test_the_audit_says_what_its_division_was_made_with(tmp_path: Path) -> None:
     table = make_table().to_csv(index=False)
-    told = audit_text(table, tmp_path / "a", train={"seed": 3, "num_folds": 4}, cohorts={"test_fraction": 0.3})
+    told = audit_text(table, tmp_path / "a", train={"num_folds": 4}, cohorts={"seed": 3, "test_fraction": 0.3})
     settings = told["division_settings"]
-    assert settings["train"] == {"seed": 3, "num_folds": 4}
-    assert (settings["cohorts"]["division"], settings["cohorts"]["test_fraction"]) == ("patient", 0.3)
+    assert settings["train"] == {"num_folds": 4}
+    told_cohorts = tuple(settings["cohorts"][name] for name in ("division", "test_fraction", "seed"))
+    assert told_cohorts == ("patient", 0.3, 3)
     assert (settings["cohorts"]["drop_discarded"], settings["cohorts"]["drop_shuffled"]) == (True, True)
     assert settings["sha256"] in (tmp_path / "a" / "audit.html").read_text()
     digests = [
         audit_text(table, tmp_path / name, **changed)["division_settings"]["sha256"]
-        for name, changed in (("b", {"train": {"seed": 3}}), ("c", {"train": {"seed": 3}}), ("d", {}))
+        for name, changed in (("b", {"cohorts": {"seed": 3}}), ("c", {"cohorts": {"seed": 3}}), ("d", {}))
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_trainings_of_other_seeds_share_one_division_and_another_seed_of_the_cohorts_makes_another(
+    tmp_path: Path,
+) -> None:
+    table = make_table().to_csv(index=False)
+    changes = {"a": {}, "b": {"train": {"seed": 1}}, "c": {"cohorts": {"seed": 1}}}
+    for name, changed in changes.items():
+        audit_text(table, tmp_path / name, **changed)
+    first, same, other = ((tmp_path / name / "division.csv").read_bytes() for name in changes)
+    assert first == same != other
 
 
 def test_a_division_of_an_earlier_audit_does_not_outlive_one_that_cannot_divide(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from darnet.auditing.audit import audit_cohort
 from darnet.auditing.report import write_audit
 from darnet.bundle import load_networks, read_bundle
 from darnet.cohort import read_cohort
-from darnet.config import TrainConfig, VolumeConfig
+from darnet.config import CohortConfig, TrainConfig, VolumeConfig
 from darnet.dataset import write_index
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
@@ -198,14 +198,18 @@ def test_an_audit_of_another_division_than_the_volumes_is_refused(
     rows = pd.read_parquet(volumes / "cohort.parquet")[["scan_id", "patient_id", "diagnosis", "cohort"]]
     cohort = read_cohort("cohort.csv", rows.to_csv(index=False).encode(), num_folds=2)
     places = ("--model", model, "--volumes", volumes, "--out", tmp_path / "out", "--audit", tmp_path / "audit")
-    for seed, code in ((DIVISION.seed, 0), (DIVISION.seed + 1, 2)):
+    for seed, code in ((DIVISION.cohorts.seed, 0), (DIVISION.cohorts.seed + 1, 2)):
         settings = PrepareSettings(
-            cohort="cohort.csv", audit=True, out=str(tmp_path / "audit"), train=TrainConfig(seed=seed, num_folds=2)
+            cohort="cohort.csv",
+            audit=True,
+            out=str(tmp_path / "audit"),
+            cohorts=CohortConfig(seed=seed),
+            train=TrainConfig(num_folds=2),
         )
         write_audit(audit_cohort(cohort, settings), settings.out)
         summary, _ = run(capsys, *places)
         assert summary["exit_code"] == code
-    assert f"was divided otherwise than {volumes} (train.seed)" in summary["error"]
+    assert f"was divided otherwise than {volumes} (cohorts.seed)" in summary["error"]
 
 
 @pytest.mark.parametrize(

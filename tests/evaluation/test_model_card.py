@@ -31,6 +31,7 @@ def test_scans_are_counted_by_fold_cohort_and_diagnosis(tmp_path: Path) -> None:
         ["test", "2", "1", "1", "4", "4"],
     ]
     assert "no patient is in two folds" in told
+    assert "Not among them: 2 BAD_TRUNCATED, 1 NOT_IN_ARCHIVE (excluded.csv beside the volumes names each)." in told
     assert "Division patient: cohorts of the table's column cohort; 2 folds dealt by patient (seed 5)" in told
     assert "No patient of the test cohort has a scan in the training cohort." in told
     assert not re.search(r"patient-\d|scan-\d", told)
@@ -43,6 +44,19 @@ def test_patients_in_both_cohorts_are_told_as_what_flatters_the_model(tmp_path: 
     told = describe_leak(read_index(tmp_path))
     assert told.startswith("**1 of 2 test patients (2 of 3 test scans) also have scans in the training cohort")
     assert describe_leak(make_volumes(tmp_path / "none", 6, 2)) == NO_TEST
+
+
+def test_a_test_scan_with_the_voxels_of_a_training_scan_is_told_though_its_patient_is_another(tmp_path: Path) -> None:
+    frame = make_cohort(tmp_path, 6, 2, num_test=3)
+    frame.loc[7, ["array", "sha256"]] = frame.loc[1, ["array", "sha256"]]
+    write_index(open_store(str(tmp_path)), frame, SMALL_VOLUME)
+    told = describe_leak(read_index(tmp_path))
+    assert told.startswith(
+        "**No patient of the test cohort has a scan in the training cohort; the standard volumes of 1 "
+    )
+    assert (
+        "of 1 of 3 test scans are also those of training scans: figures on the test cohort flatter the model." in told
+    )
 
 
 def test_the_test_cohorts_figures_are_those_of_scikit_learn(tmp_path: Path) -> None:
