@@ -26,12 +26,12 @@ CPU_FORWARD_SCANS = 2
 class ScanScore:
     """What the ensemble says of one scan.
 
-    Shape: `fold_probability` (folds, classes); `class_maps` (classes, d, h, w), mean over folds; `depth_gates` (d,),
-           mean over channels and folds, None without depth attention.
+    Shape: `fold_probability` (folds, classes); `fold_class_maps` (folds, classes, d, h, w); `depth_gates` (d,), mean
+           over channels and folds, None without depth attention.
     """
 
     fold_probability: FloatArray
-    class_maps: FloatArray
+    fold_class_maps: FloatArray
     depth_gates: FloatArray | None
     model_s: float
 
@@ -39,6 +39,12 @@ class ScanScore:
     def probability(self) -> FloatArray:
         """Mean over the folds; shape (classes,)."""
         mean: FloatArray = self.fold_probability.mean(axis=0)
+        return mean
+
+    @property
+    def class_maps(self) -> FloatArray:
+        """Mean over the folds; shape (classes, d, h, w)."""
+        mean: FloatArray = self.fold_class_maps.mean(axis=0)
         return mean
 
     @property
@@ -118,7 +124,7 @@ class Ensemble:
             folds = zip(self._networks, self._temperatures, strict=True)
             results = [_score_fold(network, temperature, batch) for network, temperature in folds]
         probability = np.stack([fold[0] for fold in results], axis=1)  # (B, folds, classes)
-        class_maps = np.mean([fold[1] for fold in results], axis=0)  # (B, classes, d, h, w)
+        class_maps = np.stack([fold[1] for fold in results], axis=1)  # (B, folds, classes, d, h, w)
         gates = [fold[2] for fold in results if fold[2] is not None]
         depth_gates = np.mean(gates, axis=0) if gates else None  # (B, d)
         model_s = (time.perf_counter() - start_s) / num_scans

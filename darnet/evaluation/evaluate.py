@@ -111,7 +111,8 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         history = pd.concat([history for _, history in trainings[name]], ignore_index=True)
         runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out, audit))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
-    cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
+    members = {name: [(fold.number, fold.seed) for fold in bundle.manifest.folds] for name, bundle in bundles.items()}
+    cohort = CohortScores(index, scores, members, lambda name: _load_on_device(bundles[name]), truths)
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
     files = {
         "tables.csv": render_study_csv(study).encode(),

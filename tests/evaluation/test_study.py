@@ -382,6 +382,50 @@ def test_map_differences_of_both_diagnoses_are_corrected_together(
     assert report.count(told) == 2
 
 
+def test_maps_of_one_seed_are_said_to_be_of_these_networks_alone_and_show_nothing(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    differences = [item for maps in metrics["activation_maps"] for item in maps["differences"]]
+    assert {item["verdict"] for item in differences} == {"not shown"}
+    assert {(item["folds"]["num_pairs"], item["folds"]["num_seeds"]) for item in differences} == {(5, 1)}
+    report = (places["out"] / "report.html").read_text()
+    assert report.count("not shown (one seed)") == len(differences)
+    assert report.count("95% interval, for these trained networks alone") == 2
+    assert "NCP: that depth attention helps maps find lesions is not shown, nor can it be with one seed" in report
+
+
+def test_maps_of_three_seeds_are_paired_by_fold_and_seed(places: dict[str, Path], tmp_path: Path) -> None:
+    """Each model's map by itself, of its own bundle, in bundles that are not found in the order of their seeds."""
+    for folder, seed in (("a", 2), ("b", 0), ("c", 1)):
+        for attentions in (NETWORKS[0], NETWORKS[2]):
+            place = tmp_path / "bundles" / folder / name_model(ModelConfig(**attentions))
+            write_random_bundle(place, f"v{seed}", attentions=attentions, seed=seed)
+    out = tmp_path / "out"
+    arguments = ("--model", tmp_path / "bundles", "--volumes", places["volumes"], "--out", out)
+    assert run(*arguments, "--truth", places["truth"]) == 0
+    ncp = json.loads((out / "metrics.json").read_text())["activation_maps"][0]
+    frame = pd.read_parquet(places["volumes"] / "cohort.parquet")
+    names = frame.loc[(frame["cohort"] == "test") & (frame["diagnosis"] == "NCP"), ["array", "scan_id"]]
+    dice: dict[str, list[float]] = {"darnet-plain": [], "darnet-da": []}
+    for model, values in dice.items():
+        for folder in ("b", "c", "a"):
+            for network in load_networks(read_bundle(open_store(str(tmp_path / "bundles" / folder / model)))):
+                for name, scan_id in names.itertuples(index=False):
+                    voxels = torch.from_numpy(np.load(places["volumes"] / name))[None, None].float() / 255
+                    with torch.inference_mode():
+                        features = network.features(voxels)[0]
+                    cam = upsample_cam(torch.einsum("cdhw,c->dhw", features, network.head.weight[1]), SHAPE)
+                    strong, depth = (cam > 0) & (cam >= cam.max() / 2), 2 + int(scan_id[-3:]) % 5
+                    overlap = strong[4 : 4 + depth, 8:16, 8:16].sum()
+                    values.append(2 * overlap / (strong.sum() + depth * 64))
+    (found,) = [item for item in ncp["differences"] if item["measure"] == "dice_half_maximum"]
+    assert (found["folds"]["num_pairs"], found["folds"]["num_seeds"]) == (15, 3)
+    expected = np.mean(dice["darnet-da"]) - np.mean(dice["darnet-plain"])
+    assert abs(expected) > 1e-3
+    assert found["folds"]["mean"] == pytest.approx(expected, abs=1e-4)
+    assert "(one seed)" not in (out / "report.html").read_text()
+
+
 def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, Path], metrics: dict[str, Any]) -> None:
     verdicts = {item["verdict"] for pair in metrics["comparisons"] for item in pair["folds"].values()}
     assert verdicts == {"not shown"}
