@@ -21,7 +21,7 @@ from darnet.errors import UsageError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
 from darnet.evaluation.paper import NETWORKS as PAPER_NETWORKS
-from darnet.evaluation.seeds import merge_seeds
+from darnet.evaluation.seeds import merge_seeds, refuse_unlike
 from darnet.evaluation.study_maps import choose_cases
 from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
@@ -360,6 +360,18 @@ def test_seeds_of_other_code_or_folds_are_not_averaged(
     with pytest.raises(UsageError, match=complaint):
         merge_seeds([one, cut])
     assert len(merge_seeds([one, other]).weights) == 10
+
+
+def test_seeds_and_networks_of_other_numbers_of_workers_are_refused(tmp_path: Path) -> None:
+    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed) for seed in (0, 1))
+    folds = tuple(fold.model_copy(update={"world_size": 4}) for fold in other.manifest.folds)
+    changed = Bundle(other.manifest.model_copy(update={"folds": folds}), other.weights)
+    with pytest.raises(UsageError, match="v0 was trained by 1 worker a fold, v1 by 4 workers"):
+        merge_seeds([one, changed])
+    network = changed.manifest.model_copy(update={"model_name": "darnet-da"})
+    with pytest.raises(UsageError, match="darnet-da-ca was trained by 1 worker a fold, darnet-da by 4 workers"):
+        refuse_unlike([one.manifest, network])
+    refuse_unlike([one.manifest, other.manifest])
 
 
 def test_networks_of_other_code_are_not_compared(
