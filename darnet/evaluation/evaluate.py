@@ -154,20 +154,23 @@ def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, T
 
 
 def _read_audit(
-    settings: EvaluateSettings, of: str, diagnoses: Mapping[str, str], division: Division | None = None
+    settings: EvaluateSettings, of: str, scans: Sequence[Sequence[Any]], division: Division | None = None
 ) -> AuditRecord | None:
     """What jobs.prepare --audit found, if the settings say where that is, and it is of these scans."""
     if settings.audit is None:
         return None
     _, data = read_file(f"{settings.audit}/{AUDIT_FILE}", "folder that jobs.prepare --audit wrote")
     audit = read_audit(f"{settings.audit}/{AUDIT_FILE}", data)
-    audit.check(of, diagnoses, division)
+    audit.check(of, scans, division)
     return audit
 
 
 def _read_audit_of_volumes(settings: EvaluateSettings, index: VolumesIndex) -> AuditRecord | None:
-    diagnoses = dict(zip(index.frame["scan_id"], index.frame["diagnosis"], strict=True))
-    return _read_audit(settings, str(settings.volumes), diagnoses, index.division)
+    columns, division = ["scan_id", "diagnosis", "patient_id"], index.division
+    if division is not None and division.cohorts_by != "patient":
+        columns += ["cohort", "fold"] if division.folds_by == "fold" else ["cohort"]
+    rows = index.frame[columns].astype(object).where(index.frame[columns].notna(), "")
+    return _read_audit(settings, str(settings.volumes), rows.to_numpy().tolist(), division)
 
 
 def _tell_audit(audit: AuditRecord | None) -> list[Section]:
@@ -256,7 +259,9 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
     if settings.predictions is not None:
         predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
         names = [LABELS[label] for label in predictions.labels]
-        audit = _read_audit(settings, predictions.name, dict(zip(predictions.scan_ids, names, strict=True)))
+        patients = () if predictions.patient_ids is None else (predictions.patient_ids,)
+        scans = list(zip(predictions.scan_ids, names, *patients, strict=True))
+        audit = _read_audit(settings, predictions.name, scans)
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings, audit)), audit
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
