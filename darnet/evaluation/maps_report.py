@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, MapStudy, count_needed_patients
+import pandas as pd
+
+from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, Estimate, MapStudy, count_needed_patients
 from darnet.evaluation.intervals import MIN_SEEDS
 from darnet.evaluation.study import Study
 from darnet.evaluation.tabulate import format_difference, format_interval, format_metric, format_p
@@ -82,6 +84,29 @@ def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
     header = ["pair", "measure", "ensembles: difference", "95% interval, for these trained networks alone"]
     header += ["fold models: mean difference", "95% interval", "p"] if has_seeds else []
     return HtmlTable([*header, "verdict"], rows, _explain_differences(maps, has_seeds))
+
+
+def tabulate_maps_csv(maps: MapStudy) -> pd.DataFrame:
+    """One row a network and measure, then one a difference from the network in column `minus`; for tables.csv."""
+    prefix = f"maps_{maps.diagnosis}_".lower()
+    rows = [
+        {"metric": prefix + measure, "network": name, "value": item.mean}
+        | {"ci95_low": item.interval.low, "ci95_high": item.interval.high, "by_chance": maps.chance.get(measure)}
+        for name, measured in maps.measured.items()
+        for measure, item in [*measured.items(), *_name_redrawn(maps, name)]
+    ]
+    rows += [
+        {"metric": prefix + item.measure, "network": item.first, "minus": item.second, "value": item.ensembles.mean}
+        | {"ci95_low": item.ensembles.interval.low, "ci95_high": item.ensembles.interval.high}
+        | {"folds_mean": item.models.mean, "folds_p_bonferroni": item.models.p_value}
+        | {"folds_ci95_low": item.models.interval.low, "folds_ci95_high": item.models.interval.high}
+        for item in maps.differences
+    ]
+    return pd.DataFrame(rows)
+
+
+def _name_redrawn(maps: MapStudy, network: str) -> list[tuple[str, Estimate]]:
+    return [("redrawn_rank_correlation", maps.redrawn[network])] if network in maps.redrawn else []
 
 
 def _explain_differences(maps: MapStudy, has_seeds: bool) -> str:

@@ -191,7 +191,7 @@ def tabulate_metrics(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def tabulate_differences(comparison: Comparison) -> pd.DataFrame:
-    """One row a metric, first minus second model: the ensembles', its interval, and the mean over the folds.
+    """One row a metric, first minus second model: the ensembles', its interval, and the folds' mean with its own.
 
     The p values, clustered and corrected by Holm, are DeLong's beside `auc_ncp`, McNemar's beside `accuracy_3class`.
     """
@@ -201,7 +201,9 @@ def tabulate_differences(comparison: Comparison) -> pd.DataFrame:
         item = comparison.intervals[name]
         row: dict[str, str | float] = {"metric": name, "value": value, "ci95_low": item.low, "ci95_high": item.high}
         if name in comparison.folds:
-            row |= {"folds_mean": comparison.folds[name].mean, "folds_p_holm": comparison.p_folds[name]}
+            fold = comparison.folds[name]
+            row |= {"folds_mean": fold.mean, "folds_ci95_low": fold.interval.low, "folds_ci95_high": fold.interval.high}
+            row["folds_p_holm"] = comparison.p_folds[name]
         rows.append(row | ({"p_holm": tests[name]} if name in tests else {}))
     return pd.DataFrame(rows)
 

@@ -137,7 +137,30 @@ def test_the_report_has_the_papers_tables_beside_this_run(places: dict[str, Path
     assert "not shown" in report
     for name in ("tables.csv", "tables.tex"):
         assert "Research use only" in (places["out"] / name).read_text()
-    assert set(pd.read_csv(places["out"] / "tables.csv")["network"]) == set(PAPER_NETWORKS)
+    assert set(pd.read_csv(places["out"] / "tables.csv")["network"].dropna()) == set(PAPER_NETWORKS)
+
+
+def test_table_1_fold_differences_and_maps_are_in_the_tables_for_programs(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    table = pd.read_csv(places["out"] / "tables.csv")
+    counts = table[table["network"].isna()].set_index("metric")["value"]
+    assert (counts["scans_train_cp"], counts["scans_test_normal"], len(counts)) == (4, 4, 6)
+    pair = next(item for item in metrics["comparisons"] if item["first"] == "CA")
+    where = (table["network"] == "CA") & (table["minus"] == "ResNet18")
+    row = table[where & (table["metric"] == "accuracy_3class")].iloc[0]
+    fold = pair["folds"]["accuracy_3class"]
+    assert [row["folds_ci95_low"], row["folds_ci95_high"]] == pytest.approx(fold["ci95"])
+    ncp = metrics["activation_maps"][0]
+    where = (table["network"] == "DA") & (table["metric"] == "maps_ncp_dice_half_maximum")
+    one, difference = table[where & table["minus"].isna()].iloc[0], table[where & table["minus"].notna()].iloc[0]
+    assert one["value"] == pytest.approx(ncp["networks"]["DA"]["dice_half_maximum"]["mean"])
+    assert one["by_chance"] == pytest.approx(ncp["chance"]["dice_half_maximum"])
+    (found,) = [item for item in ncp["differences"] if (item["first"], item["measure"]) == ("DA", "dice_half_maximum")]
+    assert difference["folds_mean"] == pytest.approx(found["folds"]["mean"])
+    tex = (places["out"] / "tables.tex").read_text()
+    for label in ("cohorts", "maps-NCP", "map-differences-NCP", "maps-CP", "map-differences-CP"):
+        assert rf"\label{{tab:{label}}}" in tex
 
 
 def test_cohorts_are_counted(metrics: dict[str, Any]) -> None:
