@@ -25,7 +25,7 @@ from darnet.bundle import (
 )
 from darnet.cohort import Division, count_cohort, describe_division, find_leaking_patients, tell_leak
 from darnet.config import ScoreConfig, digest_json
-from darnet.dataset import VolumesIndex
+from darnet.dataset import VolumesIndex, read_facts
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
     Evaluation,
@@ -48,6 +48,7 @@ from darnet.evaluation.truth import Truth, read_truths
 from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
 from darnet.page import Section, figure_to_png
+from darnet.scan import Intensity
 from darnet.score import Ensemble, ScanScore
 from darnet.settings import EvaluateSettings
 from darnet.storage import Store, open_store, read_file
@@ -112,7 +113,9 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out, audit))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
     members = {name: [(fold.number, fold.seed) for fold in bundle.manifest.folds] for name, bundle in bundles.items()}
-    cohort = CohortScores(index, scores, members, lambda name: _load_on_device(bundles[name]), truths)
+    cohort = CohortScores(
+        index, scores, members, lambda name: _load_on_device(bundles[name]), truths, find_sided(settings)
+    )
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
     files = {
         "tables.csv": render_study_csv(study).encode(),
@@ -151,6 +154,12 @@ def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, T
         return {}
     scan_ids = index.frame.loc[index.frame["cohort"] == "test", "scan_id"].tolist()
     return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
+
+
+def find_sided(settings: EvaluateSettings) -> frozenset[str]:
+    """Scans whose left and right jobs.prepare knew: those in HU."""
+    facts = read_facts(open_store(str(settings.volumes)))
+    return frozenset(facts.loc[facts["intensity"] == str(Intensity.HU), "scan_id"] if "intensity" in facts else ())
 
 
 def _read_audit(

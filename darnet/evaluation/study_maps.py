@@ -43,7 +43,8 @@ class CohortScores:
     """The test cohort of a study: its rows of the index, and what every network says of each.
 
     `scores` is network -> one score a row; `members` is network -> fold and seed of each of its models, in the order
-    of the scores; `networks` gives these models; `truths` is by scan_id.
+    of the scores; `networks` gives these models; `truths` is by scan_id;
+    `sided` are the scans whose left and right are known, which those of display images are not.
     """
 
     index: VolumesIndex
@@ -51,6 +52,7 @@ class CohortScores:
     members: Mapping[str, Sequence[tuple[int, int]]]
     networks: Callable[[str], Sequence[DARNet]]
     truths: Mapping[str, Truth]
+    sided: frozenset[str] = frozenset()
 
     @property
     def scan_ids(self) -> list[str]:
@@ -192,6 +194,7 @@ def _draw_case(scans: CohortScores, scan_id: str, severity: str) -> list[CamPane
             cam=cam[telling],
             box=CropBox(len(voxels), 0, 0, *voxels.shape[1:]),
             lesion=None if truth is None else truth.lesion[telling],
+            is_side_known=scan_id in scans.sided,
             pixel_aspect=1.0 if truth is None else truth.spacing_mm[1] / truth.spacing_mm[2],
         )
         for name, cam in cams.items()

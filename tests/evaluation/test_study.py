@@ -16,9 +16,9 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from darnet.bundle import NETWORKS, Bundle, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
-from darnet.dataset import write_index
+from darnet.dataset import write_facts, write_index
 from darnet.errors import UsageError
-from darnet.evaluation.evaluate import run_evaluation
+from darnet.evaluation.evaluate import find_sided, run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
 from darnet.evaluation.paper import NETWORKS as PAPER_NETWORKS
 from darnet.evaluation.seeds import merge_seeds, refuse_unlike
@@ -213,6 +213,15 @@ def test_maps_of_networks_that_know_nothing_are_doubted(places: dict[str, Path],
     doubtful = [name for name, item in metrics["networks"].items() if not item["auc_ncp_ci95"][0] > 0.5]
     assert doubtful  # the bundles are untrained
     assert f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest" in report
+
+
+def test_only_scans_in_hounsfield_units_are_known_by_side(tmp_path: Path) -> None:
+    """Slice images keep no side; a folder without facts of its scans says nothing of them."""
+    settings = EvaluateSettings(model=str(tmp_path), volumes=str(tmp_path), out=str(tmp_path / "out"))
+    assert find_sided(settings) == frozenset()
+    facts = pd.DataFrame({"scan_id": ["a", "b", "c"], "intensity": ["HU", "DISPLAY", None]})
+    write_facts(open_store(str(tmp_path)), facts)
+    assert find_sided(settings) == {"a"}
 
 
 def test_cases_are_the_least_middle_and_most_severe() -> None:
