@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from darnet.metrics import NCP_LABEL, LabelArray, measure_reliability, measure_scans, trace_roc
+from darnet.metrics import NCP_LABEL, LabelArray, count_confusion, measure_reliability, measure_scans, trace_roc
 from darnet.scan import FloatArray
 
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
@@ -179,6 +179,18 @@ def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resamplin
     return {name: take_interval(values) for name, values in replicates.items()} | {
         CALIBRATION: _bound_calibration_error(error, shift, 0.0)
     }
+
+
+def bootstrap_recalls(probabilities: FloatArray, labels: LabelArray, resampling: Resampling) -> list[Interval]:
+    """A percentile interval for the share of each class's scans that is called so, in label order.
+
+    Shape: (N, 3), (N,).
+    """
+    confusion = count_confusion(probabilities, labels, resampling.weights)  # (replicates, 3, 3)
+    totals = confusion.sum(axis=-1)
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    recalls = np.divide(right, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
+    return [take_interval(column) for column in recalls.T]
 
 
 def bootstrap_differences(

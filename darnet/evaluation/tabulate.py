@@ -107,12 +107,16 @@ def tabulate_paper(evaluation: Evaluation) -> HtmlTable:
 def tabulate_confusion(evaluation: Evaluation) -> HtmlTable:
     """Which class is called which."""
     rows: list[Sequence[Cell]] = []
-    for name, counts in zip(LABELS, evaluation.confusion, strict=True):
+    for name, counts, recall in zip(LABELS, evaluation.confusion, evaluation.recalls, strict=True):
         total = counts.sum()
         shares = [f"{count:.0f} ({count / total:.1%})" if total else "0" for count in counts]
-        rows.append([f"true {name}", *shares, f"{total:.0f}"])
-    header = ["", *(f"called {name}" for name in LABELS), "scans"]
-    return HtmlTable(header, rows, "Confusion matrix: scans, and share of the true class.")
+        rows.append([f"true {name}", *shares, f"{total:.0f}", format_interval(recall)])
+    header = ["", *(f"called {name}" for name in LABELS), "scans", "95% interval of those called rightly"]
+    caption = (
+        "Confusion matrix: scans, and share of the true class; percentile bootstrap intervals by "
+        f"{evaluation.clustered_by} of the shares called rightly."
+    )
+    return HtmlTable(header, rows, caption)
 
 
 def tabulate_folds(evaluation: Evaluation) -> list[HtmlTable]:
