@@ -458,7 +458,8 @@ def test_maps_of_three_seeds_are_paired_by_fold_and_seed(places: dict[str, Path]
                     voxels = torch.from_numpy(np.load(places["volumes"] / name))[None, None].float() / 255
                     with torch.inference_mode():
                         features = network.features(voxels)[0]
-                    cam = upsample_cam(torch.einsum("cdhw,c->dhw", features, network.head.weight[1]), SHAPE)
+                        class_map = torch.einsum("cdhw,c->dhw", features, network.head.weight[1])
+                    cam = upsample_cam(class_map, SHAPE)
                     strong, depth = (cam > 0) & (cam >= cam.max() / 2), 2 + int(scan_id[-3:]) % 5
                     overlap = strong[4 : 4 + depth, 8:16, 8:16].sum()
                     values.append(2 * overlap / (strong.sum() + depth * 64))
