@@ -321,8 +321,9 @@ NCP is COVID-19 pneumonia, CP other common pneumonia, Normal neither.
 {folds}
 
 Each row is measured on the scans that were held out of that fold's training, and that also chose which epoch to keep:
-read it as an upper estimate. A temperature other than 1 was fitted on the same scans. The figures printed in the
-paper were not measured on these weights and say nothing about them.
+read it as an upper estimate. No interval is given; chance in the choice of these scans is not accounted for. A
+temperature other than 1 was fitted on the same scans. The figures printed in the paper were not measured on these
+weights and say nothing about them.
 
 ## Test cohort
 

@@ -21,7 +21,8 @@ CAM_COLOURS = "inferno"
 
 @dataclass(frozen=True)
 class CamPanel:
-    """One slice of a CAM figure, in radiological convention: the patient's right is on the left of the picture.
+    """One slice of a CAM figure, in radiological convention: the patient's right is on the left of the picture, and
+    marked, where the side is known; slice images do not say it.
 
     Shape: `image` (rows, columns), and `lesion` the same or None where the truth is not known; `cam` (h, w), spread
            over the part `box` of the image.
@@ -35,6 +36,7 @@ class CamPanel:
     box: CropBox
     lesion: BoolArray | None
     pixel_aspect: float = 1.0
+    is_side_known: bool = True
 
 
 def draw_cam_figure(panels: Sequence[CamPanel], heading: str, path: Path) -> None:
@@ -83,7 +85,8 @@ def _draw_slice(axis: Axes, panel: CamPanel, title: str) -> None:
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.text(0.02, 0.96, "R", color=INK, fontsize=9, transform=axis.transAxes, va="top")
+    if panel.is_side_known:
+        axis.text(0.02, 0.96, "R", color=INK, fontsize=9, transform=axis.transAxes, va="top")
 
 
 def _draw_bar(figure: Figure, axes: NDArray[Any]) -> None:

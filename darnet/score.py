@@ -26,12 +26,12 @@ from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, IngestedScan, Standard
 class ScanScore:
     """What the ensemble says of one scan.
 
-    Shape: `fold_probability` (folds, classes); `class_maps` (classes, d, h, w), mean over folds; `depth_gates` (d,),
-           mean over channels and folds, None without depth attention.
+    Shape: `fold_probability` (folds, classes); `fold_class_maps` (folds, classes, d, h, w); `depth_gates` (d,), mean
+           over channels and folds, None without depth attention.
     """
 
     fold_probability: FloatArray
-    class_maps: FloatArray
+    fold_class_maps: FloatArray
     depth_gates: FloatArray | None
     model_s: float
 
@@ -39,6 +39,12 @@ class ScanScore:
     def probability(self) -> FloatArray:
         """Mean over the folds; shape (classes,)."""
         mean: FloatArray = self.fold_probability.mean(axis=0)
+        return mean
+
+    @property
+    def class_maps(self) -> FloatArray:
+        """Mean over the folds; shape (classes, d, h, w)."""
+        mean: FloatArray = self.fold_class_maps.mean(axis=0)
         return mean
 
     @property
@@ -108,7 +114,7 @@ class Ensemble:
         folds = zip(answers, self._temperatures, strict=True)
         logits = np.stack([answer.logits / np.float32(temperature) for answer, temperature in folds], axis=1)
         probability = softmax(logits, axis=2)  # (B, folds, classes)
-        class_maps = np.mean([answer.class_maps for answer in answers], axis=0)  # (B, classes, d, h, w)
+        class_maps = np.stack([answer.class_maps for answer in answers], axis=1)  # (B, folds, classes, d, h, w)
         gates = [answer.depth_gates for answer in answers if answer.depth_gates is not None]
         depth_gates = np.mean(gates, axis=0) if gates else None  # (B, d)
         model_s = (time.perf_counter() - start_s) / num_scans

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from darnet.report import CamPanel, draw_cam_figure
+from darnet.report import CamPanel, draw_cam_figure, draw_case_figure
 from darnet.scan import CropBox
 
 
@@ -43,3 +43,9 @@ def test_the_map_lies_on_its_box_and_nowhere_else(tmp_path: Path) -> None:
     rows, columns = np.nonzero(warm[top : top + height, left : left + width] > 30)
     centre = (rows.mean() + 0.5) * 64 / height, (columns.mean() + 0.5) * 80 / width
     assert np.abs(np.array(centre) - (30, 38)).max() < 2
+
+
+def test_right_is_marked_only_where_the_side_is_known() -> None:
+    for is_known, marks in ((True, ["R", "R"]), (False, [])):
+        figure = draw_case_figure([[replace(_panel(), is_side_known=is_known)]], "cases")
+        assert [text.get_text() for axis in figure.axes for text in axis.texts] == marks

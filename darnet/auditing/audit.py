@@ -50,6 +50,7 @@ from darnet.settings import PrepareSettings
 from darnet.storage import Store, open_store
 from darnet.volumes_cache import open_volumes
 
+SCAN_COLUMNS = ("scan_id", "diagnosis", "patient_id", "cohort", "fold")  # an evaluation knows the first two at least
 KEYS = ("found", "known")
 
 
@@ -224,7 +225,7 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
     """The audit as JSON: the counts of the printed cohorts at the top, everything else below names of its own."""
     cohorts = asdict(audit.cohorts)
     rows = audit.division_frame
-    digests = sorted(map(digest_scan, rows["scan_id"], rows["diagnosis"]))
+    digests = digest_scans(rows)
     division = None if audit.division is None else asdict(audit.division)
     return {
         "cohorts_by": cohorts.pop("by"),
@@ -249,14 +250,27 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
     }
 
 
-def digest_scan(scan_id: str, diagnosis: str) -> str:
-    """What an audit keeps of a scan, so that it is known again; no scan's name can be read from it."""
-    return hashlib.sha256(f"{scan_id}\0{diagnosis}".encode()).hexdigest()[:16]
+def digest_scans(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """What an audit keeps of its scans, so that they are known again; no name can be read from it.
+
+    Last column -> the sorted digests of each scan by all of `SCAN_COLUMNS` up to that one.
+    """
+    columns = {column: rows[column].astype(object).where(rows[column].notna(), "") for column in SCAN_COLUMNS}
+    return {
+        last: sorted(map(digest_scan, *(columns[column] for column in SCAN_COLUMNS[: place + 1])))
+        for place, last in enumerate(SCAN_COLUMNS)
+        if place > 0
+    }
 
 
-def digest_cohort(scan_digests: Sequence[str], division_settings: Mapping[str, Any]) -> str:
+def digest_scan(*facts: Any) -> str:
+    """Digest of a scan's first `SCAN_COLUMNS`."""
+    return hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
+
+
+def digest_cohort(scan_digests: Mapping[str, Sequence[str]], division_settings: Mapping[str, Any]) -> str:
     """Digest of a cohort's scans and of what divided them."""
-    return digest_json({"scans": list(scan_digests), "division": dict(division_settings)})
+    return digest_json({"scans": dict(scan_digests), "division": dict(division_settings)})
 
 
 def _gather_images(cohort: pd.DataFrame, settings: PrepareSettings) -> Images:

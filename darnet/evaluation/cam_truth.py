@@ -16,7 +16,15 @@ import torch
 from scipy import ndimage
 
 from darnet.cam import class_activation_maps, find_peak
-from darnet.evaluation.intervals import ALPHA, UNDEFINED, Interval, Resampling, take_interval
+from darnet.evaluation.intervals import (
+    ALPHA,
+    UNDEFINED,
+    FoldDifference,
+    Interval,
+    Resampling,
+    compare_folds,
+    take_interval,
+)
 from darnet.evaluation.truth import Truth
 from darnet.model import DARNet, build_network
 from darnet.scan import FloatArray, Uint8Array
@@ -39,21 +47,36 @@ class Estimate:
     interval: Interval
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class MeasuredMaps:
+    """One network's maps of the same scans, by measure; NaN where one is undefined.
+
+    Shape: `ensemble` (scans,), of the mean map over folds and seeds; `models` (seeds, folds, scans), of each by itself.
+    """
+
+    ensemble: Mapping[str, FloatArray]
+    models: Mapping[str, FloatArray]
+
+
 @dataclass(frozen=True, slots=True)
 class MapDifference:
-    """First minus second network in one measure, on the same scans; the interval is corrected for the number of such
-    differences in a report, of all diagnoses, and undefined with fewer than `count_needed_patients`."""
+    """First minus second network in one measure, on the same scans; both intervals are corrected for the number of such
+    differences in a report, of all diagnoses, and undefined with fewer than `count_needed_patients`.
+
+    `ensembles` is of these trained networks alone: its interval knows the choice of patients. `models`, of the single
+    folds and seeds, knows the luck of a training too, and the verdict rests on it.
+    """
 
     first: str
     second: str
     measure: str
-    estimate: Estimate
+    ensembles: Estimate
+    models: FoldDifference
 
     @property
     def verdict(self) -> str:
-        """`shown` where the interval leaves 0 out; else, also where there is none, `not shown`."""
-        low, high = self.estimate.interval.low, self.estimate.interval.high
-        return "shown" if low > 0 or high < 0 else "not shown"
+        """`shown` where the models' interval leaves 0 out; else, also where there are too few seeds, `not shown`."""
+        return self.models.verdict
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -85,7 +108,7 @@ def measure_map(cam: FloatArray, truth: Truth) -> dict[str, float]:
     return {
         "cam_in_lung": float(cam[truth.lung].sum(dtype=np.float64) / cam.sum(dtype=np.float64)),
         "peak_in_lesion": float(truth.lesion[peak]),
-        "peak_within_20_mm": float(measure_distances(truth)[peak] <= NEAR_MM),
+        "peak_within_20_mm": float(_measure_distance(truth, peak) <= NEAR_MM),
         "dice_half_maximum": _dice(cam >= cam.max() / 2, truth.lesion),
     }
 
@@ -98,6 +121,12 @@ def measure_chance(truth: Truth) -> dict[str, float]:
         "peak_within_20_mm": float((measure_distances(truth)[truth.lung] <= NEAR_MM).mean()),
         "dice_half_maximum": _dice(truth.lung, truth.lesion),
     }
+
+
+def _measure_distance(truth: Truth, voxel: tuple[int, int, int]) -> float:
+    """As `measure_distances` at one voxel, without those of all others."""
+    offsets_mm = (np.argwhere(truth.lesion) - voxel) * truth.spacing_mm
+    return math.sqrt(float((offsets_mm**2).sum(axis=1).min()))
 
 
 def measure_distances(truth: Truth) -> FloatArray:
@@ -117,6 +146,7 @@ def estimate_mean(values: FloatArray, resampling: Resampling) -> Estimate:
 def estimate_difference(values: FloatArray, resampling: Resampling, num_comparisons: int) -> Estimate:
     """Mean of paired differences, as `estimate_mean`, with an interval that holds for all comparisons together.
 
+    It is of the two trained ensembles alone: others of the same networks differ by the luck of their training.
     Student's t by patients on the bootstrap's standard error, at Bonferroni's level: percentiles that far out are too
     narrow with few patients. Undefined with fewer patients than `count_needed_patients`.
     Shape: (scans,).
@@ -124,14 +154,38 @@ def estimate_difference(values: FloatArray, resampling: Resampling, num_comparis
     num_patients, mean = resampling.num_clusters, _mean_of_defined(values)
     if num_patients < count_needed_patients(num_comparisons):
         return Estimate(mean, UNDEFINED)
-    variance = float(np.nanvar(_replicate_means(values, resampling))) * num_patients / (num_patients - 1)
+    variance = _take_variance(_replicate_means(values, resampling)) * num_patients / (num_patients - 1)
     reach = float(scipy.stats.t.ppf(1 - ALPHA / 2 / num_comparisons, num_patients - 1)) * math.sqrt(variance)
     return Estimate(mean, Interval(mean - reach, mean + reach))
+
+
+def compare_models(
+    first: FloatArray, second: FloatArray, resampling: Resampling, num_comparisons: int
+) -> FoldDifference:
+    """Two networks paired by seed, fold and scan, as `compare_folds`, for all comparisons together.
+
+    Undefined with fewer patients than `count_needed_patients`, and where a pair has no scan that defines the measure.
+    Shape: (seeds, folds, scans) each.
+    """
+    num_patients, num_scans = resampling.num_clusters, first.shape[-1]
+    pairs = (first - second).reshape(-1, num_scans)
+    means = np.array([_mean_of_defined(pair) for pair in pairs]).reshape(first.shape[:-1])
+    variance = math.nan
+    if num_patients >= count_needed_patients(num_comparisons):
+        replicates = np.mean([_replicate_means(pair, resampling) for pair in pairs], axis=0)
+        variance = _take_variance(replicates) * num_patients / (num_patients - 1)
+    return compare_folds(means, np.zeros_like(means), variance, num_comparisons)
 
 
 def count_needed_patients(num_comparisons: int) -> int:
     """So many that all falling on one side is no chance finding among so many comparisons: a sign test's least."""
     return 1 + math.ceil(math.log2(num_comparisons / ALPHA))
+
+
+def _take_variance(replicates: FloatArray) -> float:
+    """Of those that are defined; NaN if none is."""
+    defined = replicates[~np.isnan(replicates)]
+    return float(defined.var()) if len(defined) else math.nan
 
 
 def _mean_of_defined(values: FloatArray) -> float:
@@ -151,7 +205,7 @@ def _replicate_means(values: FloatArray, resampling: Resampling) -> FloatArray:
 
 def study_maps(
     diagnosis: str,
-    maps: Mapping[str, Sequence[FloatArray]],
+    maps: Mapping[str, MeasuredMaps],
     truths: Sequence[Truth],
     pairs: Sequence[tuple[str, str]],
     redrawn: Mapping[str, Estimate],
@@ -159,26 +213,28 @@ def study_maps(
     *,
     num_studies: int = 1,
 ) -> MapStudy:
-    """Measure every network's maps of the same scans, and the pairs' differences, corrected for as many studies beside
-    each other in a report.
-
-    Shape: `maps` network -> one (D, H, W) a truth.
-    """
-    values = {
-        name: _tabulate([measure_map(*pair) for pair in zip(cams, truths, strict=True)]) for name, cams in maps.items()
-    }
-    chance = _tabulate([measure_chance(truth) for truth in truths])
+    """Every network's measured maps of the same scans, and the pairs' differences, corrected for as many studies beside
+    each other in a report."""
+    chance = tabulate_measures([measure_chance(truth) for truth in truths])
     num_comparisons = len(pairs) * len(MEASURES) * num_studies
     return MapStudy(
         diagnosis=diagnosis,
         num_scans=len(truths),
         measured={
-            name: {measure: estimate_mean(column, resampling) for measure, column in columns.items()}
-            for name, columns in values.items()
+            name: {measure: estimate_mean(column, resampling) for measure, column in item.ensemble.items()}
+            for name, item in maps.items()
         },
         chance={measure: float(column.mean()) for measure, column in chance.items()},
         differences=[
-            _subtract(first, second, measure, values, resampling, num_comparisons)
+            MapDifference(
+                first,
+                second,
+                measure,
+                estimate_difference(
+                    maps[first].ensemble[measure] - maps[second].ensemble[measure], resampling, num_comparisons
+                ),
+                compare_models(maps[first].models[measure], maps[second].models[measure], resampling, num_comparisons),
+            )
             for first, second in pairs
             for measure in MEASURES
         ],
@@ -236,7 +292,7 @@ def describe_maps(study: MapStudy) -> dict[str, Any]:
         },
         "differences": [
             {"first": item.first, "second": item.second, "measure": item.measure, "verdict": item.verdict}
-            | _describe(item.estimate)
+            | {"ensembles": _describe(item.ensembles), "folds": _describe_models(item.models)}
             for item in study.differences
         ],
         "redrawn_rank_correlation": {name: _describe(item) for name, item in study.redrawn.items()},
@@ -249,19 +305,14 @@ def _describe(estimate: Estimate) -> dict[str, Any]:
     return {"mean": mean, "ci95": [low, high]}
 
 
-def _subtract(
-    first: str,
-    second: str,
-    measure: str,
-    values: Mapping[str, Mapping[str, FloatArray]],
-    resampling: Resampling,
-    num_comparisons: int,
-) -> MapDifference:
-    estimate = estimate_difference(values[first][measure] - values[second][measure], resampling, num_comparisons)
-    return MapDifference(first, second, measure, estimate)
+def _describe_models(item: FoldDifference) -> dict[str, Any]:
+    p_value = None if math.isnan(item.p_value) else item.p_value
+    counts = {"num_pairs": item.num_pairs, "num_seeds": item.num_seeds, "p_value_bonferroni": p_value}
+    return _describe(Estimate(item.mean, item.interval)) | counts
 
 
-def _tabulate(rows: Sequence[Mapping[str, float]]) -> dict[str, FloatArray]:
+def tabulate_measures(rows: Sequence[Mapping[str, float]]) -> dict[str, FloatArray]:
+    """One mapping a scan, as `measure_map` gives; measure -> (scans,)."""
     return {measure: np.array([row[measure] for row in rows]) for measure in MEASURES}
 
 

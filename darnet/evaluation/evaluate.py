@@ -25,7 +25,7 @@ from darnet.bundle import (
 )
 from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.config import ScoreConfig, digest_json
-from darnet.dataset import VolumesIndex
+from darnet.dataset import VolumesIndex, read_facts
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.measures import (
     Evaluation,
@@ -48,6 +48,7 @@ from darnet.evaluation.truth import Truth, read_truths
 from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
 from darnet.page import Section, figure_to_png
+from darnet.scan import Intensity
 from darnet.score import Ensemble, ScanScore
 from darnet.settings import EvaluateSettings
 from darnet.storage import Store, open_store, read_file
@@ -111,7 +112,10 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         history = pd.concat([history for _, history in trainings[name]], ignore_index=True)
         runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out, audit))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
-    cohort = CohortScores(index, scores, lambda name: _load_on_device(bundles[name]), truths)
+    members = {name: [(fold.number, fold.seed) for fold in bundle.manifest.folds] for name, bundle in bundles.items()}
+    cohort = CohortScores(
+        index, scores, members, lambda name: _load_on_device(bundles[name]), truths, find_sided(settings)
+    )
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
     files = {
         "tables.csv": render_study_csv(study).encode(),
@@ -152,21 +156,30 @@ def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, T
     return read_truths(open_store(settings.truth), scan_ids, index.volume.shape)
 
 
+def find_sided(settings: EvaluateSettings) -> frozenset[str]:
+    """Scans whose left and right jobs.prepare knew: those in HU."""
+    facts = read_facts(open_store(str(settings.volumes)))
+    return frozenset(facts.loc[facts["intensity"] == str(Intensity.HU), "scan_id"] if "intensity" in facts else ())
+
+
 def _read_audit(
-    settings: EvaluateSettings, of: str, diagnoses: Mapping[str, str], division: Division | None = None
+    settings: EvaluateSettings, of: str, scans: Sequence[Sequence[Any]], division: Division | None = None
 ) -> AuditRecord | None:
     """What jobs.prepare --audit found, if the settings say where that is, and it is of these scans."""
     if settings.audit is None:
         return None
     _, data = read_file(f"{settings.audit}/{AUDIT_FILE}", "folder that jobs.prepare --audit wrote")
     audit = read_audit(f"{settings.audit}/{AUDIT_FILE}", data)
-    audit.check(of, diagnoses, division)
+    audit.check(of, scans, division)
     return audit
 
 
 def _read_audit_of_volumes(settings: EvaluateSettings, index: VolumesIndex) -> AuditRecord | None:
-    diagnoses = dict(zip(index.frame["scan_id"], index.frame["diagnosis"], strict=True))
-    return _read_audit(settings, str(settings.volumes), diagnoses, index.division)
+    columns, division = ["scan_id", "diagnosis", "patient_id"], index.division
+    if division is not None and division.cohorts_by != "patient":
+        columns += ["cohort", "fold"] if division.folds_by == "fold" else ["cohort"]
+    rows = index.frame[columns].astype(object).where(index.frame[columns].notna(), "")
+    return _read_audit(settings, str(settings.volumes), rows.to_numpy().tolist(), division)
 
 
 def _tell_audit(audit: AuditRecord | None) -> list[Section]:
@@ -255,7 +268,9 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
     if settings.predictions is not None:
         predictions = read_predictions_table(*read_file(settings.predictions, TABLE))
         names = [LABELS[label] for label in predictions.labels]
-        audit = _read_audit(settings, predictions.name, dict(zip(predictions.scan_ids, names, strict=True)))
+        patients = () if predictions.patient_ids is None else (predictions.patient_ids,)
+        scans = list(zip(predictions.scan_ids, names, *patients, strict=True))
+        audit = _read_audit(settings, predictions.name, scans)
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings, audit)), audit
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from darnet.metrics import NCP_LABEL, LabelArray, measure_reliability, measure_scans, trace_roc
+from darnet.metrics import NCP_LABEL, LabelArray, count_confusion, measure_reliability, measure_scans, trace_roc
 from darnet.scan import FloatArray
 
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
@@ -107,7 +107,7 @@ class DecisionDifference:
 class FoldDifference:
     """First minus second network, mean over pairs of the same fold and seed.
 
-    `p_value` is two-sided; NaN where there are too few seeds for a test, or nothing to judge chance by.
+    `p_value` is two-sided, at most 1; NaN where there are too few seeds for a test, or nothing to judge chance by.
     """
 
     num_pairs: int
@@ -179,6 +179,18 @@ def bootstrap_intervals(probabilities: FloatArray, labels: LabelArray, resamplin
     return {name: take_interval(values) for name, values in replicates.items()} | {
         CALIBRATION: _bound_calibration_error(error, shift, 0.0)
     }
+
+
+def bootstrap_recalls(probabilities: FloatArray, labels: LabelArray, resampling: Resampling) -> list[Interval]:
+    """A percentile interval for the share of each class's scans that is called so, in label order.
+
+    Shape: (N, 3), (N,).
+    """
+    confusion = count_confusion(probabilities, labels, resampling.weights)  # (replicates, 3, 3)
+    totals = confusion.sum(axis=-1)
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    recalls = np.divide(right, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
+    return [take_interval(column) for column in recalls.T]
 
 
 def bootstrap_differences(
@@ -282,7 +294,9 @@ def compare_decisions(
     return DecisionDifference(*counts, p_value, _flip_signs(sums.round().astype(int).tolist()))
 
 
-def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float = 0.0) -> FoldDifference:
+def compare_folds(
+    first: FloatArray, second: FloatArray, cohort_variance: float = 0.0, num_comparisons: int = 1
+) -> FoldDifference:
     """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
 
     A test needs every fold trained with `MIN_SEEDS` seeds. What the folds of a seed have in common (its first weights,
@@ -290,7 +304,7 @@ def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float 
     and of the seeds' means, the degrees of freedom are the seeds'. With one seed the interval is of that seed alone.
     The folds of one cohort share most of their training scans, so the pairs' variance is raised for that;
     `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs share, so that their
-    spread does not tell it.
+    spread does not tell it. Interval and p hold for `num_comparisons` such differences together, by Bonferroni.
 
     Shape:  (seeds, folds) each -> one value; undefined with a single fold, or where the pairs do not vary.
     Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
@@ -306,10 +320,10 @@ def compare_folds(first: FloatArray, second: FloatArray, cohort_variance: float 
     if not spread > np.finfo(float).eps ** 2 or math.isnan(error):
         return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan)
     freedom = num_seeds - 1 if num_seeds > 1 else num_pairs - 1
-    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2, freedom)) * error
-    p_value = float(2 * scipy.stats.t.sf(abs(mean) / error, freedom)) if num_seeds >= MIN_SEEDS else math.nan
+    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2 / num_comparisons, freedom)) * error
+    p_value = min(1.0, num_comparisons * 2 * float(scipy.stats.t.sf(abs(mean) / error, freedom)))
     interval = Interval(max(-1.0, mean - reach), min(1.0, mean + reach))  # no metric's difference can pass them
-    return FoldDifference(num_pairs, num_seeds, mean, interval, p_value)
+    return FoldDifference(num_pairs, num_seeds, mean, interval, p_value if num_seeds >= MIN_SEEDS else math.nan)
 
 
 def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatArray | None = None) -> FloatArray:

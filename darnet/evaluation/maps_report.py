@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
-from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, MapStudy, count_needed_patients
+import pandas as pd
+
+from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, Estimate, MapStudy, count_needed_patients
+from darnet.evaluation.intervals import MIN_SEEDS
 from darnet.evaluation.study import Study
-from darnet.evaluation.tabulate import format_difference, format_interval, format_metric
+from darnet.evaluation.tabulate import format_difference, format_interval, format_metric, format_p
 from darnet.page import Cell, HtmlTable, Section
 
 UNMEASURED = (
@@ -13,8 +16,9 @@ UNMEASURED = (
 )
 MEASURED = (
     "Where lesions are known, maps of the true class are held against them. By chance: a map spread evenly over the "
-    "scan, a peak at any voxel of the lungs, and for Dice the whole of both lungs. The intervals cover chance in the "
-    "choice of patients, not another training of the same networks. Phantoms’ lesions are simple: what holds on them "
+    "scan, a peak at any voxel of the lungs, and for Dice the whole of both lungs. The intervals of means "
+    "cover chance in the choice of patients, not another training of the same networks; verdicts on differences cover "
+    f"both, and need {MIN_SEEDS} training seeds. Phantoms’ lesions are simple: what holds on them "
     "need not hold in patients."
 )
 DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))
@@ -66,20 +70,64 @@ def tabulate_maps(maps: MapStudy) -> HtmlTable:
 
 def tabulate_map_differences(maps: MapStudy) -> HtmlTable:
     """What one network's maps have over another's."""
-    rows: list[Sequence[Cell]] = [
-        [
+    has_seeds = _count_seeds(maps) >= MIN_SEEDS
+    rows: list[Sequence[Cell]] = []
+    for item in maps.differences:
+        row = [
             f"{item.first} − {item.second}",
             item.measure,
-            *format_difference(item.estimate.mean, item.estimate.interval),
+            *format_difference(item.ensembles.mean, item.ensembles.interval)[:2],
         ]
+        if has_seeds:
+            row += [*format_difference(item.models.mean, item.models.interval)[:2], format_p(item.models.p_value)]
+        rows.append([*row, item.verdict if has_seeds else f"{item.verdict} ({_name_seeds(maps)})"])
+    header = ["pair", "measure", "ensembles: difference", "95% interval, for these trained networks alone"]
+    header += ["fold models: mean difference", "95% interval", "p"] if has_seeds else []
+    return HtmlTable([*header, "verdict"], rows, _explain_differences(maps, has_seeds))
+
+
+def tabulate_maps_csv(maps: MapStudy) -> pd.DataFrame:
+    """One row a network and measure, then one a difference from the network in column `minus`; for tables.csv."""
+    prefix = f"maps_{maps.diagnosis}_".lower()
+    rows = [
+        {"metric": prefix + measure, "network": name, "value": item.mean}
+        | {"ci95_low": item.interval.low, "ci95_high": item.interval.high, "by_chance": maps.chance.get(measure)}
+        for name, measured in maps.measured.items()
+        for measure, item in [*measured.items(), *_name_redrawn(maps, name)]
+    ]
+    rows += [
+        {"metric": prefix + item.measure, "network": item.first, "minus": item.second, "value": item.ensembles.mean}
+        | {"ci95_low": item.ensembles.interval.low, "ci95_high": item.ensembles.interval.high}
+        | {"folds_mean": item.models.mean, "folds_p_bonferroni": item.models.p_value}
+        | {"folds_ci95_low": item.models.interval.low, "folds_ci95_high": item.models.interval.high}
         for item in maps.differences
     ]
-    needed = count_needed_patients(maps.num_comparisons)
+    return pd.DataFrame(rows)
+
+
+def _name_redrawn(maps: MapStudy, network: str) -> list[tuple[str, Estimate]]:
+    return [("redrawn_rank_correlation", maps.redrawn[network])] if network in maps.redrawn else []
+
+
+def _explain_differences(maps: MapStudy, has_seeds: bool) -> str:
     caption = (
-        f"Differences on the same {maps.diagnosis} scans, t-intervals by patient, widened (Bonferroni) for the "
-        f"{maps.num_comparisons} differences of maps in this report; undefined with fewer than {needed} patients."
+        f"Differences on the same {maps.diagnosis} scans, t-intervals widened (Bonferroni) for the "
+        f"{maps.num_comparisons} differences of maps in this report; undefined with fewer than "
+        f"{count_needed_patients(maps.num_comparisons)} patients. Those of the ensembles know the choice of patients, "
+        "and not that another training gives other maps"
     )
-    return HtmlTable(["pair", "measure", "mean difference", "95% interval", "verdict"], rows, caption)
+    if has_seeds:
+        return f"{caption}; verdicts rest on the fold models’, paired by fold and seed ({_name_seeds(maps)})."
+    return f"{caption}, so nothing is shown by them: that needs {MIN_SEEDS} training seeds."
+
+
+def _count_seeds(maps: MapStudy) -> int:
+    return min((item.models.num_seeds for item in maps.differences), default=0)
+
+
+def _name_seeds(maps: MapStudy) -> str:
+    num_seeds = _count_seeds(maps)
+    return "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
 
 
 def _judge_depth_attention(maps: MapStudy) -> str:
@@ -88,14 +136,19 @@ def _judge_depth_attention(maps: MapStudy) -> str:
     if not depth:
         return "Whether depth attention helps cannot be said without networks with and without it."
     parts = [
-        f"{item.measure} {'better' if item.estimate.mean > 0 else 'worse'} ({item.first} − {item.second})"
+        f"{item.measure} {'better' if item.models.mean > 0 else 'worse'} ({item.first} − {item.second})"
         for item in depth
         if item.verdict == "shown"
     ]
+    if not parts and _count_seeds(maps) < MIN_SEEDS:
+        return (
+            f"{maps.diagnosis}: that depth attention helps maps find lesions is not shown, nor can it be with "
+            f"{_name_seeds(maps)}: differences may be the luck of a training; {MIN_SEEDS} seeds are needed."
+        )
     if not parts:
         return (
-            f"{maps.diagnosis}: that depth attention helps maps find lesions is not shown; no measure differs by more "
-            "than chance, with channel attention or without."
+            f"{maps.diagnosis}: that depth attention helps maps find lesions is not shown: no difference is shown in "
+            "any measure, with channel attention or without. That is not to say that there is none."
         )
     rest = len(depth) - len(parts)
     return (

@@ -21,6 +21,7 @@ from darnet.evaluation.intervals import (
     Resampling,
     bootstrap_differences,
     bootstrap_intervals,
+    bootstrap_recalls,
     bootstrap_roc,
     compare_aucs,
     compare_decisions,
@@ -57,7 +58,8 @@ class Origin:
 class Evaluation:
     """Metrics of the ensemble with their intervals, and of each fold.
 
-    Shape: `confusion` (3, 3); `roc_band` false positive rates, lower and upper true positive rates (points,).
+    Shape: `confusion` (3, 3), `recalls` intervals of its diagonal's shares, by row; `roc_band` false positive rates,
+           lower and upper true positive rates (points,).
     """
 
     predictions: Predictions
@@ -66,6 +68,7 @@ class Evaluation:
     auc: AucEstimate
     fold_metrics: Sequence[Mapping[str, float]]
     confusion: FloatArray
+    recalls: Sequence[Interval]
     roc_band: tuple[FloatArray, FloatArray, FloatArray]
     clustered_by: str
     num_replicates: int
@@ -119,6 +122,7 @@ def evaluate_predictions(predictions: Predictions, resampling: Resampling) -> Ev
         auc=delong_auc(probabilities, labels),
         fold_metrics=[compute_all_metrics(fold, labels) for fold in predictions.fold_probabilities],
         confusion=count_confusion(probabilities, labels),
+        recalls=bootstrap_recalls(probabilities, labels, resampling),
         roc_band=(FALSE_RATES, *bootstrap_roc(probabilities, labels, resampling, FALSE_RATES)),
         clustered_by=resampling.clustered_by,
         num_replicates=len(resampling.weights),
@@ -233,6 +237,7 @@ def describe_evaluation(evaluation: Evaluation, origin: Origin, comparison: Comp
         "classes": list(LABELS),
         "confusion_matrix": evaluation.confusion.astype(int).tolist(),
         "confusion_matrix_axes": ["true", "called"],
+        "confusion_matrix_recalls_ci95": [[item.low, item.high] for item in evaluation.recalls],
         "num_scans": len(predictions.scan_ids),
         "num_patients": predictions.num_patients,
         "num_folds": predictions.num_folds,

@@ -30,6 +30,11 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
                 f"{first.model_name}: {first.model_version} was trained by code version {first.code_version}, "
                 f"{other.model_version} by {other.code_version}; train every seed with the same code"
             )
+        if _list_workers(other) != _list_workers(first):
+            raise UsageError(
+                f"{first.model_name}: {first.model_version} was trained by {_name_workers(first)} a fold, "
+                f"{other.model_version} by {_name_workers(other)}, which changes batch norm; train all alike"
+            )
         if _list_folds(other) != _list_folds(first):
             raise UsageError(
                 f"{first.model_name}: {first.model_version} has the folds {_list_folds(first)}, {other.model_version} "
@@ -49,6 +54,15 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
     return Bundle(first.model_copy(update={"folds": folds, **joined}), weights, int8)
 
 
+def _list_workers(manifest: BundleManifest) -> list[int]:
+    return sorted({fold.world_size for fold in manifest.folds})
+
+
+def _name_workers(manifest: BundleManifest) -> str:
+    workers = _list_workers(manifest)
+    return f"{' and '.join(map(str, workers))} worker{'' if workers == [1] else 's'}"
+
+
 def _list_folds(manifest: BundleManifest) -> list[int]:
     return sorted(fold.number for fold in manifest.folds)
 
@@ -57,6 +71,11 @@ def refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
     """Raises: UsageError naming two networks that differ in more than attention: their folds are no pairs."""
     first, *others = manifests
     for other in others:
+        if _list_workers(first) != _list_workers(other):
+            raise UsageError(
+                f"{first.model_name} was trained by {_name_workers(first)} a fold, {other.model_name} by "
+                f"{_name_workers(other)}, which changes batch norm; compare networks of as many (jobs.train --workers)"
+            )
         ours, theirs = (_describe_training(manifest) for manifest in (first, other))
         if differs := [name for name, value in ours.items() if value != theirs[name]]:
             raise UsageError(

@@ -3,19 +3,25 @@
 The map is always that of the true class, right or wrong as the decision may be: so every network has one of each scan.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from darnet.cam import upsample_cam
 from darnet.dataset import VolumesIndex
 from darnet.evaluation.cam_truth import (
+    MEASURES,
     MapStudy,
+    MeasuredMaps,
     correlate_maps,
     estimate_mean,
     map_class,
+    measure_map,
     redraw_last_stage,
     study_maps,
+    tabulate_measures,
 )
 from darnet.evaluation.intervals import resample_scans
 from darnet.evaluation.study import Study
@@ -36,13 +42,17 @@ MAP_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"), ("DA+CA", "ResNet18"))
 class CohortScores:
     """The test cohort of a study: its rows of the index, and what every network says of each.
 
-    `scores` is network -> one score a row; `networks` gives a network's folds; `truths` is by scan_id.
+    `scores` is network -> one score a row; `members` is network -> fold and seed of each of its models, in the order
+    of the scores; `networks` gives these models; `truths` is by scan_id;
+    `sided` are the scans whose left and right are known, which those of display images are not.
     """
 
     index: VolumesIndex
     scores: Mapping[str, Sequence[ScanScore]]
+    members: Mapping[str, Sequence[tuple[int, int]]]
     networks: Callable[[str], Sequence[DARNet]]
     truths: Mapping[str, Truth]
+    sided: frozenset[str] = frozenset()
 
     @property
     def scan_ids(self) -> list[str]:
@@ -67,6 +77,13 @@ class CohortScores:
         """Shape: (D, H, W)."""
         score = self.scores[network][self.scan_ids.index(scan_id)]
         return score.draw_cam(diagnosis, self.index.volume.shape)
+
+    def draw_model_cams(self, network: str, scan_id: str, diagnosis: Diagnosis) -> Iterator[FloatArray]:
+        """Each model's by itself, by fold and then by seed; (D, H, W) each."""
+        score, members = self.scores[network][self.scan_ids.index(scan_id)], self.members[network]
+        for place in sorted(range(len(members)), key=lambda place: members[place]):
+            class_map = score.fold_class_maps[place, DIAGNOSES.index(diagnosis)]
+            yield upsample_cam(torch.from_numpy(class_map), self.index.volume.shape)
 
     def list_scans(self, diagnosis: Diagnosis) -> list[str]:
         """Those of a diagnosis."""
@@ -123,7 +140,7 @@ def choose_cases(severity: Sequence[float]) -> list[int]:
 def _measure(
     scans: CohortScores, diagnosis: Diagnosis, known: Sequence[str], seed: int, num_replicates: int, num_studies: int
 ) -> MapStudy:
-    maps = {name: [scans.draw_cam(name, scan_id, diagnosis) for scan_id in known] for name in scans.scores}
+    maps = {name: measure_network(scans, name, diagnosis, known) for name in scans.scores}
     rng = np.random.default_rng(seed)
     patients = scans.list_patients(known)
     resampling = resample_scans(len(known), patients, rng, num_replicates)
@@ -144,6 +161,23 @@ def _measure(
     return study_maps(str(diagnosis), maps, truths, pairs, redrawn, resampling, num_studies=num_studies)
 
 
+def measure_network(scans: CohortScores, name: str, diagnosis: Diagnosis, known: Sequence[str]) -> MeasuredMaps:
+    """One network's maps of scans whose truth is known: its ensemble's, and each fold's and seed's by itself."""
+    ensemble = tabulate_measures(
+        [measure_map(scans.draw_cam(name, scan_id, diagnosis), scans.truths[scan_id]) for scan_id in known]
+    )
+    models = [
+        [measure_map(cam, scans.truths[scan_id]) for cam in scans.draw_model_cams(name, scan_id, diagnosis)]
+        for scan_id in known
+    ]
+    num_folds = len({fold for fold, _ in scans.members[name]})
+    by_measure = {}
+    for measure in MEASURES:
+        values = np.array([[row[measure] for row in rows] for rows in models])  # (scans, models): fold by fold
+        by_measure[measure] = values.reshape(len(known), num_folds, -1).transpose(2, 1, 0)  # (seeds, folds, scans)
+    return MeasuredMaps(ensemble, by_measure)
+
+
 def _draw_case(scans: CohortScores, scan_id: str, severity: str) -> list[CamPanel]:
     """One case's most telling slice: that with most lesion, or where the networks' maps are strongest."""
     cams = {name: _normalise(scans.draw_cam(name, scan_id, Diagnosis.NCP)) for name in scans.scores}
@@ -160,6 +194,7 @@ def _draw_case(scans: CohortScores, scan_id: str, severity: str) -> list[CamPane
             cam=cam[telling],
             box=CropBox(len(voxels), 0, 0, *voxels.shape[1:]),
             lesion=None if truth is None else truth.lesion[telling],
+            is_side_known=scan_id in scans.sided,
             pixel_aspect=1.0 if truth is None else truth.spacing_mm[1] / truth.spacing_mm[2],
         )
         for name, cam in cams.items()

@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 
 from darnet.charts import draw_histories, draw_rocs
 from darnet.evaluation.intervals import MIN_SEEDS, judge_p
-from darnet.evaluation.maps_report import describe_measured_maps
+from darnet.evaluation.maps_report import (
+    describe_measured_maps,
+    tabulate_map_differences,
+    tabulate_maps,
+    tabulate_maps_csv,
+)
 from darnet.evaluation.measures import Evaluation, find_warnings
 from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
 from darnet.evaluation.report import (
@@ -82,14 +87,21 @@ def render_study(study: Study, audit: Sequence[Section] = ()) -> str:
 
 
 def render_study_csv(study: Study) -> str:
-    """tables.csv: `tabulate_metrics` of every network, then its differences from that in column `minus`."""
-    frames = [
+    """tables.csv: Table 1, `tabulate_metrics` of every network, its differences from that in column `minus`, maps."""
+    cohorts = [
+        {"metric": f"scans_{cohort}_{name}".lower(), "value": count}
+        for cohort, counts in study.counts.items()
+        for name, count in counts.items()
+    ]
+    frames = [pd.DataFrame(cohorts)]
+    frames += [
         tabulate_metrics(evaluation).assign(network=name, parameters=study.runs[name].num_parameters)
         for name, evaluation in study.evaluations.items()
     ]
     frames += [
         tabulate_differences(pair.comparison).assign(network=pair.first, minus=pair.second) for pair in study.pairs
     ]
+    frames += [tabulate_maps_csv(maps) for maps in study.maps]
     return pd.concat(frames).assign(notice=NOTICE).to_csv(index=False)
 
 
@@ -109,6 +121,9 @@ def render_study_tex(study: Study) -> str:
         tables.append((tabulate_decision_pairs(study.pairs), "tab:decision-pairs"))
     for pair in study.pairs:
         tables += [(table, f"tab:folds-{pair.first}-{pair.second}") for table in tabulate_fold_pairs(pair)]
+    for maps in study.maps:
+        tables.append((tabulate_maps(maps), f"tab:maps-{maps.diagnosis}"))
+        tables.append((tabulate_map_differences(maps), f"tab:map-differences-{maps.diagnosis}"))
     return render_tables_tex(tables)
 
 

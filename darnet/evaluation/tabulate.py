@@ -107,12 +107,16 @@ def tabulate_paper(evaluation: Evaluation) -> HtmlTable:
 def tabulate_confusion(evaluation: Evaluation) -> HtmlTable:
     """Which class is called which."""
     rows: list[Sequence[Cell]] = []
-    for name, counts in zip(LABELS, evaluation.confusion, strict=True):
+    for name, counts, recall in zip(LABELS, evaluation.confusion, evaluation.recalls, strict=True):
         total = counts.sum()
         shares = [f"{count:.0f} ({count / total:.1%})" if total else "0" for count in counts]
-        rows.append([f"true {name}", *shares, f"{total:.0f}"])
-    header = ["", *(f"called {name}" for name in LABELS), "scans"]
-    return HtmlTable(header, rows, "Confusion matrix: scans, and share of the true class.")
+        rows.append([f"true {name}", *shares, f"{total:.0f}", format_interval(recall)])
+    header = ["", *(f"called {name}" for name in LABELS), "scans", "95% interval of those called rightly"]
+    caption = (
+        "Confusion matrix: scans, and share of the true class; percentile bootstrap intervals by "
+        f"{evaluation.clustered_by} of the shares called rightly."
+    )
+    return HtmlTable(header, rows, caption)
 
 
 def tabulate_folds(evaluation: Evaluation) -> list[HtmlTable]:
@@ -191,7 +195,7 @@ def tabulate_metrics(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def tabulate_differences(comparison: Comparison) -> pd.DataFrame:
-    """One row a metric, first minus second model: the ensembles', its interval, and the mean over the folds.
+    """One row a metric, first minus second model: the ensembles', its interval, and the folds' mean with its own.
 
     The p values, clustered and corrected by Holm, are DeLong's beside `auc_ncp`, McNemar's beside `accuracy_3class`.
     """
@@ -201,7 +205,9 @@ def tabulate_differences(comparison: Comparison) -> pd.DataFrame:
         item = comparison.intervals[name]
         row: dict[str, str | float] = {"metric": name, "value": value, "ci95_low": item.low, "ci95_high": item.high}
         if name in comparison.folds:
-            row |= {"folds_mean": comparison.folds[name].mean, "folds_p_holm": comparison.p_folds[name]}
+            fold = comparison.folds[name]
+            row |= {"folds_mean": fold.mean, "folds_ci95_low": fold.interval.low, "folds_ci95_high": fold.interval.high}
+            row["folds_p_holm"] = comparison.p_folds[name]
         rows.append(row | ({"p_holm": tests[name]} if name in tests else {}))
     return pd.DataFrame(rows)
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from darnet.auditing.audit import audit_cohort
+from darnet.auditing.record import read_audit
 from darnet.auditing.report import write_audit
 from darnet.bundle import load_networks, read_bundle
 from darnet.cohort import read_cohort
 from darnet.config import CohortConfig, TrainConfig, VolumeConfig
 from darnet.dataset import write_index
+from darnet.errors import UsageError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
 from darnet.page import NOTICE
@@ -190,6 +192,31 @@ def test_a_damaged_audit_is_refused_in_words(
     summary, _ = run(capsys, *places, "--audit", tmp_path / "audit")
     assert summary["exit_code"] == 2
     assert complaint in summary["error"]
+
+
+def test_an_audit_of_other_patients_cohorts_or_folds_is_refused(tmp_path: Path) -> None:
+    """The same scans and diagnoses, whatever else was said of them when they were audited."""
+    frame = pd.DataFrame({"scan_id": [f"s{n:02d}" for n in range(36)], "diagnosis": ["CP", "NCP", "Normal"] * 12})
+    frame = frame.assign(
+        patient_id=[f"p{n}" for n in range(36)],
+        cohort=["train"] * 24 + ["test"] * 12,
+        fold=[str(n // 3 % 2) for n in range(24)] + [""] * 12,
+    )
+    settings = PrepareSettings(cohort="c.csv", audit=True, out=str(tmp_path), train=TrainConfig(num_folds=2))
+    write_audit(audit_cohort(read_cohort("c.csv", frame.to_csv(index=False).encode()), settings), settings.out)
+    record = read_audit("audit.json", (tmp_path / "audit.json").read_bytes())
+
+    def check(**changed: object) -> None:
+        record.check("volumes", frame.assign(**changed).to_numpy().tolist())
+
+    check()
+    record.check("table", frame[["scan_id", "diagnosis", "patient_id"]].to_numpy().tolist())
+    with pytest.raises(UsageError, match=r"no scan 's18' with CP of the same patient \(17 more scans like it\)"):
+        check(patient_id=[f"p{n % 18}" for n in range(36)])
+    with pytest.raises(UsageError, match="no scan 's23' with Normal of the same patient in cohort test"):
+        check(cohort=["train"] * 23 + ["test"] * 13)
+    with pytest.raises(UsageError, match="no scan 's00' with CP of the same patient in cohort train in fold 1"):
+        check(fold=["1", *frame["fold"][1:]])
 
 
 def test_an_audit_of_another_division_than_the_volumes_is_refused(

@@ -13,6 +13,7 @@ from darnet.evaluation.intervals import (
     AucEstimate,
     bootstrap_differences,
     bootstrap_intervals,
+    bootstrap_recalls,
     bootstrap_roc,
     compare_aucs,
     compare_decisions,
@@ -464,3 +465,18 @@ def test_the_calibration_error_is_covered_in_few_scans_of_a_sure_network(
         item = bootstrap_intervals(probabilities, np.zeros(num_scans, int), drawn)["ece_3class"]
         is_covered.append(item.low <= off <= item.high)
     assert np.mean(is_covered) > 0.9
+
+
+def test_a_recalls_interval_is_that_of_its_classs_own_share() -> None:
+    """NCP's is `sensitivity_ncp`; where half of a class's 40 scans are called rightly, near what a binomial says."""
+    labels = np.repeat([0, 1, 2], 40)
+    called = labels.copy()
+    called[20:40] = 1
+    called[60:65] = 2
+    probabilities = np.eye(3)[called]
+    drawn = resample_scans(120, None, np.random.default_rng(0), 4000)
+    found = bootstrap_recalls(probabilities, labels, drawn)
+    assert found[1] == bootstrap_intervals(probabilities, labels, drawn)["sensitivity_ncp"]
+    low, high = scipy.stats.norm.interval(0.95, 0.5, 0.5 / np.sqrt(40))
+    assert (found[0].low, found[0].high) == pytest.approx((low, high), abs=0.03)
+    assert (found[2].low, found[2].high) == (1, 1)

@@ -16,12 +16,12 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from darnet.bundle import NETWORKS, Bundle, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
-from darnet.dataset import write_index
+from darnet.dataset import write_facts, write_index
 from darnet.errors import UsageError
-from darnet.evaluation.evaluate import run_evaluation
+from darnet.evaluation.evaluate import find_sided, run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
 from darnet.evaluation.paper import NETWORKS as PAPER_NETWORKS
-from darnet.evaluation.seeds import merge_seeds
+from darnet.evaluation.seeds import merge_seeds, refuse_unlike
 from darnet.evaluation.study_maps import choose_cases
 from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
@@ -137,7 +137,30 @@ def test_the_report_has_the_papers_tables_beside_this_run(places: dict[str, Path
     assert "not shown" in report
     for name in ("tables.csv", "tables.tex"):
         assert "Research use only" in (places["out"] / name).read_text()
-    assert set(pd.read_csv(places["out"] / "tables.csv")["network"]) == set(PAPER_NETWORKS)
+    assert set(pd.read_csv(places["out"] / "tables.csv")["network"].dropna()) == set(PAPER_NETWORKS)
+
+
+def test_table_1_fold_differences_and_maps_are_in_the_tables_for_programs(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    table = pd.read_csv(places["out"] / "tables.csv")
+    counts = table[table["network"].isna()].set_index("metric")["value"]
+    assert (counts["scans_train_cp"], counts["scans_test_normal"], len(counts)) == (4, 4, 6)
+    pair = next(item for item in metrics["comparisons"] if item["first"] == "CA")
+    where = (table["network"] == "CA") & (table["minus"] == "ResNet18")
+    row = table[where & (table["metric"] == "accuracy_3class")].iloc[0]
+    fold = pair["folds"]["accuracy_3class"]
+    assert [row["folds_ci95_low"], row["folds_ci95_high"]] == pytest.approx(fold["ci95"])
+    ncp = metrics["activation_maps"][0]
+    where = (table["network"] == "DA") & (table["metric"] == "maps_ncp_dice_half_maximum")
+    one, difference = table[where & table["minus"].isna()].iloc[0], table[where & table["minus"].notna()].iloc[0]
+    assert one["value"] == pytest.approx(ncp["networks"]["DA"]["dice_half_maximum"]["mean"])
+    assert one["by_chance"] == pytest.approx(ncp["chance"]["dice_half_maximum"])
+    (found,) = [item for item in ncp["differences"] if (item["first"], item["measure"]) == ("DA", "dice_half_maximum")]
+    assert difference["folds_mean"] == pytest.approx(found["folds"]["mean"])
+    tex = (places["out"] / "tables.tex").read_text()
+    for label in ("cohorts", "maps-NCP", "map-differences-NCP", "maps-CP", "map-differences-CP"):
+        assert rf"\label{{tab:{label}}}" in tex
 
 
 def test_cohorts_are_counted(metrics: dict[str, Any]) -> None:
@@ -190,6 +213,15 @@ def test_maps_of_networks_that_know_nothing_are_doubted(places: dict[str, Path],
     doubtful = [name for name, item in metrics["networks"].items() if not item["auc_ncp_ci95"][0] > 0.5]
     assert doubtful  # the bundles are untrained
     assert f"Mind: {', '.join(doubtful)}: not shown to tell NCP from the rest" in report
+
+
+def test_only_scans_in_hounsfield_units_are_known_by_side(tmp_path: Path) -> None:
+    """Slice images keep no side; a folder without facts of its scans says nothing of them."""
+    settings = EvaluateSettings(model=str(tmp_path), volumes=str(tmp_path), out=str(tmp_path / "out"))
+    assert find_sided(settings) == frozenset()
+    facts = pd.DataFrame({"scan_id": ["a", "b", "c"], "intensity": ["HU", "DISPLAY", None]})
+    write_facts(open_store(str(tmp_path)), facts)
+    assert find_sided(settings) == {"a"}
 
 
 def test_cases_are_the_least_middle_and_most_severe() -> None:
@@ -362,6 +394,18 @@ def test_seeds_of_other_code_or_folds_are_not_averaged(
     assert len(merge_seeds([one, other]).weights) == 10
 
 
+def test_seeds_and_networks_of_other_numbers_of_workers_are_refused(tmp_path: Path) -> None:
+    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed) for seed in (0, 1))
+    folds = tuple(fold.model_copy(update={"world_size": 4}) for fold in other.manifest.folds)
+    changed = Bundle(other.manifest.model_copy(update={"folds": folds}), other.weights)
+    with pytest.raises(UsageError, match="v0 was trained by 1 worker a fold, v1 by 4 workers"):
+        merge_seeds([one, changed])
+    network = changed.manifest.model_copy(update={"model_name": "darnet-da"})
+    with pytest.raises(UsageError, match="darnet-da-ca was trained by 1 worker a fold, darnet-da by 4 workers"):
+        refuse_unlike([one.manifest, network])
+    refuse_unlike([one.manifest, other.manifest])
+
+
 def test_networks_of_other_code_are_not_compared(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,6 +424,51 @@ def test_map_differences_of_both_diagnoses_are_corrected_together(
     report = (places["out"] / "report.html").read_text()
     told = "for the 24 differences of maps in this report; undefined with fewer than 10 patients"
     assert report.count(told) == 2
+
+
+def test_maps_of_one_seed_are_said_to_be_of_these_networks_alone_and_show_nothing(
+    places: dict[str, Path], metrics: dict[str, Any]
+) -> None:
+    differences = [item for maps in metrics["activation_maps"] for item in maps["differences"]]
+    assert {item["verdict"] for item in differences} == {"not shown"}
+    assert {(item["folds"]["num_pairs"], item["folds"]["num_seeds"]) for item in differences} == {(5, 1)}
+    report = (places["out"] / "report.html").read_text()
+    assert report.count("not shown (one seed)") == len(differences)
+    assert report.count("95% interval, for these trained networks alone") == 2
+    assert "NCP: that depth attention helps maps find lesions is not shown, nor can it be with one seed" in report
+
+
+def test_maps_of_three_seeds_are_paired_by_fold_and_seed(places: dict[str, Path], tmp_path: Path) -> None:
+    """Each model's map by itself, of its own bundle, in bundles that are not found in the order of their seeds."""
+    for folder, seed in (("a", 2), ("b", 0), ("c", 1)):
+        for attentions in (NETWORKS[0], NETWORKS[2]):
+            place = tmp_path / "bundles" / folder / name_model(ModelConfig(**attentions))
+            write_random_bundle(place, f"v{seed}", attentions=attentions, seed=seed)
+    out = tmp_path / "out"
+    arguments = ("--model", tmp_path / "bundles", "--volumes", places["volumes"], "--out", out)
+    assert run(*arguments, "--truth", places["truth"]) == 0
+    ncp = json.loads((out / "metrics.json").read_text())["activation_maps"][0]
+    frame = pd.read_parquet(places["volumes"] / "cohort.parquet")
+    names = frame.loc[(frame["cohort"] == "test") & (frame["diagnosis"] == "NCP"), ["array", "scan_id"]]
+    dice: dict[str, list[float]] = {"darnet-plain": [], "darnet-da": []}
+    for model, values in dice.items():
+        for folder in ("b", "c", "a"):
+            for network in load_networks(read_bundle(open_store(str(tmp_path / "bundles" / folder / model)))):
+                for name, scan_id in names.itertuples(index=False):
+                    voxels = torch.from_numpy(np.load(places["volumes"] / name))[None, None].float() / 255
+                    with torch.inference_mode():
+                        features = network.features(voxels)[0]
+                        class_map = torch.einsum("cdhw,c->dhw", features, network.head.weight[1])
+                    cam = upsample_cam(class_map, SHAPE)
+                    strong, depth = (cam > 0) & (cam >= cam.max() / 2), 2 + int(scan_id[-3:]) % 5
+                    overlap = strong[4 : 4 + depth, 8:16, 8:16].sum()
+                    values.append(2 * overlap / (strong.sum() + depth * 64))
+    (found,) = [item for item in ncp["differences"] if item["measure"] == "dice_half_maximum"]
+    assert (found["folds"]["num_pairs"], found["folds"]["num_seeds"]) == (15, 3)
+    expected = np.mean(dice["darnet-da"]) - np.mean(dice["darnet-plain"])
+    assert abs(expected) > 1e-3
+    assert found["folds"]["mean"] == pytest.approx(expected, abs=1e-4)
+    assert "(one seed)" not in (out / "report.html").read_text()
 
 
 def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, Path], metrics: dict[str, Any]) -> None:
