@@ -53,6 +53,7 @@ def _settle_nothing(rows: Any, _: Any) -> Any:
     [
         ("_claim", _claim_believing, QUICK[1]),
         ("_settle", _settle_nothing, QUICK[1]),
+        ("_drop_repeats", _settle_nothing, QUICK[NAMES.index("both try again in vain, one finds other trouble")]),
         ("_drop_superseded", _settle_nothing, QUICK[NAMES.index("one listed a source before it changed")]),
         ("_drop_superseded", _settle_nothing, QUICK[NAMES.index("a source changed while both listed")]),
     ],
