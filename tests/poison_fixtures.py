@@ -82,7 +82,7 @@ def link_copy(template: Path, folder: Path) -> None:
 def insert(path: Path, elements: bytes) -> None:
     """Put encoded elements before the pixels."""
     data = path.read_bytes()
-    start = data.index(PIXEL_DATA)
+    start = data.index(PIXEL_DATA[:4])
     path.write_bytes(data[:start] + elements + data[start:])
 
 

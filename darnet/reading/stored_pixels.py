@@ -10,6 +10,7 @@ from typing import Any
 
 import jpeg_ls
 import numpy as np
+from _CharLS import read_header
 from numpy.typing import NDArray
 from pydicom.encaps import get_frame
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, JPEGLSNearLossless
@@ -47,6 +48,9 @@ def _read_jpeg_ls(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
     with path.open("rb") as body:
         body.seek(layout.start)
         encoded = get_frame(body, 0, number_of_frames=1)
+    told = read_header(encoded)
+    if (told["height"], told["width"]) != layout.size:  # the decoder would believe it, and take memory for it
+        raise ValueError("not the size of the header")
     decoded: NDArray[np.uint16] = jpeg_ls.decode(np.frombuffer(encoded, np.uint8))
     return decoded
 

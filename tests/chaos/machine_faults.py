@@ -4,8 +4,8 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
+from typing import Any
 
 from darnet.archive import EVERYTHING
 from darnet.bundle import read_bundle
@@ -13,7 +13,7 @@ from darnet.config import ScoreConfig
 from darnet.publishing.planning import plan_night
 from darnet.ray_score import describe_work
 from darnet.results import read_rows
-from darnet.storage import open_store
+from darnet.storage import Store, open_store
 from tests.chaos.night import ChaosError, Night, find_marked, list_parts, wait_until
 from tests.poison_fixtures import write_bomb
 from tests.small_disk import mount_small_disk
@@ -126,19 +126,32 @@ def starved_child(night: Night) -> str:
 
 
 def clock_ahead(night: Night) -> str:
-    """A driver whose clock is a day ahead plans and dies; one with the right clock finishes its run."""
-    return _finish_plan_of(night, lambda: datetime.now(UTC) + DAY)
+    """A store whose clock is a day ahead while a driver plans and dies; set right, the run is finished."""
+    return _finish_plan_of(night, DAY)
 
 
 def clock_behind(night: Night) -> str:
     """The same, a day behind."""
-    return _finish_plan_of(night, lambda: datetime.now(UTC) - DAY)
+    return _finish_plan_of(night, -DAY)
 
 
-def _finish_plan_of(night: Night, clock: Callable[[], datetime]) -> str:
+class _WrongClock:
+    """A store that tells another time than it has."""
+
+    def __init__(self, store: Store, shift: timedelta) -> None:
+        self._store, self._shift = store, shift
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read_clock(self) -> datetime:
+        return self._store.read_clock() + self._shift
+
+
+def _finish_plan_of(night: Night, shift: timedelta) -> str:
     archive, bundle = open_store(night.archive), read_bundle(open_store(night.model))
     work = describe_work(archive, bundle, ScoreConfig())
-    plan = plan_night(archive, night.results, work, NIGHT, EVERYTHING, clock)
+    plan = plan_night(archive, _WrongClock(night.results, shift), work, NIGHT, EVERYTHING)  # type: ignore[arg-type]
     assert plan.folder is not None
     summary = night.run(0)
     again = night.run(0)

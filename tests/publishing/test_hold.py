@@ -17,6 +17,7 @@ from darnet.results import read_predictions
 from darnet.settings import ScoreSettings
 from darnet.storage import Store, open_store
 from tests.results_fixtures import (
+    ORIGIN,
     WORK,
     begin_run,
     has_plan,
@@ -237,12 +238,12 @@ def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(store: St
     rows = make_table([*fresh.to_pylist(), *old])
     verdict = review_run(folder, rows, CONFIG)
     assert verdict.describe() == "passed; without 4 scans tried again in vain"
-    assert publish(store, "run4", rows, make_listing(9)) == 4
+    assert publish(store, "run4", rows, make_listing(9), ORIGIN) == 4
     assert set(read_predictions(store.uri, latest=False)["scan_id"][14:]) == {f"4-{index}" for index in range(4)}
 
     alone = make_table([row | {"run_id": "run5"} for row in old])
     assert review_run(RunFolder(store, "run5"), alone, CONFIG).num_repeats == 4
-    assert publish(store, "run5", alone, make_listing(10)) is None
+    assert publish(store, "run5", alone, make_listing(10), ORIGIN) is None
 
 
 def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:
