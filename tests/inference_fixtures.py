@@ -19,7 +19,7 @@ NETWORK = ModelConfig(volume_shape=VOLUME.shape, base_channels=4)
 TEMPERATURES = (0.8, 1.0, 1.7)
 NUM_TRAIN, NUM_TEST = 72, 9
 STEPS, BATCH = 40, 9
-DIVISION = Division(cohorts_by="cohort", folds_by="patient", cohorts=CohortConfig(), num_folds=3, seed=0)
+DIVISION = Division(cohorts_by="cohort", folds_by="patient", cohorts=CohortConfig(), num_folds=3)
 
 
 def draw_voxels(number: int) -> np.ndarray:

@@ -284,7 +284,7 @@ def test_runs_end_although_their_documents_are_refused_and_one_of_them_is_gone(
     with track_training(str(tmp_path / "mlflow"), [TRAINING]) as tracker:
         (network,), folds = find_runs(client)
         client.delete_run(folds[0].info.run_id)
-        tracker.finish(bundle.manifest, {**files, "MODEL_CARD.md": b"\xff"})
+        tracker.finish("darnet-da-ca", bundle.manifest, {**files, "MODEL_CARD.md": b"\xff"})
     assert "MLflow did not take all of it" in capsys.readouterr().err
     assert [client.get_run(run.info.run_id).info.status for run in (network, folds[1])] == ["FINISHED"] * 2
 

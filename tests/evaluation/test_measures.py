@@ -362,7 +362,7 @@ def test_tables_carry_every_metric_and_the_notice() -> None:
     assert tex.count(NOTICE) == 5
     assert r"accuracy\_3class & 0.7500 ± 0.3536 & 0.9250 ± 0.0219 & " in tex
     assert r"95\% interval" in tex
-    assert r"true CP & 1 (50.0\%) & 0 (0.0\%) & 1 (50.0\%) & 2 \\" in tex
+    assert r"true CP & 1 (50.0\%) & 0 (0.0\%) & 1 (50.0\%) & 2 & 0.0000 to 1.0000 \\" in tex
     assert r"\begin{tabular}{lrrrrr}" in tex  # Table 3: names to the left, numbers to the right
 
 
