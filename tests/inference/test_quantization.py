@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_a_difference_above_the_bound_is_held_and_nothing_written(
     shutil.copytree(index.folder, folder)
     for name in index.frame.loc[index.frame["cohort"] == "test", "array"]:
         (folder / name).unlink()
-    rest = VolumesIndex(str(folder), index.frame, index.volume, index.cohort_sha256, index.division, folder)
+    rest = replace(index, place=str(folder), folder=folder)
     with pytest.raises(HeldError, match=r"INT8 moves a probability of fold \d by 0\.\d+ .* more than 1e-05") as caught:
         quantize_bundle(open_store(str(model)), rest, str(tmp_path / "out"), ScoreConfig(), bound=1e-5)
     assert list(tmp_path.iterdir()) == [folder]
@@ -148,7 +149,7 @@ def test_a_damaged_graph_is_refused_by_name(quantized: Path, tmp_path: Path, dam
 def test_other_volumes_than_the_bundle_was_trained_on_are_refused(
     model: Path, index: VolumesIndex, tmp_path: Path
 ) -> None:
-    other = VolumesIndex(index.place, index.frame, index.volume, "f" * 64, index.division, index.folder)
+    other = replace(index, cohort_sha256="f" * 64)
     with pytest.raises(UsageError, match="not the volumes that the bundle was trained on"):
         quantize_bundle(open_store(str(model)), other, str(tmp_path / "out"), ScoreConfig())
 
