@@ -192,7 +192,7 @@ def stage_run(store: S3Store, num_sources: int) -> tuple[RunFolder, Any]:
     for key in keys:
         folder.write_part(key, [make_row(key, run_id=folder.run_id)])
     rows = folder.read_parts()
-    check_rows([source.key for source in folder.read_sources()], rows, ORIGIN)
+    check_rows(folder.list_planned_sources(), rows, ORIGIN)
     return folder, rows
 
 
