@@ -16,7 +16,7 @@ from typing import Any
 import boto3.session
 import pytest
 
-from darnet.storage import Store, open_store
+from darnet.storage import Store, _share_client, open_store
 from tests.places import ROOT
 
 ATTEMPTS = 300  # times 0.1 s
@@ -41,7 +41,10 @@ RAY_ENVIRONMENT = {
 
 @contextmanager
 def run_s3_server(folder: Path) -> Iterator[Callable[[], str]]:
-    """A private S3 server that this process and its children use; yields a function that makes a fresh bucket."""
+    """A private S3 server that this process and its children use; yields a function that makes a fresh bucket.
+
+    Clients that this process shares are made anew: they go to the server that was there before.
+    """
     port = find_free_port()
     log = folder / "server.log"
     with pytest.MonkeyPatch.context() as patch, log.open("wb") as sink:
@@ -54,8 +57,10 @@ def run_s3_server(folder: Path) -> Iterator[Callable[[], str]]:
         server = subprocess.Popen(command, stdout=sink, stderr=sink, env=dict(os.environ))
         try:
             wait_until_it_answers(server, port, log)
+            _share_client.cache_clear()
             yield _make_bucket_factory()
         finally:
+            _share_client.cache_clear()
             server.terminate()
             server.wait(timeout=30)
 

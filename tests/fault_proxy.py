@@ -69,13 +69,14 @@ def fair_weather(_: Request) -> None:
 
 @dataclass(frozen=True)
 class Weather:
-    """Faults drawn by (seed, method, target, attempt), each with its share of all requests."""
+    """Faults drawn by (seed, request), each with its share of all; the bucket, which a test may number, is no part."""
 
     seed: int
     shares: Mapping[Fault, float]
 
     def __call__(self, request: Request) -> Fault | None:
-        drawn = random.Random(f"{self.seed} {request}").random()
+        key = request.path.lstrip("/").partition("/")[2]
+        drawn = random.Random(f"{self.seed} {request.method} {key} {request.query} {request.attempt}").random()
         for fault, share in self.shares.items():
             if drawn < share:
                 return fault
