@@ -39,6 +39,11 @@ RAY_ENVIRONMENT = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Clusters of several nodes come first: to take one down also ends a session that this process has beside it."""
+    items.sort(key=lambda item: "cluster" not in getattr(item, "fixturenames", ()))
+
+
 @contextmanager
 def run_s3_server(folder: Path) -> Iterator[Callable[[], str]]:
     """A private S3 server that this process and its children use; yields a function that makes a fresh bucket.
