@@ -35,7 +35,9 @@ def add_node(cluster: Any, secret: str, **arguments: Any) -> Mapping[str, Any]:
     return node
 
 
-@pytest.mark.parametrize("other", ["", SECRET[::-1], "k33p-out"])
+@pytest.mark.parametrize(
+    "other", ["", *(pytest.param(secret, marks=pytest.mark.slow) for secret in (SECRET[::-1], "k33p-out"))]
+)
 def test_nodes_of_different_secrets_score_nothing(
     other: str, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ def score(folder: Path, ray_folder: Path, *flags: str) -> tuple[dict[str, Any], 
     return json.loads(job.stdout.splitlines()[-1]), job.stdout + job.stderr
 
 
-@pytest.mark.parametrize("scan_id", ["key", "hmac"])
+@pytest.mark.parametrize("scan_id", ["key", pytest.param("hmac", marks=pytest.mark.slow)])
 def test_marked_strings_are_nowhere(scan_id: str, short_folder: Path, tmp_path: Path) -> None:
     write_archive(tmp_path / "archive")
     write_random_bundle(tmp_path / "model")
