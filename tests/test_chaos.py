@@ -25,6 +25,7 @@ def test_the_judge_sees_what_is_lost_doubled_changed_and_seen_in_part(tmp_path: 
     assert not judge(night, [0]).is_sound
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.filterwarnings("default")

@@ -235,6 +235,7 @@ def test_what_a_worker_says_of_store_and_credentials_decides_the_exit_code(error
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_workers_kind_of_failure_survives_the_way_back(index: VolumesIndex, tmp_path: Path) -> None:
