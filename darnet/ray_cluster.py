@@ -120,13 +120,14 @@ def agree_on_secret() -> str | None:
 def _ask_nodes(question: Callable[[], AnswerT]) -> Iterator[tuple[str, AnswerT]]:
     """What each node answers, under its address. One that is lost meanwhile is asked nothing."""
     ask = ray.remote(num_cpus=0)(question)
-    answers = {
-        node["NodeManagerAddress"]: ask.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
+    answers = [
+        (
+            node["NodeManagerAddress"],
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(),
+        )
         for node in list_nodes()
-    }
-    for address, answer in answers.items():
+    ]  # several nodes may have one address
+    for address, answer in answers:
         try:
             yield address, ray.get(answer)
         except RayError:
