@@ -227,6 +227,9 @@ class ScoreConfig(GateConfig):
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """Numbers the networks are run in; another than fp32 is another model. `int8` needs backend openvino and a bundle
     of jobs.quantize; `bf16` is fast where the processor has it (amx_bf16, or avx512_bf16)."""
+    compile: bool = False
+    """Run the networks through torch.compile, for long nights on GPUs: minutes at each actor's start, for all folds at
+    once."""
     folds: tuple[int, ...] = ()
     """Score with these folds alone, as 0,2, which is another model. Default: all of the bundle."""
     cache: Path = Path("~/.cache/darnet")
@@ -237,6 +240,8 @@ class ScoreConfig(GateConfig):
     def _check(self) -> Self:
         if self.precision == "int8" and self.backend != "openvino":
             raise ValueError("precision int8 needs backend openvino")
+        if self.compile and self.backend != "torch":
+            raise ValueError("compile needs backend torch: openvino compiles by itself")
         if len(set(self.folds)) < len(self.folds):
             raise ValueError(f"folds {self.folds}: name each once")
         return self

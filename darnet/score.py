@@ -184,6 +184,7 @@ def _start_torch(model: Bundle, config: ScoreConfig, device: str) -> TorchBacken
         num_threads=config.num_threads,
         device=device,
         precision=config.precision,
+        compiles=config.compile,
     )
 
 

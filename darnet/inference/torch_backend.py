@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from darnet.inference.graph import FoldAnswer, explain_trace, fold_batch_norm, scale_voxels
-from darnet.model import DARNet
+from darnet.model import DARNet, FeatureTrace
 from darnet.scan import Uint8Array
 from darnet.threads import set_num_threads
 
@@ -18,9 +18,7 @@ CPU_FORWARD_SCANS = 2
 class TorchBackend:
     """A GPU takes a batch at a time, a CPU two scans: it gains nothing from more, and of one scan on one thread torch
     takes a convolution eight times slower. The number of threads of this process is set, since it is part of the
-    numbers.
-
-    Without torch.compile: it would cost minutes at the start of every actor, and what it saves could not be measured.
+    numbers. With `compiles`, torch.compile makes kernels at the first scans, the same for all folds.
     """
 
     def __init__(
@@ -31,10 +29,12 @@ class TorchBackend:
         num_threads: int,
         device: str = "cpu",
         precision: Literal["fp32", "bf16"] = "fp32",
+        compiles: bool = False,
     ) -> None:
         set_num_threads(num_threads)
         self._device = torch.device(device)
         self._networks = [fold_batch_norm(network).to(self._device) for network in networks]
+        self._trace = torch.compile(_trace, dynamic=False) if compiles else _trace
         self._precision = precision
         self.forward_scans = CPU_FORWARD_SCANS if device == "cpu" else batch_size
 
@@ -52,7 +52,7 @@ class TorchBackend:
         """
         is_bf16 = self._precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16) if is_bf16 else nullcontext():
-            trace = network.trace(x)
+            trace = self._trace(network, x)
         return explain_trace(network, trace)
 
     def _send(self, voxels: Uint8Array) -> Tensor:
@@ -61,6 +61,10 @@ class TorchBackend:
         if self._device.type == "cuda":
             batch = batch.pin_memory()
         return batch.to(self._device, non_blocking=True)
+
+
+def _trace(network: DARNet, x: Tensor) -> FeatureTrace:
+    return network.trace(x)
 
 
 def _receive(answer: tuple[Tensor, ...]) -> FoldAnswer:

@@ -1,5 +1,6 @@
 """Every backend against the network itself, run as it was trained, on probabilities that lie apart."""
 
+import functools
 import hashlib
 import subprocess
 import sys
@@ -156,6 +157,29 @@ def test_a_batch_of_a_gpu_has_the_right_shapes() -> None:
     x = scale_voxels(torch.zeros((4, 64, 224, 224), dtype=torch.uint8, device="meta"))
     answer = backend.ask(build_network(ModelConfig(), 0).to("meta").eval(), x)
     assert [tuple(tensor.shape) for tensor in answer] == [(4, 3), (4, 3, 8, 14, 14), (4, 8)]
+
+
+def test_compiling_takes_the_whole_network_once_for_all_folds(
+    trained: Bundle, voxels: Uint8Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making kernels takes a minute here; the networks as torch's compiler captured them are run in their place."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    whole = functools.partial(torch.compile, backend=keep, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    compiled = _score(trained, ScoreConfig(batch_size=4, compile=True, folds=(0, 1)), voxels[:4])
+    assert len(graphs) == 1, "one graph for all folds and forward passes, which are of one shape"
+    plain = _score(trained, ScoreConfig(batch_size=4, folds=(0, 1)), voxels[:4])
+    np.testing.assert_allclose(_gather(compiled), _gather(plain), atol=1e-6)
+
+
+def test_openvino_is_not_compiled_twice() -> None:
+    with pytest.raises(ValueError, match="compiles by itself"):
+        ScoreConfig(backend="openvino", compile=True)
 
 
 def test_what_leaves_bf16_is_float32(voxels: Uint8Array) -> None:
