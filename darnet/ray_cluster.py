@@ -98,6 +98,11 @@ def list_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def find_dashboard() -> str:
+    """Host and port of the cluster's dashboard, empty if it has none."""
+    return ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url or ""
+
+
 def count_resource(name: str) -> float:
     """How much of a resource ("CPU", "GPU") the cluster has."""
     return float(ray.cluster_resources().get(name, 0.0))

@@ -194,9 +194,7 @@ def configure_score(backend: str, precision: str) -> Any:
     """How the project scores here: all cores for the network, two scans a batch, as its forward pass takes them."""
     from darnet.config import ScoreConfig
 
-    chosen = {"backend": backend, "precision": precision}
-    known = {name: value for name, value in chosen.items() if name in ScoreConfig.model_fields}
-    return ScoreConfig(batch_size=2, num_threads=THREADS, **known)
+    return ScoreConfig(batch_size=2, num_threads=THREADS, backend=backend, precision=precision)
 
 
 def measure_network(bundle: str, backend: str, precision: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ another's; figures are medians. The peers' environment, `.venv-peers`, is built 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -19,18 +20,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
-from darnet.bundle import BundleSettings
-from darnet.bundle_writing import TrainedFold, write_bundle
-from darnet.config import ModelConfig, ScoreConfig, TrainConfig, VolumeConfig
+from darnet.bundle import BundleSettings, Int8Record, load_network
+from darnet.bundle_writing import TrainedFold, add_int8_graphs, make_bundle, publish_bundles
+from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import UsageError
+from darnet.inference.openvino_backend import convert_network, describe_openvino, quantize_graph
 from darnet.model import build_network
 from darnet.phantom import make_phantom
 from darnet.phantoms.files import DicomStyle, write_dicom, write_slice_images
 from darnet.scan import Diagnosis
+from darnet.storage import open_store
 from darnet.terminal import print_table
 from tests.bench import planning
 from tests.bench.resampling import list_series
@@ -43,7 +47,12 @@ ROAD_SCANS = 12
 PHANTOMS = (("275 slices JPEG-LS", 275, JPEGLSLossless), ("98 slices JPEG 2000", 98, JPEG2000Lossless))
 IMAGES = "300 slices PNG"
 # Backend, precision, and what they must reach: the network against eager torch, the road against MONAI's.
-BACKENDS = (("torch", "fp32", 1.5, 2.0), ("openvino", "fp32", 1.5, 2.0), ("openvino", "int8", 2.8, 3.0))
+BACKENDS = (
+    ("torch", "fp32", None, None),
+    ("openvino", "fp32", 1.5, 2.0),
+    ("openvino", "int8", 2.8, 3.0),
+    ("openvino", "bf16", None, None),
+)
 PLANS = ((10_000, 365), (100_000, 365), (1_000_000, 365), (100_000, 10), (100_000, 100))  # objects, nights
 
 
@@ -178,27 +187,32 @@ def plan_images(out: Path) -> Iterator[Way]:
     yield Way("images", IMAGES, "ours", take(sys.executable, "read", "ours", folder), {"pillow + scikit-image": 10.0})
 
 
-def list_backends() -> Iterator[tuple[str, str, float, float]]:
-    """Those that this version's settings know."""
-    for backend in BACKENDS:
-        if backend[:2] == ("torch", "fp32") or "backend" in ScoreConfig.model_fields:
-            yield backend
+def list_backends() -> list[tuple[str, str, float | None, float | None]]:
+    """Those that this processor has."""
+    return [backend for backend in BACKENDS if backend[1] != "bf16" or "BF16" in describe_openvino()["processor"]]
 
 
 def write_one_fold(out: Path) -> Path:
-    """A bundle of one untrained network of full size, whose weights the peers load too."""
+    """A bundle of one untrained network of full size, whose weights the peers load too, and its INT8 graph."""
     folder = out / "bundle"
     if not (folder / "bundle.json").exists():
+        print(f"Making a network of full size in {folder}", file=sys.stderr)
         network = ModelConfig()
-        write_bundle(
-            str(folder),
+        facts = dict.fromkeys(("model_version", "code_version", "trained_on"), "untrained")
+        bundle, files = make_bundle(
             settings=BundleSettings(volume=VolumeConfig(), network=network, train=TrainConfig()),
             folds=[TrainedFold(build_network(network, 0).state_dict(), 1, 0, {})],
             cohort_sha256="0" * 64,
-            model_version="untrained",
-            code_version="0",
-            trained_on="nothing",
+            **facts,
         )
+        publish_bundles(str(out / "bundle-fp32"), [("", files)])
+        noise = np.random.default_rng(0).integers(0, 256, VolumeConfig().shape, np.uint8)
+        graph = quantize_graph(convert_network(load_network(bundle, 0)), [noise])
+        digests = {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in graph._asdict().items()}
+        measured = {"calibration_scans": 1, "num_scans": 1, "max_difference": 0, "mean_difference": 0}
+        record = Int8Record(**digests, **measured, changed_predictions=0, nncf="untrained", **describe_openvino())
+        _, files = add_int8_graphs(bundle, open_store(str(out / "bundle-fp32")), [graph], [record])
+        publish_bundles(str(folder), [("", files)])
     return folder
 
 
@@ -207,7 +221,8 @@ def plan_network(bundle: Path) -> Iterator[Way]:
     yield Way("network", "a forward pass", "eager torch", take(PEERS_PYTHON, "network", "eager", weights))
     for backend, precision, least, _ in list_backends():
         command = take(sys.executable, "network", "ours", str(bundle), backend, precision)
-        yield Way("network", "a forward pass", f"ours, {backend} {precision}", command, {"eager torch": least})
+        goals = {"eager torch": least} if least else {}
+        yield Way("network", "a forward pass", f"ours, {backend} {precision}", command, goals)
 
 
 def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
@@ -225,7 +240,7 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     yield Way("road", what, "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
     for backend, precision, _, least in list_backends():
         command = take(sys.executable, "road", "ours", str(bundle), place, backend, precision)
-        yield Way("road", what, f"ours, {backend} {precision}", command, {"monai": least})
+        yield Way("road", what, f"ours, {backend} {precision}", command, {"monai": least} if least else {})
         alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
         yield Way("road", "a scan's floor", f"ours, network alone, {backend} {precision}", alone)
     first = folders[0]
