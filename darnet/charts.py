@@ -19,6 +19,7 @@ CORNER = 0.2  # share of both axes that is enlarged
 INSET = (0.47, 0.12, 0.5, 0.5)  # where, in shares of the picture: below any curve better than chance
 DASHES = ("-", "--", "-.", ":")  # beside the colour, where curves lie on each other
 FEW_IN_BIN = 10  # scans; Source: ours: with fewer the interval covers half the picture
+WIDE_RANGE = 50  # times the least value; Source: ours: on a linear axis the lower half would be a line
 NUM_COLUMNS = 20  # of a histogram of probabilities
 
 
@@ -76,6 +77,9 @@ def draw_histories(histories: Mapping[str, pd.DataFrame], column: str, label: st
         low, high = by_epoch.min().to_numpy(float), by_epoch.max().to_numpy(float)
         axis.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.plot(epochs, mean, color=colour, linewidth=1.8, linestyle=dash, label=name)
+    if axis.dataLim.ymin > 0 and axis.dataLim.ymax > WIDE_RANGE * axis.dataLim.ymin:  # one bad epoch flattens the rest
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(histories), frameon=False, fontsize=9)
     _dress(axis, "epoch", label)
