@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from darnet.config import DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.dicom import MISSING_RATIO
-from darnet.reading.stored_pixels import read_stored_pixels
+from darnet.reading.stored_pixels import read_gray_png, read_gray_size, read_stored_pixels
 from darnet.reading.volume_file import check_axes, check_volume_file
 from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile
 
@@ -72,12 +73,14 @@ class ImageStack:
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
         with name_file(self.files[index].label):
-            pixels = _read_pixels(self.files[index].path)
+            path = self.files[index].path
+            gray = read_gray_png(path) if path.suffix == ".png" else None
+            pixels: NDArray[Any] = _read_pixels(path) if gray is None else gray
             if pixels.ndim == 3:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
                     raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
                 pixels = pixels[..., 0]
-            return check_size(pixels, self.shape[1:]).astype(np.float32)
+            return check_size(pixels.astype(np.float32), self.shape[1:])
 
 
 def set_decoder_threads(num_threads: int) -> None:
@@ -238,6 +241,9 @@ def _read_image_size(path: Path) -> tuple[int, int]:
     with path.open("rb") as file:
         if not file.read(8).startswith(_BEGINNINGS[image_io]):
             raise ScanError(Status.BAD_UNREADABLE, "slice image is not what its suffix says")
+    size = read_gray_size(path) if image_io == "PNGImageIO" else None
+    if size is not None:
+        return size
     if image_io == "TIFFImageIO":
         _check_pages(path)
     reader = sitk.ImageFileReader()

@@ -145,7 +145,9 @@ class Ingester:
     def _decode(self, found: FoundScan) -> IngestedScan:
         start_s = time.perf_counter()
         try:
-            scan: IngestedScan = self._sandbox.call(decode_scan, found, self._road.volume)
+            scan: IngestedScan = self._sandbox.call(
+                decode_scan, found, self._road.volume, self._road.decode.num_threads
+            )
         except (RunError, OSError):
             raise
         except Exception as error:  # what ended the child, or could not leave it
@@ -288,13 +290,13 @@ def _open_series(headers: Sequence[SliceHeader], limits: DecodeConfig, unreadabl
     return DicomStack(arrange_series(headers, limits, unreadable))
 
 
-def decode_scan(found: FoundScan, config: VolumeConfig) -> IngestedScan:
+def decode_scan(found: FoundScan, config: VolumeConfig, num_threads: int = 1) -> IngestedScan:
     """One scan to the network's input; whatever is wrong with it ends here."""
     facts = found.facts
     try:
         stack = found.open_stack()
         facts = _measure(facts, stack)
-        volume = make_standard_volume(stack, config)
+        volume = make_standard_volume(stack, config, num_threads)
         lung = None
         if volume.intensity is Intensity.HU:
             lung = segment_lung(volume, config.window_hu)

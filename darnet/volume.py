@@ -1,7 +1,11 @@
-"""A scan's slices in, one at a time; the standard volume out. Nothing larger than one slice is held beside it."""
+"""A scan's slices in, one a thread at a time; the standard volume out, beside which no more than these are held."""
 
+import functools
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -33,8 +37,23 @@ class Contribution:
     weight: float
 
 
-def make_standard_volume(stack: SliceStack, config: VolumeConfig) -> StandardVolume:
+class SmallSlice(NamedTuple):
+    """A source slice on the grid of an output slice, and what was seen of it whole.
+
+    Shape: `pixels` (H, W) float32 in [0, 1].
+    Units: `darkest` and `brightest` in HU or display values.
+    """
+
+    pixels: FloatArray
+    darkest: float
+    brightest: float
+    implausible_share: float
+
+
+def make_standard_volume(stack: SliceStack, config: VolumeConfig, num_threads: int = 1) -> StandardVolume:
     """Window, crop and resample a scan to the network's grid, reading only the slices that contribute.
+
+    The number of threads changes no bit: slices are added up in their order.
 
     Shape:  (slices, rows, columns) of the stack -> (D, H, W) uint8 of `config.shape`.
     Units:  HU through the window, or display values as they are.
@@ -43,17 +62,16 @@ def make_standard_volume(stack: SliceStack, config: VolumeConfig) -> StandardVol
     depth, height, width = config.shape
     box = find_crop(stack, config)
     grid = np.zeros((depth, height, width), np.float32)
-    darkest, brightest, implausible_share = np.inf, -np.inf, 0.0
     by_source = defaultdict(list)
     for item in list_contributions(stack.shape[0], depth, config.depth_resampling):
         by_source[item.source].append(item)
-    for source, items in sorted(by_source.items()):
-        pixels = stack.read_slice(source)
-        darkest, brightest = min(darkest, float(pixels.min())), max(brightest, float(pixels.max()))
-        implausible_share += _measure_implausible(pixels) / len(by_source)
-        small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), (height, width))
-        for item in items:
-            grid[item.target] += np.float32(item.weight) * small
+    sources = sorted(by_source)
+    darkest, brightest, implausible_share = np.inf, -np.inf, 0.0
+    for source, small in zip(sources, _shrink_slices(stack, sources, box, config, num_threads), strict=True):
+        darkest, brightest = min(darkest, small.darkest), max(brightest, small.brightest)
+        implausible_share += small.implausible_share / len(sources)
+        for item in by_source[source]:
+            grid[item.target] += np.float32(item.weight) * small.pixels
     _check_intensity(stack.intensity, darkest, brightest, implausible_share)
     voxels = np.rint(grid * 255).clip(0, 255).astype(np.uint8)
     return StandardVolume(voxels, stack.intensity, _grid_spacing(stack, box, config.shape), box)
@@ -123,6 +141,27 @@ def _list_area(num_slices: int, depth: int) -> list[Contribution]:
             if share > 1e-9:
                 contributions.append(Contribution(source, target, share / step))
     return contributions
+
+
+def _shrink_slices(
+    stack: SliceStack, sources: Sequence[int], box: CropBox, config: VolumeConfig, num_threads: int
+) -> Iterator[SmallSlice]:
+    """The slices in order, read by as many threads; the first that cannot be read ends it."""
+    shrink: Callable[[int], SmallSlice] = functools.partial(_shrink_slice, stack, box, config)
+    if num_threads == 1:
+        yield from map(shrink, sources)
+        return
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        yield from pool.map(shrink, sources)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _shrink_slice(stack: SliceStack, box: CropBox, config: VolumeConfig, source: int) -> SmallSlice:
+    pixels = stack.read_slice(source)
+    small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), config.shape[1:])
+    return SmallSlice(small, float(pixels.min()), float(pixels.max()), _measure_implausible(pixels))
 
 
 def _crop(pixels: FloatArray, box: CropBox) -> FloatArray:

@@ -347,7 +347,8 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
     bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
     limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
     backend = CONFIG.model_copy(update={"backend": "openvino"})
-    moved = CONFIG.model_copy(update={"cache": tmp_path, "part_scans": 7})
+    decode = CONFIG.decode.model_copy(update={"num_threads": 3})
+    moved = CONFIG.model_copy(update={"cache": tmp_path, "part_scans": 7, "decode": decode})
     assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, backend, CONFIG, moved)}) == 3
 
 

@@ -1,5 +1,6 @@
 """Slices to the standard volume, against sums written out by hand."""
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +54,29 @@ def test_area_is_the_mean_over_each_output_slice(num_slices: int, depth: int) ->
     for item in list_contributions(num_slices, depth, "area"):
         found[item.target] += item.weight * signal[item.source]
     np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("resampling", ["linear", "area"])
+def test_threads_change_no_bit(resampling: str) -> None:
+    config = VolumeConfig(shape=(8, 16, 16), depth_resampling=resampling)
+    alone = make_standard_volume(_random((100, 32, 32)), config)
+    beside = make_standard_volume(_random((100, 32, 32)), config, num_threads=4)
+    np.testing.assert_array_equal(alone.voxels, beside.voxels)
+    assert alone.spacing_mm == beside.spacing_mm
+
+
+def test_of_several_bad_slices_the_first_is_named_whatever_thread_was_faster() -> None:
+    class Broken(ArrayStack):
+        def read_slice(self, index: int) -> FloatArray:
+            if index == 9:
+                time.sleep(0.05)
+            if index in (9, 10, 11):
+                raise ScanError(Status.BAD_PIXELS, f"slice {index}")
+            return super().read_slice(index)
+
+    voxels = _random((12, 32, 32)).voxels
+    with pytest.raises(ScanError, match="slice 9"):
+        make_standard_volume(Broken(voxels), VolumeConfig(shape=(12, 16, 16)), num_threads=4)
 
 
 def test_linear_reads_contributing_slices_only_and_area_reads_all() -> None:

@@ -1,23 +1,32 @@
-"""A plain CT slice in, in a transfer syntax that has a faster decoder than SimpleITK; Hounsfield units out.
+"""A plain CT slice or PNG in, in a format that has a faster decoder than SimpleITK; its values out.
 
-What is not exactly as its header says is left to SimpleITK, so that the values and verdicts are those of one decoder.
+These decoders let other threads work meanwhile, which SimpleITK does not. What is not exactly as its header says is
+left to SimpleITK, so that the values and verdicts are those of one decoder.
 """
 
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jpeg_ls
+import imagecodecs
 import numpy as np
-from _CharLS import read_header
 from numpy.typing import NDArray
 from pydicom.encaps import get_frame
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, JPEGLSNearLossless
+from pydicom.uid import (
+    JPEG2000,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
 
 from darnet.scan import FloatArray, PixelLayout
 
 EXACT_IN_FLOAT32 = 2**24  # whole numbers up to here
+MAX_PNG_SIDE = 1_000_000  # pixels that libpng takes
 
 
 def read_stored_pixels(path: Path, layout: PixelLayout) -> FloatArray | None:
@@ -44,15 +53,63 @@ def _read_native(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
 
 
 def _read_jpeg_ls(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
-    """A third less processor time than SimpleITK takes; like it, it holds Python's lock, so threads gain nothing."""
+    """The decoder refuses to fill an array of another size or type, before it takes memory."""
+    room = np.empty(layout.size, np.uint16)
+    decoded: NDArray[np.uint16] = imagecodecs.jpegls_decode(_read_frame(path, layout), out=room)
+    return decoded
+
+
+def _read_jpeg_2000(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
+    """A stream's own size is looked at first: the decoder believes it, and takes memory for it.
+
+    Source: ISO/IEC 15444-1 A.5.1, the markers SOC and SIZ: length, capabilities, extents, offsets.
+    """
+    frame = _read_frame(path, layout)
+    (soc, siz, width, height, left, top) = struct.unpack_from(">HH4xIIII", frame)
+    if (soc, siz) != (0xFF4F, 0xFF51) or (height - top, width - left) != layout.size:
+        raise ValueError("not the size of the header")
+    if b"\xff\xd9" not in frame[-4:]:  # the end of the stream; a fragment may have a byte more to be even
+        raise ValueError("the stream ends early")
+    decoded = imagecodecs.jpeg2k_decode(frame, numthreads=1)
+    if decoded.dtype != (np.int16 if layout.is_signed else np.uint16):
+        raise ValueError("not the sign of the header")
+    stored: NDArray[np.uint16] = decoded.view(np.uint16)
+    return stored
+
+
+def read_gray_size(path: Path) -> tuple[int, int] | None:
+    """Rows and columns of an 8-bit gray PNG by its first chunk, or None where SimpleITK must decide.
+
+    Source: PNG specification, signature and chunk IHDR: width, height, bits, colour type, three methods, CRC.
+    """
+    with path.open("rb") as file:
+        head = file.read(33)
+    if len(head) < 33 or zlib.crc32(head[12:29]).to_bytes(4, "big") != head[29:]:
+        return None
+    signature, width, height, *kind = struct.unpack_from(">16sII5B", head)
+    is_gray = signature == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and kind == [8, 0, 0, 0, 0]
+    return (height, width) if is_gray and 0 < width <= MAX_PNG_SIDE and 0 < height <= MAX_PNG_SIDE else None
+
+
+def read_gray_png(path: Path) -> NDArray[np.uint8] | None:
+    """The pixels of such an image, or None where SimpleITK must decide.
+
+    Shape: (rows, columns).
+    """
+    size = read_gray_size(path)
+    if size is None:
+        return None
+    try:
+        pixels: NDArray[np.uint8] = imagecodecs.png_decode(path.read_bytes())
+    except (RuntimeError, ValueError):
+        return None
+    return pixels if pixels.dtype == np.uint8 and pixels.shape == size else None  # transparency is another plane
+
+
+def _read_frame(path: Path, layout: PixelLayout) -> bytes:
     with path.open("rb") as body:
         body.seek(layout.start)
-        encoded = get_frame(body, 0, number_of_frames=1)
-    told = read_header(encoded)
-    if (told["height"], told["width"]) != layout.size:  # the decoder would believe it, and take memory for it
-        raise ValueError("not the size of the header")
-    decoded: NDArray[np.uint16] = jpeg_ls.decode(np.frombuffer(encoded, np.uint8))
-    return decoded
+        return get_frame(body, 0, number_of_frames=1)
 
 
 _READERS: dict[str, Callable[[Path, PixelLayout], NDArray[np.uint16]]] = {
@@ -60,6 +117,8 @@ _READERS: dict[str, Callable[[Path, PixelLayout], NDArray[np.uint16]]] = {
     ImplicitVRLittleEndian: _read_native,
     JPEGLSLossless: _read_jpeg_ls,
     JPEGLSNearLossless: _read_jpeg_ls,
+    JPEG2000Lossless: _read_jpeg_2000,
+    JPEG2000: _read_jpeg_2000,
 }
 
 

@@ -106,9 +106,9 @@ def read_ours() -> Callable[[str], Any]:
         staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
         files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
         if not files.series:
-            return make_standard_volume(open_images(files.images, limits, is_head_first=True), VolumeConfig())
+            return make_standard_volume(open_images(files.images, limits, is_head_first=True), VolumeConfig(), THREADS)
         ((_, headers),) = files.series.items()
-        return make_standard_volume(DicomStack(arrange_series(headers, limits)), VolumeConfig())
+        return make_standard_volume(DicomStack(arrange_series(headers, limits)), VolumeConfig(), THREADS)
 
     return read
 
