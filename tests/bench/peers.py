@@ -115,14 +115,20 @@ def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
 
 
 def add_ratios(rows: Sequence[Row], figure: str = "seconds") -> list[Row]:
-    """How many times as fast each of our rows is as every peer on the same thing."""
-    peers = {(row["what"], row["road"]): row[figure] for row in rows if not row["road"].startswith("ours")}
-    with_ratios = []
-    for row in rows:
-        is_ours = row["road"].startswith("ours")
-        against = {road: peer / row[figure] for (what, road), peer in peers.items() if is_ours and what == row["what"]}
-        with_ratios.append(row | {"times": against})
-    return with_ratios
+    """How many times as fast each of our rows is as every peer on the same thing; `times_first` of first readings."""
+    return [
+        row
+        | {"times": _divide(rows, row, figure)}
+        | ({"times_first": _divide(rows, row, "first_s")} if "first_s" in row else {})
+        for row in rows
+    ]
+
+
+def _divide(rows: Sequence[Row], ours: Row, figure: str) -> dict[str, float]:
+    if not ours["road"].startswith("ours"):
+        return {}
+    peers = [row for row in rows if row["what"] == ours["what"] and not row["road"].startswith("ours")]
+    return {row["road"]: row[figure] / ours[figure] for row in peers}
 
 
 def build_peers() -> None:
@@ -234,7 +240,7 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     for old in archive.iterdir():
         old.unlink()
     for number in range(ROAD_SCANS):
-        (archive / f"scan{number:02d}").symlink_to(folders[number % len(folders)])
+        (archive / f"scan{number:02d}").symlink_to(Path(folders[number % len(folders)]).resolve())
     what, place = f"{ROAD_SCANS} scans, the whole road", str(archive.resolve())
     weights = str(bundle / "fold0.safetensors")
     yield Way("road", what, "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
@@ -269,14 +275,16 @@ def measure_planning() -> list[Row]:
 
 
 def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) -> None:
-    """A table of the rows; below it how to repeat each."""
+    """A table of the rows, in brackets the first reading of a process; below it how to repeat each."""
     table = []
     for row in rows:
-        times = ", ".join(f"{times:.1f} x {road}" for road, times in row["times"].items())
+        first = {road: f" ({times:.1f})" for road, times in row.get("times_first", {}).items()}
+        times = ", ".join(f"{times:.1f}{first.get(road, '')} x {road}" for road, times in row["times"].items())
         goals = ", ".join(f"{least:g} x {road}" for road, least in row["goals"].items())
         memory = f"{row['growth_mb']:.0f}" if "growth_mb" in row else ""
         processor = f"{row['processor_s']:.3g}" if "processor_s" in row else ""
-        table.append([row["what"], row["road"], f"{row['seconds']:.3g}", processor, memory, times, goals])
+        seconds = f"{row['seconds']:.3g}" + (f" ({row['first_s']:.3g})" if "first_s" in row else "")
+        table.append([row["what"], row["road"], seconds, processor, memory, times, goals])
     title = f"{section}: medians of {rows[0]['repeats']}, load {load[0]:.1f} before, {load[1]:.1f} after"
     print_table(title, ["what", "road", "s", "CPU s", "MB", "as fast as", "at least"], table)
     for row in rows:
