@@ -126,7 +126,7 @@ def fit_fold(
     Raises: UsageError if the gang or the fold does not fit the settings; RunError if the loss is no longer finite.
     """
     check_fold(index, fold, config, gang.world_size)
-    optimizer = Adam(network.parameters(), lr=config.learning_rate)
+    optimizer = build_optimizer(network, config, gang.device)
     learner = _Learner(network, optimizer, LambdaLR(optimizer, lambda epoch: scale_rate(epoch, config)))
     best, history = None, list[Metrics]()
     if resume is not None:
@@ -138,6 +138,11 @@ def fit_fold(
         history.append(metrics)
         report(epoch, metrics, learner.save(best, history))
     return make_result(fold, learner.save(best, history))
+
+
+def build_optimizer(network: nn.Module, config: TrainConfig, device: torch.device) -> Adam:
+    """Adam; on a GPU its fused form, one kernel a step for all weights. Source: paper sec. 4.2; fused, ours: speed."""
+    return Adam(network.parameters(), lr=config.learning_rate, fused=device.type == "cuda" or None)
 
 
 def build_start(network: ModelConfig, config: TrainConfig, fold: int) -> DARNet:

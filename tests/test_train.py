@@ -27,6 +27,7 @@ from darnet.train import (
     FoldState,
     Gang,
     Metrics,
+    build_optimizer,
     build_start,
     check_fold,
     equip_network,
@@ -433,6 +434,13 @@ def test_a_compiled_network_keeps_the_names_of_its_weights() -> None:
     assert is_same_state(plain.state_dict(), compiled.state_dict())
     with pytest.raises(ValueError, match="exclude each other"):
         TrainConfig(compile=True, gradient_checkpointing=True)
+
+
+def test_adam_is_fused_on_a_gpu_alone() -> None:
+    """What is fused rounds otherwise: on a CPU a resumed training must end in the bits it would have had."""
+    network = build_network(NETWORK, seed=0)
+    assert build_optimizer(network, QUICK, torch.device("cuda")).defaults["fused"] is True
+    assert not build_optimizer(network, QUICK, torch.device("cpu")).defaults["fused"]
 
 
 def test_gradient_checkpointing_ends_in_the_same_bits(
