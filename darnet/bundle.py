@@ -120,7 +120,7 @@ class BundleManifest(Section):
     preprocessing_version: str
     """Revision and settings of the road from bytes to network input."""
     code_version: str
-    """Version of the code that trained it."""
+    """Version of the code that trained it, with a digest of its sources."""
     cohort_sha256: str = Field(pattern=SHA256_PATTERN)
     """Digest of the cohort table it was trained on."""
     classes: tuple[Diagnosis, ...]

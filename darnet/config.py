@@ -125,7 +125,7 @@ class TrainConfig(Section):
     """Batch norm over all workers' scans in place of each worker's own; GPUs only. Source: ours."""
     device: Literal["auto", "cpu", "gpu"] = Field("auto", exclude=True)
     """`gpu`: a GPU a worker, which is waited for where an autoscaler may add it; `auto`: GPUs if a node has any at the
-    start, else CPUs. In no digest: the same training may go on elsewhere. Source: ours."""
+    start, else CPUs. Evaluation follows it too. In no digest: the same training may go on elsewhere. Source: ours."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

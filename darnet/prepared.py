@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
 
-from darnet import __version__
+from darnet.code_version import name_preparing_code
 from darnet.config import fingerprint
 from darnet.dataset import ARRAYS_FOLDER
 from darnet.errors import Status
@@ -39,17 +39,17 @@ SCANS = TypeAdapter(list[PreparedScan])
 
 
 def name_record(source: Source, road: Road) -> str:
-    """A name that changes with the source's bytes and with every setting between them and the standard volume."""
+    """A name that changes with the source's bytes, with every setting between them and the standard volume, and behind
+    a hyphen with the code between them."""
     facts = (
         source.key,
         source.input_sha256,
         road.volume.preprocessing_version,
         fingerprint(road.decode),
         str(source.key in road.reversed_sources),
-        __version__,
     )
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()
-    return f"{RECORDS_FOLDER}/{digest[:32]}.json"
+    return f"{RECORDS_FOLDER}/{digest[:32]}-{name_preparing_code().rpartition('+')[2]}.json"
 
 
 def write_record(store: Store, name: str, scans: Sequence[PreparedScan]) -> None:
@@ -59,14 +59,17 @@ def write_record(store: Store, name: str, scans: Sequence[PreparedScan]) -> None
         store.write_bytes(name, SCANS.dump_json(keyless))
 
 
-def read_records(store: Store, names: Mapping[str, str]) -> dict[str, list[PreparedScan]]:
-    """The recorded scans by source key, of those sources whose every array is still there; `names` by source key."""
+def read_records(store: Store, names: Mapping[str, str]) -> tuple[dict[str, list[PreparedScan]], list[str]]:
+    """The recorded scans by source key, of those sources whose every array is still there, and the keys of the sources
+    that only other code has recorded; `names` by source key."""
     recorded = {item.key for item in store.list_objects(f"{RECORDS_FOLDER}/")}
     arrays = {item.key for item in store.list_objects(f"{ARRAYS_FOLDER}/")}
     found = {key: name for key, name in names.items() if name in recorded}
+    by_any_code = {name.rpartition("-")[0] for name in recorded}
+    outdated = [key for key, name in names.items() if key not in found and name.rpartition("-")[0] in by_any_code]
     with ThreadPoolExecutor(READERS) as pool:
         scans = list(pool.map(lambda name: SCANS.validate_json(store.read_bytes(name)), found.values()))
-    return {key: items for key, items in zip(found, scans, strict=True) if _is_stored(items, arrays)}
+    return {key: items for key, items in zip(found, scans, strict=True) if _is_stored(items, arrays)}, outdated
 
 
 def _is_stored(scans: Iterable[PreparedScan], arrays: set[str]) -> bool:

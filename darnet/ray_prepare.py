@@ -28,7 +28,7 @@ from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blo
 from darnet.scan import Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store
-from darnet.terminal import show_progress
+from darnet.terminal import print_heading, show_progress
 
 EXCLUDED_FILE = "excluded.csv"
 NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"
@@ -38,7 +38,7 @@ AMBIGUOUS = "AMBIGUOUS"
 def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settings: PrepareSettings) -> dict[str, Any]:
     """Write the standard volume of every usable scan of the cohort, divide them, and list the others with reasons.
 
-    What an earlier call has stored under the same settings, of sources that have not changed, is not decoded again.
+    What the same code has stored under the same settings, of sources that have not changed, is not decoded again.
     Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned.
     Raises: UsageError if no scan of the cohort is usable; RunError while some may be next time: no study is to be made
             of what a bad hour left.
@@ -48,7 +48,9 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     reversed_sources = frozenset(sources[scan_id].key for scan_id in find_reversed(cohort) if scan_id in sources)
     road = Road(settings.volume, settings.score.decode, reversed_sources=reversed_sources)
     records = {source.key: name_record(source, road) for source in sources.values()}
-    prepared = read_records(volumes, records)
+    prepared, outdated = read_records(volumes, records)
+    if outdated:
+        print_heading(f"{len(outdated)} sources were prepared by other code than this, and are decoded again")
     num_reused = len(prepared)
     todo = [source for source in dict.fromkeys(sources.values()) if source.key not in prepared]
     if todo:

@@ -8,14 +8,12 @@ import functools
 import hashlib
 import os
 import sys
-import tempfile
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import date
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import ray
@@ -31,36 +29,35 @@ from ray.train import (
     UserCallback,
     WorkerGroupError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer, enable_reproducibility, get_device, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from darnet import __version__
 from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
+from darnet.code_version import name_training_code
 from darnet.config import ScoreConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
-from darnet.gang import train_rank
-from darnet.history import render_files
 from darnet.inference.torch_backend import TorchBackend
-from darnet.model import build_network
-from darnet.ray_checkpoint import read_newest_state, read_state, write_state
+from darnet.model import DARNet, build_network
+from darnet.ray_checkpoint import read_state
 from darnet.ray_cluster import count_resource, list_nodes
+from darnet.ray_rank import train_ray_rank
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter, print_heading, show_progress
-from darnet.threads import set_num_threads
 from darnet.tracking import TrackedNetwork, Tracker, track_training
-from darnet.train import FoldResult, FoldState, Metrics, check_device, check_fold, make_result
+from darnet.train import FoldResult, Metrics, check_device, check_fold, make_result
 from darnet.training_plan import (
     FoldTask,
     GangPlan,
     Places,
     Training,
     choose_trainings,
+    claim_runs,
     name_run,
     place_runs,
     plan_gangs,
@@ -157,13 +154,17 @@ def _measure_network(
 ) -> str:
     """On the cluster: the model card's Markdown on the test cohort."""
     folds, seed = read_folds(), training.config.seed
-    members = [build_network(training.network, seed) for _ in folds]
-    for member, fold in zip(members, folds, strict=True):
-        member.load_state_dict(fold.state)
+    members = (_build_member(training, fold) for fold in folds)
     backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
     ensemble = Ensemble(backend, batch_size=config.batch_size, temperatures=[fold.temperature for fold in folds])
     index = open_volumes(places.volumes, places.cache)
     return describe_test(evaluate_test(ensemble, index, config.batch_size, seed))
+
+
+def _build_member(training: Training, fold: FoldResult) -> DARNet:
+    network = build_network(training.network, training.config.seed)
+    network.load_state_dict(fold.state)
+    return network
 
 
 def write_bundles(
@@ -192,7 +193,7 @@ def write_bundles(
                 ],
                 cohort_sha256=table.cohort_sha256,
                 model_version=today.isoformat(),
-                code_version=__version__,
+                code_version=name_training_code(),
                 trained_on=describe_cohort(table),
                 tested_on=told,
             )
@@ -232,7 +233,8 @@ def train_folds(
 
     The runs keep every fold's last checkpoints: the same call again resumes what was killed and only reads what was
     finished. Local runs and volumes must be where every node of the cluster sees them.
-    Raises: UsageError naming what the cluster lacks or what does not fit; RunError naming the first fold that failed.
+    Raises: UsageError naming what the cluster lacks or what does not fit, and as `claim_runs`; RunError naming the
+            first fold that failed.
     """
     tasks_of = [_list_folds(training, table, places, workers) for training in trainings]
     tasks = [task for tasks in tasks_of for task in tasks]
@@ -241,16 +243,10 @@ def train_folds(
         check_device(training.config, has_gpu=plan.has_gpus)
     print(plan.title, file=sys.stderr)
     holder = _hold_runs(places)
-    os.environ.setdefault(POLL_VARIABLE, POLL_S)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
-            done = _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
+        claim_runs(open_store(places.runs), [task.run for task in tasks], name_training_code())
+        done = _fit_all(tasks, plan, on_progress)
     finally:
-        queue.shutdown()
         ray.kill(holder)
     checkpoints = dict(zip(tasks, done, strict=True))
     return [functools.partial(_read_folds, [checkpoints[task] for task in tasks]) for tasks in tasks_of]
@@ -304,7 +300,7 @@ def _describe_trainings(
                 "network": training.network.model_dump(mode="json"),
                 "workers": settings.workers,
             },
-            tags | {"code_version": __version__},
+            tags | {"code_version": name_training_code()},
         )
         for training in trainings
     ]
@@ -333,7 +329,7 @@ def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> Tor
         logging_config=LoggingConfig(log_level="WARNING"),
     )
     return TorchTrainer(
-        _train_rank,
+        train_ray_rank,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             num_workers=plan.workers,
@@ -343,6 +339,20 @@ def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> Tor
         torch_config=TorchConfig(backend="nccl" if plan.has_gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=run_config,
     )
+
+
+def _fit_all(tasks: Sequence[FoldTask], plan: GangPlan, on_progress: OnProgress) -> list[Checkpoint]:
+    """Train these folds to their end; the last checkpoint of each."""
+    os.environ.setdefault(POLL_VARIABLE, POLL_S)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
+            return _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
+    finally:
+        queue.shutdown()
 
 
 def _run_all(
@@ -411,32 +421,3 @@ def _name_failure(title: str, cause: BaseException) -> RunError:
     if isinstance(cause, RunError):
         failure.exit_code = cause.exit_code
     return failure
-
-
-def _train_rank(loop_config: dict[str, Any]) -> None:
-    """One worker: resume what there is, train with the gang that Ray has put together."""
-    task: FoldTask = loop_config["task"]
-    set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
-    enable_reproducibility(task.config.seed)
-    checkpoint = ray.train.get_checkpoint()
-    report = _report_as_rank(ray.train.get_context().get_world_rank(), task)
-    train_rank(task, get_device(), prepare_model, report, None if checkpoint is None else read_newest_state(checkpoint))
-
-
-def _report_as_rank(rank: int, task: FoldTask) -> Callable[[int, Metrics, FoldState], None]:
-    """A report that all ranks make together, and that carries rank 0's state as a checkpoint.
-
-    Rank 0 keeps the history beside the checkpoints, where it can be watched.
-    """
-    run = open_store(task.places.runs).child(task.run)
-
-    def report(_: int, metrics: Metrics, state: FoldState) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if rank == 0:
-                checkpoint = write_state(state, Path(folder))
-                for name, data in render_files(task.fold, state["history"]).items():
-                    run.write_bytes(name, data)
-            ray.train.report(dict(metrics), checkpoint=checkpoint)
-
-    return report

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from darnet.bundle import Bundle, BundleManifest, load_networks, select_model
+from darnet.bundle import Bundle, BundleManifest, load_network, select_model
 from darnet.cam import CamStatistics, measure_cam, upsample_cam
 from darnet.config import ScoreConfig
 from darnet.inference.graph import Backend
@@ -179,7 +179,7 @@ def make_row(
 def _start_torch(model: Bundle, config: ScoreConfig, device: str) -> TorchBackend:
     assert config.precision != "int8", "the settings have checked it"
     return TorchBackend(
-        load_networks(model),
+        (load_network(model, place) for place in range(len(model.weights))),
         batch_size=config.batch_size,
         num_threads=config.num_threads,
         device=device,

@@ -20,6 +20,7 @@ from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
     CliSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -61,6 +62,15 @@ class Settings(BaseSettings):
     network: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """A section that is given stays what it is: written out and read again, it would lose `train.device`."""
+        assert isinstance(init_settings, InitSettingsSource), "pydantic-settings makes it"
+        given = InitSettingsSource(settings_cls, init_settings.init_kwargs, nested_model_default_partial_update=False)
+        return given, *others.values()
 
 
 class CachingSettings(Settings):

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from darnet import __version__
 from darnet.bundle import name_model
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig, fingerprint
 from darnet.dataset import VolumesTable
-from darnet.errors import UsageError
+from darnet.errors import ObjectMissing, UsageError
 from darnet.settings import TrainSettings
+from darnet.storage import Store
 
 # CPUs of a worker: more would not make it faster, and whole nodes could stay half empty; folds that share one train
 # slower together than one after another. Source: ours, by the demo
 WORKER_CPUS = 1
 GROUP_LABEL = "ray.io/node-group"  # on nodes that `ray up` and KubeRay start, of which an autoscaler may add more
+CODE_FILE = "code_version"  # in a run's folder, beside its checkpoints
 CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's file on the head, as JSON
 
 
@@ -187,7 +188,7 @@ def plan_gangs(
     A gang may lie on any nodes, as under Ray Train's strategy PACK, which prefers one node and insists on none.
     Raises: UsageError naming what the cluster lacks; an impossible request would wait for ever.
     """
-    has_gpus = device == "gpu" or (device == "auto" and any(node.get("GPU", 0) > 0 for node in room.nodes))
+    has_gpus = choose_gpus(room, device)
     now = room.count_places(has_gpus=has_gpus, is_grown=False)
     places = room.count_places(has_gpus=has_gpus, is_grown=True)
     if places < workers and room.more is not None:
@@ -197,6 +198,11 @@ def plan_gangs(
     if now < side_by_side * workers:
         title += f": {now} workers have room now; the others wait for nodes that an autoscaler adds"
     return GangPlan(workers, side_by_side, has_gpus, title)
+
+
+def choose_gpus(room: ClusterRoom, device: Literal["auto", "cpu", "gpu"]) -> bool:
+    """Whether the networks run on GPUs there, by `train.device`."""
+    return device == "gpu" or (device == "auto" and any(node.get("GPU", 0) > 0 for node in room.nodes))
 
 
 def _count_places(node: Mapping[str, float], has_gpus: bool) -> int:
@@ -216,13 +222,38 @@ def _describe_lack(room: ClusterRoom, workers: int, places: int, has_gpus: bool)
 
 
 def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:
-    """A name that changes with all that changes the result: Ray resumes whatever is stored under it."""
+    """A name that changes with all that changes the result but the code: Ray resumes whatever is stored under it."""
     facts = (
         fingerprint(network),
         fingerprint(config),
         table.cohort_sha256,
         table.volume.preprocessing_version,
         str(workers),
-        __version__,
     )
     return f"{name_model(network)}-fold{fold}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}"
+
+
+def claim_runs(runs: Store, names: Sequence[str], code: str) -> None:
+    """Note in the folders of these runs the code that trains them, before any has a checkpoint.
+
+    Raises: UsageError if other code began one: its network would be of neither, and no other could be compared with it.
+    """
+    begun = {name: _read_code(runs.child(name)) for name in names}
+    others = {name: found for name, found in begun.items() if found not in ("", code)}
+    if others:
+        first, *more = others
+        raise UsageError(
+            f"{runs.uri}: code version {others[first]} began {len(others)} of these {len(names)} folds, and this is "
+            f"{code}: go on with that code; or delete {first}{f' and {len(more)} more' if more else ''} there, or name "
+            "another place for checkpoints, and this code trains them from the start"
+        )
+    for name in names:
+        runs.child(name).write_bytes(CODE_FILE, code.encode())
+
+
+def _read_code(run: Store) -> str:
+    """The code that began a run, "" where it has not begun."""
+    try:
+        return run.read_bytes(CODE_FILE).decode()
+    except ObjectMissing:
+        return ""

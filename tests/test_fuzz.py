@@ -19,10 +19,10 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
 
 def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
     fuzzer.tally = Tally()
-    fuzz(fuzzer, number=0, count=100)
+    fuzz(fuzzer, number=0, count=50)
     tally = fuzzer.tally
     assert (tally.findings, tally.num_parent_errors) == (set(), 0)
-    assert tally.statuses.total() >= 80
+    assert tally.statuses.total() >= 40
     assert len(tally.statuses) > 4  # mutations that are all refused for one reason would try nothing
 
 

@@ -6,7 +6,6 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Barrier
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -23,21 +22,20 @@ from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)
 CONFIG = TrainConfig(epochs=2, num_folds=2, learning_rate=1e-9)  # the first weights can still be told
 FOLD = 1
-NOBODY = -1
+LATE_OPENING, LATE_REPORT = 1, 0  # ranks; the report is that of the first epoch
 COLLECTIVE_TIMEOUT_S = 6
+LATE_S = COLLECTIVE_TIMEOUT_S + 3
 
 
-def run_rank(
-    rank: int, volumes: Path, scratch: Path, both_are_up: Barrier, late_opening: int, late_report: int
-) -> None:
-    """Rank `late_opening` copies volumes, and rank `late_report` uploads, for longer than a collective may take."""
+def run_rank(rank: int, volumes: Path, scratch: Path, both_are_up: Barrier) -> None:
+    """One rank copies volumes, and later one uploads, for longer than a collective may take."""
 
     def open_index(place: str, cache: Path) -> VolumesIndex:
-        time.sleep((rank == late_opening) * (COLLECTIVE_TIMEOUT_S + 3))
+        time.sleep((rank == LATE_OPENING) * LATE_S)
         return open_volumes(place, cache)
 
-    def report(*_: object) -> None:
-        time.sleep((rank == late_report) * (COLLECTIVE_TIMEOUT_S + 3))
+    def report(epoch: int, *_: object) -> None:
+        time.sleep((rank == LATE_REPORT and epoch == 0) * LATE_S)
 
     torch.set_num_threads(1)
     both_are_up.wait()
@@ -49,13 +47,12 @@ def run_rank(
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("late_opening", "late_report"), [(1, NOBODY), (NOBODY, 0)])
-def test_ranks_wait_for_one_that_copies_or_uploads_for_longer_than_a_collective_may_take(
-    late_opening: int, late_report: int, tmp_path: Path
+def test_ranks_wait_for_one_that_copies_and_one_that_uploads_for_longer_than_a_collective_may_take(
+    tmp_path: Path,
 ) -> None:
     index = make_volumes(tmp_path / "volumes", num_train=12, num_folds=2)
     both_are_up = multiprocessing.get_context("spawn").Barrier(2)
-    arguments = (index.folder, tmp_path, both_are_up, late_opening, late_report)
+    arguments = (index.folder, tmp_path, both_are_up)
     torch.multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

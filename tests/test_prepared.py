@@ -24,22 +24,36 @@ def make_scan(status: Status = Status.OK, array: str = "") -> PreparedScan:
 def test_a_record_is_read_back_without_the_keys_of_persons(store: Store) -> None:
     store.write_bytes("arrays/a.npy", make_voxels("CP", 1).tobytes())
     scans = [make_scan(array="arrays/a.npy"), make_scan(Status.BAD_TILT)]
-    write_record(store, "prepared/r.json", scans)
+    write_record(store, "prepared/r-1.json", scans)
     facts = replace(scans[0].facts, patient_key=None, series_key=None)
     expected = [replace(scan, facts=facts) for scan in scans]
-    assert read_records(store, {SOURCE.key: "prepared/r.json", "other": "prepared/s.json"}) == {SOURCE.key: expected}
+    assert read_records(store, {SOURCE.key: "prepared/r-1.json", "other": "prepared/s-1.json"}) == (
+        {SOURCE.key: expected},
+        [],
+    )
 
 
 def test_a_source_whose_array_is_gone_is_prepared_again(local: Store) -> None:
     local.write_bytes("arrays/b.npy", b"another")
-    write_record(local, "prepared/r.json", [make_scan(array="arrays/a.npy")])
-    assert read_records(local, {SOURCE.key: "prepared/r.json"}) == {}
+    write_record(local, "prepared/r-1.json", [make_scan(array="arrays/a.npy")])
+    assert read_records(local, {SOURCE.key: "prepared/r-1.json"})[0] == {}
 
 
 def test_what_may_end_otherwise_next_time_is_not_recorded(local: Store) -> None:
     local.write_bytes("arrays/a.npy", b"")
-    write_record(local, "prepared/r.json", [make_scan(array="arrays/a.npy"), make_scan(Status.ERR_TIMEOUT)])
-    assert read_records(local, {SOURCE.key: "prepared/r.json"}) == {}
+    write_record(local, "prepared/r-1.json", [make_scan(array="arrays/a.npy"), make_scan(Status.ERR_TIMEOUT)])
+    assert read_records(local, {SOURCE.key: "prepared/r-1.json"})[0] == {}
+
+
+def test_what_other_code_has_prepared_is_told_apart_and_not_taken_over(local: Store) -> None:
+    local.write_bytes("arrays/a.npy", b"")
+    stem, _, code = name_record(SOURCE, ROAD).rpartition("-")
+    write_record(local, f"{stem}-{code[:-6]}.json", [make_scan(array="arrays/a.npy")])
+    names = {SOURCE.key: f"{stem}-{code}", "other": "prepared/s-1.json"}
+    assert read_records(local, names) == ({}, [SOURCE.key])
+    write_record(local, f"{stem}-{code}", [make_scan(array="arrays/a.npy")])
+    found, outdated = read_records(local, names)
+    assert (list(found), outdated) == ([SOURCE.key], [])
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from darnet.bundle import find_bundles, load_networks, read_bundle
+from darnet.code_version import name_training_code
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, UsageError
@@ -36,7 +37,7 @@ from darnet.ray_train import _fit, measure_networks, train_folds, train_model, w
 from darnet.settings import TrainSettings
 from darnet.storage import open_store
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
-from darnet.training_plan import FoldTask, Places, Training, choose_networks, choose_trainings
+from darnet.training_plan import FoldTask, Places, Training, choose_networks, choose_trainings, name_run
 from tests.gloo_ranks import train_with_torch_alone
 from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
@@ -152,6 +153,7 @@ def test_the_history_beside_the_checkpoints_has_each_epoch_once_in_spite_of_the_
     assert len(written) == 2
     assert {render_history(result.fold, result.history) for result in killed.results} == set(written.values())
     assert len(list(killed.runs.glob("*/tensorboard/events.out.tfevents.*"))) == 2
+    assert [path.read_text() for path in killed.runs.glob("*/code_version")] == [name_training_code()] * 2
 
 
 @pytest.mark.ray
@@ -210,6 +212,18 @@ def test_a_second_driver_is_refused_while_the_first_trains_there(index: VolumesI
     with pytest.raises(UsageError, match="another job of this cluster trains there"):
         train_folds(index, [TRAINING], places, workers=WORKERS, on_progress=ignore)
     del first
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_training_that_other_code_began_is_refused_and_nobody_kept_out(index: VolumesIndex, tmp_path: Path) -> None:
+    places = make_places(index, tmp_path)
+    note = tmp_path / name_run(index, NETWORK, CONFIG, WORKERS, 1) / "code_version"
+    note.parent.mkdir()
+    note.write_text("0.0.9+0123456789ab")
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"code version 0\.0\.9\+0123456789ab began 1 of these 2 folds"):
+            train_folds(index, [TRAINING], places, workers=WORKERS, on_progress=ignore)
 
 
 class FailingTrainer:
@@ -281,9 +295,10 @@ def test_every_network_of_every_seed_is_found_and_merged_as_one_ensemble(index: 
     trainings = choose_trainings(settings, SMALL_VOLUME)
     trained = [functools.partial(list, make_folds(training)) for training in trainings]
     write_bundles(settings, index, trainings, trained, [""] * 6, DAY)
-    bundles = [read_bundle(place) for place in find_bundles(open_store(str(tmp_path / "out")))]
+    manifests = [read_bundle(place).manifest for place in find_bundles(open_store(str(tmp_path / "out")))]
+    assert {manifest.code_version for manifest in manifests} == {name_training_code()}
     for name in ("darnet-plain", "darnet-da"):
-        merged = merge_seeds([bundle for bundle in bundles if bundle.manifest.model_name == name]).manifest
+        merged = merge_seeds([manifest for manifest in manifests if manifest.model_name == name])
         assert sorted((fold.seed, fold.number) for fold in merged.folds) == [
             (seed, number) for seed in (3, 4, 5) for number in (0, 1)
         ]

@@ -7,7 +7,7 @@ import pytest
 
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import MIN_SEEDS
-from darnet.settings import PaperSettings, PhantomsSettings, read_settings
+from darnet.settings import EvaluateSettings, PaperSettings, PhantomsSettings, TrainSettings, read_settings
 from darnet.steps import Step, claim_folder, run_steps
 from darnet.storage import Store
 from tests.places import ROOT
@@ -59,6 +59,17 @@ def test_the_papers_settings_are_the_defaults() -> None:
     assert len(told.seeds) >= MIN_SEEDS
     assert (told.cohorts.division, told.cohorts.drop_discarded, told.cohorts.drop_shuffled) == ("paper", False, False)
     assert (told.train.device, plain.train.device) == ("gpu", "auto")
+
+
+def test_the_device_of_the_study_is_that_of_its_parts() -> None:
+    """It is written nowhere, and so must not be lost where one job's settings are made from another's."""
+    told = read_settings(PaperSettings, [*PLACES, "--train.device", "cpu", "--train.augment.zoom", "1,1"], "x")
+    parts = (
+        TrainSettings(volumes="v", out="o", train=told.train),
+        EvaluateSettings(predictions="p", out="o", train=told.train),
+    )
+    assert [part.train for part in parts] == [told.train] * 2
+    assert told.train.device == "cpu"
 
 
 @pytest.mark.parametrize("settings", [PaperSettings, PhantomsSettings])

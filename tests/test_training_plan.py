@@ -14,9 +14,11 @@ from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.settings import TrainSettings
+from darnet.storage import Store
 from darnet.training_plan import (
     ClusterRoom,
     choose_networks,
+    claim_runs,
     match_network,
     name_run,
     place_runs,
@@ -154,6 +156,23 @@ def test_a_run_is_resumed_only_by_the_same_training(index: VolumesIndex) -> None
     }
     assert len(names) == 7
     assert name_run(index, NETWORK, CONFIG, 2, 0) in names
+
+
+def test_folds_that_other_code_began_are_refused_and_both_codes_named(store: Store) -> None:
+    """Those of the same code go on; a person deletes what the message names, and all begin anew."""
+    claim_runs(store, ["plain-fold0", "plain-fold1"], "0.1.0+a")
+    claim_runs(store, ["plain-fold0", "plain-fold1", "plain-fold2"], "0.1.0+a")
+    told = (
+        r"code version 0\.1\.0\+a began 2 of these 3 folds, and this is 0\.1\.0\+b: go on with that code; "
+        "or delete plain-fold0 and 1 more there, or name another place"
+    )
+    for _ in range(2):  # a refusal notes nothing
+        with pytest.raises(UsageError, match=told):
+            claim_runs(store, ["ca-fold0", "plain-fold0", "plain-fold1"], "0.1.0+b")
+    store.delete("plain-fold0/code_version")
+    store.delete("plain-fold1/code_version")
+    claim_runs(store, ["ca-fold0", "plain-fold0", "plain-fold1"], "0.1.0+b")
+    claim_runs(store, ["plain-fold2"], "0.1.0+a")
 
 
 def test_the_network_is_built_for_the_volumes_there_are(index: VolumesIndex, tmp_path: Path) -> None:

@@ -258,16 +258,16 @@ def redraw_last_stage(network: DARNet, seed: int) -> DARNet:
 
 
 @torch.inference_mode()
-def map_class(networks: Sequence[DARNet], voxels: Uint8Array, label: int) -> FloatArray:
-    """An ensemble's class map of one standard volume, mean over its folds.
+def map_class(network: DARNet, voxels: Uint8Array, label: int) -> FloatArray:
+    """One fold's class map of one standard volume.
 
     Shape: (D, H, W) -> (d, h, w).
     """
-    device = next(networks[0].parameters()).device
+    device = next(network.parameters()).device
     batch = torch.from_numpy(voxels)[None, None].to(device, torch.float32) / 255
-    maps = [class_activation_maps(network.features(batch), network.head.weight)[0, label] for network in networks]
-    mean: FloatArray = torch.stack(maps).mean(dim=0).cpu().numpy()
-    return mean
+    maps = class_activation_maps(network.features(batch), network.head.weight)  # (1, classes, d, h, w)
+    class_map: FloatArray = maps[0, label].cpu().numpy()
+    return class_map
 
 
 def correlate_maps(one: FloatArray, other: FloatArray) -> float:

@@ -6,7 +6,7 @@ cohort is hundreds of scans that are already resampled.
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,11 @@ import pandas as pd
 import torch
 
 from darnet.auditing.record import AUDIT_FILE, AuditRecord, read_audit
-from darnet.bundle import (
-    Bundle,
-    BundleManifest,
-    FoldRecord,
-    count_network_parameters,
-    find_bundles,
-    load_networks,
-    read_model,
-)
+from darnet.bundle import BundleManifest, FoldRecord, count_network_parameters, find_bundles, read_model
 from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, has_leak, tell_leak
-from darnet.config import ScoreConfig, digest_json
+from darnet.config import digest_json
 from darnet.dataset import VolumesIndex, read_facts
-from darnet.errors import ObjectMissing, UsageError
+from darnet.errors import UsageError
 from darnet.evaluation.measures import (
     Evaluation,
     Origin,
@@ -36,20 +28,18 @@ from darnet.evaluation.measures import (
     find_warnings,
     resample_predictions,
 )
-from darnet.evaluation.paper import MODEL_NAMES
+from darnet.evaluation.networks import StoredNetwork, load_members, read_networks, score_cohort
 from darnet.evaluation.predictions import LABELS, PROBABILITIES, Predictions, read_predictions_table
 from darnet.evaluation.report import render_report, round_headlines
-from darnet.evaluation.seeds import merge_seeds, refuse_unlike
+from darnet.evaluation.seeds import refuse_unlike
 from darnet.evaluation.study import NetworkRun, describe_study, make_study
 from darnet.evaluation.study_maps import CohortScores, add_maps
 from darnet.evaluation.study_report import draw_cases, render_study, render_study_csv, render_study_tex
 from darnet.evaluation.tabulate import format_interval, format_metric, render_csv, render_tex
 from darnet.evaluation.truth import Truth, read_truths
-from darnet.history import HISTORY_FILE
-from darnet.model import DARNet
 from darnet.page import Section, figure_to_png
 from darnet.scan import Intensity
-from darnet.score import Ensemble, ScanScore
+from darnet.score import ScanScore
 from darnet.settings import EvaluateSettings
 from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
@@ -95,26 +85,25 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
 def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) -> dict[str, Any]:
     if settings.compare is not None:
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
+    device = choose_device(settings)
     index = _open_volumes(settings)
     truths, audit = _read_truths(settings, index), _read_audit_of_volumes(settings, index)
-    trainings: dict[str, list[tuple[Bundle, pd.DataFrame]]] = {}
-    for place in places:
-        bundle = read_model(place, settings.score)
-        _check_fit(settings, bundle.manifest, index)
-        name = MODEL_NAMES[bundle.manifest.model_name]
-        history = read_history(place).assign(seed=bundle.manifest.folds[0].seed)
-        trainings.setdefault(name, []).append((bundle, history))
-    bundles = {name: merge_seeds([bundle for bundle, _ in items]) for name, items in trainings.items()}
-    refuse_unlike([bundle.manifest for bundle in bundles.values()])
+    networks = {network.name: network for network in read_networks(places, settings.score)}
+    for network in networks.values():
+        _check_fit(settings, network.manifest, index)
+    refuse_unlike([network.manifest for network in networks.values()])
     runs, scores = [], {}
-    for name, bundle in bundles.items():
-        scores[name] = _score_test(settings, bundle, index)
-        history = pd.concat([history for _, history in trainings[name]], ignore_index=True)
-        runs.append(_describe_run(name, settings, bundle, history, scores[name], index, out, audit))
+    for name, network in networks.items():
+        scores[name] = _score_test(settings, network.places, network.manifest, index, device)
+        runs.append(_describe_run(network, settings, scores[name], index, out, audit))
     study = make_study(runs, count_cohort(index.frame), seed=settings.seed, num_replicates=settings.replicates)
-    members = {name: [(fold.number, fold.seed) for fold in bundle.manifest.folds] for name, bundle in bundles.items()}
     cohort = CohortScores(
-        index, scores, members, lambda name: _load_on_device(bundles[name]), truths, find_sided(settings)
+        index,
+        scores,
+        {name: network.members for name, network in networks.items()},
+        lambda name: load_members(networks[name].places, settings.score, device),
+        truths,
+        find_sided(settings),
     )
     study = add_maps(study, cohort, seed=settings.seed, num_replicates=settings.replicates)
     files = {
@@ -129,23 +118,21 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
 
 
 def _describe_run(
-    name: str,
+    network: StoredNetwork,
     settings: EvaluateSettings,
-    bundle: Bundle,
-    history: pd.DataFrame,
     scores: Sequence[ScanScore],
     index: VolumesIndex,
     out: Store,
     audit: AuditRecord | None,
 ) -> NetworkRun:
     """What one network says of the test cohort, kept as a table, and what is known of it."""
-    manifest = bundle.manifest
+    manifest = network.manifest
     return NetworkRun(
-        name=name,
+        name=network.name,
         origin=_describe_origin(settings, manifest, index, audit),
         predictions=_keep_predictions(out, f"predictions-{manifest.model_name}.parquet", index, scores, manifest.folds),
         num_parameters=count_network_parameters(manifest.settings.network),
-        history=history,
+        history=network.history,
     )
 
 
@@ -186,27 +173,15 @@ def _tell_audit(audit: AuditRecord | None) -> list[Section]:
     return [] if audit is None else [audit.describe()]
 
 
-def _load_on_device(bundle: Bundle) -> list[DARNet]:
-    return [network.to(_name_device()) for network in load_networks(bundle)]
+def choose_device(settings: EvaluateSettings) -> str:
+    """What the networks run on here, by `train.device`, as torch names it.
 
-
-def _name_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def read_history(bundle: Store) -> pd.DataFrame:
-    """The metrics of every epoch and fold that a bundle keeps of its training; empty where it keeps none.
-
-    Raises: UsageError if the file is damaged.
+    Raises: UsageError if a GPU is asked for where torch sees none.
     """
-    try:
-        lines = bundle.read_bytes(HISTORY_FILE).decode().splitlines()
-        return pd.DataFrame([json.loads(line) for line in lines])
-    except ObjectMissing:
-        return pd.DataFrame()
-    except ValueError as error:
-        place = f"{bundle.uri}/{HISTORY_FILE}"
-        raise UsageError(f"{place}: not a line of JSON an epoch ({error}); copy the bundle again") from error
+    asked, has_gpu = settings.train.device, torch.cuda.is_available()
+    if asked == "gpu" and not has_gpu:
+        raise UsageError("train.device is gpu, and torch sees no GPU here; run this where there is one, or say cpu")
+    return "cuda" if has_gpu and asked != "cpu" else "cpu"
 
 
 def _publish(
@@ -223,18 +198,6 @@ def _publish(
         "warnings": described["warnings"],
         "notice": described["notice"],
     }
-
-
-def score_cohort(
-    bundle: Bundle, index: VolumesIndex, config: ScoreConfig, advance: Callable[[int], None]
-) -> list[ScanScore]:
-    """Score the index's test scans, in the order of its rows; `advance` hears of each batch."""
-    ensemble = Ensemble.from_bundle(bundle, config, _name_device())
-    scores = []
-    for batch in index.read_batches("test", config.batch_size):
-        scores += ensemble.score(batch)
-        advance(len(batch))
-    return scores
 
 
 def tabulate_predictions(
@@ -274,12 +237,13 @@ def _open_predictions(settings: EvaluateSettings, out: Store) -> tuple[Predictio
         return predictions, Origin(predictions.name, UNKNOWN_TRAINING, _describe_settings(settings, audit)), audit
     assert settings.model is not None, "the settings have checked it"
     (place,) = find_bundles(open_store(settings.model))
-    bundle, index = read_model(place, settings.score), _open_volumes(settings)
-    _check_fit(settings, bundle.manifest, index)
+    device = choose_device(settings)
+    manifest, index = read_model(place, settings.score).manifest, _open_volumes(settings)
+    _check_fit(settings, manifest, index)
     audit = _read_audit_of_volumes(settings, index)
-    scores = _score_test(settings, bundle, index)
-    predictions = _keep_predictions(out, PREDICTIONS_FILE, index, scores, bundle.manifest.folds)
-    return predictions, _describe_origin(settings, bundle.manifest, index, audit), audit
+    scores = _score_test(settings, [place], manifest, index, device)
+    predictions = _keep_predictions(out, PREDICTIONS_FILE, index, scores, manifest.folds)
+    return predictions, _describe_origin(settings, manifest, index, audit), audit
 
 
 def _describe_settings(settings: EvaluateSettings, audit: AuditRecord | None) -> dict[str, Any]:
@@ -295,10 +259,12 @@ def _open_volumes(settings: EvaluateSettings) -> VolumesIndex:
     return open_volumes(settings.volumes, settings.cache)
 
 
-def _score_test(settings: EvaluateSettings, bundle: Bundle, index: VolumesIndex) -> list[ScanScore]:
+def _score_test(
+    settings: EvaluateSettings, places: Sequence[Store], manifest: BundleManifest, index: VolumesIndex, device: str
+) -> list[ScanScore]:
     num_test = int((index.frame["cohort"] == "test").sum())
-    with show_progress(f"scoring the test cohort, {bundle.manifest.model_name}", num_test) as meter:
-        return score_cohort(bundle, index, settings.score, lambda done: meter.advance(done, {}))
+    with show_progress(f"scoring the test cohort, {manifest.model_name}", num_test * len(places)) as meter:
+        return score_cohort(places, index, settings.score, device, lambda done: meter.advance(done, {}))
 
 
 def _keep_predictions(

@@ -1,24 +1,24 @@
-"""Which trainings may stand beside each other: bundles enter, one ensemble a network leaves, or a complaint."""
+"""Which trainings may stand beside each other: their manifests enter, one a network leaves, or a complaint."""
 
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from darnet.bundle import Bundle, BundleManifest
+from darnet.bundle import BundleManifest
 from darnet.config import fingerprint
 from darnet.errors import UsageError
 
 
-def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
-    """One ensemble of all folds of a network's trainings, which differ in their seed alone.
+def merge_seeds(manifests: Sequence[BundleManifest]) -> BundleManifest:
+    """What all folds of a network's trainings are as one ensemble; the trainings differ in their seed alone.
 
-    Its manifest names the versions and digests of all, and is that of no bundle on a disk.
+    It names the versions and digests of all, and is the manifest of no bundle on a disk.
     Raises: UsageError if two have the same fold of the same seed, were trained otherwise or by other code, or have
             other folds: their mean would weigh the folds unequally.
     """
-    if len(bundles) == 1:
-        return bundles[0]
-    first, *others = manifests = [bundle.manifest for bundle in bundles]
+    if len(manifests) == 1:
+        return manifests[0]
+    first, *others = manifests
     for other in others:
         if _digest_but_seed(other) != _digest_but_seed(first):
             raise UsageError(
@@ -49,9 +49,7 @@ def merge_seeds(bundles: Sequence[Bundle]) -> Bundle:
         name: ", ".join(dict.fromkeys(getattr(manifest, name) for manifest in manifests))
         for name in ("model_version", "model_sha256", "settings_sha256")
     }
-    weights = tuple(chain.from_iterable(bundle.weights for bundle in bundles))
-    int8 = tuple(chain.from_iterable(bundle.int8 or (None,) * len(bundle.weights) for bundle in bundles))
-    return Bundle(first.model_copy(update={"folds": folds, **joined}), weights, int8)
+    return first.model_copy(update={"folds": folds, **joined})
 
 
 def _list_workers(manifest: BundleManifest) -> list[int]:
@@ -76,6 +74,11 @@ def refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
                 f"{first.model_name} was trained by {_name_workers(first)} a fold, {other.model_name} by "
                 f"{_name_workers(other)}, which changes batch norm; compare networks of as many (jobs.train --workers)"
             )
+        if first.code_version != other.code_version:
+            raise UsageError(
+                f"{first.model_name} was trained by code version {first.code_version}, {other.model_name} by "
+                f"{other.code_version}: what differs may be the code; train both with the same"
+            )
         ours, theirs = (_describe_training(manifest) for manifest in (first, other))
         if differs := [name for name, value in ours.items() if value != theirs[name]]:
             raise UsageError(
@@ -88,7 +91,6 @@ def _describe_training(manifest: BundleManifest) -> dict[str, Any]:
     """What networks must agree in so that their folds can be paired; seeds are compared with the predictions."""
     settings = manifest.settings
     return {
-        "code version": manifest.code_version,
         "cohort": manifest.cohort_sha256,
         "volume": settings.volume,
         "base_channels": settings.network.base_channels,

@@ -3,6 +3,7 @@
 The map is always that of the true class, right or wrong as the decision may be: so every network has one of each scan.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,14 +44,14 @@ class CohortScores:
     """The test cohort of a study: its rows of the index, and what every network says of each.
 
     `scores` is network -> one score a row; `members` is network -> fold and seed of each of its models, in the order
-    of the scores; `networks` gives these models; `truths` is by scan_id;
+    of the scores; `networks` makes these models one after another; `truths` is by scan_id;
     `sided` are the scans whose left and right are known, which those of display images are not.
     """
 
     index: VolumesIndex
     scores: Mapping[str, Sequence[ScanScore]]
     members: Mapping[str, Sequence[tuple[int, int]]]
-    networks: Callable[[str], Sequence[DARNet]]
+    networks: Callable[[str], Iterator[DARNet]]
     truths: Mapping[str, Truth]
     sided: frozenset[str] = frozenset()
 
@@ -150,15 +151,32 @@ def _measure(
         label = DIAGNOSES.index(diagnosis)
         fewer = resample_scans(len(some), patients[: len(some)], rng, num_replicates)
         for name in scans.scores:
-            changed = [redraw_last_stage(item, REDRAW_SEED + fold) for fold, item in enumerate(scans.networks(name))]
+            maps_of_redrawn = _map_redrawn(scans, name, some, label)
             values = [
-                correlate_maps(scans.read_map(name, item, label), map_class(changed, scans.read_voxels(item), label))
-                for item in some
+                correlate_maps(scans.read_map(name, item, label), redrawn_map)
+                for item, redrawn_map in zip(some, maps_of_redrawn, strict=True)
             ]
             redrawn[name] = estimate_mean(np.array(values), fewer)
     pairs = [pair for pair in MAP_PAIRS if set(pair) <= set(scans.scores)]
     truths = [scans.truths[scan_id] for scan_id in known]
     return study_maps(str(diagnosis), maps, truths, pairs, redrawn, resampling, num_studies=num_studies)
+
+
+def _map_redrawn(scans: CohortScores, name: str, scan_ids: Sequence[str], label: int) -> FloatArray:
+    """The class map of each scan by a network whose last stage was drawn anew, mean over its models.
+
+    Shape: (scans, d, h, w).
+    """
+    volumes = [scans.read_voxels(scan_id) for scan_id in scan_ids]
+
+    def map_model(seed: int, network: DARNet) -> FloatArray:
+        changed = redraw_last_stage(network, seed)
+        return np.stack([map_class(changed, voxels, label) for voxels in volumes])
+
+    # By `map`, which unlike a loop's variable does not hold a model while the next is made.
+    by_model = list(map(map_model, itertools.count(REDRAW_SEED), scans.networks(name)))
+    mean: FloatArray = torch.from_numpy(np.stack(by_model)).mean(dim=0).numpy()
+    return mean
 
 
 def measure_network(scans: CohortScores, name: str, diagnosis: Diagnosis, known: Sequence[str]) -> MeasuredMaps:

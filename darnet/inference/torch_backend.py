@@ -1,6 +1,6 @@
 """The folds' networks in torch, on a CPU or a GPU: a batch of standard volumes enters, each fold's answer leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Literal
 
@@ -23,7 +23,7 @@ class TorchBackend:
 
     def __init__(
         self,
-        networks: Sequence[DARNet],
+        networks: Iterable[DARNet],
         *,
         batch_size: int,
         num_threads: int,

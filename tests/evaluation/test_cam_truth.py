@@ -227,10 +227,10 @@ def test_only_last_stage_and_head_are_drawn_anew() -> None:
 
 def test_maps_of_other_weights_differ_and_of_the_same_weights_do_not() -> None:
     voxels = np.random.default_rng(0).integers(0, 256, NETWORK.volume_shape, dtype=np.uint8)
-    networks = [build_network(NETWORK, seed).eval() for seed in (0, 1)]
-    before = map_class(networks, voxels, 1)
-    same, other = ([redraw_last_stage(net, seed + fold) for fold, net in enumerate(networks)] for seed in (0, 77))
-    assert correlate_maps(before, map_class(same, voxels, 1)) == pytest.approx(1)  # from the seeds they had
-    assert abs(correlate_maps(before, map_class(other, voxels, 1))) < 0.9
+    network = build_network(NETWORK, 5).eval()
+    before = map_class(network, voxels, 1)
+    same, other = (map_class(redraw_last_stage(network, seed), voxels, 1) for seed in (5, 77))
+    assert correlate_maps(before, same) == pytest.approx(1)  # from the seed it had
+    assert abs(correlate_maps(before, other)) < 0.9
     assert correlate_maps(before, -before) == pytest.approx(-1)
     assert math.isnan(correlate_maps(before, np.zeros_like(before)))

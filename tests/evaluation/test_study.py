@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from darnet.bundle import NETWORKS, Bundle, load_networks, name_model, read_bundle
+from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
 from darnet.dataset import write_facts, write_index
@@ -35,6 +35,15 @@ from tests.volumes_fixtures import make_cohort
 
 VOLUME = VolumeConfig(shape=SHAPE)
 NUM_TRAIN, NUM_TEST = 10, 12
+HISTORY = "".join(
+    json.dumps(
+        {"fold": fold, "epoch": epoch, "train_loss": 1 / (epoch + 1), "validation_loss": 1.0, "accuracy_3class": 0.5}
+    )
+    + "\n"
+    for fold in range(5)
+    for epoch in range(3)
+)
+NO_HISTORY = "The bundles do not keep every fold model's history, and curves are of those kept"
 
 
 def run(*arguments: Any) -> int:
@@ -48,12 +57,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     cohort = make_cohort(home / "volumes", NUM_TRAIN, 2, NUM_TEST, VOLUME)
     write_index(open_store(str(home / "volumes")), cohort, VOLUME)
     bundles = write_four_bundles(home / "bundles")
-    lines = [
-        {"fold": fold, "epoch": epoch, "train_loss": 1 / (epoch + 1), "validation_loss": 1.0, "accuracy_3class": 0.5}
-        for fold in range(5)
-        for epoch in range(3)
-    ]
-    (bundles / "darnet-da" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (bundles / "darnet-da" / "metrics.jsonl").write_text(HISTORY)
     store = open_store(str(home / "truth"), create=True)
     for number in range(NUM_TRAIN, NUM_TRAIN + NUM_TEST):
         lung, lesion = np.zeros(SHAPE, np.bool_), np.zeros(SHAPE, np.bool_)
@@ -236,10 +240,9 @@ def test_figure_two_is_a_picture_of_its_own_too(places: dict[str, Path]) -> None
     assert ((image[..., 0] - image[..., 2]) > 60).sum() > 100  # the outline of a known lesion
 
 
-def test_without_truth_maps_are_shown_and_not_measured(places: dict[str, Path], tmp_path: Path) -> None:
-    run("--model", places["bundles"], "--volumes", places["volumes"], "--out", tmp_path)
-    report = (tmp_path / "report.html").read_text()
-    assert json.loads((tmp_path / "metrics.json").read_text())["activation_maps"] == []
+def test_without_truth_maps_are_shown_and_not_measured(seeds: Path) -> None:
+    report = (seeds / "out" / "report.html").read_text()
+    assert json.loads((seeds / "out" / "metrics.json").read_text())["activation_maps"] == []
     assert "No truth about lesions was given (--truth)" in report
     assert "NCP test cases of least, middle and most severity" in report
 
@@ -292,35 +295,23 @@ def test_a_damaged_history_is_refused_by_name(
     assert "darnet-ca/metrics.jsonl: not a line of JSON an epoch" in capsys.readouterr().err
 
 
-def test_the_report_says_which_fold_models_have_no_history(
-    places: dict[str, Path], seeds: Path, tmp_path: Path
-) -> None:
-    told = "The bundles do not keep every fold model's history, and curves are of those kept"
+def test_the_report_says_which_fold_models_have_no_history(places: dict[str, Path], seeds: Path) -> None:
     report = html.unescape((places["out"] / "report.html").read_text())
-    assert f"{told} (ResNet18: 0 of 5; CA: 0 of 5; DA+CA: 0 of 5)." in report
-    bundles = tmp_path / "bundles"
-    shutil.copytree(seeds / "bundles", bundles)
-    history = (places["bundles"] / "darnet-da" / "metrics.jsonl").read_text()
-    paths = sorted(path.parent / "metrics.jsonl" for path in bundles.rglob("bundle.json"))
-    assert len(paths) == 4
-    for path in paths[:-1]:  # the last seed of ResNet18 has none
-        path.write_text(history)
-    arguments = ("--model", bundles, "--volumes", places["volumes"], "--out", tmp_path / "out")
-    assert run(*arguments) == 0
-    assert f"{told} (ResNet18: 5 of 10)." in html.unescape((tmp_path / "out" / "report.html").read_text())
-    paths[-1].write_text(history)
-    assert run(*arguments) == 0
-    assert told not in html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert f"{NO_HISTORY} (ResNet18: 0 of 5; CA: 0 of 5; DA+CA: 0 of 5)." in report
+    report = html.unescape((seeds / "out" / "report.html").read_text())
+    assert f"{NO_HISTORY} (ResNet18: 5 of 10)." in report
 
 
 @pytest.fixture(scope="module")
 def seeds(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on two networks, each trained with two seeds."""
+    """The report on two networks, each trained with two seeds, without truth; one bundle of four keeps no history."""
     home = tmp_path_factory.mktemp("seeds")
     for seed in (0, 1):
         for attentions in NETWORKS[::3]:
             folder = home / "bundles" / f"seed{seed}" / name_model(ModelConfig(**attentions))
             write_random_bundle(folder, f"v{seed}", attentions=attentions, seed=seed)
+            if (seed, attentions) != (1, NETWORKS[0]):
+                (folder / "metrics.jsonl").write_text(HISTORY)
     assert run("--model", home / "bundles", "--volumes", places["volumes"], "--out", home / "out") == 0
     return home
 
@@ -386,24 +377,23 @@ def test_a_training_that_differs_in_more_than_its_seed_is_refused(
 def test_seeds_of_other_code_or_folds_are_not_averaged(
     num_folds: int, code_version: str, complaint: str, tmp_path: Path
 ) -> None:
-    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed) for seed in (0, 1))
-    changed = {"folds": other.manifest.folds[:num_folds], "code_version": code_version}
-    cut = Bundle(other.manifest.model_copy(update=changed), other.weights[:num_folds])
+    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed).manifest for seed in (0, 1))
+    changed = {"folds": other.folds[:num_folds], "code_version": code_version}
     with pytest.raises(UsageError, match=complaint):
-        merge_seeds([one, cut])
-    assert len(merge_seeds([one, other]).weights) == 10
+        merge_seeds([one, other.model_copy(update=changed)])
+    assert len(merge_seeds([one, other]).folds) == 10
 
 
 def test_seeds_and_networks_of_other_numbers_of_workers_are_refused(tmp_path: Path) -> None:
-    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed) for seed in (0, 1))
-    folds = tuple(fold.model_copy(update={"world_size": 4}) for fold in other.manifest.folds)
-    changed = Bundle(other.manifest.model_copy(update={"folds": folds}), other.weights)
+    one, other = (write_random_bundle(tmp_path / str(seed), f"v{seed}", seed=seed).manifest for seed in (0, 1))
+    folds = tuple(fold.model_copy(update={"world_size": 4}) for fold in other.folds)
+    changed = other.model_copy(update={"folds": folds})
     with pytest.raises(UsageError, match="v0 was trained by 1 worker a fold, v1 by 4 workers"):
         merge_seeds([one, changed])
-    network = changed.manifest.model_copy(update={"model_name": "darnet-da"})
+    network = changed.model_copy(update={"model_name": "darnet-da"})
     with pytest.raises(UsageError, match="darnet-da-ca was trained by 1 worker a fold, darnet-da by 4 workers"):
-        refuse_unlike([one.manifest, network])
-    refuse_unlike([one.manifest, other.manifest])
+        refuse_unlike([one, network])
+    refuse_unlike([one, other])
 
 
 def test_networks_of_other_code_are_not_compared(
@@ -413,7 +403,7 @@ def test_networks_of_other_code_are_not_compared(
     path = tmp_path / "bundles" / "darnet-da" / "bundle.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"code_version": "1"}))
     assert run("--model", tmp_path / "bundles", "--volumes", places["volumes"], "--out", tmp_path / "out") == 2
-    assert "were not trained alike (code version)" in capsys.readouterr().err
+    assert "darnet-plain was trained by code version 0, darnet-da by 1: what differs" in capsys.readouterr().err
 
 
 def test_map_differences_of_both_diagnoses_are_corrected_together(
@@ -444,6 +434,7 @@ def test_maps_of_three_seeds_are_paired_by_fold_and_seed(places: dict[str, Path]
         for attentions in (NETWORKS[0], NETWORKS[2]):
             place = tmp_path / "bundles" / folder / name_model(ModelConfig(**attentions))
             write_random_bundle(place, f"v{seed}", attentions=attentions, seed=seed)
+            (place / "metrics.jsonl").write_text(HISTORY)
     out = tmp_path / "out"
     arguments = ("--model", tmp_path / "bundles", "--volumes", places["volumes"], "--out", out)
     assert run(*arguments, "--truth", places["truth"]) == 0
@@ -468,7 +459,9 @@ def test_maps_of_three_seeds_are_paired_by_fold_and_seed(places: dict[str, Path]
     expected = np.mean(dice["darnet-da"]) - np.mean(dice["darnet-plain"])
     assert abs(expected) > 1e-3
     assert found["folds"]["mean"] == pytest.approx(expected, abs=1e-4)
-    assert "(one seed)" not in (out / "report.html").read_text()
+    report = html.unescape((out / "report.html").read_text())
+    assert "(one seed)" not in report
+    assert NO_HISTORY not in report
 
 
 def test_one_seed_is_named_as_such_and_shows_nothing_by_fold(places: dict[str, Path], metrics: dict[str, Any]) -> None:
