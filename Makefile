@@ -57,8 +57,8 @@ walk-publishing: $(ENVIRONMENT) ## every way two or three runs can meet in the r
 bench-loading: $(ENVIRONMENT) ## what share of a training step waits for its scans
 	@$(BIN)/python -m tests.bench.loading
 
-bench-fetching: $(ENVIRONMENT) ## a source of small slices fetched one after another, and side by side
-	@$(BIN)/python -m tests.bench.fetching
+bench-fetching: $(ENVIRONMENT) ## slices one after another and side by side, whole and by headers first; REPEATS=3
+	@$(BIN)/python -m tests.bench.fetching $(if $(REPEATS),--repeats $(REPEATS))
 
 bench-memory: $(ENVIRONMENT) ## what a worker and its decoding child hold while small scans pass; NUM_SCANS=10000
 	@$(BIN)/python -m tests.bench.memory $(if $(NUM_SCANS),--scans $(NUM_SCANS))

@@ -5,7 +5,6 @@ This is the one road from bytes to network input: training and scoring both take
 
 import functools
 import lzma
-import re
 import shutil
 import tempfile
 import time
@@ -28,20 +27,19 @@ from darnet.decode import (
     read_dicom_slice,
     set_decoder_threads,
 )
-from darnet.errors import RunError, ScanError, Status, name_file
+from darnet.errors import NEVER_GIVEN_UP, RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.pseudonym import pseudonymise
 from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
+from darnet.reading.excerpt import ExcerptsTooShort
 from darnet.reading.sandbox import Sandbox
 from darnet.reading.series import IMAGE_SUFFIXES, sort_files
-from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile, StoredObject
-from darnet.storage import Store, transfer_all
-from darnet.storage_local import check_unchanged as check_file
-from darnet.volume import make_standard_volume
+from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
+from darnet.staging import EXCERPTS, Excerpts, Staging
+from darnet.storage import Store
+from darnet.volume import list_contributions, make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:run_step"
-# The number of a slice behind two letters at most: too little for a patient's name, number or UID. Source: ours.
-HARMLESS_NAME = re.compile(r"[a-z]{0,2}[-_]?0*[0-9]{1,4}(\.[a-z]{2,5})?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class DicomStack:
         Raises: ScanError(BAD_PIXELS) naming the file.
         """
         file = self.series.files[index]
+        assert file.spans is None or file.path.exists(), "pixels of an excerpt"
         with name_file(file.label):
             pixels = self.series.turn(read_dicom_slice(file.path, self.series.layouts[index]))
             return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
@@ -101,6 +100,10 @@ class FoundScan:
     open_stack: Callable[[], SliceStack]
 
 
+class ExcerptWrong(Exception):  # noqa: N818
+    """Headers were read in an excerpt that has other bytes than the file."""
+
+
 class Ingester:
     """Fetches sources from a store and decodes them in a child process of its own, one after another.
 
@@ -108,17 +111,18 @@ class Ingester:
     the limits of time and memory: what one scan does to its decoder costs the others nothing.
     """
 
-    def __init__(self, store: Store, road: Road, sandbox: Sandbox | None = None) -> None:
+    def __init__(self, store: Store, road: Road, sandbox: Sandbox | None = None, excerpts: Excerpts = EXCERPTS) -> None:
         self._store = store
         self._road = road
         self._sandbox = sandbox or Sandbox(DECODE_TARGET, road.decode.memory_bytes, road.decode.timeout_s)
+        self._excerpts = excerpts
 
     def ingest(self, source: Source) -> list[IngestedScan]:
         """Every scan of the source, at least one; what cannot be scored has a status that says why."""
         clock = _Clock()
         try:
             with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
-                scans = self._read(source, Path(folder), clock)
+                scans = self._read_twice(Staging(self._store, source, Path(folder)), clock)
         except OSError as error:  # also where there is no room for the folder itself
             trouble = ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine")
             scans = [_refuse(source.key, _count_objects(source), trouble)]
@@ -126,21 +130,58 @@ class Ingester:
         shared_s = (clock.decode_s - sum(scan.decode_s for scan in scans)) / len(scans)
         return [replace(scan, fetch_s=clock.fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
 
-    def _read(self, source: Source, folder: Path, clock: "_Clock") -> list[IngestedScan]:
+    def _read_twice(self, staging: Staging, clock: "_Clock") -> list[IngestedScan]:
+        """Read a source by excerpts of what does not contribute, and whole if not every scan is OK by them.
+
+        Nothing guards an excerpt's bits: a wrong one must not condemn a scan, and no row rests on one, as the slices
+        that a row tells of are whole (`list_read_files`). Trouble of the store would only come again.
+        """
+        scans = self._read(staging, clock, functools.partial(staging.fetch, self._road.volume, self._excerpts))
+        statuses = {scan.status for scan in scans}
+        if staging.took_excerpts and statuses != {Status.OK} and not statuses & NEVER_GIVEN_UP:
+            scans = self._read(staging, clock, staging.complete)
+        return scans
+
+    def _read(self, staging: Staging, clock: "_Clock", fetch: Callable[[], object]) -> list[IngestedScan]:
         try:
             with clock.time("fetch_s"):
-                staged = stage_source(self._store, source, folder)
+                fetch()
             try:
+                found = self._find(staging, clock)
+                if staging.has_excerpts:
+                    self._fetch_read_files(found, staging, clock)
                 with clock.time("decode_s"):
-                    found = self._sandbox.call(find_scans, source.key, staged, folder, self._road)
-                    scans = [self._decode(item) if isinstance(item, FoundScan) else item for item in found]
+                    return [self._decode(item) if isinstance(item, FoundScan) else item for item in found]
             finally:  # what went wrong with a source that changed says nothing of the one that was planned
-                check_unchanged(self._store, source)
-            return scans
+                staging.check_unchanged()
         except (RunError, OSError):
             raise
         except Exception as error:  # before its scans are known, the source becomes a row
-            return [_refuse(source.key, _count_objects(source), error)]
+            return [_refuse(staging.source.key, _count_objects(staging.source), error)]
+
+    def _find(self, staging: Staging, clock: "_Clock") -> list["FoundScan | IngestedScan"]:
+        def find() -> list[FoundScan | IngestedScan]:
+            with clock.time("decode_s"):
+                found: list[FoundScan | IngestedScan] = self._sandbox.call(
+                    find_scans, staging.source.key, staging.files, staging.folder, self._road
+                )
+                return found
+
+        try:
+            return find()
+        except ExcerptsTooShort as short:
+            with clock.time("fetch_s"):
+                staging.complete(short.paths)
+            return find()
+
+    def _fetch_read_files(self, found: Sequence["FoundScan | IngestedScan"], staging: Staging, clock: "_Clock") -> None:
+        """Fetch whole what decoding will read. Raises: ExcerptWrong; what `list_read_files` and the store raise."""
+        with clock.time("decode_s"):
+            scans = [item for item in found if isinstance(item, FoundScan)]
+            paths = {path for scan in scans for path in self._sandbox.call(list_read_files, scan, self._road.volume)}
+        with clock.time("fetch_s"):
+            if not staging.complete(paths):
+                raise ExcerptWrong
 
     def _decode(self, found: FoundScan) -> IngestedScan:
         start_s = time.perf_counter()
@@ -172,7 +213,7 @@ class _Clock:
         try:
             yield
         finally:
-            setattr(self, stage, time.perf_counter() - start_s)
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - start_s)
 
 
 def _refuse(scan_id: str, facts: ScanFacts, error: Exception) -> IngestedScan:
@@ -189,58 +230,12 @@ def _count_objects(source: Source) -> ScanFacts:
     return ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
 
 
-def stage_source(store: Store, source: Source, folder: Path) -> list[StagedFile]:
-    """Put the source's objects on this disk under names any decoder accepts: links where they are here already.
-
-    Raises: ScanError, CredentialsError, as `Store.fetch`.
-    """
-    staged, remote = [], []
-    for index, item in enumerate(source.objects):
-        suffixes = [suffix for suffix in (*VOLUME_SUFFIXES, *IMAGE_SUFFIXES) if item.key.lower().endswith(suffix)]
-        path = folder / f"{index:06d}{max(suffixes, key=len, default='')}"
-        file = StagedFile(PurePosixPath(item.key).name, path, _label_object(source, index))
-        here = store.local_path(item.key)
-        if here is not None:
-            path.symlink_to(here)
-        else:
-            remote.append((item, file))
-        staged.append(file)
-    transfer_all(functools.partial(_fetch, store), remote)
-    check_unchanged(store, source)
-    return staged
-
-
-def _fetch(store: Store, wanted: tuple[StoredObject, StagedFile]) -> None:
-    item, file = wanted
-    with name_file(file.label):
-        store.fetch(item, file.path)
-
-
-def _label_object(source: Source, index: int) -> str:
-    """Name a file by its own name where that is but a number, else by its place in the sorted source."""
-    name = PurePosixPath(source.objects[index].key).name
-    return name if HARMLESS_NAME.fullmatch(name) else f"file {index + 1} of {len(source.objects)}"
-
-
 def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
     return f"entry {index + 1} of {len(entries)}"
 
 
-def check_unchanged(store: Store, source: Source) -> None:
-    """Files read in place must still be the planned ones; fetched ones were checked while they were fetched.
-
-    Raises: ScanError, as `storage_local.check_unchanged`.
-    """
-    for index, item in enumerate(source.objects):
-        path = store.local_path(item.key)
-        if path is None:
-            return
-        with name_file(_label_object(source, index)):
-            check_file(path, item)
-
-
 def run_step(step: Callable[..., Any], *arguments: Any) -> Any:
-    """What the sandbox calls: `find_scans` once for a source, `decode_scan` for each of its scans."""
+    """What the sandbox calls: `find_scans` for a source, `list_read_files` and `decode_scan` for each of its scans."""
     set_decoder_threads(1)
     return step(*arguments)
 
@@ -290,6 +285,20 @@ def _open_series(headers: Sequence[SliceHeader], limits: DecodeConfig, unreadabl
     return DicomStack(arrange_series(headers, limits, unreadable))
 
 
+def list_read_files(found: FoundScan, config: VolumeConfig) -> list[Path]:
+    """Where the files of a DICOM series must be whole for `decode_scan`: those that its row tells of.
+
+    These are the slices that contribute, the first and the last, from which spacing is measured, and the one whose
+    header speaks for the series. The headers of the others only have to agree with them. Raises: ScanError.
+    """
+    stack = found.open_stack()
+    if not isinstance(stack, DicomStack):
+        return []
+    series, num_slices = stack.series, stack.shape[0]
+    read = {item.source for item in list_contributions(num_slices, config.shape[0], config.depth_resampling)}
+    return [series.spokesman.path, *(series.files[index].path for index in read | {0, num_slices - 1})]
+
+
 def decode_scan(found: FoundScan, config: VolumeConfig, num_threads: int = 1) -> IngestedScan:
     """One scan to the network's input; whatever is wrong with it ends here."""
     facts = found.facts
@@ -330,7 +339,7 @@ def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None
     first = headers[0]
     return ScanFacts(
         num_files=len(headers),
-        num_bytes=sum(header.file.path.stat().st_size for header in headers),
+        num_bytes=sum(header.file.header_path.stat().st_size for header in headers),
         num_slices=len(headers),
         manufacturer=first.manufacturer,
         patient_key=pseudonymise(first.patient_id, "patient", pseudonym_key),
@@ -339,7 +348,7 @@ def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None
 
 
 def _count(files: Sequence[StagedFile]) -> ScanFacts:
-    return ScanFacts(num_files=len(files), num_bytes=sum(file.path.stat().st_size for file in files))
+    return ScanFacts(num_files=len(files), num_bytes=sum(file.header_path.stat().st_size for file in files))
 
 
 def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFile]:

@@ -88,12 +88,20 @@ class Source:
 class StagedFile:
     """A file of a source on this machine's disk. `name` is its key relative to the source, or its name in a zip.
 
-    `label` is what a row may call it: names are often made of a patient's name or of UIDs.
+    `label` is what a row may call it: names are often made of a patient's name or of UIDs. Where `spans` are given, an
+    excerpt of the file is at `header_path`, as long as the file, in which only these bytes are the file's; `path` is
+    then nothing until the file is fetched whole.
     """
 
     name: str
     path: Path
     label: str
+    spans: tuple[range, ...] | None = None
+
+    @property
+    def header_path(self) -> Path:
+        """What is as long as the file and begins with its header."""
+        return self.path if self.spans is None else self.path.with_name(f"{self.path.name}.excerpt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     score: ScoreConfig = ScoreConfig()
 
     @classmethod
-    def settings_customise_sources(
+    def settings_customise_sources(  # type: ignore[override]
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """A section that is given stays what it is: written out and read again, it would lose `train.device`."""

@@ -1,7 +1,7 @@
 """One face for a local folder and an S3 prefix: keys and bytes go in, objects and named errors come out.
 
-The only module that knows boto3; the local folder is `storage_local`. Stores are values without open handles, so they
-travel to other processes.
+The only module that knows boto3; the face is `store`, the local folder `storage_local`. Stores are values without open
+handles, so they travel to other processes.
 """
 
 import functools
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3.session
 import botocore.session
@@ -37,6 +37,7 @@ from darnet.errors import (
 )
 from darnet.scan import StoredObject
 from darnet.storage_local import COPY_CHUNK_BYTES, LocalStore, explain_os_errors
+from darnet.store import Store as Store
 
 CONNECT_TIMEOUT_S = 10.0  # Source: ours; a reachable store answers within one
 READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a dead connection
@@ -46,65 +47,6 @@ BODY_ATTEMPTS = 3  # Source: ours; botocore repeats requests, but not a body tha
 TRANSFERS = 16  # objects one process moves at once, each on a thread and a connection of its own
 
 ItemT = TypeVar("ItemT")
-
-
-class Store(Protocol):
-    """A place with objects in it. Keys are relative to its root and use `/`."""
-
-    @property
-    def uri(self) -> str:
-        """The root as a person writes it."""
-
-    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
-        """Every object whose key starts with `prefix`, in the order of the keys' UTF-8 bytes, one at a time.
-
-        Raises: FolderMissing, StorageError, CredentialsError.
-        """
-
-    def read_bytes(self, key: str) -> bytes:
-        """The whole object.
-
-        Raises: ObjectMissing, StorageError, CredentialsError.
-        """
-
-    def fetch(self, item: StoredObject, path: Path) -> None:
-        """Copy exactly the object that was listed, same version and length, to a local file.
-
-        Raises: ScanError ERR_GONE, ERR_INPUT_CHANGED, ERR_DENIED, ERR_ARCHIVED or ERR_STORAGE, which concern this
-            object; CredentialsError when the store no longer accepts us at all, because every other scan would fail the
-            same way.
-        """
-
-    def local_path(self, key: str) -> Path | None:
-        """Where the object lies on this machine's disk, if it does."""
-
-    def write_bytes(self, key: str, data: bytes) -> None:
-        """Create or replace an object; readers see the old or the new one, never a part."""
-
-    def open_range_reader(self, item: StoredObject) -> BinaryIO:
-        """The object as a seekable file that fetches what is asked of it and nothing else.
-
-        For objects that never change: a part read later may else be of another version.
-        Raises: ObjectMissing, StorageError, CredentialsError, here or when it is read.
-        """
-
-    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
-        """Create an object, of bytes or of a local file, unless one of this key exists; whether this call created it.
-
-        Raises: PutUncertain if the store's answer got lost; StorageError, CredentialsError.
-        """
-
-    def delete(self, key: str) -> None:
-        """Remove an object; a missing one is fine."""
-
-    def read_clock(self) -> datetime:
-        """The store's own time, which is one for all who write to it; on S3 in whole seconds. Leaves nothing behind.
-
-        Raises: StorageError, CredentialsError.
-        """
-
-    def child(self, prefix: str) -> "Store":
-        """The store rooted at a folder of this one."""
 
 
 def open_store(uri: str, *, create: bool = False) -> Store:
@@ -227,13 +169,11 @@ class S3Store:
 
     def fetch(self, item: StoredObject, path: Path) -> None:
         with path.open("wb") as sink:
-            try:
-                self._download(item.key, sink, item)
-            except (boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
-                raise _explain_fetch(error, self.uri) from error
-            num_bytes = sink.tell()
-        if num_bytes != item.num_bytes:
-            raise ScanError(Status.ERR_STORAGE, f"{num_bytes} of {item.num_bytes} bytes came")
+            self._copy(item, sink)
+
+    def fetch_span(self, item: StoredObject, path: Path, span: range) -> bool:
+        with path.open("r+b" if path.exists() else "wb") as sink:
+            return self._copy(item, sink, span)
 
     def local_path(self, key: str) -> Path | None:  # noqa: ARG002
         return None
@@ -282,26 +222,47 @@ class S3Store:
         with _connecting:
             return _share_client(self.connect, os.getpid())
 
+    def _copy(self, item: StoredObject, sink: BinaryIO, span: range | None = None) -> bool:
+        """Write exactly this object, or a span of it, to a file; whether all of it came. Raises: as `fetch`."""
+        try:
+            is_whole = self._download(item.key, sink, item, span=span)
+            came, due = sink.tell(), item.num_bytes if span is None or is_whole else span.stop
+            sink.truncate(item.num_bytes)
+        except (_OtherSpan, boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
+            if span is not None and _is_of_span(error):
+                return self._copy(item, sink)
+            raise _explain_fetch(error, self.uri) from error
+        if came != due:
+            raise ScanError(Status.ERR_STORAGE, f"{came} of {due} bytes came")
+        return is_whole
+
     def _download(
         self,
         key: str,
         sink: BinaryIO,
         planned: StoredObject | None = None,
         *,
-        span: str | None = None,
+        span: range | None = None,
         attempts: int = BODY_ATTEMPTS,
-    ) -> None:
-        """Write an object, or a span of it, to `sink`, again from the start if the connection breaks half-way.
+    ) -> bool:
+        """Write an object to `sink`, again from the start if the connection breaks half-way; whether all of it came.
 
-        Raises: ScanError(ERR_INPUT_CHANGED) if it is another than `planned`; boto3's errors.
+        A span goes to the sink's beginning, or to its place where the object is `planned`.
+        Raises: ScanError(ERR_INPUT_CHANGED) if it is another than `planned`; _OtherSpan; boto3's errors.
         """
         conditions = {} if planned is None else {"IfMatch": f'"{planned.version}"'}
-        conditions |= {} if span is None else {"Range": span}
+        conditions |= {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
         response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
+        is_whole = span is None or "ContentRange" not in response
         try:
             with closing(response["Body"]) as body:
                 if planned is not None:
-                    _check_answer(response, planned)
+                    _check_answer(response, planned, span)
+                if span is None or planned is None or is_whole:
+                    sink.seek(0)
+                    sink.truncate()
+                else:
+                    sink.seek(span.start)
                 md5 = hashlib.md5(usedforsecurity=False)
                 while chunk := body.read(COPY_CHUNK_BYTES):
                     md5.update(chunk)
@@ -311,9 +272,8 @@ class S3Store:
         except _BROKEN_BODY:
             if attempts == 1:
                 raise
-            sink.seek(0)
-            sink.truncate()
-            self._download(key, sink, planned, span=span, attempts=attempts - 1)
+            return self._download(key, sink, planned, span=span, attempts=attempts - 1)
+        return is_whole
 
     def _is_md5(self, response: Mapping[str, Any]) -> bool:
         """Whether the tag is the MD5 of the body. It may be the only digest: boto3 checks what the uploader computed.
@@ -328,10 +288,25 @@ class S3Store:
         return not is_other and re.fullmatch(r'"?[0-9a-f]{32}"?', response.get("ETag", "")) is not None
 
 
-def _check_answer(response: Mapping[str, Any], planned: StoredObject) -> None:
+class _OtherSpan(Exception):  # noqa: N818
+    """A store answered with other bytes than it was asked for."""
+
+
+def _is_of_span(error: Exception) -> bool:
+    """Whether the whole object may come where a span did not: other bytes came, no such ones, or a whole's checksum."""
+    is_outside = isinstance(error, boto_errors.ClientError) and _http_status(error) == 416
+    return is_outside or isinstance(error, _OtherSpan | boto_errors.FlexibleChecksumError)
+
+
+def _check_answer(response: Mapping[str, Any], planned: StoredObject, span: range | None) -> None:
     """Some stores ignore the condition of a request, so the answer's own tag and length are held against the plan."""
-    found = response.get("ETag", "").strip('"') or planned.version, response.get("ContentLength", planned.num_bytes)
-    if found != (planned.version, planned.num_bytes):
+    tag, num_bytes = response.get("ETag", "").strip('"'), response.get("ContentLength", planned.num_bytes)
+    if span is not None and "ContentRange" in response:
+        told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response["ContentRange"])
+        if told is None or range(int(told[1]), int(told[2]) + 1) != span:
+            raise _OtherSpan
+        num_bytes = int(told[3])
+    if (tag or planned.version, num_bytes) != (planned.version, planned.num_bytes):
         raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
 
 
@@ -361,7 +336,7 @@ class _RangeReader(io.RawIOBase):
             return b""
         sink = io.BytesIO()
         with _s3_errors(f"{self._store.uri}/{self._item.key}"):
-            self._store._download(self._item.key, sink, span=f"bytes={self._place}-{end - 1}")
+            self._store._download(self._item.key, sink, span=range(self._place, end))
         self._place += sink.tell()
         return sink.getvalue()
 

@@ -12,21 +12,21 @@ from tests.places import ROOT
 ROWS = (
     "errors config scan",
     "archive auditing.shortcuts augment cam code_version evaluation.paper history lung metrics model page "
-    "phantoms.canvas pseudonym publishing.rows ray_metrics reading.dicom reading.sandbox reading.stored_pixels "
-    "reading.volume_file report settings storage_local tables terminal threads volume",
-    "calibration charts checkup.findings cohort decode evaluation.intervals evaluation.predictions inference.graph "
-    "job phantoms.body phantoms.files phantoms.findings publishing.gates publishing.origin reading.series "
+    "phantoms.canvas pseudonym publishing.rows ray_metrics reading.excerpt reading.pixel_length reading.sandbox "
+    "reading.stored_pixels reading.volume_file report settings storage_local store tables terminal threads volume",
+    "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
+    "phantoms.body phantoms.files phantoms.findings publishing.gates publishing.origin reading.dicom "
     "reading.slice_order storage",
-    "bundle cam_images dataset evaluation.measures evaluation.truth inference.torch_backend ingest phantom "
-    "phantoms.decoys publishing.nightly_report publishing.objects steps",
+    "bundle cam_images dataset decode evaluation.measures evaluation.truth inference.torch_backend phantom "
+    "phantoms.decoys publishing.nightly_report publishing.objects reading.series steps",
     "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate "
-    "inference.openvino_backend phantoms.archive prepared publishing.commit publishing.runs publishing.scored_keys "
-    "ray_cluster results tracking train training_plan volumes_cache",
-    "auditing.audit evaluation.report evaluation.study gang inference.quantization phantoms.study publishing.hold "
-    "publishing.planning ray_checkpoint ray_doctor ray_prepare score",
+    "inference.openvino_backend phantoms.archive publishing.commit publishing.runs publishing.scored_keys results "
+    "staging tracking train training_plan volumes_cache",
+    "auditing.audit evaluation.report evaluation.study gang inference.quantization ingest phantoms.study "
+    "publishing.hold publishing.planning ray_checkpoint score",
     "auditing.report checkup.machine checkup.places demo evaluation.maps_report evaluation.model_card "
-    "evaluation.networks evaluation.study_maps publishing.check ray_rank ray_score",
-    "auditing.record evaluation.study_report ray_train",
+    "evaluation.networks evaluation.study_maps prepared publishing.check ray_cluster ray_rank",
+    "auditing.record evaluation.study_report ray_doctor ray_prepare ray_score ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
 )

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -553,6 +554,80 @@ def test_a_tag_that_is_no_md5_condemns_nothing(
     with serve_objects(lambda _: Answer(OTHER, 8, tag=tag, headers=headers)) as connect:
         S3Store(bucket, "", connect).fetch(StoredObject("a", 8, tag), tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == OTHER
+
+
+# Spans
+
+
+def test_a_span_goes_to_its_place(store: Store, tmp_path: Path) -> None:
+    """A disk may give the whole object, a bucket gives what it is asked for."""
+    data = random.Random(0).randbytes(5000)
+    store.write_bytes("a", data)
+    (item,) = store.list_objects()
+    given = [store.fetch_span(item, tmp_path / "copy", span) for span in (range(100), range(4900, 5000))]
+    expected = data if store.local_path("a") else data[:100] + bytes(4800) + data[4900:]
+    assert given == [store.local_path("a") is not None] * 2
+    assert (tmp_path / "copy").read_bytes() == expected
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "replaced by a shorter one"])
+def test_a_span_of_another_object_is_no_span_of_the_listed_one(store: Store, tmp_path: Path, change: str) -> None:
+    store.write_bytes("a", b"01234567")
+    (item,) = store.list_objects()
+    if change == "deleted":
+        store.delete("a")
+    else:
+        store.write_bytes("a", b"76543210" if change == "replaced" else b"0")
+    with pytest.raises(ScanError) as caught:
+        store.fetch_span(item, tmp_path / "copy", range(4, 8))
+    assert caught.value.status is (Status.ERR_GONE if change == "deleted" else Status.ERR_INPUT_CHANGED)
+
+
+def fetch_span_from(answers: list[Answer], path: Path) -> bool:
+    """Fetch bytes 4 and 5 of an object listed with 8 bytes and their MD5; each GET takes the next answer."""
+    with serve_objects(lambda _: answers.pop(0)) as connect:
+        return S3Store("bucket", "", connect).fetch_span(StoredObject("a", 8, MD5), path, range(4, 6))
+
+
+WHOLE = Answer(FIRST, 8, tag=MD5)
+SPAN = Answer(FIRST, 8, tag=MD5, heeds=("Range",))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([SPAN], b"\0\0\0\x0045\0\0"),
+        ([WHOLE], FIRST),  # Range ignored
+        ([Answer(OTHER, 8, tag=MD5), WHOLE], FIRST),  # the same, with a wrong bit
+        ([replace(SPAN, headers={"Content-Range": "bytes 0-1/8"}), WHOLE], FIRST),  # other bytes
+        ([replace(SPAN, headers={"Content-Range": "bytes 4-5/*"}), WHOLE], FIRST),
+        ([Answer(b"0123", 4, tag=MD5, heeds=("Range",)), WHOLE], FIRST),  # no such bytes
+        ([replace(SPAN, headers={"x-amz-checksum-crc32": "AAAAAA=="})] * 3 + [WHOLE], FIRST),  # a whole's checksum
+    ],
+)
+def test_what_is_no_span_is_asked_for_whole(answers: list[Answer], expected: bytes, tmp_path: Path) -> None:
+    left = list(answers)
+    assert fetch_span_from(left, tmp_path / "copy") == (expected == FIRST)
+    assert left == []
+    assert (tmp_path / "copy").read_bytes() == expected
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [replace(SPAN, tag="other")],
+        [Answer(FIRST + b"8", 9, tag=MD5, heeds=("Range",))],
+        [Answer(b"0123", 4, tag="other", heeds=("Range",)), Answer(b"0123", 4, tag="other")],
+        [Answer(b"0123", 4, tag="other")],
+    ],
+)
+def test_a_span_of_what_was_not_listed_is_no_scan(answers: list[Answer], tmp_path: Path) -> None:
+    """Though the store ignores If-Match."""
+    with pytest.raises(ScanError) as caught:
+        fetch_span_from(list(answers), tmp_path / "copy")
+    assert caught.value.status is Status.ERR_INPUT_CHANGED
 
 
 # Many at once

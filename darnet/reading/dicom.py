@@ -5,26 +5,21 @@ Only headers are read here, of every slice, with the declared length of the pixe
 
 import hashlib
 import math
-import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
-from pydicom.uid import (
-    CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    SecondaryCaptureImageStorage,
-)
+from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
 
 from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
 from darnet.errors import ScanError, Status, name_file
+from darnet.reading.excerpt import MissingBytes, open_staged
+from darnet.reading.pixel_length import find_damage
 from darnet.scan import Manufacturer, PixelLayout, StagedFile
 
 # Source: ours. A table feeds to a few hundredths of a mm; a tenth of a slice is beyond rounding in any header seen.
@@ -83,10 +78,12 @@ class SliceHeader:
 class DicomSeries:
     """One series in canonical order: files head first with the layouts of their pixels, and how to turn each slice.
 
+    What all headers must agree on is taken from that of `spokesman`.
     Units: `spacing_mm` (z, y, x) in mm. Shape: `shape` is slices, rows, columns after turning.
     """
 
     files: tuple[StagedFile, ...]
+    spokesman: StagedFile
     layouts: tuple[PixelLayout | None, ...]
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
@@ -101,26 +98,22 @@ class DicomSeries:
         return pixels[:: -1 if self.is_row_flipped else 1, :: -1 if self.is_column_flipped else 1]
 
 
-def has_dicom_magic(path: Path) -> bool:
-    """Whether the file carries DICOM's preamble and magic word."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
 def read_header(file: StagedFile) -> SliceHeader | None:
     """Read one file's header and check that its pixels are as long as declared.
 
     A file without magic word counts if it parses to an object with a SOP class; otherwise it is no DICOM: None.
-    Raises: ScanError(BAD_UNREADABLE) for a file that claims to be DICOM and is not readable as such.
+    Raises: ScanError(BAD_UNREADABLE) for a file that claims to be DICOM and is not readable as such; MissingBytes where
+            only an excerpt is there, and it does not hold what was looked for.
     """
-    is_claimed = has_dicom_magic(file.path)
-    with warnings.catch_warnings(), file.path.open("rb") as body:
+    with warnings.catch_warnings(), open_staged(file) as body:
         warnings.simplefilter("ignore")
+        is_claimed = body.read(132)[128:] == b"DICM"  # behind DICOM's preamble
+        body.seek(0)
         try:
             dataset = pydicom.dcmread(body, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
             if "SOPClassUID" in dataset:
                 return _describe(dataset, file, body)
-        except MemoryError:
+        except (MemoryError, MissingBytes):
             raise
         except Exception as error:  # pydicom raises nearly every built-in exception on hostile input
             if isinstance(error, OSError) and error.errno is not None:
@@ -182,7 +175,7 @@ def _describe(dataset: FileDataset, file: StagedFile, body: BinaryIO) -> SliceHe
         orientation=orientation,
         tilt_degrees=tilt if math.isfinite(tilt) else 0.0,
         layout=_find_layout(dataset, body.tell()),
-        damage=_find_damage(dataset, file.path, body),
+        damage=find_damage(dataset, file.header_path, body),
     )
 
 
@@ -245,78 +238,6 @@ def _find_layout(dataset: FileDataset, tag_bytes: int) -> PixelLayout | None:
         slope=_number(dataset, "RescaleSlope", 1.0),
         intercept=_number(dataset, "RescaleIntercept", 0.0),
     )
-
-
-def _find_damage(dataset: FileDataset, path: Path, body: BinaryIO) -> ScanError | None:
-    """Compare the declared length of the pixels with the file, without reading them.
-
-    A deflated data set has no visible end: it is inflated whole instead.
-    """
-    syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
-    if syntax == DeflatedExplicitVRLittleEndian:
-        length = len(pydicom.dcmread(path).get("PixelData") or b"")
-        return _compare_length(dataset, length, length)
-    end_bytes = path.stat().st_size
-    order = "<" if dataset.original_encoding[1] else ">"
-    tag = body.read(4)
-    if len(tag) < 4:
-        return ScanError(Status.BAD_TRUNCATED, "ends before its pixel data")
-    if struct.unpack(order + "HH", tag) != (0x7FE0, 0x0010):
-        return ScanError(Status.BAD_PIXELS, "pixel data of another kind than CT uses")
-    if dataset.original_encoding[0]:
-        (length,) = struct.unpack(order + "I", body.read(4))
-    else:
-        (length,) = struct.unpack(order + "4xI", body.read(8))
-    if length == 0xFFFFFFFF:
-        return _follow_fragments(body, end_bytes)
-    return _compare_length(dataset, length, end_bytes - body.tell())
-
-
-def _compare_length(dataset: FileDataset, length: int, left_bytes: int) -> ScanError | None:
-    """Native pixels: as many bytes as rows, columns and bits ask for, and all of them in the file."""
-    needed = int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)
-    needed *= int(dataset.get("SamplesPerPixel") or 1) * int(dataset.get("NumberOfFrames") or 1)
-    needed = needed * int(dataset.get("BitsAllocated") or 0) // 8
-    if length > left_bytes:
-        return ScanError(Status.BAD_TRUNCATED, f"pixel data ends {length - left_bytes} bytes early")
-    if length < needed:
-        return ScanError(Status.BAD_TRUNCATED, f"pixel data declares {length} bytes where {needed} are needed")
-    return None
-
-
-def _follow_fragments(body: BinaryIO, end_bytes: int) -> ScanError | None:
-    """Encapsulated pixels: follow the chain of fragments to its end."""
-    table: bytes | None = None  # of offsets, the first item
-    starts: list[int] = []
-    while True:
-        head = body.read(8)
-        if len(head) == 0 and starts:
-            return _check_offsets(table or b"", starts)  # some writers leave out the closing delimiter
-        if len(head) < 8:
-            return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
-        group, element, length = struct.unpack("<HHI", head)
-        if (group, element) == (0xFFFE, 0xE0DD):
-            if not starts:
-                return ScanError(Status.BAD_TRUNCATED, "no compressed pixel data")
-            return _check_offsets(table or b"", starts)
-        if (group, element) != (0xFFFE, 0xE000):
-            return ScanError(Status.BAD_PIXELS, "chain of compressed fragments is broken")
-        if body.tell() + length > end_bytes:
-            return ScanError(Status.BAD_TRUNCATED, "compressed pixel data ends early")
-        if table is None:
-            table = body.read(length)
-        else:
-            starts.append(body.tell() - 8)
-            body.seek(length, 1)
-
-
-def _check_offsets(table: bytes, starts: Sequence[int]) -> ScanError | None:
-    """An offset table is empty, or names beginnings of fragments, the first one first; decoders do not look."""
-    places = {start - starts[0] for start in starts}
-    offsets = [offset for (offset,) in struct.iter_unpack("<I", table[: len(table) // 4 * 4])]
-    if len(table) % 4 or offsets[:1] not in ([], [0]) or not places.issuperset(offsets):
-        return ScanError(Status.BAD_PIXELS, "offset table of the compressed pixels is wrong")
-    return None
 
 
 def _check_kind(headers: Sequence[SliceHeader]) -> None:
@@ -419,6 +340,7 @@ def _order_slices(headers: Sequence[SliceHeader]) -> DicomSeries:
     row_mm, column_mm = first.pixel_spacing_mm
     return DicomSeries(
         files=tuple(headers[index].file for index in order),
+        spokesman=first.file,
         layouts=tuple(headers[index].layout for index in order),
         shape=(len(headers), height, width),
         spacing_mm=(slice_spacing_mm, *((column_mm, row_mm) if is_transposed else (row_mm, column_mm))),

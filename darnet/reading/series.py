@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.dicom import SliceHeader, read_header
+from darnet.reading.excerpt import ExcerptsTooShort, MissingBytes
 from darnet.scan import StagedFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -43,6 +44,7 @@ def sort_files(staged: Sequence[StagedFile], min_slices: int) -> SortedFiles:
     A fragment spoils the series it lies with: the only one of the source, or else every series whose UID begins with
     what is left of the fragment's and whose files are named alike. So a lost slice may take two series with it that
     share names and folder, and never leaves one that looks whole. A fragment named like no series is unplaced.
+    Raises: ExcerptsTooShort, where files are no slices by what is there of them, or may be none.
     """
     images = [file for file in staged if file.name.lower().endswith(IMAGE_SUFFIXES)]
     headers, fragments = _read_headers([file for file in staged if not file.name.lower().endswith(IMAGE_SUFFIXES)])
@@ -63,18 +65,23 @@ def sort_files(staged: Sequence[StagedFile], min_slices: int) -> SortedFiles:
 
 def _read_headers(files: Sequence[StagedFile]) -> tuple[list[SliceHeader], list[Fragment]]:
     """Headers of the DICOM files, and a fragment for each file that claims to be one and is not."""
-    headers, fragments, others = [], [], []
+    headers, fragments, others, short = [], [], [], []
     for file in files:
         try:
             with name_file(file.label):
                 header = read_header(file)
+        except MissingBytes:
+            short.append(file.path)
         except ScanError as error:
             fragments.append(Fragment(file, "", error))
-            continue
-        if header is None:
-            others.append(file)
         else:
-            headers.append(header)
+            if header is None:
+                others.append(file)
+            else:
+                headers.append(header)
+    short += [file.path for file in (*others, *(fragment.file for fragment in fragments)) if file.spans is not None]
+    if short:
+        raise ExcerptsTooShort(short)
     suffixes = {*DICOM_SUFFIXES, *(_find_suffix(header.file) for header in headers)}
     for file in others:
         if _claims_dicom(file, suffixes):
