@@ -76,8 +76,8 @@ chaos: $(ENVIRONMENT) ## what stores, disks, processes and clocks can do to a ni
 bench-kills: $(ENVIRONMENT) ## what a night loses when its driver is killed at 20 moments, or started twice
 	@$(BIN)/python -m tests.bench.kills
 
-bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 sources are scored; NUM_OBJECTS=60 of each
-	@$(BIN)/python -m tests.bench.first_night $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")
+bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 sources are scored; NUM_OBJECTS=60 of each, or STAGED=1
+	@$(BIN)/python -m tests.bench.first_night $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)") $(if $(STAGED),--staged)
 
 bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)")

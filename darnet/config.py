@@ -223,8 +223,8 @@ class ScoreConfig(GateConfig):
     num_actors: int = Field(1, ge=1)
     """Model actors, one GPU each where the cluster has GPUs."""
     part_scans: int = Field(64, ge=1)
-    """Sources whose rows are staged together. A kill loses those that are scored and not yet staged, fewer than these,
-    and what the cluster is then decoding or scoring."""
+    """Scans whose rows are staged together, and a few more, as a source is staged whole. A kill loses those of whole
+    sources that are not yet staged, fewer than these, and what the cluster is then decoding or scoring."""
     backend: Literal["torch", "openvino"] = "torch"
     """What runs the networks: `torch` on GPUs and CPUs, or `openvino`, faster on CPUs; needs darnet[cpu]."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"

@@ -157,8 +157,9 @@ def finish_run(
             archive, model, run, config, missing, folder.read_sources, images, hides_keys=bool(names.scheme)
         )
         stage_rows(dataset, folder, len(missing), config.part_scans)
-    rows = folder.read_parts()
+    num_planned, rows = len(planned), folder.read_parts()
     check_rows(planned, rows, record.work.origin)
+    del planned
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
         gates, num_repeats = "judged by another driver", None
     else:
@@ -166,14 +167,15 @@ def finish_run(
         gates, num_repeats = verdict.describe(), verdict.num_repeats
     number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin)
     folder.write_end(number)
-    pictures = {} if images is None else {"cam_images": images.describe(rows.select(IMAGE_COLUMNS).to_pylist())}
+    shown = (row for _, piece in rows.stream(IMAGE_COLUMNS) for row in piece.to_pylist())
+    pictures = {} if images is None else {"cam_images": images.describe(folder.run_id, shown)}
     return {
         "run_id": folder.run_id,
         "night": record.night.isoformat(),
-        "planned_sources": len(planned),
-        "resumed_sources": len(planned) - len(missing),
+        "planned_sources": num_planned,
+        "resumed_sources": num_planned - len(missing),
         "scans": rows.num_rows,
-        "statuses": dict(Counter(rows["status"].to_pylist()).most_common()),
+        "statuses": rows.count_statuses(),
         "tried_in_vain": num_repeats,
         "gates": gates,
         "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
@@ -186,17 +188,20 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_sources: int) -> None:
-    """Run the road of `score_planned` and stage its rows, `part_sources` sources a part, every source whole."""
+def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_scans: int) -> None:
+    """Run the road of `score_planned` and stage its rows, `part_scans` or a few more a part, every source whole."""
     finished: dict[str, list[dict[str, Any]]] = {}
+    num_rows = 0
     counters = ScanCounters()
     with show_progress("scoring", num_sources) as meter:
         for source_key, rows in collect_sources(dataset):
             finished[source_key] = rows
+            num_rows += len(rows)
             counters.note(rows)
             meter.advance(1, Counter(row["status"] for row in rows))
-            if len(finished) >= part_sources:
+            if num_rows >= part_scans:
                 _write_part(folder, finished)
+                num_rows = 0
         if finished:
             _write_part(folder, finished)
 

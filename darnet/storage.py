@@ -49,9 +49,10 @@ TRANSFERS = 16  # objects one process moves at once, each on a thread and a conn
 ItemT = TypeVar("ItemT")
 
 
-def open_store(uri: str, *, create: bool = False) -> Store:
+def open_store(uri: str, *, create: bool = False, is_archive: bool = False) -> Store:
     """Name a place: a local folder, or s3://bucket/prefix. With `create`, a missing local folder is made.
 
+    What `is_archive` means to a listing, `LocalStore` says.
     Raises: UsageError for an empty address or another scheme; StorageError if the folder cannot be made.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", uri)
@@ -60,7 +61,7 @@ def open_store(uri: str, *, create: bool = False) -> Store:
         if create:
             with explain_os_errors(str(root), "make the folder"):
                 root.mkdir(parents=True, exist_ok=True)
-        return LocalStore(root)
+        return LocalStore(root, is_archive)
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
         raise UsageError(f"{uri!r}: not a place we know; give a local folder or s3://bucket/prefix")

@@ -20,14 +20,20 @@ from darnet.errors import FolderMissing, ObjectMissing, ScanError, Status, Stora
 from darnet.scan import StoredObject
 
 COPY_CHUNK_BYTES = 1 << 20
+NOT_LISTED = "(may not be listed)"  # name of the object that stands for a closed folder; version of what is denied
 _DENIED = "may not be read; give this job the right to"
 
 
 @dataclass(frozen=True)
 class LocalStore:
-    """Objects are the files below a folder. Symbolic links are followed; one that leads back up is not listed."""
+    """Objects are the files below a folder. Symbolic links are followed; one that leads back up is not listed.
+
+    In an archive, a folder below the root that may not be listed is told as one object, which may not be read: whoever
+    scores the archive goes on without it and says so. In any other store it is an error.
+    """
 
     root: Path
+    is_archive: bool = False
 
     @property
     def uri(self) -> str:
@@ -38,7 +44,7 @@ class LocalStore:
             raise FolderMissing(f"{self.uri}: no such folder; correct the address or create it")
         if not self.root.is_dir():
             raise UsageError(f"{self.uri}: a file, not a folder; give the folder that holds it")
-        yield from _walk(self.root, "", prefix, frozenset())
+        yield from self._walk(self.root, "", prefix, frozenset())
 
     def read_bytes(self, key: str) -> bytes:
         path = self.local_path(key)
@@ -106,25 +112,34 @@ class LocalStore:
     def child(self, prefix: str) -> "LocalStore":
         return LocalStore(self.local_path(prefix.rstrip("/")))
 
-
-def _walk(folder: Path, inside: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
-    """List the files below a folder whose key begins with `inside`; `above` are the folders we came through."""
-    with explain_os_errors(str(folder), "list the folder"):
-        try:
-            found = folder.stat()
-            entries = _read_folder(folder)
-        except FileNotFoundError:  # deleted while we list
+    def _walk(
+        self, folder: Path, inside: str, prefix: str, above: frozenset[tuple[int, int]]
+    ) -> Iterator[StoredObject]:
+        """List the files below a folder whose key begins with `inside`; `above` are the folders we came through."""
+        modified_s, entries = 0.0, None
+        with explain_os_errors(str(folder), "list the folder"):
+            try:
+                found = folder.stat()
+                modified_s = found.st_mtime
+                entries = _read_folder(folder)
+            except FileNotFoundError:  # deleted while we list
+                return
+            except PermissionError:
+                if not (self.is_archive and inside and inside.startswith(prefix)):
+                    raise
+        if entries is None:
+            yield StoredObject(inside + NOT_LISTED, 0, NOT_LISTED, modified_s)
             return
-    here = (found.st_dev, found.st_ino)
-    if here in above:
-        return
-    for name, entry in entries:
-        key = inside + name
-        if name.endswith("/"):
-            if key.startswith(prefix) or prefix.startswith(key):
-                yield from _walk(Path(entry.path), key, prefix, above | {here})
-        elif key.startswith(prefix) and (item := _describe(entry, key)) is not None:
-            yield item
+        here = (found.st_dev, found.st_ino)
+        if here in above:
+            return
+        for name, entry in entries:
+            key = inside + name
+            if name.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(Path(entry.path), key, prefix, above | {here})
+            elif key.startswith(prefix) and (item := _describe(entry, key)) is not None:
+                yield item
 
 
 def _read_folder(folder: Path) -> list[tuple[str, "os.DirEntry[str]"]]:
@@ -142,14 +157,21 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _describe(entry: "os.DirEntry[str]", key: str) -> StoredObject | None:
-    """What a listing says of a file; a dangling link is listed as itself, a file deleted meanwhile is not."""
+    """What a listing says of a file; a dangling link is listed as itself, a file deleted meanwhile is not.
+
+    Nothing but its name is told of a file in a folder that may be listed and not entered.
+    """
+    item = None
     for follow in (True, False):
         try:
             found = entry.stat(follow_symlinks=follow)
+        except PermissionError:
+            item = StoredObject(key, 0, NOT_LISTED)
         except OSError:
             continue
-        return StoredObject(key, found.st_size, str(found.st_mtime_ns), found.st_mtime)
-    return None
+        else:
+            return StoredObject(key, found.st_size, str(found.st_mtime_ns), found.st_mtime)
+    return item
 
 
 def check_unchanged(path: Path, item: StoredObject) -> None:
@@ -157,6 +179,8 @@ def check_unchanged(path: Path, item: StoredObject) -> None:
 
     Raises: ScanError: ERR_GONE, ERR_INPUT_CHANGED, ERR_DENIED, ERR_STORAGE.
     """
+    if item.version == NOT_LISTED:
+        raise ScanError(Status.ERR_DENIED, _DENIED)
     with _explain_reading():
         found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever

@@ -26,7 +26,7 @@ def work(settings: ScoreSettings) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
     selection = Selection(settings.prefix, settings.since, settings.glob, settings.settle_s)
-    places = open_store(settings.archive), open_store(settings.model), results
+    places = open_store(settings.archive, is_archive=True), open_store(settings.model), results
     naming = choose_names(settings.scan_id), settings.archive_moved_from
     if settings.dry_run:
         return preview_archive(*places, settings.score, selection, *naming)

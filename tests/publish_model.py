@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -20,8 +21,9 @@ from darnet.errors import NEVER_GIVEN_UP, ObjectMissing, PutUncertain
 from darnet.publishing.commit import publish
 from darnet.publishing.objects import Listing
 from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, is_error, make_table
+from darnet.publishing.staged import StagedRows
 from darnet.scan import StoredObject
-from tests.results_fixtures import ORIGIN, make_listing, make_row
+from tests.results_fixtures import ORIGIN, make_listing, make_row, stage
 
 UNCERTAIN = "uncertain"
 FINAL_KEY = [*SCAN_KEY, *MODEL_KEY]
@@ -47,6 +49,7 @@ class Run(NamedTuple):
 
     run_id: str
     rows: Any
+    staged: StagedRows
     listing: Listing
 
 
@@ -119,7 +122,8 @@ class AnsweringStore:
             raise ObjectMissing(key)
         return self._objects[digest]
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, path: Path) -> bool:
+        data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()[:16]
         self._objects[digest] = data
         answer = self._ask(Question("put", key, digest))
@@ -187,13 +191,13 @@ class PublishModel:
         run_id = rows[0]["run_id"]
         started, ended = self._scenario.minutes.get(run_id, (0, 0))
         listing = make_listing(started, minutes=ended - started, last_commit=len(self._scenario.before))
-        return Run(run_id, make_table(rows), listing)
+        return Run(run_id, make_table(rows), stage(rows), listing)
 
     def _start(self, run: Run, answers: tuple[Any, ...]) -> Question | Outcome:
         """Run the real code until it asks what is not answered, or ends."""
         try:
             store = AnsweringStore(answers, self._objects)
-            return Outcome(publish(store, run.run_id, run.rows, run.listing, ORIGIN, lambda _: None))  # type: ignore[arg-type]
+            return Outcome(publish(store, run.run_id, run.staged, run.listing, ORIGIN, lambda _: None))  # type: ignore[arg-type]
         except Unanswered as asked:
             return asked.question
 

@@ -4,7 +4,7 @@ import datetime
 import itertools
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from darnet.publishing.objects import Listing
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import SCHEMA, Reason, make_table
 from darnet.publishing.runs import PLAN, PlannedSource, RunFolder, RunRecord, Work, list_run_files, write_plan
+from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
@@ -69,6 +70,13 @@ def make_row(
     return row | changes
 
 
+def stage(rows: Sequence[Mapping[str, Any]], rows_per_part: int = 1_000) -> StagedRows:
+    """Rows of a run as if they had been staged."""
+    table = make_table(rows)
+    parts = [table.slice(start, rows_per_part) for start in range(0, len(table), rows_per_part)]
+    return StagedRows(lambda columns: (part.select(columns) for part in parts))
+
+
 def make_listing(minute: int, *, minutes: int = 0, last_commit: int = 0) -> Listing:
     """A listing that began so many minutes after midnight of 1 January 2030, and took `minutes`."""
     started_at = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(minutes=minute)
@@ -82,8 +90,8 @@ def publish_rows(
     store: Store, run_id: str, *rows: Mapping[str, Any], listing: Listing | None = None, origin: Origin = ORIGIN
 ) -> int | None:
     """Publish as a run does; it has listed the archive after every earlier call, unless `listing` says when."""
-    table = make_table([{**row, "run_id": run_id} for row in rows])
-    return publish(store, run_id, table, listing or make_listing(next(MINUTES)), origin, pause=lambda _: None)
+    staged = stage([{**row, "run_id": run_id} for row in rows])
+    return publish(store, run_id, staged, listing or make_listing(next(MINUTES)), origin, pause=lambda _: None)
 
 
 def begin_run(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bench.first_night import measure
+from tests.bench.first_night import measure, measure_staged
 
 
 @pytest.mark.ray
@@ -10,4 +10,12 @@ def test_the_benchmark_scores_every_planned_source() -> None:
     """The measured process itself refuses another ending than that of sources of which nothing is left."""
     found = measure(30, 3)
     assert (found["planned_sources"], found["objects_per_source"]) == (30, 3)
+    assert found["growth_mb"] > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_publishes_what_is_staged() -> None:
+    """One that was held, or not judged against the earlier nights, would measure less."""
+    found = measure_staged(600, 900)
+    assert (found["planned_sources"], found["rows_of_earlier_nights"]) == (600, 900)
     assert found["growth_mb"] > 0

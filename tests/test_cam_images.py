@@ -183,11 +183,11 @@ def test_a_store_without_room_costs_the_pictures_and_is_told(tmp_path: Path) -> 
     row = make_row("a", cam_peak_slice=16)
     images.write(row, make_volume(), make_cam())
     rows = [row, make_row("b", "BAD_TILT"), make_row("c", cam_peak_slice=2)]
-    assert images.describe(rows) == {"place": str(tmp_path), "chosen": 2, "written": 0}
+    assert images.describe("run", rows) == {"place": str(tmp_path), "chosen": 2, "written": 0}
     CamImages(LocalStore(tmp_path), CamChoice()).write(row, make_volume(), make_cam())
-    assert images.describe(rows)["written"] == 1
+    assert images.describe("run", rows)["written"] == 1
     gone = CamImages(LocalStore(tmp_path / "gone"), CamChoice())
-    assert "no such folder" in gone.describe(rows)["error"]
+    assert "no such folder" in gone.describe("run", rows)["error"]
     with pytest.raises(RunError):
         gone.check(LocalStore(tmp_path / "results"))
 

@@ -15,18 +15,19 @@ ROWS = (
     "phantoms.canvas pseudonym publishing.rows ray_metrics reading.excerpt reading.pixel_length reading.sandbox "
     "reading.stored_pixels reading.volume_file report settings storage_local store tables terminal threads volume",
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
-    "phantoms.body phantoms.files phantoms.findings publishing.gates publishing.origin reading.dicom "
+    "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally reading.dicom "
     "reading.slice_order storage",
     "bundle cam_images dataset decode evaluation.measures evaluation.truth inference.torch_backend phantom "
-    "phantoms.decoys publishing.nightly_report publishing.objects reading.series steps",
+    "phantoms.decoys publishing.gates publishing.objects reading.series steps",
     "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate "
-    "inference.openvino_backend phantoms.archive publishing.commit publishing.runs publishing.scored_keys results "
-    "staging tracking train training_plan volumes_cache",
+    "inference.openvino_backend phantoms.archive publishing.nightly_report publishing.scored_keys publishing.staged "
+    "results staging tracking train training_plan volumes_cache",
     "auditing.audit evaluation.report evaluation.study gang inference.quantization ingest phantoms.study "
-    "publishing.hold publishing.planning ray_checkpoint score",
-    "auditing.report checkup.machine checkup.places demo evaluation.maps_report evaluation.model_card "
-    "evaluation.networks evaluation.study_maps prepared publishing.check ray_cluster ray_rank",
-    "auditing.record evaluation.study_report ray_doctor ray_prepare ray_score ray_train",
+    "publishing.commit publishing.runs ray_checkpoint score",
+    "auditing.report checkup.machine demo evaluation.maps_report evaluation.model_card evaluation.networks "
+    "evaluation.study_maps prepared publishing.hold publishing.planning ray_cluster ray_rank",
+    "auditing.record checkup.places evaluation.study_report publishing.check ray_doctor ray_prepare ray_score "
+    "ray_train",
     "evaluation.evaluate",
     "ray_evaluate",
 )

@@ -3,13 +3,14 @@
 import hashlib
 import hmac
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from darnet.ray_score import (
     preview_archive,
     score_archive,
     score_planned,
+    stage_rows,
 )
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
@@ -181,8 +183,8 @@ def test_a_late_driver_of_a_published_run_holds_nothing_back(model: str, tmp_pat
         run_id = score_archive(archive, open_store(model), results, config, date(2026, 1, number))["run_id"]
     folder = RunFolder(results, run_id)
     (part,) = [path.stem for path in (tmp_path / "results" / "_runs" / run_id / "parts").iterdir()]
-    row = folder.read_parts().to_pylist()[0]
-    folder.write_part(part, [make_row(row["source"], "ERR_STORAGE", run_id=run_id)])
+    (source,) = folder.list_planned_sources()
+    folder.write_part(part, [make_row(source, "ERR_STORAGE", run_id=run_id)])
     late = finish_run(archive, open_store(model), read_bundle(open_store(model)), config, None, folder)
     assert (late["published"], late["gates"]) == (2, "judged by another driver")
     refuse_if_held(results)
@@ -334,6 +336,25 @@ def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: st
         next(collect_sources(dataset))
 
 
+def test_a_kill_loses_so_many_scans_and_not_sources(tmp_path: Path) -> None:
+    """Five sources of three scans, and one of one: a part is written as soon as four scans or more are whole."""
+    folder, left = RunFolder(open_store(str(tmp_path)), "run"), []
+
+    class Blocks:
+        def iter_batches(self, **_: Any) -> Iterator[dict[str, list[bytes]]]:
+            for source in "abcde":
+                for scan in range(3):
+                    num_staged = sum(pq.read_metadata(path).num_rows for path in tmp_path.rglob("*.parquet"))
+                    left.append(3 * "abcde".index(source) - num_staged)
+                    yield {"row": [pickle.dumps((source, 3, make_row(f"{source}#{scan}")))]}
+            yield {"row": [pickle.dumps(("f", 1, make_row("f")))]}
+
+    stage_rows(Blocks(), folder, 6, part_scans=4)  # type: ignore[arg-type]
+    assert sorted(pq.read_metadata(path).num_rows for path in tmp_path.rglob("*.parquet")) == [4, 6, 6]
+    assert max(left) == 3
+    assert folder.read_parts().num_rows == 16
+
+
 def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_path: Path) -> None:
     """A mistyped prefix of a bucket lists as empty, and no night may call that success."""
     (tmp_path / "README.txt").write_text("no scan")
@@ -439,12 +460,14 @@ def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) 
     num_parts = count_parts(results)
     assert num_parts >= 2
     assert list((results / "predictions").iterdir()) == []
+    parts = [pq.read_table(path) for path in results.glob("_runs/*/parts/*.parquet")]
+    assert {part.num_rows for part in parts} <= {2, 3}  # 3: one scan, and a source of two
 
     summary = finish_job(start_job(archive, model, results))
     time.sleep(0.2)
     reader.stop()
     assert (summary["exit_code"], summary["published"]) == (0, 1)
-    assert summary["resumed_sources"] == 2 * num_parts
+    assert summary["resumed_sources"] == sum(len(part["source"].unique()) for part in parts)
     assert summary["statuses"] == {"OK": 32, "BAD_MISSING_SLICE": 1}
     table = pq.read_table(results / "predictions" / "c00000001.parquet")
     keys = list(zip(table["source"].to_pylist(), table["scan_id"].to_pylist(), strict=True))

@@ -16,11 +16,11 @@ from darnet.errors import Status
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, ResidualBlock
 from darnet.publishing.commit import check_rows
-from darnet.publishing.rows import SCHEMA, make_table
+from darnet.publishing.rows import SCHEMA
 from darnet.scan import CropBox, IngestedScan, Intensity, Manufacturer, ScanFacts, StandardVolume, Uint8Array
 from darnet.score import Ensemble, RunFacts, ScanScore, make_row
 from tests.bundle_fixtures import SHAPE, write_random_bundle
-from tests.results_fixtures import ORIGIN
+from tests.results_fixtures import ORIGIN, stage
 
 NOW = datetime(2026, 1, 2, 3, tzinfo=UTC)
 
@@ -113,7 +113,7 @@ def test_a_row_has_every_column_and_passes_the_gate(
     run = RunFacts("r1", date(2026, 1, 2), bundle.manifest, "0")
     row = make_row(run, "a", "0" * 64, _scan(voxels[0]), scores[0], NOW)
     assert set(row) == set(SCHEMA.names)
-    check_rows(["a"], make_table([row]), ORIGIN)
+    check_rows(["a"], stage([row]), ORIGIN)
     cam = scores[0].draw_cam(scores[0].prediction, SHAPE)
     assert row["prediction"] == str(scores[0].prediction) == row["cam_class"]
     assert row["probability_ncp"] == pytest.approx(scores[0].fold_probability[:, 1].mean())
@@ -247,6 +247,6 @@ def test_a_scan_that_is_not_ok_has_a_row_without_numbers(bundle: Bundle) -> None
     run = RunFacts("r1", date(2026, 1, 2), bundle.manifest, "0")
     scan = IngestedScan("a", Status.BAD_TRUNCATED, "ends early", ScanFacts(1, 5))
     row = make_row(run, "a", "0" * 64, scan, None, NOW)
-    check_rows(["a"], make_table([row]), ORIGIN)
+    check_rows(["a"], stage([row]), ORIGIN)
     numbers = [name for name in row if name.startswith(("probability", "cam_", "fold_", "depth_"))]
     assert {row[name] for name in [*numbers, "prediction", "lung_fraction", "model_s"]} == {None}

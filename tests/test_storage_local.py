@@ -2,12 +2,17 @@
 
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from darnet.archive import list_sources
+from darnet.config import VolumeConfig
 from darnet.errors import ScanError, Status, StorageError, UsageError
 from darnet.scan import StoredObject
+from darnet.staging import Staging
 from darnet.storage_local import LocalStore, check_unchanged
 
 
@@ -69,22 +74,92 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 NOBODY = 65534
 
 
-def test_a_file_that_may_not_be_read_is_told_before_a_decoder_calls_it_damaged() -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to others
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "a").write_bytes(b"1")
-        (folder / "a").chmod(0)
-        (item,) = LocalStore(folder).list_objects()
-        before = os.geteuid()
-        try:
-            if before == 0:  # root may read everything
-                os.seteuid(NOBODY)
-            with pytest.raises(ScanError, match="give this job the right") as caught:
-                check_unchanged(folder / "a", item)
-        finally:
-            os.seteuid(before)
+@contextmanager
+def close_to_us(folder: Path, modes: Mapping[str, int]) -> Iterator[None]:
+    """Files and folders below this one get these modes, and we no more rights than anybody: root may read all."""
+    before = os.geteuid()
+    for name, mode in modes.items():
+        (folder / name).chmod(mode)
+    if before == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+        for name in modes:
+            (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """An empty folder that anybody may enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_a_file_that_may_not_be_read_is_told_before_a_decoder_calls_it_damaged(open_folder: Path) -> None:
+    (open_folder / "a").write_bytes(b"1")
+    with close_to_us(open_folder, {"a": 0}):
+        (item,) = LocalStore(open_folder).list_objects()
+        with pytest.raises(ScanError, match="give this job the right") as caught:
+            check_unchanged(open_folder / "a", item)
     assert caught.value.status is Status.ERR_DENIED
+
+
+CLOSED = {"closed": 0o111, "dark": 0o444, "shut": 0, "x.nii": 0}  # not to be listed, not to be entered, and neither
+
+
+def test_of_an_archive_what_may_not_be_listed_is_a_source_that_may_not_be_read(open_folder: Path) -> None:
+    for name in ("a", *CLOSED, "dark/below", "z"):
+        (open_folder / name).mkdir()
+        (open_folder / name / "1.dcm").write_bytes(b"1")
+    store = LocalStore(open_folder, is_archive=True)
+    statuses = {}
+    with close_to_us(open_folder, CLOSED):
+        sources = list(list_sources(store.list_objects()))
+        again = list(list_sources(store.list_objects()))
+        for source in sources:
+            with tempfile.TemporaryDirectory() as staging:
+                try:
+                    Staging(store, source, Path(staging)).fetch(VolumeConfig())
+                    statuses[source.key] = "OK"
+                except ScanError as error:
+                    statuses[source.key] = error.status
+        assert [item.key.partition("/")[0] for item in store.list_objects("shut")] == ["shut"]
+    denied = dict.fromkeys(["closed", "dark", "dark/below", "shut", "x.nii/"], Status.ERR_DENIED)
+    assert statuses == {"a": "OK", "z": "OK"} | denied
+    assert [source.input_sha256 for source in again] == [source.input_sha256 for source in sources]
+    opened = {source.key: source.input_sha256 for source in list_sources(store.list_objects())}
+    assert opened.keys() == statuses.keys()
+    assert {source.key for source in sources if opened[source.key] == source.input_sha256} == {"a", "z"}
+
+
+def test_any_other_place_that_may_not_be_listed_is_an_error(open_folder: Path) -> None:
+    """Results that cannot be seen must not look like none; nor an archive, or a part of it that was asked for."""
+    (open_folder / "closed" / "below").mkdir(parents=True)
+    store, archive = LocalStore(open_folder), LocalStore(open_folder, is_archive=True)
+    with close_to_us(open_folder, {"closed": 0o111}):
+        for listing in (
+            store.list_objects(),
+            store.list_objects("closed"),
+            archive.list_objects("closed/below"),
+            LocalStore(open_folder / "closed", is_archive=True).list_objects(),
+        ):
+            with pytest.raises(StorageError, match=r"closed: cannot list the folder \(Permission denied\)"):
+                list(listing)
+    with close_to_us(open_folder, {"closed": 0o444}), pytest.raises(StorageError, match="cannot"):
+        list(store.list_objects())
+
+
+def test_a_file_in_a_folder_that_may_not_be_entered_is_listed_and_not_read(open_folder: Path) -> None:
+    (open_folder / "dark").mkdir()
+    (open_folder / "dark" / "1").write_bytes(b"1")
+    store = LocalStore(open_folder)
+    with close_to_us(open_folder, {"dark": 0o444}):
+        (item,) = store.list_objects()
+        with pytest.raises(StorageError, match="cannot read the file"):
+            store.read_bytes(item.key)
 
 
 def test_a_file_touched_within_the_same_length_is_a_change(tmp_path: Path) -> None:

@@ -3,27 +3,33 @@
 One conditional put decides which of several runs takes a number; whoever loses drops what the winner made final.
 """
 
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from darnet.errors import NEVER_GIVEN_UP, ObjectMissing, PutUncertain, RunError, Status, StorageError
 from darnet.publishing.objects import (
+    ROW_GROUP_ROWS,
     Listing,
     Stored,
     demand_origin,
+    describe_commit,
     list_commit_objects,
     make_commit_key,
     open_parquet,
+    open_writer,
     read_stored,
     stream_objects,
-    to_parquet,
 )
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import (
@@ -38,45 +44,49 @@ from darnet.publishing.rows import (
     select_model,
     spell_key,
 )
+from darnet.publishing.staged import ROW_KEY, StagedRows
 from darnet.scan import DIAGNOSES, BoolArray
 from darnet.storage import Store
+from darnet.storage_local import explain_os_errors
 
 GIVE_UP_NIGHTS = 3  # Source: design: the same ERR on the same bytes for the third night is final
 PUT_ATTEMPTS = 6  # Source: ours; with doubling pauses from 0.2 s this spans about 12 s of a store's trouble
-IS_LATER = "is_later"
+IS_LATER, IS_GIVEN_UP, PLACE = "is_later", "is_given_up", "place"  # columns of our own beside the keys
+NOWHERE = -1
+ORDER = [("source", "ascending"), ("scan_id", "ascending")]
 PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three classes sums to 1 within 2e-7
 
 
 # The gate before publishing
 
 
-def check_rows(planned_sources: Iterable[str], table: Any, origin: Origin) -> None:
+def check_rows(planned_sources: Iterable[str], rows: StagedRows, origin: Origin) -> None:
     """Demand of a run's rows that nothing was lost, doubled or made up, and all is named as the run says.
 
     Planned are keys of the archive; an error tells the table's name of one.
     Raises: UsageError as `recall_names`; RunError naming a source that is without rows, not planned, has a scan twice,
         an unknown status, probabilities that are none, or another model than the rest.
     """
-    _demand_own_names(table, origin)
+    _demand_own_names(rows, origin)
     name = origin.recall_names().name_source
     times = Counter(spell_key(name(key)) for key in planned_sources)
-    planned = set(times)
-    frame = table.select(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]).to_pandas()
-    found = set(frame["source"])
-    _demand_none("planned twice", {key for key, number in times.items() if number > 1})
-    _demand_none("planned, but has no row", planned - found)
-    _demand_none("has rows, but was not planned", found - planned)
-    _demand_none("has a scan twice", frame.loc[frame.duplicated(["source", "scan_id"]), "source"])
-    _demand_none("has an unknown status", frame.loc[~frame["status"].isin(list(Status)), "source"])
-    _demand_none(
-        "has another model than the first row", frame.loc[pd.factorize(frame["model_sha256"])[0] > 0, "source"]
-    )
-    _check_probabilities(frame)
+    found = set(rows.keys["source"].unique().to_pylist())
+    _demand_none("planned twice", (key for key, number in times.items() if number > 1))
+    _demand_none("planned, but has no row", times.keys() - found)
+    _demand_none("has rows, but was not planned", found - times.keys())
+    model_sha256 = ""
+    for _, piece in rows.stream(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]):
+        frame = piece.to_pandas()
+        model_sha256 = model_sha256 or frame["model_sha256"].iloc[0]
+        _demand_none("has a scan twice", frame.loc[frame.duplicated(["source", "scan_id"]), "source"])
+        _demand_none("has an unknown status", frame.loc[~frame["status"].isin(list(Status)), "source"])
+        _demand_none("has another model than the first row", frame.loc[frame["model_sha256"] != model_sha256, "source"])
+        _check_probabilities(frame)
 
 
-def _demand_own_names(table: Any, origin: Origin) -> None:
+def _demand_own_names(rows: StagedRows, origin: Origin) -> None:
     for column in ("source", "scan_id"):
-        origin.demand_own_names(table[column].unique().to_pylist())
+        origin.demand_own_names(name.as_py() for name in rows.keys[column])
 
 
 def _check_probabilities(frame: pd.DataFrame) -> None:
@@ -105,7 +115,7 @@ def _demand_none(complaint: str, sources: Iterable[str]) -> None:
 def publish(
     store: Store,
     run_id: str,
-    rows: Any,
+    rows: StagedRows,
     listing: Listing,
     origin: Origin,
     pause: Callable[[float], None] = time.sleep,
@@ -122,9 +132,9 @@ def publish(
     """
     if not rows.num_rows:
         return None
-    for name, expected in (("run_id", run_id), *((name, rows[name][0].as_py()) for name in MODEL_KEY)):
-        if rows[name].unique().to_pylist() != [expected]:
-            raise RunError(f"publish: rows of more than one {name}, or not of {expected}")
+    for name, values in rows.run_key.items():
+        if len(values) > 1 or (name == "run_id" and run_id not in values):
+            raise RunError(f"publish: rows of more than one {name}, or not of run {run_id}")
     _demand_own_names(rows, origin)
     known = [SCHEMA.empty_table().select(KEY_COLUMNS).append_column(IS_LATER, pa.array([], pa.bool_()))]
     number = 1
@@ -133,43 +143,80 @@ def publish(
             return stored.commit
         known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
+    keys = rows.keys.append_column(PLACE, pa.array(np.arange(rows.num_rows)))
+    keys = keys.append_column(IS_GIVEN_UP, pa.array(np.zeros(rows.num_rows, np.bool_)))
+    description = describe_commit(run_id, listing.ended_at, origin)
     while True:
         past = pa.concat_tables(known)
-        settled = _drop_repeats(_settle(_drop_superseded(rows, past), past), past)
+        settled = _drop_repeats(_settle(_drop_superseded(keys, past), past), past)
         if not settled.num_rows:
             return None
         key = make_commit_key(number)
-        data = to_parquet(_finish(settled, number), run_id, listing.ended_at, origin)
-        if _claim(store, key, data, run_id, pause) == run_id:
+        with _write_object(rows, settled, number, description) as path:
+            holder = _claim(store, key, path, run_id, pause)
+        if holder == run_id:
             return number
         for stored in demand_origin([read_stored(store, key, KEY_COLUMNS)], origin):
             known.append(_select_related(stored, rows, listing))
         number += 1
 
 
-def find_repeats(store: Store, rows: Any) -> BoolArray:
+@contextmanager
+def _write_object(rows: StagedRows, settled: Any, number: int, description: Mapping[str, str]) -> Iterator[Path]:
+    """The settled rows as a local file, numbered, in an order that does not depend on who finished first.
+
+    No more than one row group is held: rows are dealt out to a file for each as they come, and sorted there.
+    """
+    places = settled[PLACE].to_numpy()
+    is_given_up, group = np.zeros(rows.num_rows, np.bool_), np.full(rows.num_rows, NOWHERE)
+    is_given_up[places] = settled[IS_GIVEN_UP].to_numpy()
+    group[places[pc.sort_indices(settled, ORDER)]] = np.arange(len(places)) // ROW_GROUP_ROWS
+    place = tempfile.gettempdir()
+    with explain_os_errors(place, "write rows"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
+        path = Path(temporary, "commit.parquet")
+        dealt = [Path(temporary, f"group{index}") for index in range(group.max() + 1)]
+        pieces = ((group[where], _give_up(piece, is_given_up[where])) for where, piece in rows.stream())
+        _deal_out(pieces, dealt)
+        with open_writer(path, SCHEMA, description) as writer:
+            for file in dealt:
+                with pa.OSFile(str(file)) as source:
+                    writer.write_table(_finish(pa.ipc.open_file(source).read_all(), number))
+        yield path
+
+
+def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Any]], files: Sequence[Path]) -> None:
+    """Write each row to the file of its number, or nowhere."""
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_file(str(file), SCHEMA)) for file in files]
+        for numbers, rows in pieces:
+            for number in set(numbers.tolist()) - {NOWHERE}:
+                writers[number].write_table(rows.filter(pa.array(numbers == number)))
+
+
+def find_repeats(store: Store, rows: StagedRows) -> BoolArray:
     """Which of a run's rows say no more than earlier runs did: trouble that is never given up, and was the last word.
 
+    Shape: (num_rows,), in the order of the keys.
     To publish them every night would fill the table, and to count them would hold every night, until somebody has put
     right what may take months. The errors that are given up are published each night: their nights are counted there.
     """
-    if NEVER_GIVEN_UP.isdisjoint(rows["status"].unique().to_pylist()):
+    if not _has_lasting(rows.keys):
         return np.zeros(rows.num_rows, np.bool_)
     known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
     for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
-        if stored.run_id != rows["run_id"][0].as_py():
+        if stored.run_id not in rows.run_key["run_id"]:
             known.append(_select_ours(stored, rows))
-    return _are_repeats(rows, pa.concat_tables(known))
+    return _are_repeats(rows.keys, pa.concat_tables(known))
 
 
-def _claim(store: Store, key: str, data: bytes, run_id: str, pause: Callable[[float], None]) -> str:
+def _claim(store: Store, key: str, path: Path, run_id: str, pause: Callable[[float], None]) -> str:
     """Put until somebody holds this key; the run that does.
 
     Reads the holder after a refusal too: a repeated request may have been refused because of its own first try.
     """
     for attempt in range(PUT_ATTEMPTS):
         try:
-            if store.put_if_absent(key, data):
+            if store.put_if_absent(key, path):
                 return run_id
         except PutUncertain:
             pass
@@ -180,7 +227,7 @@ def _claim(store: Store, key: str, data: bytes, run_id: str, pause: Callable[[fl
     raise StorageError(f"{store.uri}/{key}: no clear answer to {PUT_ATTEMPTS} puts; start the same run again later")
 
 
-def _select_related(stored: Stored, rows: Any, listing: Listing) -> Any:
+def _select_related(stored: Stored, rows: StagedRows, listing: Listing) -> Any:
     """Of another commit, the rows that concern our sources under our model and preprocessing, and if it is later.
 
     Later is a commit that our plan did not know, of a run that did not end its listing before ours began. If both
@@ -193,39 +240,50 @@ def _select_related(stored: Stored, rows: Any, listing: Listing) -> Any:
     return related.append_column(IS_LATER, pa.array([is_later] * related.num_rows, pa.bool_()))
 
 
-def _select_ours(stored: Stored, rows: Any) -> Any:
-    model_key = (rows[name][0].as_py() for name in MODEL_KEY)
-    return select_model(stored.rows.filter(pc.is_in(stored.rows["source"], rows["source"])), *model_key)
+def _select_ours(stored: Stored, rows: StagedRows) -> Any:
+    (model_sha256,), (preprocessing_version,) = (rows.run_key[name] for name in MODEL_KEY)
+    ours = stored.rows.filter(pc.is_in(stored.rows["source"], rows.keys["source"]))
+    return select_model(ours, model_sha256, preprocessing_version)
 
 
-def _drop_superseded(rows: Any, known: Any) -> Any:
-    """Our rows without those of sources that changed: a later run made other bytes of theirs final."""
-    mine = rows.select(SOURCE_KEY).to_pandas()
-    past = known.to_pandas()
-    later = past[past[IS_LATER] & ~is_error(past)]
+def _drop_superseded(keys: Any, known: Any) -> Any:
+    """Keys of our rows without those of sources that changed: a later run made other bytes of theirs final."""
+    past = known.filter(known[IS_LATER]).to_pandas()
+    later = past[~is_error(past)]
+    if later.empty:
+        return keys
+    mine = keys.select(SOURCE_KEY).to_pandas()
     changed = later.loc[~is_among(later, mine, SOURCE_KEY), "source"]
-    return rows.filter(pa.array(~mine["source"].isin(changed)))
+    return keys.filter(pa.array(~mine["source"].isin(changed)))
 
 
-def _settle(rows: Any, known: Any) -> Any:
-    """Our rows without what is final already, and with the last ERR of too many turned final."""
-    if not known.num_rows or not rows.num_rows:
-        return rows
-    mine = rows.select([*SCAN_KEY, "status", "night"]).to_pandas()
+def _settle(keys: Any, known: Any) -> Any:
+    """Keys of our rows without what is final already, and with the last ERR of too many marked to be final."""
+    if not known.num_rows or not keys.num_rows:
+        return keys
+    mine = keys.select(ROW_KEY).to_pandas()
     past = known.to_pandas()
     is_settled = is_among(mine, past[~is_error(past)], SCAN_KEY) | is_among(mine, _done_sources(past), SOURCE_KEY)
-    kept = rows.filter(pa.array(~is_settled))
-    return _give_up(kept, _count_nights(mine[~is_settled], past) >= GIVE_UP_NIGHTS)
+    kept = keys.filter(pa.array(~is_settled)).drop_columns(IS_GIVEN_UP)
+    return kept.append_column(IS_GIVEN_UP, pa.array(_count_nights(mine[~is_settled], past) >= GIVE_UP_NIGHTS))
 
 
-def _drop_repeats(rows: Any, known: Any) -> Any:
-    return rows.filter(pa.array(~_are_repeats(rows, known))) if rows.num_rows else rows
+def _drop_repeats(keys: Any, known: Any) -> Any:
+    return keys.filter(pa.array(~_are_repeats(keys, known))) if _has_lasting(keys) else keys
 
 
-def _are_repeats(rows: Any, known: Any) -> BoolArray:
-    """Rows of sources whose newest commit holds these ERR rows and no others: it tells of all that is not final."""
+def _has_lasting(keys: Any) -> bool:
+    """Whether any of these rows is of trouble that is never given up."""
+    return not NEVER_GIVEN_UP.isdisjoint(keys["status"].unique().to_pylist())
+
+
+def _are_repeats(keys: Any, known: Any) -> BoolArray:
+    """Which of our rows are of sources whose newest commit holds these ERR rows and no others.
+
+    That commit tells of all of a source that is not final.
+    """
     columns = [*SCAN_KEY, "status"]
-    mine = rows.select(columns).to_pandas()
+    mine = keys.select(columns).to_pandas()
     past = known.to_pandas()
     newest = past[(past["commit"] == past.groupby("source")["commit"].transform("max")) & is_error(past)]
     is_same = is_among(mine, newest, columns) & _is_lasting(mine).to_numpy()
@@ -258,7 +316,10 @@ def _count_nights(mine: pd.DataFrame, past: pd.DataFrame) -> Any:
     return mine.merge(counts, how="left", on=columns)["num_nights"].fillna(0).to_numpy()
 
 
-def _give_up(rows: Any, is_last: Any) -> Any:
+def _give_up(rows: Any, is_last: BoolArray) -> Any:
+    """The rows with the last ERR of too many turned final."""
+    if not is_last.any():
+        return rows
     reasons = pc.binary_join_element_wise(rows["status"], rows["status_detail"], f", {GIVE_UP_NIGHTS} nights: ")
     for name, replacement in (("status_detail", reasons), ("status", Status.BAD_GAVE_UP.value)):
         column = pc.if_else(pa.array(is_last), replacement, rows[name])
@@ -267,8 +328,8 @@ def _give_up(rows: Any, is_last: Any) -> Any:
 
 
 def _finish(rows: Any, number: int) -> Any:
-    """The rows as published: numbered, and in an order that does not depend on who finished first."""
+    """Rows of one group as published."""
     numbered = rows.set_column(
         SCHEMA.get_field_index("commit"), SCHEMA.field("commit"), pa.array(np.full(rows.num_rows, number))
     )
-    return numbered.sort_by([("source", "ascending"), ("scan_id", "ascending")])
+    return numbered.sort_by(ORDER)

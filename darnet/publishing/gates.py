@@ -1,19 +1,14 @@
 """Whether a night is like the nights before it: this run's rows and those of earlier nights in, a verdict out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from darnet.config import GateConfig
-from darnet.errors import Status
-from darnet.publishing.rows import PROBABILITIES, is_error
+from darnet.publishing.tally import NAMES, NUMBERS, Tally
 from darnet.scan import FloatArray
 
-INPUTS = ["manufacturer", "intensity", "num_slices", "slice_spacing_mm", "pixel_spacing_mm", "lung_fraction"]
-GATE_COLUMNS = ["night", "status", *INPUTS, *PROBABILITIES]
 NUM_BINS = 10  # Source: as usual for this index, the deciles of the population that one compares with
 PSEUDO_COUNT = 0.5  # Source: ours (Jeffreys' prior); an empty bin would make the index infinite
 PSI_MIN_SCANS = 200  # Source: ours; chance alone then gives 0.05 on average, and above 0.25 once in ten million
@@ -63,10 +58,11 @@ class Verdict:
         return (f"held: {breaches}" if breaches else "passed") + repeats
 
 
-def judge(rows: pd.DataFrame, earlier: pd.DataFrame, config: GateConfig) -> Verdict:
-    """Hold a run's rows against those of earlier nights; both with `GATE_COLUMNS`."""
-    measures = (_measure_err(rows, config), _measure_bad(rows, earlier, config), *_measure_drift(rows, earlier, config))
-    return Verdict(measures, _find_reason_not_to_judge(len(rows), earlier["night"].nunique(), config))
+def judge(tonight: Tally, earlier: Tally, config: GateConfig) -> Verdict:
+    """Hold a run's rows against those of earlier nights."""
+    measures = (_measure_err(tonight, config), _measure_bad(tonight, earlier, config))
+    drift = _measure_drift(tonight, earlier, config)
+    return Verdict((*measures, *drift), _find_reason_not_to_judge(tonight.num_rows, len(earlier.nights), config))
 
 
 def _find_reason_not_to_judge(num_scans: int, num_nights: int, config: GateConfig) -> str:
@@ -77,35 +73,36 @@ def _find_reason_not_to_judge(num_scans: int, num_nights: int, config: GateConfi
     return ""
 
 
-def _measure_err(rows: pd.DataFrame, config: GateConfig) -> Measure:
-    is_err = is_error(rows)
-    return Measure("share of ERR", _share(is_err), config.gate_err_share, f"{is_err.sum()} of {len(rows)} scans")
+def _measure_err(tonight: Tally, config: GateConfig) -> Measure:
+    detail = f"{tonight.count('ERR_')} of {tonight.num_rows} scans"
+    return Measure("share of ERR", tonight.share("ERR_"), config.gate_err_share, detail)
 
 
-def _measure_bad(rows: pd.DataFrame, earlier: pd.DataFrame, config: GateConfig) -> Measure:
-    tonight, before = (_share(frame["status"].str.startswith("BAD_")) for frame in (rows, earlier))
-    detail = f"{before:.3f} on earlier nights" if len(earlier) else "no earlier night"
-    return Measure("share of BAD", tonight, before + config.gate_bad_rise, detail)
+def _measure_bad(tonight: Tally, earlier: Tally, config: GateConfig) -> Measure:
+    before = earlier.share("BAD_")
+    detail = f"{before:.3f} on earlier nights" if earlier.num_rows else "no earlier night"
+    return Measure("share of BAD", tonight.share("BAD_"), before + config.gate_bad_rise, detail)
 
 
-def _measure_drift(rows: pd.DataFrame, earlier: pd.DataFrame, config: GateConfig) -> list[Measure]:
+def _measure_drift(tonight: Tally, earlier: Tally, config: GateConfig) -> list[Measure]:
     """The index of each probability and input, among scans that are OK: only these did the network see."""
-    tonight, before = (frame[frame["status"] == Status.OK.value] for frame in (rows, earlier))
-    detail = f"{len(tonight)} scans against {len(before)}"
-    is_enough = min(len(tonight), len(before)) >= min(PSI_MIN_SCANS, config.gate_min_scans)
+    detail = f"{tonight.num_scored} scans against {earlier.num_scored}"
+    is_enough = min(tonight.num_scored, earlier.num_scored) >= min(PSI_MIN_SCANS, config.gate_min_scans)
     return [
         Measure(
             f"PSI of {name}",
-            measure_psi(*count_bins(tonight[name], before[name])) if is_enough else np.nan,
+            measure_psi(*_count_bins(name, tonight, earlier)) if is_enough else np.nan,
             config.gate_psi,
             detail if is_enough else f"{detail}: too few",
         )
-        for name in [*PROBABILITIES, *INPUTS]
+        for name in [*NUMBERS, *NAMES]
     ]
 
 
-def _share(is_so: "pd.Series[bool]") -> float:
-    return float(is_so.mean()) if len(is_so) else np.nan
+def _count_bins(name: str, tonight: Tally, earlier: Tally) -> tuple[FloatArray, FloatArray]:
+    if name in NUMBERS:
+        return count_numbers(tonight.take_numbers(name), earlier.take_numbers(name))
+    return count_names(tonight.names[name], earlier.names[name])
 
 
 def measure_psi(tonight: FloatArray, earlier: FloatArray) -> float:
@@ -123,17 +120,28 @@ def measure_psi(tonight: FloatArray, earlier: FloatArray) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def count_bins(tonight: "pd.Series[Any]", earlier: "pd.Series[Any]") -> tuple[FloatArray, FloatArray]:
-    """Both columns counted over the same bins: names as they are, numbers by the deciles of the earlier ones.
+def count_numbers(tonight: FloatArray, earlier: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Both counted over the same bins, those of the deciles of the earlier ones; NaN is the last bin.
 
     A bin begins at its decile and holds it; the outermost are open. A number that is more than one decile, such as a
-    hospital's usual slice spacing, has a bin of its own, so that a shift to either side of it shows. Null is a bin.
+    hospital's usual slice spacing, has a bin of its own, so that a shift to either side of it shows.
+
+    Shape:  (N,), (M,) -> (bins,), (bins,).
     """
-    if pd.api.types.is_numeric_dtype(earlier.dtype):
-        edges = find_edges(earlier.dropna().to_numpy(dtype=np.float64))
-        return _count(tonight, edges), _count(earlier, edges)
-    names = sorted({"", *tonight.dropna(), *earlier.dropna()})
-    return _count_names(tonight, names), _count_names(earlier, names)
+    edges = find_edges(earlier[~np.isnan(earlier)])
+    return _count(tonight, edges), _count(earlier, edges)
+
+
+def count_names(tonight: Mapping[str, int], earlier: Mapping[str, int]) -> tuple[FloatArray, FloatArray]:
+    """Counts of both over the same bins, a name each, in the order of the names; none at all is a name, and empty.
+
+    Shape:  (bins,), (bins,).
+    """
+    names = sorted({"", *tonight, *earlier})
+    counts, counts_before = (
+        np.array([counted.get(name, 0) for name in names], np.float64) for counted in (tonight, earlier)
+    )
+    return counts, counts_before
 
 
 def find_edges(values: FloatArray) -> FloatArray:
@@ -145,13 +153,7 @@ def find_edges(values: FloatArray) -> FloatArray:
     return np.unique(np.concatenate([deciles, np.nextafter(deciles[times > 1], np.inf)]))
 
 
-def _count_names(column: "pd.Series[Any]", names: Sequence[str]) -> FloatArray:
-    counts: FloatArray = np.array([(column.fillna("") == name).sum() for name in names], dtype=np.float64)
-    return counts
-
-
-def _count(column: "pd.Series[Any]", edges: FloatArray) -> FloatArray:
-    """Counts of each bin, nulls last."""
-    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+def _count(values: FloatArray, edges: FloatArray) -> FloatArray:
+    """Counts of each bin, NaN last."""
     bins = np.where(np.isnan(values), len(edges) + 1, np.searchsorted(edges, values, side="right"))
     return np.bincount(bins, minlength=len(edges) + 2).astype(np.float64)

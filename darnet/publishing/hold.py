@@ -6,6 +6,7 @@ Rows of a run and the table go in; a verdict and the night's page come out, or `
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -15,10 +16,11 @@ from darnet.config import GateConfig
 from darnet.errors import HeldError, RunError, UsageError
 from darnet.publishing.commit import check_rows, find_repeats, publish
 from darnet.publishing.gates import Verdict, judge
-from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, list_scans, render_nightly
-from darnet.publishing.objects import NOTICE, list_commit_objects, list_commits, read_objects, stream_objects
-from darnet.publishing.rows import SCHEMA
+from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
+from darnet.publishing.objects import NOTICE, list_commit_objects, stream_objects
 from darnet.publishing.runs import DISCARDED, HELD, PLAN, RUNS, RunFolder, list_run_files
+from darnet.publishing.staged import StagedRows
+from darnet.publishing.tally import TALLY_COLUMNS, Tally
 from darnet.settings import ScoreSettings
 from darnet.storage import Store
 
@@ -37,18 +39,20 @@ def refuse_if_held(store: Store) -> None:
         raise _explain_hold(store, _read_hold(store, held[0]))
 
 
-def review_run(folder: RunFolder, rows: Any, config: GateConfig, images: CamImages | None = None) -> Verdict:
+def review_run(folder: RunFolder, rows: StagedRows, config: GateConfig, images: CamImages | None = None) -> Verdict:
     """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
     What only repeats the table (`find_repeats`) stands on the page and is not judged: it would hold every night.
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
     """
-    earlier = read_earlier_nights(folder.store, rows["night"][0].as_py(), config.gate_nights).to_pandas()
-    tonight = rows.select(NIGHT_COLUMNS).to_pandas()
+    earlier = read_earlier_nights(folder.store, rows.keys["night"][0].as_py(), config.gate_nights)
     is_repeat = find_repeats(folder.store, rows)
-    verdict = replace(judge(tonight[~is_repeat], earlier, config), num_repeats=int(is_repeat.sum()))
-    listed = tonight[tonight["scan_id"].isin(list_scans(tonight))].to_dict("records")
-    pictures = {} if images is None else images.read_thumbnails(listed)
+    tonight, judged = Night(), Tally()
+    for where, piece in rows.stream(NIGHT_COLUMNS):
+        tonight.add(piece)
+        judged.add(piece.filter(pa.array(~is_repeat[where])))
+    verdict = replace(judge(judged, earlier, config), num_repeats=int(is_repeat.sum()))
+    pictures = {} if images is None else images.read_thumbnails(tonight.list_rows())
     folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict, pictures).encode())
     if verdict.breaches:
         hold = _describe_hold(folder.run_id, rows, verdict)
@@ -57,18 +61,16 @@ def review_run(folder: RunFolder, rows: Any, config: GateConfig, images: CamImag
     return verdict
 
 
-def read_earlier_nights(store: Store, night: Any, num_nights: int) -> Any:
-    """Of the last nights before this one that are in the table, the columns that gates and page need."""
-    found: set[Any] = set()
-    tables = [SCHEMA.empty_table().select(EARLIER_COLUMNS)]
-    for stored in read_objects(store, list_commits(store)[::-1], EARLIER_COLUMNS):  # a commit is of one night
+def read_earlier_nights(store: Store, night: date, num_nights: int) -> Tally:
+    """What gates and page need of the last nights before this one that are in the table."""
+    earlier = Tally()
+    for stored in stream_objects(store, list_commit_objects(store)[::-1], TALLY_COLUMNS):  # a commit is of one night
         if not stored.rows.num_rows or (dated := stored.rows["night"][0].as_py()) >= night:
             continue
-        if dated not in found and len(found) == num_nights:
+        if dated not in earlier.nights and len(earlier.nights) == num_nights:
             break
-        found.add(dated)
-        tables.append(stored.rows)
-    return pa.concat_tables(tables)
+        earlier.add(stored.rows)
+    return earlier
 
 
 def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
@@ -109,13 +111,13 @@ def is_published(store: Store, run_id: str) -> bool:
     return any(stored.run_id == run_id for stored in stream_objects(store, list_commit_objects(store), []))
 
 
-def _describe_hold(run_id: str, rows: Any, verdict: Verdict) -> dict[str, Any]:
+def _describe_hold(run_id: str, rows: StagedRows, verdict: Verdict) -> dict[str, Any]:
     """What `HELD.json` says."""
     breaches = [
         {"gate": item.gate, "value": item.value, "limit": item.limit, "detail": item.detail}
         for item in verdict.breaches
     ]
-    night = rows["night"][0].as_py().isoformat()
+    night = rows.keys["night"][0].as_py().isoformat()
     return {"run_id": run_id, "night": night, "scans": rows.num_rows, "breaches": breaches, "notice": NOTICE}
 
 

@@ -5,7 +5,7 @@ Also the numbering of the table's commits.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from darnet.storage import Store
 SCHEMA_VERSION = "1"
 LISTED_UNTIL = "listed_until"
 NOTICE = "research use only"
-ROW_GROUP_ROWS = 65_536  # Source: ours; about 30 MB of rows, so that a reader of few columns skips well
+ROW_GROUP_ROWS = 16_384  # Source: ours; about 8 MB of rows: a writer holds as many, a reader of few columns skips well
 WHOLE_BYTES = 1 << 20  # Source: ours; up to here one request for all is quicker than several for a few columns
 PIECE_ROWS = 8_192  # Source: ours; a few MB of key columns and of what Python makes of them
 READ_THREADS = 8  # Source: ours; half of the store's connections
@@ -65,15 +65,23 @@ class Stored:
         return read_commit_number(self.key)
 
 
-def to_parquet(table: Any, run_id: str, listed_until: datetime | None = None, origin: Origin | None = None) -> bytes:
-    """A table as a whole object of this run. Each page has a checksum, which every reader of ours looks at."""
+def to_parquet(table: Any, run_id: str) -> bytes:
+    """A small table as a whole object of this run."""
     sink = pa.BufferOutputStream()
-    told = {} if listed_until is None else {LISTED_UNTIL: listed_until.isoformat()}
-    told |= {} if origin is None else origin.to_metadata()
-    described = table.replace_schema_metadata(describe_file(run_id) | told)
-    pq.write_table(described, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
+    with open_writer(sink, table.schema, describe_file(run_id)) as writer:
+        writer.write_table(table, ROW_GROUP_ROWS)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def open_writer(sink: Any, schema: Any, description: Mapping[str, str]) -> Any:
+    """A Parquet writer of an object of ours. Each page has a checksum, which every reader of ours looks at."""
+    return pq.ParquetWriter(sink, schema.with_metadata(description), compression="zstd", write_page_checksum=True)
+
+
+def describe_commit(run_id: str, listed_until: datetime, origin: Origin) -> dict[str, str]:
+    """What an object of the table says of its run in its metadata."""
+    return describe_file(run_id) | {LISTED_UNTIL: listed_until.isoformat()} | origin.to_metadata()
 
 
 def describe_file(run_id: str) -> dict[str, str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet.archive import batch_by
@@ -34,7 +33,8 @@ from darnet.publishing.objects import (
     to_parquet,
 )
 from darnet.publishing.origin import Origin
-from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA, Reason, make_table, spell_key, unspell_key
+from darnet.publishing.rows import PLAN_SCHEMA, Reason, make_table, spell_key, unspell_key
+from darnet.publishing.staged import StagedRows
 from darnet.scan import Source, StoredObject
 from darnet.storage import Store
 
@@ -230,22 +230,10 @@ class RunFolder:
         data = to_parquet(make_table(rows), self.run_id)
         self.store.write_bytes(f"{self._parts}{name}-{digest_object(data)}.parquet", data)
 
-    def read_parts(self) -> Any:
-        """All staged rows. A source staged twice, by a driver that outlived its time, counts once and whole.
-
-        The one without an ERR row counts, if there is one, else the first by name.
-        """
-        parts = [part.rows for part in read_objects(self.store, list_parquet_keys(self.store, self._parts))]
-        chosen: dict[str, tuple[bool, int]] = {}
-        for number, rows in enumerate(parts):
-            failed = set(rows.filter(pc.starts_with(rows["status"], "ERR_"))["source"].to_pylist())
-            for source in set(rows["source"].to_pylist()):
-                chosen[source] = min(chosen.get(source, (True, len(parts))), (source in failed, number))
-        tables = [SCHEMA.empty_table()]
-        for number, rows in enumerate(parts):
-            ours = [source for source, (_, place) in chosen.items() if place == number]
-            tables.append(rows.filter(pc.is_in(rows["source"], pa.array(ours, pa.string()))))
-        return pa.concat_tables(tables)
+    def read_parts(self) -> StagedRows:
+        """All rows staged so far."""
+        keys = list_parquet_keys(self.store, self._parts)
+        return StagedRows(lambda columns: (part.rows for part in read_objects(self.store, keys, columns)))
 
     def list_staged_sources(self) -> set[str]:
         """Keys of the sources that need no scoring any more in this run."""

@@ -2,6 +2,9 @@
 
 Nothing of the archive is there but its plan, so that every source ends as `ERR_GONE` as soon as a worker fetches it:
 planning aside, the driver does all that it does in a night of real scans. Planning is a process before it.
+
+With `--staged` (`make bench-first-night STAGED=1`) rows as large as real ones are staged already, without a cluster:
+what grows then is reading them back, judging them against earlier nights, the page, and publishing.
 """
 
 import argparse
@@ -10,27 +13,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
 from darnet.errors import ScanError, Status
-from darnet.publishing.objects import Listing
-from darnet.publishing.rows import Reason
+from darnet.publishing.objects import Listing, make_commit_key, to_parquet
+from darnet.publishing.rows import PROBABILITIES, SCHEMA, Reason
 from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, list_run_files, write_plan
 from darnet.ray_cluster import connect
 from darnet.ray_score import describe_work, finish_run
-from darnet.scan import Source, StoredObject
+from darnet.scan import DIAGNOSES, Source, StoredObject
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from tests.bench.listing_server import NUM_BYTES, name_object
-from tests.bench.planning import read_memory_kb
+from tests.bench.planning import make_night, read_memory_kb
 from tests.bundle_fixtures import write_random_bundle
 
 CONFIG = ScoreConfig()
+NIGHT = date(2030, 1, 1)
+STAGED = ((60_000, 0), (600, 100_000), (600, 0))  # rows staged, rows of earlier nights; the last: what a page takes
 
 
 @dataclass(frozen=True)
@@ -53,28 +62,59 @@ def make_sources(num_sources: int, objects_per_source: int) -> Iterator[Source]:
         yield Source(objects[0].key.rpartition("/")[0], objects)
 
 
-def begin_night(folder: Path, num_sources: int, objects_per_source: int) -> None:
-    """A bundle, and the plan of a first night."""
+def begin_night(folder: Path, num_sources: int, objects_per_source: int) -> RunFolder:
+    """A bundle, and the plan of a night."""
     write_random_bundle(folder / "bundle")
     work = describe_work(EmptyStore(folder), read_bundle(open_store(str(folder / "bundle"))), CONFIG)
     now = datetime.now(UTC)
     planned = (PlannedSource(source, Reason.NEW) for source in make_sources(num_sources, objects_per_source))
     record = write_plan(
-        planned, folder / "plan", lambda digest: RunRecord(date(2030, 1, 1), work, {}, digest, Listing(0, now, now))
+        planned, folder / "plan", lambda digest: RunRecord(NIGHT, work, {}, digest, Listing(0, now, now))
     )
-    RunFolder(open_store(str(folder / "results"), create=True), record.run_id).begin(record, folder / "plan")
+    run = RunFolder(open_store(str(folder / "results"), create=True), record.run_id)
+    run.begin(record, folder / "plan")
+    return run
 
 
-def measure_here(folder: Path) -> dict[str, float]:
+def stage_night(folder: Path, num_rows: int, num_earlier: int) -> None:
+    """A night of which all is scored, after rows of four weeks of others."""
+    run, rng = begin_night(folder, num_rows, 1), np.random.default_rng(0)
+    num_nights = min(num_earlier, CONFIG.gate_nights)
+    for number in range(1, num_nights + 1):
+        places = range(number, num_earlier + 1, num_nights)
+        rows = make_rows([f"earlier/{place}" for place in places], f"run{number}", rng)
+        night = pa.repeat(pa.scalar(NIGHT - timedelta(days=num_nights + 1 - number)), len(places))
+        rows = rows.set_column(SCHEMA.get_field_index("night"), SCHEMA.field("night"), night)
+        run.store.write_bytes(make_commit_key(number), to_parquet(rows, f"run{number}"))
+    keys = run.list_planned_sources()
+    for start in range(0, num_rows, CONFIG.part_scans):
+        rows = make_rows(keys[start : start + CONFIG.part_scans], run.run_id, rng).drop_columns("commit")
+        run.write_part(f"{start}", rows.to_pylist())
+
+
+def make_rows(keys: Sequence[str], run_id: str, rng: np.random.Generator) -> Any:
+    """Scored scans, with numbers that do not compress."""
+    rows = make_night(list(keys), [rng.bytes(32).hex() for _ in keys], rng)
+    probability = rng.dirichlet((0.4, 0.3, 0.6), len(keys))
+    given: dict[str, Any] = dict(zip(PROBABILITIES, probability.T, strict=True))
+    given |= {"run_id": [run_id] * len(keys), "prediction": [str(DIAGNOSES[label]) for label in probability.argmax(1)]}
+    for name, values in given.items():
+        field = SCHEMA.field(name)
+        rows = rows.set_column(SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+    return rows
+
+
+def measure_here(folder: Path, *, is_staged: bool) -> dict[str, float]:
     """Score and publish the night in this process: seconds, and MB that its memory grew since it joined the cluster."""
     results, model = open_store(str(folder / "results")), open_store(str(folder / "bundle"))
     (run_id,) = list_run_files(results)
     bundle = read_bundle(model)
-    connect()
+    if not is_staged:
+        connect()
     before_kb = read_memory_kb("VmRSS")
     start_s = time.perf_counter()
     summary = finish_run(EmptyStore(folder), model, bundle, CONFIG, None, RunFolder(results, run_id))
-    assert set(summary["statuses"]) == {"ERR_GONE"}, summary["statuses"]
+    assert set(summary["statuses"]) == {"OK" if is_staged else "ERR_GONE"}, summary["statuses"]
     return {
         "planned_sources": summary["planned_sources"],
         "seconds": round(time.perf_counter() - start_s, 1),
@@ -84,27 +124,44 @@ def measure_here(folder: Path) -> dict[str, float]:
 
 def measure(num_sources: int, objects_per_source: int) -> dict[str, float]:
     """The same in a fresh process, of a plan that another one made."""
-    command = [sys.executable, "-m", "tests.bench.first_night", "--sources", str(num_sources)]
-    command += ["--objects", str(objects_per_source)]
+    asked = {"objects_per_source": objects_per_source}
+    return asked | _measure("--sources", str(num_sources), "--objects", str(objects_per_source))
+
+
+def measure_staged(num_rows: int, num_earlier: int) -> dict[str, float]:
+    """The same of a night that is staged already."""
+    asked = {"rows_of_earlier_nights": num_earlier}
+    return asked | _measure("--staged", "--sources", str(num_rows), "--earlier", str(num_earlier))
+
+
+def _measure(*flags: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench.first_night", *flags]
     with tempfile.TemporaryDirectory(prefix="darnet-first-night-") as folder:
         subprocess.run([*command, "--begin", folder], check=True)
         done = subprocess.run([*command, "--here", folder], check=True, stdout=subprocess.PIPE)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {"objects_per_source": objects_per_source} | found
+    return found
 
 
 def main(arguments: list[str]) -> int:
-    """Print a JSON line for each measurement: the same sources, of one object each and of many."""
+    """Print a JSON line for each measurement: the same sources, of one object each and of many; or staged nights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--begin", type=Path, help="make bundle and plan in this folder")
     parser.add_argument("--here", type=Path, help="score the plan of this folder, in this process")
     parser.add_argument("--sources", type=int, default=20_000)
     parser.add_argument("--objects", type=int, default=60, help="of each source")
+    parser.add_argument("--staged", action="store_true", help="nights of which all is scored, and nothing published")
+    parser.add_argument("--earlier", type=int, default=0, help="rows of the nights before a staged one")
     chosen = parser.parse_args(arguments)
-    if chosen.begin:
+    if chosen.begin and chosen.staged:
+        stage_night(chosen.begin, chosen.sources, chosen.earlier)
+    elif chosen.begin:
         begin_night(chosen.begin, chosen.sources, chosen.objects)
     elif chosen.here:
-        print(json.dumps(measure_here(chosen.here)))
+        print(json.dumps(measure_here(chosen.here, is_staged=chosen.staged)))
+    elif chosen.staged:
+        for rows, earlier in STAGED:
+            print(json.dumps(measure_staged(rows, earlier)), flush=True)
     else:
         for objects_per_source in (1, chosen.objects):
             print(json.dumps(measure(chosen.sources, objects_per_source)), flush=True)

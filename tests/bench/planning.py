@@ -37,12 +37,12 @@ def write_results(folder: Path, num_sources: int, objects_per_source: int, num_n
     for night, numbers in enumerate(np.array_split(np.arange(num_sources), num_nights), 1):
         if len(numbers):
             sources = [make_source(int(number), objects_per_source) for number in numbers]
-            table = _make_night([source.key for source in sources], [source.input_sha256 for source in sources], rng)
+            table = make_night([source.key for source in sources], [source.input_sha256 for source in sources], rng)
             store.write_bytes(make_commit_key(night), to_parquet(table, f"run{night}"))
 
 
-def _make_night(keys: list[str], input_sha256: list[str], rng: np.random.Generator) -> Any:
-    """Rows whose numbers do not compress any better than real ones."""
+def make_night(keys: list[str], input_sha256: list[str], rng: np.random.Generator) -> Any:
+    """Rows of these sources, as large as real ones; nor do their numbers compress any better."""
     scan_ids = [f"{key}#{rng.integers(1 << 32):08x}" for key in keys]
     given = {"source": keys, "input_sha256": input_sha256, "scan_id": scan_ids}
     row = make_row("x", night=1) | {"commit": 1}

@@ -1,17 +1,23 @@
 """Nothing lost, nothing doubled, whole commits only, whoever else is publishing."""
 
+import hashlib
 import math
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, Status, StorageError
+from darnet.publishing import commit, staged
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.rows import make_table
+from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.storage import Store
@@ -23,6 +29,7 @@ from tests.results_fixtures import (
     publish_history,
     publish_rows,
     read_statuses,
+    stage,
 )
 
 
@@ -38,7 +45,7 @@ def test_commits_are_numbered_from_one_and_rows_carry_the_number(store: Store) -
 
 
 def test_nothing_new_publishes_nothing(store: Store) -> None:
-    assert publish(store, "none", make_table([]), make_listing(0), ORIGIN) is None
+    assert publish(store, "none", stage([]), make_listing(0), ORIGIN) is None
     publish_rows(store, "one", make_row("a"))
     assert publish_rows(store, "two", make_row("a", probability_ncp=0.6)) is None
     assert list_commit_numbers(store) == [1]
@@ -53,7 +60,7 @@ def test_a_restart_after_a_lost_acknowledgement_finds_its_commit(store: Store) -
 
 def test_rows_of_another_run_or_of_two_models_are_refused(local: Store) -> None:
     with pytest.raises(RunError, match="run_id"):
-        publish(local, "mine", make_table([make_row("a", run_id="other")]), make_listing(0), ORIGIN)
+        publish(local, "mine", stage([make_row("a", run_id="other")]), make_listing(0), ORIGIN)
     with pytest.raises(RunError, match="model_sha256"):
         publish_rows(local, "mine", make_row("a"), make_row("b", model_sha256="other"))
 
@@ -231,7 +238,7 @@ class TroubledStore:
     def read_bytes(self, key: str) -> bytes:
         return self.real.read_bytes(key)
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
         self.before_put()
         self.puts.append(key)
         end = self.ends.pop(0) if self.ends else "answered"
@@ -363,13 +370,93 @@ def test_every_published_scan_and_key_has_one_final_row(local: Store, seed: int)
     assert not final.duplicated(["source", "scan_id", "input_sha256", "model_sha256"]).any()
 
 
+# What an object looks like
+
+
+def shuffle_rows(seed: int, num_rows: int) -> list[dict[str, Any]]:
+    """Rows of a run in the order in which some cluster came to finish their sources."""
+    keys = [*(f"{number}#a" for number in range(num_rows - 3)), "caf\udce9", "z\U0001f600", "Z"]
+    order = sorted(range(num_rows), key=lambda number: hashlib.sha256(f"{seed} {number}".encode()).digest())
+    return [make_row(keys[number], "OK" if number % 3 else "ERR_TIMEOUT", fetch_s=float(number)) for number in order]
+
+
+def test_an_object_does_not_depend_on_who_finished_first(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the parts; its row groups follow the keys' bytes, and all but the last are full."""
+    monkeypatch.setattr(commit, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(staged, "PIECE_ROWS", 5)
+    found = []
+    for seed, rows_per_part in ((1, 1), (2, 3), (3, 100)):
+        store = local.child(str(seed))
+        assert publish(store, "run", stage(shuffle_rows(seed, 29), rows_per_part), make_listing(0), ORIGIN) == 1
+        found.append(store.read_bytes("predictions/c00000001.parquet"))
+    assert found[0] == found[1] == found[2]
+    file = pq.ParquetFile(pa.BufferReader(found[0]))
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [8, 8, 8, 5]
+    rows = file.read().to_pylist()
+    assert [row["scan_id"] for row in rows] == sorted((row["scan_id"] for row in rows), key=lambda key: key.encode())
+    expected = make_table([row | {"commit": 1} for row in shuffle_rows(4, 29)]).to_pylist()
+    assert sorted(rows, key=lambda row: row["scan_id"]) == sorted(expected, key=lambda row: row["scan_id"])
+
+
+def test_rows_that_are_left_out_or_given_up_lie_in_any_group(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(staged, "PIECE_ROWS", 5)
+    for night in (1, 2):
+        again = [make_row(f"{number:02d}", "ERR_MEMORY", night=night) for number in range(0, 20, 5)]
+        done = [make_row(f"{number:02d}", night=night) for number in range(1, 20, 3)]
+        assert publish_rows(local, f"run{night}", *again, *done) == night
+    third = stage([make_row(f"{number:02d}", "ERR_MEMORY", run_id="run3", night=3) for number in range(20)], 3)
+    assert publish(local, "run3", third, make_listing(60, last_commit=2), ORIGIN) == 3
+    rows = pq.read_table(pa.BufferReader(local.read_bytes("predictions/c00000003.parquet"))).to_pylist()
+    expected = {f"{number:02d}": "ERR_MEMORY" for number in range(20) if number % 3 != 1}
+    expected |= {f"{number:02d}": "BAD_GAVE_UP" for number in (0, 5, 15)}
+    assert {row["scan_id"]: row["status"] for row in rows} == expected
+    assert {row["status_detail"] for row in rows if row["status"] == "BAD_GAVE_UP"} == {
+        "ERR_MEMORY, 3 nights: what happened"
+    }
+
+
+def test_no_room_for_the_object_on_this_machine_is_a_storage_error(
+    local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match="gone: cannot write rows"):
+        publish_rows(local, "run", make_row("a"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert publish_rows(local, "run", make_row("a")) == 1
+
+
+def test_more_parts_take_no_more_memory(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of 1.6 kB, no more are held when a part is read, however many have been checked and written before."""
+    monkeypatch.setattr(commit, "ROW_GROUP_ROWS", 32)
+    monkeypatch.setattr(staged, "PIECE_ROWS", 32)
+    row = make_row("a") | {"cam_depth_profile": [0.5] * 400, "run_id": "run"}
+
+    def find_peak(num_parts: int) -> int:
+        keys, held = [f"{number:03d}" for number in range(num_parts)], []
+
+        def read(columns: list[str]) -> Iterator[Any]:
+            for key in keys:
+                held.append(pa.total_allocated_bytes())
+                yield make_table([row | {"source": key, "scan_id": f"{key}#{scan}"} for scan in range(8)]).select(
+                    columns
+                )
+
+        rows = StagedRows(read)
+        check_rows(keys, rows, ORIGIN)
+        assert publish(local.child(str(num_parts)), "run", rows, make_listing(0), ORIGIN) == 1
+        return max(held) - held[0]
+
+    assert find_peak(120) - find_peak(30) < 90 * 8 * 1600 / 5
+
+
 # The gate before publishing
 
 
 def test_sound_rows_pass() -> None:
     rows = [make_row("a#1"), make_row("a#2", "ERR_TIMEOUT"), make_row("caf\udce9", "SKIP_NO_LUNG")]
-    check_rows(["a", "caf\udce9"], make_table(rows), ORIGIN)
-    check_rows([], make_table([]), ORIGIN)
+    check_rows(["a", "caf\udce9"], stage(rows), ORIGIN)
+    check_rows([], stage([]), ORIGIN)
 
 
 @pytest.mark.parametrize(
@@ -393,4 +480,4 @@ def test_sound_rows_pass() -> None:
 )
 def test_unsound_rows_name_their_source(rows: list[dict[str, Any]], complaint: str) -> None:
     with pytest.raises(RunError, match=complaint):
-        check_rows(["a", "b"], make_table(rows), ORIGIN)
+        check_rows(["a", "b"], stage(rows), ORIGIN)

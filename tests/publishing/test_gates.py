@@ -1,15 +1,18 @@
 """The gates measure what a hand measures, and hold what a person would hold."""
 
+import datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scipy.stats
 
 from darnet.config import ScoreConfig
-from darnet.publishing.gates import PSI_MIN_SCANS, Verdict, count_bins, find_edges, judge, measure_psi
-from darnet.publishing.rows import PROBABILITIES
+from darnet.publishing.gates import PSI_MIN_SCANS, Verdict, count_names, count_numbers, find_edges, judge, measure_psi
+from darnet.publishing.rows import PROBABILITIES, SCHEMA
+from darnet.publishing.tally import TALLY_COLUMNS, Tally
 
 CONFIG = ScoreConfig()
 INPUTS = {"intensity": "HU", "num_slices": 300, "slice_spacing_mm": 1.0, "pixel_spacing_mm": 0.7}
@@ -19,15 +22,31 @@ def make_night(night: int, num_scans: int = 600, num_bad: int = 0, num_err: int 
     """Rows of a night: probabilities and lungs by chance, everything else the same for all scans."""
     rng = np.random.default_rng(night)
     frame = pd.DataFrame(rng.dirichlet((1, 1, 1), num_scans), columns=PROBABILITIES)
-    frame = frame.assign(night=night, status="OK", manufacturer="GE", lung_fraction=rng.uniform(0.1, 0.3, num_scans))
+    frame = frame.assign(
+        night=datetime.date(2030, 1, night),
+        status="OK",
+        prediction="NCP",
+        manufacturer="GE",
+        lung_fraction=rng.uniform(0.1, 0.3, num_scans),
+    )
     frame = frame.assign(**(INPUTS | inputs))
     frame.loc[: num_bad - 1, "status"] = "BAD_TILT"
     frame.loc[num_bad : num_bad + num_err - 1, "status"] = "ERR_TIMEOUT"
     return frame
 
 
+def tally(*frames: pd.DataFrame) -> Tally:
+    """The frames as so many pieces of rows."""
+    tallied = Tally()
+    for frame in frames:
+        schema = pa.schema([SCHEMA.field(name).with_nullable(True) for name in TALLY_COLUMNS])
+        tallied.add(pa.Table.from_pandas(frame, schema, preserve_index=False))
+    return tallied
+
+
 def judge_night(tonight: pd.DataFrame, num_nights: int = 7) -> Verdict:
-    return judge(tonight, pd.concat([make_night(night, num_bad=6) for night in range(1, num_nights + 1)]), CONFIG)
+    earlier = [make_night(night, num_bad=6) for night in range(1, num_nights + 1)]
+    return judge(tally(tonight), tally(*earlier), CONFIG)
 
 
 def name_breaches(verdict: Verdict) -> list[str]:
@@ -57,31 +76,33 @@ def test_an_empty_bin_is_finite() -> None:
 
 def test_chance_alone_gives_what_the_docstring_says() -> None:
     rng = np.random.default_rng(0)
-    before = pd.Series(rng.normal(size=20_000))
-    found = [measure_psi(*count_bins(pd.Series(rng.normal(size=PSI_MIN_SCANS)), before)) for _ in range(300)]
+    before = rng.normal(size=20_000)
+    found = [measure_psi(*count_numbers(rng.normal(size=PSI_MIN_SCANS), before)) for _ in range(300)]
     assert np.mean(found) == pytest.approx(9 * (1 / PSI_MIN_SCANS + 1 / 20_000), rel=0.1)
     assert max(found) < CONFIG.gate_psi
 
 
 def test_numbers_are_counted_between_the_deciles_of_earlier_nights() -> None:
-    before = pd.Series(np.arange(1.0, 101.0))  # deciles 10, 20 ... 90
-    tonight = pd.Series([-5.0, 9.0, 10.0, 19.5, 90.0, 1000.0, np.nan])
-    counts, counts_before = count_bins(tonight, before)
+    before = np.arange(1.0, 101.0)  # deciles 10, 20 ... 90
+    tonight = np.array([-5.0, 9.0, 10.0, 19.5, 90.0, 1000.0, np.nan])
+    counts, counts_before = count_numbers(tonight, before)
     assert counts.tolist() == [2, 2, 0, 0, 0, 0, 0, 0, 0, 2, 1]
     assert counts_before.tolist() == [9, 10, 10, 10, 10, 10, 10, 10, 10, 11, 0]
 
 
 def test_a_usual_number_has_a_bin_of_its_own() -> None:
     """All earlier slices lie 5 mm apart: a shift to 4 mm and one to 6 mm both show."""
-    before = pd.Series(np.full(50, 5.0))
-    assert len(find_edges(before.to_numpy())) == 2
+    before = np.full(50, 5.0)
+    assert len(find_edges(before)) == 2
     for shifted, expected in ((4.0, [9, 0, 0, 0]), (5.0, [0, 9, 0, 0]), (6.0, [0, 0, 9, 0])):
-        assert count_bins(pd.Series(np.full(9, shifted)), before)[0].tolist() == expected
+        assert count_numbers(np.full(9, shifted), before)[0].tolist() == expected
 
 
 def test_names_and_nulls_are_bins() -> None:
-    tonight, before = pd.Series(["GE", None, "Canon"]), pd.Series(["GE", "GE", "Siemens"])
-    assert [counts.tolist() for counts in count_bins(tonight, before)] == [[1, 1, 1, 0], [0, 0, 2, 1]]
+    tonight, before = make_night(2, 3), make_night(1, 3)
+    tonight["manufacturer"], before["manufacturer"] = ["GE", None, "Canon"], ["GE", "GE", "Siemens"]
+    names = [tally(frame).names["manufacturer"] for frame in (tonight, before)]
+    assert [counts.tolist() for counts in count_names(*names)] == [[1, 1, 1, 0], [0, 0, 2, 1]]
 
 
 def test_an_ordinary_night_passes() -> None:
@@ -117,7 +138,7 @@ def test_small_runs_and_first_nights_are_not_judged() -> None:
     assert few.breaches == ()
     early = judge_night(make_night(8, **wild), num_nights=6)
     assert early.describe() == "not judged: 6 earlier nights, the gates need 7"
-    first = judge(make_night(8), make_night(1).iloc[:0], CONFIG)
+    first = judge(tally(make_night(8)), Tally(), CONFIG)
     assert first.describe() == "not judged: 0 earlier nights, the gates need 7"
 
 

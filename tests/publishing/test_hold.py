@@ -11,8 +11,8 @@ from darnet.errors import ExitCode, HeldError, RunError, UsageError
 from darnet.job import run_job
 from darnet.publishing.commit import publish
 from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
-from darnet.publishing.rows import make_table
 from darnet.publishing.runs import RunFolder, find_unfinished
+from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
 from darnet.settings import ScoreSettings
 from darnet.storage import Store, open_store
@@ -27,6 +27,7 @@ from tests.results_fixtures import (
     make_source,
     publish_rows,
     read_statuses,
+    stage,
 )
 
 CONFIG = ScoreSettings(archive="a", model="m", results="r").score.model_copy(
@@ -48,7 +49,7 @@ class KillingStore:
         return getattr(self._real, name)
 
 
-def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, Any]:
+def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, StagedRows]:
     """Plan and parts of a run, as scoring leaves them; its sources are new."""
     keys = [f"{night}-{index}" for index in range(len(statuses))]
     folder = begin_run(store, *map(make_source, keys), run_id=f"run{night}", night=night)
@@ -57,6 +58,10 @@ def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, An
     ]
     folder.write_part("part", rows)
     return folder, folder.read_parts()
+
+
+def read_staged(rows: StagedRows) -> list[dict[str, Any]]:
+    return [row for _, piece in rows.stream() for row in piece.to_pylist()]
 
 
 def hold_night(store: Store) -> RunFolder:
@@ -195,7 +200,7 @@ def test_a_published_run_cannot_be_discarded(local: Store) -> None:
 
 def test_a_held_run_that_another_driver_published_is_accepted_and_not_discarded(local: Store) -> None:
     folder = hold_night(local)
-    publish_rows(local, folder.run_id, *folder.read_parts().to_pylist())
+    publish_rows(local, folder.run_id, *read_staged(folder.read_parts()))
     with pytest.raises(UsageError, match=r"in the table already.*--accept"):
         decide(local, "discard", folder.run_id)
     assert list_held_runs(local) == [folder.run_id]
@@ -233,15 +238,15 @@ def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(store: St
         review_run(folder, rows, CONFIG)
     assert decide(store, "accept", "run3")["published"] == 3
 
-    old = [row | {"run_id": "run4", "night": datetime.date(2030, 1, 4)} for row in rows.to_pylist()[2:]]
+    old = [row | {"run_id": "run4", "night": datetime.date(2030, 1, 4)} for row in read_staged(rows)[2:]]
     folder, fresh = stage_night(store, 4, "OK", "OK", "OK", "OK")
-    rows = make_table([*fresh.to_pylist(), *old])
+    rows = stage([*read_staged(fresh), *old])
     verdict = review_run(folder, rows, CONFIG)
     assert verdict.describe() == "passed; without 4 scans tried again in vain"
     assert publish(store, "run4", rows, make_listing(9), ORIGIN) == 4
     assert set(read_predictions(store.uri, latest=False)["scan_id"][14:]) == {f"4-{index}" for index in range(4)}
 
-    alone = make_table([row | {"run_id": "run5"} for row in old])
+    alone = stage([row | {"run_id": "run5"} for row in old])
     assert review_run(RunFolder(store, "run5"), alone, CONFIG).num_repeats == 4
     assert publish(store, "run5", alone, make_listing(10), ORIGIN) is None
 
@@ -251,8 +256,8 @@ def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:
         publish_rows(store, f"run{number}", make_row(f"{number}", night=night))
 
     def read_days(night: int, num_nights: int) -> list[int]:
-        rows = read_earlier_nights(store, datetime.date(2030, 1, night), num_nights)
-        return sorted(day.day for day in rows["night"].to_pylist())
+        nights = read_earlier_nights(store, datetime.date(2030, 1, night), num_nights).nights
+        return sorted(day.day for day in nights.elements())
 
     assert read_days(7, 9) == [1, 2, 2, 3, 4, 5]
     assert read_days(5, 3) == [2, 2, 3, 4]

@@ -13,17 +13,19 @@ from darnet.config import ScoreConfig
 from darnet.errors import STATUS_MEANINGS, Status
 from darnet.page import NOTICE, HtmlFigure
 from darnet.publishing.gates import judge
-from darnet.publishing.nightly_report import EARLIER_COLUMNS, NIGHT_COLUMNS, render_nightly
+from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
 from darnet.publishing.rows import make_table
+from darnet.publishing.tally import TALLY_COLUMNS, Tally
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.nights_fixtures import make_night_rows
 from tests.results_fixtures import make_row
 
 
 def render(tonight: list[dict[str, Any]], earlier: list[dict[str, Any]], **pictures: HtmlFigure) -> str:
-    rows = make_table(tonight).select(NIGHT_COLUMNS).to_pandas()
-    before = make_table(earlier).select(EARLIER_COLUMNS).to_pandas()
-    return render_nightly(rows, before, judge(rows, before, ScoreConfig()), pictures)
+    night, before = Night(), Tally()
+    night.add(make_table(tonight).select(NIGHT_COLUMNS))
+    before.add(make_table(earlier).select(TALLY_COLUMNS))
+    return render_nightly(night, before, judge(night.tally, before, ScoreConfig()), pictures)
 
 
 def render_weeks(num_scans: int = 600, shift: float = 1.0, picture: HtmlFigure | None = None) -> str:
@@ -106,6 +108,27 @@ def test_a_scans_name_is_text_and_not_markup() -> None:
     page = render([make_row("<script>alert(1)</script>", fold_std_ncp=0.1)], [])
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_the_page_is_the_same_in_whatever_pieces_its_rows_come() -> None:
+    """Also where scans are equal in what they are chosen by: the first ones are named."""
+    rows = make_table(
+        [
+            *make_night_rows(1, 90),
+            *(make_row(f"equal{number}", fold_std_ncp=0.5, probability_ncp=0.99) for number in range(30)),
+            *(make_row(f"bad{number:02d}", "BAD_TILT", fetch_s=9.0) for number in range(30, 0, -1)),
+        ]
+    ).select(NIGHT_COLUMNS)
+    pages = []
+    for size in (len(rows), 40, 13):
+        night = Night()
+        for start in range(0, len(rows), size):
+            night.add(rows.slice(start, size))
+        pages.append(render_nightly(night, Tally(), judge(night.tally, Tally(), ScoreConfig())))
+    assert pages[0] == pages[1] == pages[2]
+    assert [f"equal{number}" in pages[0] for number in range(12)] == [True] * 10 + [False] * 2
+    assert [f"bad{number:02d}" in pages[0] for number in (1, 10, 11, 29)] == [True, True, False, False]
+    assert find_rows(pages[0], "fetch")[0][-1] == "bad30"
 
 
 @pytest.mark.browser

@@ -11,7 +11,6 @@ from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.hold import decide_hold, list_held_runs
 from darnet.publishing.objects import list_commits
 from darnet.publishing.origin import Origin
-from darnet.publishing.rows import make_table
 from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.publishing.scored_keys import read_scored_keys
 from darnet.settings import ScoreSettings
@@ -27,6 +26,7 @@ from tests.results_fixtures import (
     make_row,
     make_source,
     publish_rows,
+    stage,
 )
 
 SECRET, OTHER = "a secret of thirty-two bytes or more", "another one of thirty-two or more"
@@ -103,7 +103,7 @@ class RacingStore:
 def test_two_first_nights_of_two_origins_leave_one(local: Store, other: Origin) -> None:
     store = RacingStore(local, other)
     with pytest.raises(UsageError, match="of its own"):
-        publish(store, "run", make_table([make_row("doe")]), make_listing(0), ORIGIN)  # type: ignore[arg-type]
+        publish(store, "run", stage([make_row("doe")]), make_listing(0), ORIGIN)  # type: ignore[arg-type]
     assert list_commit_numbers(local) == [1]
 
 
@@ -124,12 +124,12 @@ def test_a_moved_archive_is_said_once_and_does_not_come_back(local: Store) -> No
 
 
 def test_a_raw_key_is_neither_published_nor_told_where_names_are_digests() -> None:
-    table = make_table([name_row("b", NAMES), make_row("doe")])
+    rows = stage([name_row("b", NAMES), make_row("doe")])
     with pytest.raises(RunError, match="not named as their run says") as caught:
-        check_rows(["doe"], table, HIDDEN)
+        check_rows(["doe"], rows, HIDDEN)
     assert "doe" not in str(caught.value)
     with pytest.raises(RunError, match="planned, but has no row") as caught:
-        check_rows(["doe"], make_table([name_row("b", NAMES)]), HIDDEN)
+        check_rows(["doe"], stage([name_row("b", NAMES)]), HIDDEN)
     assert "doe" not in str(caught.value)
     assert NAMES.name_source("doe") in str(caught.value)
 

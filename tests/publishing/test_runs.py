@@ -186,14 +186,14 @@ def test_parts_gather_what_was_staged(store: Store) -> None:
         for _ in range(2):  # a repeated task
             folder.write_part(name_part([key]), [make_row(key)])
     assert folder.list_staged_sources() == set(ODD_KEYS)
-    assert sorted(folder.read_parts()["source"].to_pylist()) == sorted(map(spell_key, ODD_KEYS))
+    assert sorted(folder.read_parts().keys["source"].to_pylist()) == sorted(map(spell_key, ODD_KEYS))
 
 
 def test_a_source_in_two_parts_counts_once_and_whole(local: Store) -> None:
     folder = RunFolder(local, "run")
     folder.write_part("1", [make_row("a#1"), make_row("a#2"), make_row("b")])
     folder.write_part("2", [make_row("b", "ERR_TIMEOUT"), make_row("a#1", "ERR_TIMEOUT"), make_row("c")])
-    rows = folder.read_parts().select(["scan_id", "status"]).to_pylist()
+    rows = folder.read_parts().keys.select(["scan_id", "status"]).to_pylist()
     assert [(row["scan_id"], row["status"]) for row in rows] == [(name, "OK") for name in ("a#1", "a#2", "b", "c")]
 
 
@@ -236,7 +236,7 @@ def test_of_a_source_scored_twice_the_rows_without_an_error_count(local: Store, 
     folder = begin_run(local, make_source("s"))
     folder.write_part(names[0], [make_row("s", "ERR_STORAGE", run_id=folder.run_id)])
     folder.write_part(names[1], [make_row("s", run_id=folder.run_id)])
-    assert folder.read_parts()["status"].to_pylist() == ["OK"]
+    assert folder.read_parts().keys["status"].to_pylist() == ["OK"]
 
 
 def test_a_source_planned_twice_is_not_published(local: Store) -> None:

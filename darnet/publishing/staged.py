@@ -1,0 +1,71 @@
+"""What reads a run's staged parts goes in; its rows come out piece by piece, each source once and whole."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from darnet.archive import batch_by
+from darnet.publishing.objects import PIECE_ROWS
+from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, SCHEMA, is_error
+from darnet.scan import BoolArray
+
+ROW_KEY = [*SCAN_KEY, "status", "night"]
+RUN_KEY = ["run_id", *MODEL_KEY]
+
+
+class StagedRows:
+    """The rows of a run, of which only the keys are held: some 250 bytes a row.
+
+    `keys` has ROW_KEY of every row, in the order of `stream`; `run_key` the values that each column of RUN_KEY takes,
+    which should be one. A source that was staged twice, by a driver that outlived its time, counts once and whole: the
+    part without an ERR row of it counts, if there is one, else the first.
+    """
+
+    def __init__(self, read: Callable[[list[str]], Iterator[Any]]) -> None:
+        """`read` yields some columns of each part, always the same parts in the same order."""
+        self._read = read
+        parts = [SCHEMA.empty_table().select(ROW_KEY)]
+        self.run_key: dict[str, set[str]] = {name: set() for name in RUN_KEY}
+        for part in read([*ROW_KEY, *RUN_KEY]):
+            parts.append(part.select(ROW_KEY))
+            for name, values in self.run_key.items():
+                values.update(part[name].unique().to_pylist())
+        self._is_counted = _choose_rows(parts)
+        self.keys = pa.concat_tables(parts).combine_chunks().filter(pa.array(self._is_counted))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows count."""
+        return int(self.keys.num_rows)
+
+    def count_statuses(self) -> dict[str, int]:
+        """How many rows end in each status, the commonest first."""
+        counts = pc.value_counts(self.keys["status"]).to_pylist()
+        return {item["values"]: item["counts"] for item in sorted(counts, key=lambda item: -item["counts"])}
+
+    def stream(self, columns: list[str] = SCHEMA.names) -> Iterator[tuple[slice, Any]]:
+        """Some columns of the rows in pieces of about `PIECE_ROWS`, each with its place in `keys`; no source is split.
+
+        Raises: StorageError of a part that is gone or damaged.
+        """
+        num_read = num_counted = 0
+        for parts in batch_by(self._read(columns), len, PIECE_ROWS):
+            rows = pa.concat_tables(parts).combine_chunks()
+            counted = rows.filter(pa.array(self._is_counted[num_read : num_read + len(rows)]))
+            yield slice(num_counted, num_counted + len(counted)), counted
+            num_read += len(rows)
+            num_counted += len(counted)
+
+
+def _choose_rows(parts: list[Any]) -> BoolArray:
+    """Whether each row counts: it lies in the part that its source is taken from."""
+    frame = pa.concat_tables(parts).select(["source", "status"]).to_pandas()
+    frame["part"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    has_error = is_error(frame).groupby([frame["source"], frame["part"]]).transform("any")
+    rank: pd.Series[int] = has_error * len(parts) + frame["part"]
+    is_counted: BoolArray = (rank == rank.groupby(frame["source"]).transform("min")).to_numpy()
+    return is_counted
