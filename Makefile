@@ -35,10 +35,10 @@ paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four ne
 	@echo "DARNet: the report is .paper/study/report/report.html"
 
 test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
-	@echo "DARNet: quick tests (no Ray, no sockets), two at a time"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	@echo "DARNet: tests that start Ray, an S3 server or a browser"
-	@$(BIN)/python -m pytest -q -m '(ray or s3 or browser) and not slow'
+	@echo "DARNet: tests without Ray, two at a time"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not slow'
+	@echo "DARNet: tests that start Ray"
+	@$(BIN)/python -m pytest -q -m 'ray and not slow'
 
 test-slow: $(ENVIRONMENT) ## what takes longer than a person waits
 	@$(BIN)/python -m pytest -q -m slow

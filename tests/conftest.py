@@ -33,6 +33,7 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_metrics_report_interval_ms": "2000",  # else a test waits ten seconds for a count
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less a fold; nobody preempts this machine
     # Workers start in a folder of Ray's own and must find the code all the same.
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -22,8 +22,6 @@ SECRET = "a secret of thirty-two bytes or more"
 
 def score(folder: Path) -> tuple[int, dict[str, Any], str]:
     """Exit code, summary and what was told of a night on one chest."""
-    write_chest(folder / "archive" / "chest")
-    write_random_bundle(folder / "model")
     places = [f"--{name}={folder / name}" for name in ("archive", "model", "results")]
     command = [sys.executable, "-m", "jobs.score", *places]
     job = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
@@ -38,10 +36,12 @@ def add_node(cluster: Any, secret: str, **arguments: Any) -> Mapping[str, Any]:
 @pytest.mark.parametrize(
     "other", ["", *(pytest.param(secret, marks=pytest.mark.slow) for secret in (SECRET[::-1], "k33p-out"))]
 )
-def test_nodes_of_different_secrets_score_nothing(
+def test_nodes_of_different_secrets_score_nothing_and_machines_without_a_token_neither(
     other: str, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PSEUDONYM_VARIABLE, SECRET)
+    write_chest(tmp_path / "archive" / "chest")
+    write_random_bundle(tmp_path / "model")
     add_node(cluster, SECRET)
     add_node(cluster, other)
     code, summary, told = score(tmp_path)
@@ -50,9 +50,7 @@ def test_nodes_of_different_secrets_score_nothing(
     assert SECRET not in told + str(summary)
     assert not list((tmp_path / "results").rglob("part*"))
 
-
-def test_machines_that_ask_for_no_token_are_refused(cluster: Any, tmp_path: Path) -> None:
-    add_node(cluster, "", node_ip_address="127.0.0.2")
+    add_node(cluster, SECRET, node_ip_address="127.0.0.2")  # another machine, and nobody is asked for a token
     code, summary, _ = score(tmp_path)
     assert code == 2
     assert "2 machines" in summary["error"]
