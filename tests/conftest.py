@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,22 +95,30 @@ def local(tmp_path: Path) -> Store:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head that does no work, like that of cluster.yaml. Its jobs are processes of their own."""
+    with run_cluster() as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+
+
+@contextmanager
+def run_cluster(variables: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """The same until the block ends, started under these variables."""
     from ray._common.utils import reset_ray_address
     from ray.cluster_utils import Cluster  # takes seconds, and most runs of pytest deselect this file
 
-    for name, value in RAY_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    with warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        for node in reversed(
-            cluster.list_all_nodes()
-        ):  # not shutdown(), which also resets this process's other session
-            cluster.remove_node(node, allow_graceful=False)
-        reset_ray_address()
-        gc.collect()
+        for name, value in {**RAY_ENVIRONMENT, **(variables or {})}.items():
+            patch.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield cluster
+        finally:
+            # not shutdown(), which also resets this process's other session
+            for node in reversed(cluster.list_all_nodes()):
+                cluster.remove_node(node, allow_graceful=False)
+            reset_ray_address()
+            gc.collect()
 
 
 def find_free_port() -> int:

@@ -52,6 +52,7 @@ class Fault:
     reset      the connection is closed before anything is done
     lost       the server does it, and the connection is closed before it says so
     slow       the answer comes after `delay_s`
+    held       the request waits until the proxy is told to `release`
     truncated  half of the body comes, under the length of the whole
     flipped    one bit of the body is another; listings, which have no digest anywhere, come as they are
     """
@@ -60,6 +61,7 @@ class Fault:
     delay_s: float = 0.0
 
 
+HOLD_S = 300.0  # nothing waits longer
 Policy = Callable[[Request], Fault | None]
 
 
@@ -94,6 +96,21 @@ class FaultProxy:
         self.done: Counter[str] = Counter()
         self._seen: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
+        self._is_released = threading.Event()
+
+    def hold(self, part: str) -> None:
+        """Let every request to a path with this part in it wait, and nothing else happen, until `release`."""
+        self._is_released.clear()
+        self.policy = lambda request: Fault("held") if part in request.path else None
+
+    def release(self) -> None:
+        """Fair weather, for what waits too."""
+        self.policy = fair_weather
+        self._is_released.set()
+
+    def wait_for_release(self) -> None:
+        """What a held request does."""
+        self._is_released.wait(HOLD_S)
 
     def judge(self, method: str, target: str) -> Fault | None:
         """Count a request, and decide on it."""
@@ -149,6 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = None if fault is None else fault.kind
         if fault is not None:
             time.sleep(fault.delay_s)
+        if kind == "held":
+            self.proxy.wait_for_release()
         if kind == "reset":
             return self._hang_up()
         if kind in STATUS_OF:

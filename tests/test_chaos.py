@@ -1,11 +1,15 @@
-"""The quick form of `make chaos`: one night in a storm; and that its judge sees what was lost."""
+"""The quick form of `make chaos`: a few of its nights; and that its judge sees what was lost."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from darnet.storage import open_store
-from tests.chaos.night import Night, Outcome, Site, collect_facts, judge, prepare_site, watch
+from tests.bundle_fixtures import write_random_bundle
+from tests.chaos.hostile_faults import NUM_SOUND, hostile_archive
+from tests.chaos.night import ChaosError, Night, Outcome, Site, collect_facts, judge, prepare_site, watch
+from tests.chaos.process_faults import kill_workers
 from tests.chaos.store_faults import weather
 from tests.fault_proxy import FaultProxy
 from tests.results_fixtures import make_row, publish_rows
@@ -23,15 +27,30 @@ def test_the_judge_sees_what_is_lost_doubled_changed_and_seen_in_part(tmp_path: 
     )
     publish_rows(night.results, "three", make_row("d"))
     assert not judge(night, [0]).is_sound
+    publish_rows(night.results, "four", make_row("e"))
+    with pytest.raises(ChaosError, match="'e'"):
+        judge(night, [0])
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.filterwarnings("default")
-def test_a_night_in_a_storm_loses_nothing(tmp_path: Path) -> None:
-    """A fifth of all answers is SlowDown, a twentieth 500, others cut, flipped, late or none."""
+@pytest.mark.parametrize("fault", [weather, kill_workers])
+def test_a_night_under_faults_loses_nothing(fault: Callable[[Night], str], tmp_path: Path) -> None:
+    """A fifth of all answers is SlowDown, a twentieth 500, others cut, flipped, late or none; or workers die."""
     with prepare_site(tmp_path) as site:
-        outcome, remark = watch(Night(site, "weather"), weather)
+        outcome, remark = watch(Night(site, "disturbed", fault is weather), fault)
     assert outcome == Outcome(6, 0, 0, 0, 0, outcome.polls, 0), remark
     assert outcome.polls > 20
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.filterwarnings("default")
+def test_all_hostile_scans_change_no_bit_of_a_night_and_end_no_worker(tmp_path: Path) -> None:
+    site = Site(tmp_path, "", FaultProxy(""))
+    write_random_bundle(Path(site.model))
+    outcome, remark = watch(Night(site, "hostile", is_remote=False), hostile_archive)
+    print(remark)
+    assert outcome == Outcome(NUM_SOUND, 0, 0, 0, 0, outcome.polls, 0), remark

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,20 @@ def test_a_lost_answer_is_to_a_request_that_was_carried_out(s3: Callable[[], str
         found = client.list_objects_v2(Bucket=bucket, Prefix=kind).get("Contents", [])
         assert bool(found) == is_there
     client.close()
+
+
+@pytest.mark.s3
+def test_what_is_held_waits_for_its_release_and_nothing_else_does(s3: Callable[[], str], proxy: FaultProxy) -> None:
+    store = open_through(s3())
+    proxy.hold("/held")
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit(store.write_bytes, "held", b"0")
+        store.write_bytes("other", b"0")
+        assert [item.key for item in store.list_objects()] == ["other"]
+        proxy.release()
+        written.result()
+    assert [item.key for item in store.list_objects()] == ["held", "other"]
+    assert proxy.done["held"] == 1
 
 
 # Reading

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from darnet.terminal import print_table
-from tests.chaos import byte_faults, machine_faults, store_faults, training_faults
+from tests.chaos import (
+    byte_faults,
+    cluster_faults,
+    hostile_faults,
+    machine_faults,
+    process_faults,
+    store_faults,
+    training_faults,
+)
 from tests.chaos.night import ChaosError, Night, Outcome, Site, prepare_site, watch
 from tests.small_disk import MountRefused
 
@@ -26,10 +34,12 @@ REMOTE = [
     machine_faults.full_scratch,
 ]
 LOCAL = [
-    *(machine_faults.kill_driver, machine_faults.kill_workers, machine_faults.stop_driver),
-    *(machine_faults.stop_everything, machine_faults.full_results, machine_faults.starved_child),
+    *(process_faults.kill_driver, process_faults.kill_workers, process_faults.kill_child, process_faults.stop_child),
+    *(process_faults.stop_driver, process_faults.stop_everything, cluster_faults.stop_node),
+    *(machine_faults.full_results, machine_faults.starved_child),
     *(machine_faults.clock_ahead, machine_faults.clock_behind),
     *(byte_faults.wrong_part, byte_faults.wrong_plan, byte_faults.wrong_bundle, byte_faults.wrong_result),
+    hostile_faults.hostile_archive,
 ]
 TRAINING = [training_faults.kill_rank, training_faults.tear_checkpoint]
 NIGHTS = {fault.__name__: (fault, fault in REMOTE) for fault in (*REMOTE, *LOCAL)}
@@ -46,11 +56,11 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     names = chosen.only.split(",") if chosen.only else [*NIGHTS, *TRAININGS]
     if chosen.list or set(names) - {*NIGHTS, *TRAININGS}:
-        print("\n".join([*NIGHTS, *TRAININGS]))
+        print("\n".join(f"{fault.__name__}: {fault.__doc__}" for fault in (*REMOTE, *LOCAL, *TRAINING)))
         return 0 if chosen.list else 2
     with tempfile.TemporaryDirectory(prefix="darnet-chaos-") as folder:
         lines = run_faults(Path(folder), names, time.monotonic() + 60 * chosen.minutes)
-    header = ["fault", "as it must be", "rows due", "lost", "doubled", "other bits", "polls in part", "polls"]
+    header = ["fault", "as it must be", "exit", "rows due", "lost", "doubled", "other bits", "polls in part", "polls"]
     header += ["left running", "s"]
     told = [[value for name, value in line.items() if name != "remark"] for line in lines]
     print_table("What was tried, and what was lost", header, told)
@@ -87,7 +97,8 @@ def run_one(name: str, disturb: Callable[[], tuple[Outcome, str]]) -> dict[str, 
     except Exception as error:  # what nobody thought of is a line too, and the next fault is tried
         verdict, remark = "NO", str(error) if isinstance(error, ChaosError) else repr(error)
     counts = {count: "" if outcome is None else getattr(outcome, count) for count in COUNTS}
-    line = {"fault": name, "verdict": verdict, **counts, "seconds": round(time.monotonic() - started_s)}
+    exits = "" if outcome is None else ", ".join(map(str, outcome.exits))
+    line = {"fault": name, "verdict": verdict, "exit": exits, **counts, "seconds": round(time.monotonic() - started_s)}
     line["remark"] = remark
     print(json.dumps(line), flush=True)
     return line

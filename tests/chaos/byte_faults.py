@@ -1,8 +1,6 @@
 """One byte that is another than it was: in a part, a plan, a bundle, an object of the table."""
 
 import json
-import os
-import signal
 import struct
 import subprocess
 import sys
@@ -12,39 +10,35 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.chaos.night import ChaosError, Night, list_parts, wait_until
+from tests.chaos.night import ChaosError, Night, end_group, list_parts, wait_until
 from tests.places import ROOT
 from tests.results_fixtures import flip_bit
 
 
 def wrong_part(night: Night) -> str:
     """In a staged part of a driver that was killed: refused by name, and scored again once it is deleted."""
-    job = night.start()
-    night.wait_for_parts(2, job)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
+    end_group(night.start_and_hold())
+    night.site.proxy.release()
     part = night.folder / list_parts(night.results)[0]
     _flip(part, 0.3)
     error = night.run(4)["error"]
     _demand(part.name, error)
     part.unlink()
-    return f"exit 4, then {night.run(0)['resumed_sources']} sources resumed"
+    return f"named; then {night.run(0)['resumed_sources']} sources resumed"
 
 
 def wrong_plan(night: Night) -> str:
     """In the plan of a driver that was killed: refused by name; discarded, its sources are planned anew."""
     job = night.start()
     wait_until(lambda: bool(list(night.folder.glob("_runs/*/plan.parquet"))), job)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
+    end_group(job)
     (plan,) = night.folder.glob("_runs/*/plan.parquet")
     _flip(plan, 0.1)
     summary = night.run(2, 4)
     _demand("plan.parquet", summary["error"])
-    code = summary["exit_code"]
     _run_job("score", "--results", night.uri, "--discard", plan.parent.name, "--reason", "a byte is wrong")
     night.run(0)
-    return f"exit {code}, then discarded"
+    return "named, then discarded"
 
 
 def wrong_bundle(night: Night) -> str:
@@ -54,7 +48,7 @@ def wrong_bundle(night: Night) -> str:
         error = night.run(2)["error"]
     _demand("fold3.safetensors", error)
     night.run(0)
-    return "exit 2, then mended"
+    return "named, then mended"
 
 
 def wrong_result(night: Night) -> str:
@@ -66,7 +60,7 @@ def wrong_result(night: Night) -> str:
         error = _run_job("results", "check", "--results", night.uri, code=1)
     _demand(path.name, error)
     _run_job("results", "check", "--results", night.uri)
-    return "check: exit 1"
+    return "named by the check, which ends with 1"
 
 
 @contextmanager

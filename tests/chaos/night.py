@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -15,24 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from darnet.errors import StorageError
+from darnet.publishing.check import check_table
 from darnet.publishing.objects import list_commits
+from darnet.publishing.rows import SCHEMA
 from darnet.results import read_rows
 from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.conftest import run_s3_server
-from tests.fault_proxy import FaultProxy, fair_weather, run_fault_proxy
+from tests.fault_proxy import FaultProxy, run_fault_proxy
 from tests.night_jobs import finish_job, start_job, write_archive
 
 NUM_CHESTS = 3
+LAST_SOURCE = "two"  # of the archive, in the order of its keys
 MARK = "CHAOS_NIGHT"  # in the environment of a job and of all that it starts
 END_S = 30.0
 WAIT_S = 240.0
-# What a clock, a run's name or a store's own versions do not change.
-FACTS = [
-    *("source", "scan_id", "status", "model_sha256", "prediction", "fold_probability_ncp", "cam_depth_profile"),
-    *("probability_cp", "probability_ncp", "probability_normal", "fold_std_ncp", "cam_in_lung_fraction"),
-]
+# What a clock, a run's name or a store's own versions change; all else must be the same to the last bit.
+UNSTABLE = {"run_id", "commit", "night", "scored_at", "input_sha256", "fetch_s", "decode_s", "model_s"}
+FACTS = [name for name in SCHEMA.names if name not in UNSTABLE]
 Key = tuple[str, str]
+Truth = dict[Key, Any]
 
 
 class ChaosError(Exception):
@@ -46,7 +49,7 @@ class Site:
     folder: Path
     bucket: str
     proxy: FaultProxy
-    truth: dict[Key, Any] = field(default_factory=dict)
+    truth: Truth = field(default_factory=dict)
 
     @property
     def archive(self) -> Path:
@@ -61,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a night lost, of `due` rows; all counts but `due` and `polls` should be 0."""
+    """What a night lost, of `due` rows; all counts but `due` and `polls` should be 0. `exits` are the jobs' codes."""
 
     due: int
     lost: int
@@ -70,6 +73,7 @@ class Outcome:
     partial: int
     polls: int
     left_running: int
+    exits: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def is_sound(self) -> bool:
@@ -80,11 +84,10 @@ class Outcome:
 @contextmanager
 def prepare_site(folder: Path) -> Iterator[Site]:
     """Write archive and bundle, start the S3 server with the proxy before it, and run the quiet night."""
-    site = Site(folder, "", fair_weather)  # type: ignore[arg-type]
-    write_archive(site.archive, NUM_CHESTS)
-    write_random_bundle(Path(site.model))
     with run_s3_server(folder) as make_bucket, run_fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         site = Site(folder, make_bucket(), proxy)
+        write_archive(site.archive, NUM_CHESTS)
+        write_random_bundle(Path(site.model))
         archive = open_store(f"{site.bucket}/ct")
         for item in open_store(str(site.archive)).list_objects():
             archive.write_bytes(item.key, (site.archive / item.key).read_bytes())
@@ -94,28 +97,43 @@ def prepare_site(folder: Path) -> Iterator[Site]:
         yield site
 
 
-def collect_facts(results: Store) -> dict[Key, Any]:
+def collect_facts(results: Store) -> Truth:
     """The latest rows by source and scan."""
     rows = read_rows(results).select(FACTS).to_pylist()
     return {(row["source"], row["scan_id"]): repr(row) for row in rows}  # repr tells any two floats apart
 
 
+def mark_processes(mark: str) -> dict[str, str]:
+    """Variables under which all that a job starts can be found; Ray's workers write their titles over theirs else."""
+    return {MARK: mark, "SPT_NOENV": "1", "RAY_AUTH_MODE": "disabled"}
+
+
 @dataclass
 class Night:
-    """One table of results and the jobs that write it, on the disk or in the failing store."""
+    """One table of results and the jobs that write it, on the disk or in the failing store.
+
+    `truth` is what it must end in; sources of `guests` are beside it, and the fault itself judges their rows.
+    """
 
     site: Site
     name: str
     is_remote: bool = True
     archive: str = ""
-    model: str = ""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    truth: Truth = field(default_factory=dict)
+    guests: set[str] = field(default_factory=set)
+    exits: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.archive = self.archive or (f"{self.site.bucket}/ct" if self.is_remote else str(self.site.archive))
-        self.model = self.model or self.site.model
+        self.truth = self.truth or self.site.truth
         self.folder = self.site.folder / f"results-{self.name}"
         self.uri = f"{self.site.bucket}/results-{self.name}" if self.is_remote else str(self.folder)
+
+    @property
+    def model(self) -> str:
+        """The bundle, on the disk."""
+        return self.site.model
 
     @property
     def results(self) -> Store:
@@ -124,34 +142,59 @@ class Night:
 
     def start(self, *flags: str, **variables: str) -> "subprocess.Popen[str]":
         """A driver; its requests go through the proxy."""
-        told = {MARK: self.mark, "RAY_AUTH_MODE": "disabled", "AWS_ENDPOINT_URL": self.site.proxy.url} | variables
+        told = mark_processes(self.mark) | {"AWS_ENDPOINT_URL": self.site.proxy.url} | variables
         return start_job(self.archive, self.model, self.uri, *flags, variables=told)
+
+    def start_and_hold(self, *flags: str, **variables: str) -> "subprocess.Popen[str]":
+        """A driver that has staged two parts and waits for its last source, which the proxy holds until `release`."""
+        self.archive = f"{self.site.bucket}/ct"
+        self.site.proxy.hold(f"/ct/{LAST_SOURCE}/")
+        job = self.start(*flags, **variables)
+        wait_until(lambda: len(list_parts(self.results)) >= 2, job)
+        return job
 
     def run(self, *codes: int, flags: tuple[str, ...] = (), **variables: str) -> dict[str, Any]:
         """A driver from its start to its end; its summary.
 
-        Raises: ChaosError if it ends with another exit code than one of these.
+        Raises: ChaosError if it ends with another exit code than one of these, or with one but 0 and publishes.
         """
         return self.finish(self.start(*flags, **variables), *codes)
 
     def finish(self, job: "subprocess.Popen[str]", *codes: int) -> dict[str, Any]:
         """Raises: ChaosError as `run`."""
+        before = list_commits(self.results)
         try:
             summary = finish_job(job)
         except (IndexError, ValueError, AssertionError, subprocess.TimeoutExpired) as error:
-            os.killpg(job.pid, signal.SIGKILL)
+            end_group(job)
             raise ChaosError(f"the job ended without a summary: {error!r}, {job.returncode}") from error
+        self.exits.append(summary["exit_code"])
         if summary["exit_code"] not in codes:
             raise ChaosError(f"exit code {summary['exit_code']} in place of {codes}: {summary.get('error')}")
+        if summary["exit_code"] and list_commits(self.results) != before:
+            raise ChaosError(f"published in spite of exit code {summary['exit_code']}")
         return summary
 
-    def wait_for_parts(self, number: int, job: "subprocess.Popen[str]") -> None:
-        """Until a run in progress has staged so many parts."""
-        wait_until(lambda: len(list_parts(self.results)) >= number, job)
+    def resume(self) -> int:
+        """How many sources a driver that is started again need not score.
 
-    def find_processes(self) -> list[int]:
+        Raises: ChaosError as `run`, or if these are none or all.
+        """
+        summary = self.run(0)
+        if not 0 < summary["resumed_sources"] < summary["planned_sources"]:
+            raise ChaosError(f"{summary['resumed_sources']} of {summary['planned_sources']} sources resumed")
+        return int(summary["resumed_sources"])
+
+    def find_processes(self, title: str = "") -> list[int]:
         """Whatever is alive of what the jobs of this night started."""
-        return find_marked(self.mark)
+        return find_marked(self.mark, title)
+
+
+def end_group(job: "subprocess.Popen[str]") -> None:
+    """SIGKILL to a job and all in its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
 
 
 def wait_until(is_there: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
@@ -181,24 +224,49 @@ def find_marked(mark: str, title: str = "") -> list[int]:
     return sorted(found)
 
 
+@contextmanager
+def keep_ray_logs() -> Iterator[dict[str, str]]:
+    """Variables for a job whose cluster writes what happens to its workers where `count_crashes` looks."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # sockets: short
+        yield {"RAY_TMPDIR": folder, "RAY_BACKEND_LOG_LEVEL": "info"}
+
+
+def count_crashes(variables: dict[str, str]) -> int:
+    """Workers of these jobs' clusters that ended otherwise than they were asked to."""
+    logs = Path(variables["RAY_TMPDIR"]).glob("ray/session_2*/logs/gcs_server.out")
+    lines = [line for log in logs for line in log.read_text().splitlines() if "Reporting worker exit" in line]
+    return sum("SYSTEM_ERROR" in line for line in lines)
+
+
 class TableReader(threading.Thread):
     """An analyst who counts the published rows again and again, past the proxy."""
 
     def __init__(self, results: Store) -> None:
         super().__init__(daemon=True)
         self.counts: list[int] = []
+        self.error: Exception | None = None
         self._results, self._is_over = results, threading.Event()
 
     def run(self) -> None:
-        while not self._is_over.wait(0.05):
-            with contextlib.suppress(StorageError):  # a damaged object is not read at all
-                self.counts.append(read_rows(self._results, latest=False).num_rows)
+        try:
+            while not self._is_over.wait(0.05):
+                with contextlib.suppress(StorageError):  # a damaged object is not read at all
+                    self.counts.append(read_rows(self._results, latest=False).num_rows)
+        except Exception as error:  # told by `stop`
+            self.error = error
 
-    def stop(self) -> None:
-        """The last look is after the last job."""
-        time.sleep(0.3)
+    def end(self) -> None:
+        """Look no more."""
         self._is_over.set()
         self.join(timeout=30)
+
+    def stop(self) -> list[int]:
+        """What it counted; the last look is after the last job. Raises: ChaosError if it could not read on."""
+        time.sleep(0.3)
+        self.end()
+        if self.error is not None or not self.counts:
+            raise ChaosError(f"the reader ended after {len(self.counts)} polls: {self.error!r}")
+        return self.counts
 
 
 def watch(night: Night, disturb: Callable[[Night], str]) -> tuple[Outcome, str]:
@@ -206,27 +274,33 @@ def watch(night: Night, disturb: Callable[[Night], str]) -> tuple[Outcome, str]:
 
     Raises: ChaosError if it did what it must not.
     """
-    night.site.proxy.policy = fair_weather
+    night.site.proxy.release()
     reader = TableReader(night.results)
     reader.start()
     try:
         remark = disturb(night)
     except BaseException:
+        reader.end()
         end_processes(night.find_processes())
         raise
     finally:
-        night.site.proxy.policy = fair_weather
-        reader.stop()
-    return judge(night, reader.counts), remark
+        night.site.proxy.release()
+    return judge(night, reader.stop()), remark
 
 
 def judge(night: Night, counts: list[int]) -> Outcome:
-    """Hold what was published against the quiet night, and what a reader saw against the table's whole objects."""
-    results, truth = night.results, night.site.truth
+    """Hold what was published against the quiet night, and what a reader saw against the table's whole objects.
+
+    Raises: ChaosError if the table is not sound, or has rows of what is not in the archive.
+    """
+    results, truth = night.results, night.truth
     rows = read_rows(results, latest=False)
     columns = (rows[name].to_pylist() for name in ("source", "scan_id", "status"))
     final = Counter((source, scan) for source, scan, status in zip(*columns, strict=True) if status[:3] != "ERR")
-    found = {key: facts for key, facts in collect_facts(results).items() if key in truth}
+    found = collect_facts(results)
+    made_up = [key for key in found if key not in truth and key[0] not in night.guests]
+    if made_up or (faults := check_table(results)[1]):
+        raise ChaosError(f"rows of nothing: {made_up}" if made_up else f"the table is damaged: {faults}")
     whole, sums = 0, {0}
     for number in range(1, len(list_commits(results)) + 1):
         whole += rows["commit"].to_pylist().count(number)
@@ -235,20 +309,27 @@ def judge(night: Night, counts: list[int]) -> Outcome:
         due=len(truth),
         lost=len(truth.keys() - final.keys()),
         doubled=final.total() - len(final),
-        other=sum(facts != truth[key] for key, facts in found.items()),
+        other=sum(facts != truth[key] for key, facts in found.items() if key in truth),
         partial=sum(count not in sums for count in counts),
         polls=len(counts),
         left_running=count_left(night.mark),
+        exits=tuple(night.exits),
     )
 
 
 def count_left(mark: str) -> int:
     """Processes that outlive their jobs by half a minute; they are ended here."""
-    deadline_s = time.monotonic() + END_S
-    while (left := find_marked(mark)) and time.monotonic() < deadline_s:
-        time.sleep(0.2)
+    left = wait_for_end(lambda: find_marked(mark))
     end_processes(left)
     return len(left)
+
+
+def wait_for_end(find: Callable[[], list[int]]) -> list[int]:
+    """What is still found after half a minute; nothing as soon as there is nothing."""
+    deadline_s = time.monotonic() + END_S
+    while (left := find()) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    return left
 
 
 def end_processes(pids: list[int]) -> None:
