@@ -103,9 +103,9 @@ class FaultProxy:
         self._is_released.clear()
         self.policy = lambda request: Fault("held") if part in request.path else None
 
-    def release(self) -> None:
-        """Fair weather, for what waits too."""
-        self.policy = fair_weather
+    def release(self, policy: Policy = fair_weather) -> None:
+        """End the waiting; what waits meets the same weather as what comes after it."""
+        self.policy = policy
         self._is_released.set()
 
     def wait_for_release(self) -> None:
@@ -163,11 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.proxy.judge(self.command, self.path)
+        while fault is not None and fault.kind == "held":
+            self.proxy.wait_for_release()
+            fault = self.proxy.judge(self.command, self.path)
         kind = None if fault is None else fault.kind
         if fault is not None:
             time.sleep(fault.delay_s)
-        if kind == "held":
-            self.proxy.wait_for_release()
         if kind == "reset":
             return self._hang_up()
         if kind in STATUS_OF:

@@ -57,8 +57,12 @@ def start_job(
 
 
 def finish_job(job: "subprocess.Popen[str]") -> dict[str, Any]:
-    """Its summary; raises if the exit code in it is not the one that came."""
-    summary: dict[str, Any] = json.loads(job.communicate(timeout=300)[0].splitlines()[-1])
+    """Its summary; raises if the last line is none, or if the exit code in it is not the one that came."""
+    printed = job.communicate(timeout=300)[0]
+    try:
+        summary: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"no summary in {printed[-400:]!r}") from error
     assert job.returncode == summary["exit_code"]
     return summary
 

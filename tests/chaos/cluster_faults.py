@@ -14,7 +14,8 @@ IMPATIENCE = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms
 
 def stop_node(night: Night) -> str:
     """SIGSTOP to the node with the networks until another has taken its work over, then SIGCONT."""
-    with run_cluster(mark_processes(night.mark) | IMPATIENCE) as cluster:
+    told = mark_processes(night.mark) | IMPATIENCE | {"AWS_ENDPOINT_URL": night.site.proxy.url}
+    with run_cluster(told) as cluster:
         for _ in range(2):
             cluster.add_node(num_cpus=2)
         job = night.start_and_hold(RAY_ADDRESS=cluster.address)

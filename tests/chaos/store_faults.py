@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from darnet.results import read_rows
 from tests.chaos.night import ChaosError, Night
@@ -23,7 +24,7 @@ def weather(night: Night) -> str:
     done = dict(night.site.proxy.done)
     night.site.proxy.policy = fair_weather
     night.run(0)
-    return f"{first.get('statuses', {})}, then fair; answers {done}"
+    return f"{_describe(first)}, then fair; answers {done}"
 
 
 def etags_alone(night: Night) -> str:
@@ -36,7 +37,7 @@ def etags_alone(night: Night) -> str:
     night.run(0)
     if not num_flipped:
         raise ChaosError("no answer was flipped")
-    return f"{num_flipped} answers flipped, {summary.get('statuses', '')}, then fair"
+    return f"{num_flipped} answers flipped, {_describe(summary)}, then fair"
 
 
 def outage(night: Night) -> str:
@@ -48,16 +49,16 @@ def outage(night: Night) -> str:
         raise ChaosError("the outage never began")
     night.site.proxy.policy = fair_weather
     night.run(0)
-    return f"{first.get('statuses', '')}, then fair"
+    return f"{_describe(first)}, then fair"
 
 
 def endless_outage(night: Night) -> str:
-    """No connection any more, from the middle of the fetching: exit code 4; the next attempt goes on."""
-    night.site.proxy.policy = _after_objects(60, lambda: Fault("reset"))
-    night.run(4)
-    night.site.proxy.policy = fair_weather
-    summary = night.run(0)
-    return f"{summary['resumed_sources']} sources resumed"
+    """No connection any more, with parts staged: exit code 4; the next attempt goes on."""
+    job = night.start_and_hold()
+    night.site.proxy.release(lambda _: Fault("reset"))
+    night.finish(job, 4)
+    night.site.proxy.release()
+    return f"{night.resume()} sources resumed"
 
 
 def no_store(night: Night) -> str:
@@ -132,6 +133,10 @@ def _lock_out(night: Night, code: str) -> str:
     night.site.proxy.policy = fair_weather
     night.run(0)
     return f"{summary['error'][-60:]}"
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    return str(summary.get("statuses") or summary["error"])
 
 
 def _after_objects(number: int, fault: Callable[[], Fault | None]) -> Policy:
