@@ -16,8 +16,8 @@ HOME = Path(__file__).parent
 # wherever these are, so `config` counts only where it holds numbers that are no setting.
 TRAINING = ("augment", "calibration", "dataset", "gang", "metrics", "model", "ray_rank", "scan", "threads", "train")
 PREPARING = (
-    *("archive", "config", "decode", "ingest", "lung", "reading.dicom", "reading.series", "reading.stored_pixels"),
-    *("reading.volume_file", "scan", "volume"),
+    *("archive", "config", "decode", "ingest", "lung", "reading.dicom", "reading.excerpt", "reading.pixel_length"),
+    *("reading.series", "reading.stored_pixels", "reading.volume_file", "scan", "staging", "volume"),
 )
 
 

@@ -21,6 +21,7 @@ NEUTRAL = {
     "reading.sandbox": "limits; what they end is ERR_*, and recorded nowhere",
     "settings": "settings are digested by value",
     "storage": "bytes are checked by digest",
+    "store": "names what a store can do",
     "storage_local": "bytes are checked by digest",
     "tables": "reads cohort tables, which are digested",
     "training_plan": "what runs where, and under which name",
