@@ -20,22 +20,23 @@ RUN_KEY = ["run_id", *MODEL_KEY]
 class StagedRows:
     """The rows of a run, of which only the keys are held: some 250 bytes a row.
 
-    `keys` has ROW_KEY of every row, in the order of `stream`; `run_key` the values that each column of RUN_KEY takes,
-    which should be one. A source that was staged twice, by a driver that outlived its time, counts once and whole: the
-    part without an ERR row of it counts, if there is one, else the first.
+    `keys` has ROW_KEY of every row, in the order of `stream`; `run_key` the values that each column of RUN_KEY takes in
+    parts with rows that count, which should be one. A source that was staged twice, by a driver that outlived its time,
+    counts once and whole: the part without an ERR row of it counts, if there is one, else the first.
     """
 
     def __init__(self, read: Callable[[list[str]], Iterator[Any]]) -> None:
         """`read` yields some columns of each part, always the same parts in the same order."""
         self._read = read
-        parts = [SCHEMA.empty_table().select(ROW_KEY)]
-        self.run_key: dict[str, set[str]] = {name: set() for name in RUN_KEY}
+        parts, taken = [SCHEMA.empty_table().select(ROW_KEY)], [dict[str, set[str]]()]
         for part in read([*ROW_KEY, *RUN_KEY]):
             parts.append(part.select(ROW_KEY))
-            for name, values in self.run_key.items():
-                values.update(part[name].unique().to_pylist())
+            taken.append({name: set(part[name].unique().to_pylist()) for name in RUN_KEY})
         self._is_counted = _choose_rows(parts)
         self.keys = pa.concat_tables(parts).combine_chunks().filter(pa.array(self._is_counted))
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        counts = [values for values, used in zip(taken, np.split(self._is_counted, ends), strict=True) if used.any()]
+        self.run_key = {name: set().union(*(values[name] for values in counts)) for name in RUN_KEY}
 
     @property
     def num_rows(self) -> int:
