@@ -32,12 +32,13 @@ OF_A_CONNECTION = {"connection", "transfer-encoding", "content-length", "expect"
 
 @dataclass(frozen=True)
 class Request:
-    """A request on its way: `attempt` counts from 0 those of the same method and target."""
+    """A request on its way: `attempt` counts from 0 those of the same method and target, `span` is its Range."""
 
     method: str
     path: str
     query: str
     attempt: int
+    span: str = ""
 
     @property
     def is_of_object(self) -> bool:
@@ -54,11 +55,13 @@ class Fault:
     slow       the answer comes after `delay_s`
     held       the request waits until the proxy is told to `release`
     truncated  half of the body comes, under the length of the whole
-    flipped    one bit of the body is another; listings, which have no digest anywhere, come as they are
+    flipped    one bit of the body's first `within` bytes is another; listings, which have no digest anywhere, come as
+               they are
     """
 
     kind: str
     delay_s: float = 0.0
+    within: int = 1 << 40
 
 
 HOLD_S = 300.0  # nothing waits longer
@@ -112,13 +115,13 @@ class FaultProxy:
         """What a held request does."""
         self._is_released.wait(HOLD_S)
 
-    def judge(self, method: str, target: str) -> Fault | None:
+    def judge(self, method: str, target: str, span: str = "") -> Fault | None:
         """Count a request, and decide on it."""
         with self._lock:
             attempt = self._seen[method, target]
             self._seen[method, target] += 1
             parts = urlsplit(target)
-            request = Request(method, unquote(parts.path), parts.query, attempt)
+            request = Request(method, unquote(parts.path), parts.query, attempt, span)
             fault = self.policy(request)
             if fault is not None and fault.kind == "flipped" and not request.is_of_object:
                 fault = None
@@ -162,10 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.proxy.judge(self.command, self.path)
+        request = self.command, self.path, self.headers.get("Range", "")
+        fault = self.proxy.judge(*request)
         while fault is not None and fault.kind == "held":
             self.proxy.wait_for_release()
-            fault = self.proxy.judge(self.command, self.path)
+            fault = self.proxy.judge(*request)
         kind = None if fault is None else fault.kind
         if fault is not None:
             time.sleep(fault.delay_s)
@@ -176,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers, body = self._forward(sent)
         if kind == "lost":
             return self._hang_up()
-        if kind == "flipped" and body:
-            place = zlib.crc32(self.path.encode()) % len(body)
+        if fault is not None and kind == "flipped" and body:
+            place = zlib.crc32(self.path.encode()) % min(len(body), fault.within)
             body = body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
         return self._answer(status, headers, body, is_cut=kind == "truncated")
 

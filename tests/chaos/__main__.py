@@ -28,7 +28,8 @@ from tests.chaos.night import ChaosError, Night, Outcome, Site, prepare_site, wa
 from tests.small_disk import MountRefused
 
 REMOTE = [
-    *(store_faults.weather, store_faults.etags_alone, store_faults.outage, store_faults.endless_outage),
+    *(store_faults.weather, store_faults.etags_alone, store_faults.flipped_headers),
+    *(store_faults.outage, store_faults.endless_outage),
     *(store_faults.no_store, store_faults.lost_acknowledgement, store_faults.conflict, store_faults.forbidden),
     *(store_faults.archived, store_faults.expired_credentials, store_faults.skewed_clock),
     machine_faults.full_scratch,

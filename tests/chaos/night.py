@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import boto3.session
+from botocore.config import Config
+
 from darnet.errors import StorageError
 from darnet.publishing.check import check_table
 from darnet.publishing.objects import list_commits
@@ -88,13 +91,20 @@ def prepare_site(folder: Path) -> Iterator[Site]:
         site = Site(folder, make_bucket(), proxy)
         write_archive(site.archive, NUM_CHESTS)
         write_random_bundle(Path(site.model))
-        archive = open_store(f"{site.bucket}/ct")
-        for item in open_store(str(site.archive)).list_objects():
-            archive.write_bytes(item.key, (site.archive / item.key).read_bytes())
+        upload(str(site.archive), f"{site.bucket}/ct")
         quiet = Night(site, "quiet", is_remote=False)
         quiet.run(0)
         site.truth.update(collect_facts(quiet.results))
         yield site
+
+
+def upload(folder: str, uri: str, **settings: Any) -> None:
+    """Copy a folder to a prefix of a bucket, by a client of these settings."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client = boto3.session.Session().client("s3", config=Config(**settings))
+    for item in open_store(folder).list_objects():
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{item.key}", Body=Path(folder, item.key).read_bytes())
+    client.close()
 
 
 def collect_facts(results: Store) -> Truth:

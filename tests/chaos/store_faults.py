@@ -4,11 +4,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from darnet.results import read_rows
-from tests.chaos.night import ChaosError, Night
+from tests.chaos.night import ChaosError, Night, collect_facts, upload
+from tests.ct_fixtures import make_chest, write_chest
 from tests.fault_proxy import Fault, Policy, Request, Weather, fair_weather
 
 SEED = 2026
+HEADER_BYTES = 1024
 OUTAGE_S = 30.0
 STORM = {
     **{Fault("SlowDown"): 0.20, Fault("InternalError"): 0.05, Fault("reset"): 0.03, Fault("slow", 0.5): 0.03},
@@ -38,6 +42,24 @@ def etags_alone(night: Night) -> str:
     if not num_flipped:
         raise ChaosError("no answer was flipped")
     return f"{num_flipped} answers flipped, {_describe(summary)}, then fair"
+
+
+def flipped_headers(night: Night) -> str:
+    """A flipped bit in one header in five, where of large slices the headers come first and no checksum guards them."""
+    for index in range(2):
+        voxels = np.roll(make_chest((72, 384, 384)), index, axis=2)
+        write_chest(night.site.folder / "large" / f"large{index}", voxels, PixelSpacing=[1.0, 1.0])
+    quiet = Night(night.site, "large", is_remote=False, archive=str(night.site.folder / "large"), mark=night.mark)
+    quiet.run(0)
+    night.truth, night.archive = collect_facts(quiet.results), f"{night.site.bucket}/large"
+    upload(quiet.archive, night.archive, request_checksum_calculation="when_required")
+    storm = Weather(SEED, {Fault("flipped", within=HEADER_BYTES): 0.2})
+    night.site.proxy.done.clear()
+    night.site.proxy.policy = lambda request: storm(request) if request.span and "/large/" in request.path else None
+    night.run(0)
+    if not (num_flipped := night.site.proxy.done["flipped"]):
+        raise ChaosError("no header was flipped")
+    return f"{num_flipped} headers flipped"
 
 
 def outage(night: Night) -> str:
