@@ -1,10 +1,13 @@
 """The cluster this job runs on, and the one operator that training and scoring share: sources in, decoded scans out."""
 
+import atexit
 import functools
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -57,6 +60,7 @@ def connect() -> None:
         CPU.
     """
     if not ray.is_initialized():
+        atexit.register(_leave_stdout)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool logs a false alarm
         address = os.environ.get("RAY_ADDRESS")
@@ -72,6 +76,11 @@ def connect() -> None:
         raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
     for name in ("ray.data", "ray.data._internal.progress"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _leave_stdout() -> None:
+    """What Ray still has to tell of its workers' deaths when the interpreter exits would follow a job's summary."""
+    sys.stdout = sys.stderr
 
 
 def _start_local() -> None:
@@ -191,14 +200,15 @@ def _decode(
 
 
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-    """Run a data set and yield its blocks as they come.
+    """Run a data set and yield its blocks as they come. What is printed meanwhile goes to people, on stderr.
 
     Raises: RunError if the cluster gives up.
     """
     try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            assert isinstance(batch, dict)
-            yield batch
+        with redirect_stdout(sys.stderr):  # where Ray tells of its workers' deaths, asked or not
+            for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                assert isinstance(batch, dict)
+                yield batch
     except RayError as error:
         raise RunError(f"the cluster gave up: {error}") from error
 

@@ -57,6 +57,29 @@ def test_nodes_of_different_secrets_score_nothing_and_machines_without_a_token_n
     assert "RAY_AUTH_MODE=token" in summary["error"]
 
 
+TALKATIVE = """
+import time
+import ray
+from darnet.ray_cluster import connect, iterate_blocks
+connect()
+from ray._private.utils import publish_error_to_driver
+client = ray._private.worker.global_worker.gcs_client
+for _ in iterate_blocks(ray.data.range(1)):
+    for _ in range(3):
+        publish_error_to_driver("worker_died", "a worker died", client)
+        time.sleep(1)
+print("a summary")
+"""
+
+
+@pytest.mark.slow
+def test_nothing_that_ray_tells_of_its_workers_is_on_stdout() -> None:
+    """It tells of the first at once, and of others like it when the interpreter exits."""
+    done = subprocess.run([sys.executable, "-c", TALKATIVE], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stderr.count("a worker died") == 2
+    assert done.stdout == "a summary\n"
+
+
 @pytest.mark.parametrize(
     ("addresses", "mode", "is_refused"),
     [
