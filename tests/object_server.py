@@ -66,6 +66,7 @@ def serve_objects(answer: Callable[[str], Answer | None], line: Line | None = No
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a body below 64 KiB waits 40 ms for the acknowledgement of its headers
 
         def do_GET(self) -> None:
             found = answer(self.path)

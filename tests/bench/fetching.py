@@ -71,10 +71,10 @@ def write_series(num_slices: int, side: int) -> dict[str, bytes]:
         return {f"a/{path.name}": path.read_bytes() for path in write_dicom(larger, Path(folder))}
 
 
-def measure_headers_first(
-    files: dict[str, bytes], delay_s: float, bytes_per_s: float, repeats: int, excerpts: Excerpts
+def measure_ways(
+    files: dict[str, bytes], delay_s: float, bytes_per_s: float, repeats: int, ways: dict[str, Excerpts]
 ) -> dict[str, list[Reading]]:
-    """The same series again and again, whole and by headers first in turn, each with the bits of the other."""
+    """The same series again and again, each way in turn, with the same bits."""
     tags = {key: hashlib.md5(body, usedforsecurity=False).hexdigest() for key, body in files.items()}
     (source,) = list_sources(StoredObject(key, len(files[key]), tags[key]) for key in sorted(files))
     line = Line(bytes_per_s)
@@ -83,11 +83,10 @@ def measure_headers_first(
         key = path.removeprefix("/bucket/")
         return Answer(files[key], len(files[key]), tags[key], delay_s, heeds=("If-Match", "Range"))
 
-    readings: dict[str, list[Reading]] = {"whole": [], "headers first": []}
+    readings: dict[str, list[Reading]] = {way: [] for way in ways}
     seen = set()
     with serve_objects(answer, line) as connect:
         road = Road(VolumeConfig(), DecodeConfig())
-        ways = {"whole": NOTHING, "headers first": excerpts}
         ingesters = {way: Ingester(S3Store("bucket", "", connect), road, None, ways[way]) for way in ways}
         for turn in range(repeats + 1):  # the first makes clients and children
             for way, ingester in ingesters.items():
@@ -112,18 +111,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--delay-s", type=float, default=0.03)
     parser.add_argument("--bytes-per-s", type=float, default=40e6, help="over all connections, headers first only")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--head-bytes", type=int, default=EXCERPTS.head_bytes)
     parser.add_argument("--any", action="store_true", help="headers first also where it is not worth it")
-    parser.add_argument("--only-headers-first", action="store_true")
     chosen = parser.parse_args(arguments)
-    measured: dict[str, object] = {}
-    if not chosen.only_headers_first:
-        waiting = measure_waiting(chosen.slices, 2 * chosen.side**2, chosen.delay_s)
-        measured = {name: round(value, 2) for name, value in waiting.items()}
-    excerpts = replace(EXCERPTS, head_bytes=chosen.head_bytes)
-    excerpts = replace(excerpts, min_bytes=0, max_share=1.0) if chosen.any else excerpts
+    waiting = measure_waiting(chosen.slices, 2 * chosen.side**2, chosen.delay_s)
+    measured: dict[str, object] = {name: round(value, 2) for name, value in waiting.items()}
+    first = replace(EXCERPTS, min_bytes=0, max_share=1.0) if chosen.any else EXCERPTS
     files = write_series(chosen.slices, chosen.side)
-    found = measure_headers_first(files, chosen.delay_s, chosen.bytes_per_s, chosen.repeats, excerpts)
+    ways = {"whole": NOTHING, "headers first": first}
+    found = measure_ways(files, chosen.delay_s, chosen.bytes_per_s, chosen.repeats, ways)
     for way, readings in found.items():
         measured[way] = {
             "fetch_s": round(median(reading.fetch_s for reading in readings), 2),
