@@ -271,7 +271,7 @@ def train_steps(
 @contextmanager
 def _leave_out_onednn(*, is_left_out: bool) -> Iterator[None]:
     """In bfloat16 its weight gradients of 3D convolutions hold memory that nobody wrote (torch 2.13, oneDNN 3.12)."""
-    backend = torch.backends.mkldnn
+    backend: Any = torch.backends.mkldnn
     was_enabled = backend.enabled
     backend.enabled = was_enabled and not is_left_out
     try:
