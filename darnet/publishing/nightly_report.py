@@ -159,7 +159,7 @@ def _describe_classes(tonight: Tally, earlier: Tally) -> Section:
             str(diagnosis),
             tonight.count_class(diagnosis),
             *(_format_share(tally.count_class(diagnosis), tally.num_scored) for tally in both),
-            *(float(values[:, label].mean()) if len(values) else np.nan for values in probabilities),
+            *(float(values[:, label].mean()) if len(values) else None for values in probabilities),
         ]
         for label, diagnosis in enumerate(DIAGNOSES)
     ]

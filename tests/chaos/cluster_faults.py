@@ -28,8 +28,8 @@ def stop_node(night: Night) -> str:
         for pid in asleep:
             os.kill(pid, signal.SIGCONT)
         summary = night.finish(job, 0)
-        if left := wait_for_end(lambda: [pid for pid in asleep if Path(f"/proc/{pid}").exists()]):
-            raise ChaosError(f"{len(left)} processes of the node that was given up live on")
+        if left := wait_for_end(lambda: sorted({*asleep} & {*night.find_processes()})):
+            raise ChaosError(f"of the node that was given up live on: {', '.join(map(_name_process, left))}")
     return f"{len(asleep)} processes stopped and replaced; {summary['statuses']}"
 
 
@@ -41,6 +41,12 @@ def list_descendants(ancestor: int) -> list[int]:
             with contextlib.suppress(OSError):
                 found += map(int, (task / "children").read_text().split())
     return found
+
+
+def _name_process(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    return str(pid)
 
 
 def _find_parent(pid: int) -> int:

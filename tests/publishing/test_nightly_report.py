@@ -104,6 +104,10 @@ def test_a_night_without_any_score_has_its_page(status: str) -> None:
     assert find_rows(page, status)
 
 
+def test_the_first_night_has_nothing_to_stand_beside() -> None:
+    assert find_rows(render([make_row("a")], []), "NCP") == [["1", "100.0%", "–", "0.7000", "–"]]
+
+
 def test_a_scans_name_is_text_and_not_markup() -> None:
     page = render([make_row("<script>alert(1)</script>", fold_std_ncp=0.1)], [])
     assert "<script" not in page
