@@ -174,7 +174,7 @@ def compare_models(
     if num_patients >= count_needed_patients(num_comparisons):
         replicates = np.mean([_replicate_means(pair, resampling) for pair in pairs], axis=0)
         variance = _take_variance(replicates) * num_patients / (num_patients - 1)
-    return compare_folds(means, np.zeros_like(means), variance, num_comparisons)
+    return compare_folds(means, np.zeros_like(means), variance, num_comparisons, num_patients - 1)
 
 
 def count_needed_patients(num_comparisons: int) -> int:

@@ -18,7 +18,7 @@ from darnet.scan import FloatArray
 NUM_REPLICATES = 2000  # Source: ours; Efron & Tibshirani ask for 1,000 or more for percentile intervals
 ALPHA = 0.05  # Source: the field's custom
 CHUNK_WEIGHTS = 1 << 20  # replicates times scans that are measured at once: bounds memory, not numbers
-MIN_SEEDS = 3  # of every fold. Source: ours; of two seeds t is 12.7, so that no real difference could be shown
+MIN_SEEDS = 3  # of every fold. Source: ours; of fewer, luck and a fold's scans can hardly be told apart
 MAX_UNDEFINED = 0.05  # share of replicates that may leave a metric undefined
 
 
@@ -108,6 +108,7 @@ class FoldDifference:
     """First minus second network, mean over pairs of the same fold and seed.
 
     `p_value` is two-sided, at most 1; NaN where there are too few seeds for a test, or nothing to judge chance by.
+    `errors` are the standard errors of the mean that it rests on, each with its degrees of freedom.
     """
 
     num_pairs: int
@@ -115,11 +116,16 @@ class FoldDifference:
     mean: float
     interval: Interval
     p_value: float
+    errors: Sequence[tuple[float, float]]
 
     @property
     def verdict(self) -> str:
         """What this comparison alone shows, before any correction for others beside it."""
         return judge_p(self.p_value)
+
+    def find_least_shown(self, num_comparisons: int) -> float:
+        """The least mean difference that would be shown, whatever the others, as one of so many; NaN without a test."""
+        return math.nan if math.isnan(self.p_value) else _reach(self.errors, num_comparisons)
 
 
 def resample_scans(
@@ -295,35 +301,56 @@ def compare_decisions(
 
 
 def compare_folds(
-    first: FloatArray, second: FloatArray, cohort_variance: float = 0.0, num_comparisons: int = 1
+    first: FloatArray,
+    second: FloatArray,
+    cohort_variance: float = 0.0,
+    num_comparisons: int = 1,
+    cohort_freedom: float = math.inf,
 ) -> FoldDifference:
     """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
 
-    A test needs every fold trained with `MIN_SEEDS` seeds. What the folds of a seed have in common (its first weights,
-    its order) is chance of which there are only as many draws as seeds: the variance is the larger one of the pairs'
-    and of the seeds' means, the degrees of freedom are the seeds'. With one seed the interval is of that seed alone.
-    The folds of one cohort share most of their training scans, so the pairs' variance is raised for that;
-    `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs share, so that their
-    spread does not tell it. Interval and p hold for `num_comparisons` such differences together, by Bonferroni.
+    A test needs every fold trained with `MIN_SEEDS` seeds. Folds of a seed share nothing that is drawn (first weights,
+    order and augmentation are drawn by seed and fold), so every pair is a draw of its own of a training's luck. They
+    share most of their training scans, for which the pairs' variance is raised; and a fold has the same scans under
+    every seed, so that where these move a fold more than luck does, folds are what is counted: of both intervals the
+    wider is taken. `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs
+    share, so that their spread does not tell it; it was estimated with `cohort_freedom` degrees of freedom. Interval
+    and p hold for `num_comparisons` such differences together, by Bonferroni.
 
     Shape:  (seeds, folds) each -> one value; undefined with a single fold, or where the pairs do not vary.
     Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
-            training share), the latter 1 / (folds - 1); ours: the seeds' and the test patients' variance beside it.
+            training share), the latter 1 / (folds - 1), with pairs - 1 degrees of freedom; Satterthwaite 1946 for those
+            of a sum of variances; ours: the folds' means and the test patients' variance beside it.
     """
     differences = first - second
     num_seeds, num_folds = differences.shape
     num_pairs, mean = differences.size, float(differences.mean())
-    spread = float(differences.var(ddof=1)) if num_folds > 1 else math.nan
-    by_pairs = spread * (1 / num_pairs + 1 / max(1, num_folds - 1))
-    by_seeds = float(differences.mean(axis=1).var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
-    error = math.sqrt(max(by_pairs, by_seeds) + cohort_variance)
-    if not spread > np.finfo(float).eps ** 2 or math.isnan(error):
-        return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan)
-    freedom = num_seeds - 1 if num_seeds > 1 else num_pairs - 1
-    reach = float(scipy.stats.t.ppf(1 - ALPHA / 2 / num_comparisons, freedom)) * error
-    p_value = min(1.0, num_comparisons * 2 * float(scipy.stats.t.sf(abs(mean) / error, freedom)))
+    if num_folds < 2 or not differences.var(ddof=1) > np.finfo(float).eps ** 2 or math.isnan(cohort_variance):
+        return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan, ())
+    by_pairs = float(differences.var(ddof=1)) * (1 / num_pairs + 1 / (num_folds - 1))
+    by_folds = float(differences.mean(axis=0).var(ddof=1)) / num_folds
+    errors = tuple(
+        _add_variances((variance, freedom), (cohort_variance, cohort_freedom))
+        for variance, freedom in ((by_pairs, num_pairs - 1), (by_folds, num_folds - 1))
+    )
+    reach = _reach(errors, num_comparisons)
+    p_value = max(2 * float(scipy.stats.t.sf(abs(mean) / error, freedom)) for error, freedom in errors if error > 0)
+    p_value = min(1.0, num_comparisons * p_value) if num_seeds >= MIN_SEEDS else math.nan
     interval = Interval(max(-1.0, mean - reach), min(1.0, mean + reach))  # no metric's difference can pass them
-    return FoldDifference(num_pairs, num_seeds, mean, interval, p_value if num_seeds >= MIN_SEEDS else math.nan)
+    return FoldDifference(num_pairs, num_seeds, mean, interval, p_value, errors)
+
+
+def _add_variances(*parts: tuple[float, float]) -> tuple[float, float]:
+    """Standard error and degrees of freedom of a sum of independent terms, each with its variance and their own."""
+    variance = sum(part for part, _ in parts)
+    doubt = sum(part**2 / freedom for part, freedom in parts)
+    return math.sqrt(variance), variance**2 / doubt if doubt > 0 else math.inf
+
+
+def _reach(errors: Sequence[tuple[float, float]], num_comparisons: int) -> float:
+    """Half the widest of some 95% t-intervals, each with its standard error and degrees of freedom."""
+    level = 1 - ALPHA / 2 / num_comparisons
+    return max(float(scipy.stats.t.ppf(level, freedom)) * error for error, freedom in errors)
 
 
 def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatArray | None = None) -> FloatArray:

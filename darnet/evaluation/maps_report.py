@@ -117,7 +117,10 @@ def _explain_differences(maps: MapStudy, has_seeds: bool) -> str:
         "and not that another training gives other maps"
     )
     if has_seeds:
-        return f"{caption}; verdicts rest on the fold models’, paired by fold and seed ({_name_seeds(maps)})."
+        return (
+            f"{caption}; verdicts rest on the fold models’, paired by fold and seed ({_name_seeds(maps)}): half of "
+            "such an interval is the least difference that could be shown here."
+        )
     return f"{caption}, so nothing is shown by them: that needs {MIN_SEEDS} training seeds."
 
 

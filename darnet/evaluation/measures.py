@@ -92,7 +92,8 @@ class Comparison:
 
     `differences` are first minus second; `folds`, Table 2's metrics, only where both have the same folds and seeds.
     The `p_*`, on which verdicts rest, are corrected by Holm over all comparisons of a report: the clustered tests of
-    AUCs, those of decisions, and those of the folds over all metrics.
+    AUCs, those of decisions, and those of the folds over all metrics. `least_folds` are the least mean differences of
+    the folds that would have been shown beside the others, whatever these are.
     """
 
     second: Predictions
@@ -105,6 +106,7 @@ class Comparison:
     p_auc: float
     p_decisions: float
     p_folds: Mapping[str, float]
+    least_folds: Mapping[str, float]
 
     @property
     def clustered_by(self) -> str:
@@ -156,6 +158,7 @@ def compare_predictions(first: Predictions, second: Predictions, resampling: Res
         p_auc=aucs.clustered_p_value,
         p_decisions=decisions.clustered_p_value,
         p_folds={},
+        least_folds={},
     )
     return correct_comparisons([comparison])[0]
 
@@ -167,9 +170,16 @@ def correct_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """
     aucs = correct_holm([item.aucs.clustered_p_value for item in comparisons])
     decisions = correct_holm([item.decisions.clustered_p_value for item in comparisons])
-    folds = iter(correct_holm([fold.p_value for item in comparisons for fold in item.folds.values()]))
+    plain = [fold.p_value for item in comparisons for fold in item.folds.values()]
+    folds, num_tests = iter(correct_holm(plain)), sum(not math.isnan(p_value) for p_value in plain)
     return [
-        replace(item, p_auc=p_auc, p_decisions=p_decisions, p_folds={name: next(folds) for name in item.folds})
+        replace(
+            item,
+            p_auc=p_auc,
+            p_decisions=p_decisions,
+            p_folds={name: next(folds) for name in item.folds},
+            least_folds={name: fold.find_least_shown(num_tests) for name, fold in item.folds.items()},
+        )
         for item, p_auc, p_decisions in zip(comparisons, aucs, decisions, strict=True)
     ]
 
@@ -300,6 +310,7 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
                 "num_seeds": item.num_seeds,
                 "p_value": item.p_value,
                 "p_value_holm": comparison.p_folds[name],
+                "least_shown": comparison.least_folds[name],
                 "verdict": judge_p(comparison.p_folds[name]),
             }
             for name, item in comparison.folds.items()
@@ -351,7 +362,10 @@ def _refuse_disagreement(
 
 
 def _compare_folds(first: Predictions, second: Predictions, resampling: Resampling) -> dict[str, FoldDifference]:
-    """Pair the models of the same fold and seed; empty where the two have not the same."""
+    """Pair the models of the same fold and seed; empty where the two have not the same.
+
+    How the test patients' variance was estimated is known as far as the class of fewest goes: a metric may rest on it.
+    """
     num_folds = first.num_folds
     if first.members != second.members or num_folds < 2:
         return {}
@@ -359,10 +373,11 @@ def _compare_folds(first: Predictions, second: Predictions, resampling: Resampli
         [compute_all_metrics(fold, first.labels) for fold in table.fold_probabilities] for table in (first, second)
     )
     variance = measure_cohort_variance(first.fold_probabilities, second.fold_probabilities, first.labels, resampling)
-    differences = {}
+    freedom, differences = max(1, min(count_clusters(first)) - 1), {}
     for name in TABLE_2:
         one, other = (np.array([fold[name] for fold in folds]).reshape(num_folds, -1).T for folds in (ours, theirs))
-        differences[name] = compare_folds(one, other, variance[name])  # (seeds, folds): models come fold by fold
+        # (seeds, folds): models come fold by fold
+        differences[name] = compare_folds(one, other, variance[name], cohort_freedom=freedom)
     return differences
 
 

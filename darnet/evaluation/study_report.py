@@ -329,10 +329,10 @@ def _describe_pairs(study: Study) -> list[Section]:
         "AUC is for NCP against the rest. A difference whose interval holds 0 is not shown; that is not to say that "
         "there is none. DeLong’s and McNemar’s tests as they are take every scan as independent of the others; a "
         "verdict rests on their forms that count patients, where the table names them.\n\n"
-        "Paired by fold, the interval is a t-interval, raised for the training scans that folds share and for the "
-        "choice of test patients, whom all folds share. Several seeds count as so many draws, whatever the number of "
-        f"folds. A test needs {MIN_SEEDS} seeds: the folds of one cannot tell a network from its luck. The paper "
-        "compares means and deviations of its folds and tests none of its differences."
+        "Paired by fold and seed, the interval is a t-interval, raised for the training scans that folds share and for "
+        "the choice of test patients, whom all folds share. Every pair counts as a draw of a training’s luck, but a "
+        "fold has the same scans under every seed: where these matter more than luck, folds count alone. A test needs "
+        f"{MIN_SEEDS} seeds. The paper compares means and deviations of its folds and tests none of its differences."
     )
     by_fold = [table for pair in study.pairs for table in tabulate_fold_pairs(pair)]
     return [

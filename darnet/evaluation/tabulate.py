@@ -155,9 +155,11 @@ def tabulate_fold_differences(comparison: Comparison, title: str) -> list[HtmlTa
     for name, item in comparison.folds.items():
         difference, interval, _ = format_difference(item.mean, item.interval)
         p_value = comparison.p_folds[name]
-        told = None if math.isnan(p_value) else format_p(p_value)
-        rows.append([name, difference, interval, told, judge_p(p_value)])
-    header = ["metric", "mean difference", "95% interval", "p", "verdict"]
+        tested: list[Cell] = [None, None]
+        if not math.isnan(p_value):
+            tested = [format_p(p_value), format_metric(comparison.least_folds[name])]
+        rows.append([name, difference, interval, *tested, judge_p(p_value)])
+    header = ["metric", "mean difference", "95% interval", "p", "least shown", "verdict"]
     return [HtmlTable(header, rows, f"{title} {_explain_pairs(comparison)}")]
 
 
@@ -173,7 +175,7 @@ def _explain_pairs(comparison: Comparison) -> str:
         return f"{told}, too few for a test ({MIN_SEEDS}), so no difference is shown."
     return (
         f"{told}; p is corrected by Holm for all metrics and pairs of networks of this report compared so, the "
-        "intervals are not."
+        "intervals are not. A smaller difference than the least shown could not be shown here, true or not."
     )
 
 

@@ -238,6 +238,7 @@ def test_several_seeds_are_paired_by_fold_and_seed() -> None:
         12,
     )
     assert [(fold["fold"], fold["seed"]) for fold in same["folds"]][2:5] == [("0", "2"), ("0", "3"), ("1", "0")]
+    assert 0 < described["least_shown"] < described["mean"]
     assert "12 pairs of fold and seed, 4 seeds; p is corrected by Holm" in render_report(evaluate(first), ORIGIN, found)
 
 
