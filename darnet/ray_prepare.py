@@ -95,7 +95,8 @@ def _refuse_unfinished(excluded: "pd.Series[str]", place: str) -> None:
         told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         raise RunError(
             f"{counts.total()} scans may yet be usable ({told}; {place} names each): the same command tries these "
-            "again and no other. One that ends so every time must leave the cohort table"
+            "again and no other. One that ends so every time must leave the cohort table, or gets other limits "
+            "(score.decode)"
         )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,11 @@ from darnet.storage import Store, has_object
 from darnet.terminal import print_heading
 
 SETTINGS_FILE = "settings.json"
-UNNOTED = {"config", "out", "cache", "mlflow"}  # settings that change nothing in what is made
+UNNOTED = {"config", "out", "cache", "mlflow", "score.cache"}  # settings that change nothing in what is made
+
+# What a study may have to change while it has no volumes: a scan that fails every time leaves the table, or gets other
+# limits.
+BEFORE_VOLUMES = ("cohort", "cohort_sha256", "score.decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +42,35 @@ def run_steps(steps: Sequence[Step]) -> list[str]:
     return done
 
 
-def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes]) -> None:
+def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes], changeable: Collection[str] = ()) -> None:
     """Note the settings that `out` is made with, and what its input files held, so that a resumed job cannot mix two
-    studies. `inputs` are by the setting that names the file.
+    studies. `inputs` are by the setting that names the file. `changeable` are those, as `score.decode` or
+    `cohort_sha256`, that nothing complete in `out` rests on yet: another value takes the place of the noted one.
 
     Raises: UsageError naming what differs if it was begun with others.
     """
-    told = settings.model_dump(mode="json", exclude=UNNOTED)
+    told = _leave_out(settings.model_dump(mode="json"), UNNOTED)
     told |= {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in inputs.items()}
     try:
-        noted = json.loads(out.read_bytes(SETTINGS_FILE))
+        begun = _leave_out(json.loads(out.read_bytes(SETTINGS_FILE)), UNNOTED)
     except ObjectMissing:
+        begun = None
+    if begun is not None:
+        fixed, ours = _leave_out(begun, changeable), _leave_out(told, changeable)
+        if differs := sorted(name for name in fixed | ours if fixed.get(name) != ours.get(name)):
+            raise UsageError(
+                f"{out.uri}/{SETTINGS_FILE}: this folder was begun with other settings ({', '.join(differs)}; "
+                "_sha256: the content of a file); name another folder, or use those"
+            )
+    if begun != told:
         out.write_bytes(SETTINGS_FILE, (json.dumps(told, indent=2) + "\n").encode())
-        return
-    begun = {name: value for name, value in noted.items() if name not in UNNOTED}
-    differs = sorted(name for name in begun | told if begun.get(name) != told.get(name))
-    if differs:
-        raise UsageError(
-            f"{out.uri}/{SETTINGS_FILE}: this folder was begun with other settings ({', '.join(differs)}; "
-            "_sha256: the content of a file); name another folder, or use those"
-        )
+
+
+def _leave_out(tree: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The tree without these names, each with a dot where it lies deeper."""
+    kept = {}
+    for name, value in tree.items():
+        below = [deeper.removeprefix(f"{name}.") for deeper in names if deeper.startswith(f"{name}.")]
+        if name not in names:
+            kept[name] = _leave_out(value, below) if below else value
+    return kept

@@ -9,15 +9,18 @@ from darnet.bundle import NETWORK_NAMES
 from darnet.job import run_job
 from darnet.ray_evaluate import evaluate_on_cluster
 from darnet.settings import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
-from darnet.steps import Step, claim_folder, run_steps
-from darnet.storage import open_store, read_file
+from darnet.steps import BEFORE_VOLUMES, Step, claim_folder, run_steps
+from darnet.storage import has_object, open_store, read_file
+
+VOLUMES = "volumes/volumes.json"
 
 
 def work(settings: PaperSettings) -> dict[str, Any]:
     """Make what `out` still lacks."""
     store = open_store(settings.out, create=True)
     _, table = read_file(settings.cohort, "cohort table")
-    claim_folder(store, settings, {"cohort": table})
+    is_prepared = has_object(store, VOLUMES)
+    claim_folder(store, settings, {"cohort": table}, () if is_prepared else BEFORE_VOLUMES)
     out = store.uri
     tree: dict[str, Any] = {
         name: getattr(settings, name) for name in ("volume", "cohorts", "network", "train", "score", "cache")
@@ -46,7 +49,7 @@ def work(settings: PaperSettings) -> dict[str, Any]:
     )
     last = f"seed{settings.seeds[-1]}/{NETWORK_NAMES[-1]}" if len(settings.seeds) > 1 else NETWORK_NAMES[-1]
     steps = [
-        Step("volumes and folds", store, "volumes/volumes.json", lambda: jobs.prepare.work(prepare)),
+        Step("volumes and folds", store, VOLUMES, lambda: jobs.prepare.work(prepare)),
         Step("audit of the cohort", store, "audit/excluded.csv", lambda: jobs.prepare.work(audit)),
         Step("training", store, f"bundles/{last}/bundle.json", lambda: jobs.train.work(train)),
         Step("evaluation", store, "report/report.html", lambda: evaluate_on_cluster(evaluate)),

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+import jobs.paper
+from darnet.errors import UsageError
+from darnet.settings import PaperSettings
 from darnet.storage import has_object, open_store
 from tests.places import ROOT
 
@@ -54,3 +57,20 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     assert run("paper", *places, "--out", study.uri, *settings)["done"] == ["evaluation"]
     assert has_object(study, "report/report.html")
     assert study.read_bytes("bundles/seed1/darnet-da/bundle.json") == bundle
+
+
+@pytest.mark.ray
+def test_a_study_without_volumes_takes_another_table_and_one_with_them_does_not(tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    table, out = tmp_path / "cohort.csv", tmp_path / "study"
+
+    def start(*scan_ids: str) -> None:
+        table.write_text("scan_id,patient_id,diagnosis\n" + "".join(f"{name},{name},CP\n" for name in scan_ids))
+        jobs.paper.work(PaperSettings(archive=str(tmp_path / "archive"), cohort=str(table), out=str(out)))
+
+    for scan_ids in (("a", "b"), ("a",)):
+        with pytest.raises(UsageError, match="no scan of the cohort is usable"):
+            start(*scan_ids)
+    (out / "volumes" / "volumes.json").touch()
+    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256;"):
+        start("b")

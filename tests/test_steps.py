@@ -8,7 +8,7 @@ import pytest
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import MIN_SEEDS
 from darnet.settings import EvaluateSettings, PaperSettings, PhantomsSettings, TrainSettings, read_settings
-from darnet.steps import Step, claim_folder, run_steps
+from darnet.steps import BEFORE_VOLUMES, SETTINGS_FILE, Step, claim_folder, run_steps
 from darnet.storage import Store
 from tests.places import ROOT
 
@@ -48,6 +48,27 @@ def test_another_table_under_the_same_name_is_refused(store: Store) -> None:
     claim_folder(store, settings, {"cohort": b"a table"})
     with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256; _sha256: the content"):
         claim_folder(store, settings, {"cohort": b"a tabIe"})
+
+
+def test_where_compiled_networks_are_kept_is_not_noted(store: Store) -> None:
+    for cache in ("a", "b"):
+        settings = read_settings(PaperSettings, [*PLACES, "--score.cache", cache], "x")
+        claim_folder(store, settings, {"cohort": b"a table"})
+    assert "score.cache" not in store.read_bytes(SETTINGS_FILE).decode()
+
+
+def test_a_scan_that_never_decodes_can_leave_the_table_until_there_are_volumes(store: Store) -> None:
+    """Or be given other limits; whatever else changes is refused, and so are these once volumes rest on them."""
+    settings = read_settings(PaperSettings, PLACES, "x")
+    limits = read_settings(PaperSettings, [*PLACES, "--score.decode.timeout-s", "999"], "x")
+    batches = read_settings(PaperSettings, [*PLACES, "--score.batch-size", "7"], "x")
+    claim_folder(store, settings, {"cohort": b"two scans"}, BEFORE_VOLUMES)
+    claim_folder(store, limits, {"cohort": b"one scan"}, BEFORE_VOLUMES)
+    with pytest.raises(UsageError, match=r"begun with other settings \(score;"):
+        claim_folder(store, batches, {"cohort": b"one scan"}, BEFORE_VOLUMES)
+    claim_folder(store, limits, {"cohort": b"one scan"})
+    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256, score;"):
+        claim_folder(store, settings, {"cohort": b"two scans"})
 
 
 def test_the_papers_settings_are_the_defaults() -> None:
