@@ -34,6 +34,7 @@ class LeftOut(StrEnum):
     DISCARDED = "DISCARDED"
     SHUFFLED = "SHUFFLED"
     DUPLICATE_SLICES = "DUPLICATE_SLICES"
+    NOT_IN_VOLUMES = "NOT_IN_VOLUMES"  # to an audit of volumes, which knows no more; preparing tells why
 
     @property
     def detail(self) -> str:
@@ -43,6 +44,7 @@ class LeftOut(StrEnum):
             LeftOut.DISCARDED: "discard is 1 (cohorts.drop_discarded)",
             LeftOut.SHUFFLED: "order_defect is shuffled (cohorts.drop_shuffled)",
             LeftOut.DUPLICATE_SLICES: "duplicate_or_noise_slices is 1 (cohorts.drop_duplicates)",
+            LeftOut.NOT_IN_VOLUMES: "the volumes lack it (their excluded.csv says why)",
         }[self]
 
 
@@ -126,6 +128,18 @@ def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int
             "num_folds": num_folds,
         }
     )
+
+
+def list_other_settings(told: Mapping[str, Mapping[str, Any]], division: Division) -> list[str]:
+    """Settings, with their section, that `told` gives another value than a recorded division has."""
+    cohorts: dict[str, Any] = division.cohorts.resolved.model_dump(mode="json")
+    pairs: list[tuple[str, dict[str, Any]]] = [("train", {"num_folds": division.num_folds}), ("cohorts", cohorts)]
+    return [
+        f"{section}.{name}"
+        for section, values in pairs
+        for name, value in values.items()
+        if told[section].get(name) != value
+    ]
 
 
 def describe_division(division: Division | None) -> str:

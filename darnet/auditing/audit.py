@@ -38,6 +38,7 @@ from darnet.cohort import (
     find_left_out,
     find_reversed,
     has_cohorts,
+    list_other_settings,
     match_cohort,
     name_own_cohorts,
 )
@@ -126,13 +127,12 @@ def audit_cohort(cohort: pd.DataFrame, settings: PrepareSettings) -> Audit:
             none of its scans.
     """
     images = _gather_images(cohort, settings)
-    reasons = find_left_out(cohort, settings.cohorts)
-    divided, fault = _divide(cohort[reasons == ""], settings)
+    reasons = _find_left_out(cohort, settings, images.index)
+    divided, fault = _divide(cohort[reasons == ""], settings, images.index)
     printed = next((column for column in ("paper_cohort", "cohort") if has_cohorts(cohort, column)), None)
     if printed is None and divided is None:
         raise UsageError(f"{settings.cohort}: the table has no cohorts of its own, and none can be made: {fault}")
-    own = name_own_cohorts(cohort, settings.cohorts.division) or "patient"
-    division = None if divided is None else count_cohorts(divided, own)
+    division = None if divided is None else count_cohorts(divided, _name_cohorts(cohort, settings, images.index))
     cohorts = division if printed is None else count_cohorts(cohort.assign(cohort=cohort[printed]), printed)
     assert cohorts is not None
     features, unread = _list_features(cohort, images)
@@ -313,8 +313,32 @@ def _list_features(cohort: pd.DataFrame, images: Images) -> tuple[list[Feature],
     return features, unread
 
 
-def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame | None, str]:
-    """The division jobs.prepare would make of these scans if all were usable; or why there is none."""
+def _find_left_out(cohort: pd.DataFrame, settings: PrepareSettings, index: VolumesIndex | None) -> "pd.Series[str]":
+    """Why each scan is not used, as a `LeftOut`, empty where it is; of volumes that are there, they decide that.
+
+    Raises: UsageError if the volumes were divided by other settings than these.
+    """
+    reasons = find_left_out(cohort, settings.cohorts)
+    if index is None:
+        return reasons
+    told = _describe_settings(settings)
+    if index.division is not None and (differs := list_other_settings(told, index.division)):
+        raise UsageError(
+            f"--volumes {settings.volumes}: prepared with other settings ({', '.join(differs)}); audit with those"
+        )
+    is_there = cohort["scan_id"].isin(index.frame["scan_id"])
+    reasons[~is_there & (reasons == "")] = LeftOut.NOT_IN_VOLUMES
+    return reasons.mask(is_there, "")
+
+
+def _divide(
+    used: pd.DataFrame, settings: PrepareSettings, index: VolumesIndex | None
+) -> tuple[pd.DataFrame | None, str]:
+    """The division of the volumes where they are there, else that which jobs.prepare would make of these scans if all
+    were usable; or why there is none."""
+    if index is not None:
+        given = index.frame.set_index("scan_id").loc[used["scan_id"]]
+        return used.assign(cohort=given["cohort"].to_numpy(), fold=given["fold"].array), ""
     try:
         divided = divide_cohort(
             used,
@@ -326,6 +350,13 @@ def _divide(used: pd.DataFrame, settings: PrepareSettings) -> tuple[pd.DataFrame
     except UsageError as error:
         return None, str(error)
     return divided, ""
+
+
+def _name_cohorts(cohort: pd.DataFrame, settings: PrepareSettings, index: VolumesIndex | None) -> str:
+    """The table's column that makes the cohorts, or `patient`."""
+    if index is not None and index.division is not None:
+        return index.division.cohorts_by
+    return name_own_cohorts(cohort, settings.cohorts.division) or "patient"
 
 
 def _describe_settings(settings: PrepareSettings) -> dict[str, Any]:

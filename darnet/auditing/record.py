@@ -12,7 +12,7 @@ from typing import Any
 
 from darnet.auditing.audit import SCAN_COLUMNS, digest_cohort, digest_scan
 from darnet.auditing.report import describe_audit
-from darnet.cohort import Division
+from darnet.cohort import Division, list_other_settings
 from darnet.errors import UsageError
 from darnet.page import Section
 
@@ -47,22 +47,11 @@ class AuditRecord:
                     f"{self.place}: of another cohort than {of}: it has no scan {_name_scan(lacking[0][:num_known])}"
                     f"{more}; name the audit of this cohort, or make one"
                 )
-        if division is not None and (differs := self._list_other_settings(division)):
+        if division is not None and (differs := list_other_settings(self.summary["division_settings"], division)):
             raise UsageError(
                 f"{self.place}: its cohort was divided otherwise than {of} ({', '.join(differs)}); run jobs.prepare "
                 "--audit with the settings of the volumes"
             )
-
-    def _list_other_settings(self, division: Division) -> list[str]:
-        told = self.summary["division_settings"]
-        cohorts: dict[str, Any] = division.cohorts.resolved.model_dump(mode="json")
-        pairs = [("train", {"num_folds": division.num_folds}), ("cohorts", cohorts)]
-        return [
-            f"{section}.{name}"
-            for section, values in pairs
-            for name, value in values.items()
-            if told[section].get(name) != value
-        ]
 
 
 def _name_scan(facts: Sequence[Any]) -> str:

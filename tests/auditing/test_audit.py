@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,36 @@ def test_reversed_and_shuffled_scans_are_found_and_no_others(seen: dict[str, Any
     found = [(item["scan_id"], item["order"]) for item in seen["slice_order"]["findings"]]
     assert found == [("s03", "feet first"), ("s04", "shuffled")]
     assert sum(seen["slice_order"]["counts"]["head first"].values()) == 22
+
+
+def test_the_division_of_volumes_is_theirs_and_not_that_of_the_table(volumes: Path, tmp_path: Path) -> None:
+    """One scan of the table was not usable, and moves others when the table is dealt anew."""
+    prepared = pd.read_parquet(volumes / "cohort.parquet")
+    table = prepared[["scan_id", "patient_id", "diagnosis"]]
+    table = pd.concat([table, pd.DataFrame([["s24", "p24", "NCP"]], columns=table.columns)])
+    found = audit_text(table.to_csv(index=False), tmp_path, volumes=str(volumes), train={"num_folds": 2})
+    division = read_text_table(tmp_path / "division.csv").set_index("scan_id")
+    assert list(division.loc["s24", ["cohort", "fold"]]) == ["", ""]
+    for column in ("cohort", "fold"):
+        known = prepared.set_index("scan_id")[column].astype("string").fillna("")
+        assert division.loc[known.index, column].tolist() == known.tolist()
+    excluded = read_text_table(tmp_path / "excluded.csv")
+    assert excluded[["scan_id", "status"]].to_numpy().tolist() == [["s24", "NOT_IN_VOLUMES"]]
+    assert (found["division"]["test_scans"], found["left_out"]) == (6, {"NOT_IN_VOLUMES": 1})
+
+
+def test_volumes_of_another_division_than_is_asked_for_are_refused(volumes: Path, tmp_path: Path) -> None:
+    other = tmp_path / "volumes"
+    shutil.copytree(volumes, other)
+    declared = json.loads((other / "volumes.json").read_text())
+    declared["division"] = {"cohorts_by": "patient", "folds_by": "patient", "cohorts": {"seed": 7}, "num_folds": 2}
+    (other / "volumes.json").write_text(json.dumps(declared))
+    table = pd.read_parquet(volumes / "cohort.parquet")[["scan_id", "patient_id", "diagnosis"]].to_csv(index=False)
+    settings = {"volumes": str(other), "train": {"num_folds": 2}}
+    with pytest.raises(UsageError, match=r"prepared with other settings \(cohorts\.seed\); audit with those"):
+        audit_text(table, tmp_path, **settings)
+    found = audit_text(table, tmp_path, cohorts={"seed": 7}, **settings)
+    assert (found["cohorts_by"], found["test_scans"]) == ("patient", 6)
 
 
 def test_a_folder_or_archive_without_the_table_s_scans_is_refused(volumes: Path, tmp_path: Path) -> None:
