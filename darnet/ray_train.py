@@ -42,7 +42,7 @@ from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, build_network
-from darnet.ray_checkpoint import read_state
+from darnet.ray_checkpoint import place_checkpoints, read_state
 from darnet.ray_cluster import count_resource, list_nodes
 from darnet.ray_rank import train_ray_rank
 from darnet.score import Ensemble
@@ -322,7 +322,7 @@ def _follow_epochs(meter: Meter, tracker: Tracker) -> OnProgress:
 def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> TorchTrainer:
     run_config = RunConfig(  # type: ignore[call-arg]  # mypy sees V1's class, which ray.train rebinds to V2's
         name=task.run,
-        storage_path=task.places.runs,
+        **place_checkpoints(task.places.runs),
         callbacks=[callback],  # type: ignore[list-item]
         failure_config=FailureConfig(max_failures=MAX_FAILURES),
         checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -42,6 +42,7 @@ from darnet.store import Store as Store
 CONNECT_TIMEOUT_S = 10.0  # Source: ours; a reachable store answers within one
 READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a dead connection
 REQUEST_ATTEMPTS = 5  # Source: ours; standard mode waits at most 20 s between two of them
+DEFAULT_REGION, ANY_REGION = "us-east-1", "aws-global"  # boto3 signs for the former where it says the latter
 BODY_ATTEMPTS = 3  # Source: ours; botocore repeats requests, but not a body that breaks off
 # Source: ours; a slice takes some ms of this process and some tens of ms of waiting (`make bench-fetching`).
 TRANSFERS = 16  # objects one process moves at once, each on a thread and a connection of its own
@@ -110,17 +111,49 @@ def has_object(store: Store, key: str) -> bool:
     return True
 
 
-def connect_s3() -> Any:
+def connect_s3(*, is_endpoint_ignored: bool = False) -> Any:
     """A client from boto3's own chain (environment, profile, instance role), with bounded waiting."""
     settings = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
         max_pool_connections=TRANSFERS,
+        ignore_configured_endpoint_urls=is_endpoint_ignored or None,
     )
     core = botocore.session.get_session()
     core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
     return boto3.session.Session(botocore_session=core).client("s3", config=settings)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Endpoint:
+    """Another server than Amazon's, for libraries that do not ask boto3: `url`, the region that requests are signed
+    for, whether buckets are part of the host's name, and the file of the authorities to trust, if not the usual ones.
+    """
+
+    url: str
+    region: str
+    is_virtual: bool
+    ca_file: str | None
+
+
+def find_s3_endpoint() -> S3Endpoint | None:
+    """The server that boto3's own chain names, in whichever way (environment, profile, services); None if it does not.
+
+    Raises: UsageError if what it says cannot be used.
+    """
+    try:
+        client, plain = connect_s3(), connect_s3(is_endpoint_ignored=True)
+    except (boto_errors.BotoCoreError, ValueError) as error:
+        raise UsageError(f"S3 settings: {error}; correct the environment or ~/.aws/config") from error
+    if client.meta.endpoint_url == plain.meta.endpoint_url:
+        return None
+    style = (client.meta.config.s3 or {}).get("addressing_style")
+    ca_file = botocore.session.get_session().get_config_variable("ca_bundle")
+    region = client.meta.region_name
+    if region in (None, ANY_REGION):
+        region = DEFAULT_REGION
+    return S3Endpoint(client.meta.endpoint_url, region, style == "virtual", ca_file)
 
 
 def _parse_time(value: Any) -> datetime:

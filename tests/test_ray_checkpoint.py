@@ -1,5 +1,8 @@
 """A torn checkpoint is never taken for a whole one."""
 
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,8 @@ import torch
 from ray.train import Checkpoint
 
 from darnet.errors import RunError
-from darnet.ray_checkpoint import read_newest_state, read_state, write_state
+from darnet.ray_checkpoint import place_checkpoints, read_newest_state, read_state, write_state
+from darnet.storage import open_store
 from darnet.train import FoldState
 from tests.results_fixtures import flip_bit
 
@@ -54,3 +58,30 @@ def test_without_a_whole_checkpoint_the_newest_is_named(run: list[Path]) -> None
         (folder / "state.pt").write_bytes(b"")
     with pytest.raises(RunError, match=r"00-00-01\.5"):
         read_newest_state(Checkpoint(str(run[1])))
+
+
+@pytest.mark.s3
+def test_checkpoints_go_where_the_endpoint_of_a_profile_says(
+    s3: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray does it on another node: the place travels pickled, and neither of its credentials with it."""
+    uri = f"{s3()}/runs"
+    (tmp_path / "config").write_text(f"[profile own]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
+    for name, value in {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "own"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "marked-secret")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    place = place_checkpoints(uri)
+    travelled = pickle.dumps(place["storage_filesystem"])
+    assert b"marked-secret" not in travelled
+    with pickle.loads(travelled).open_output_stream(f"{place['storage_path']}/fold0/state.pt") as sink:
+        sink.write(b"weights")
+    assert open_store(uri).read_bytes("fold0/state.pt") == b"weights"
+
+
+def test_checkpoints_without_an_endpoint_are_left_to_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for uri in ("s3://bucket/runs", str(tmp_path)):
+        assert place_checkpoints(uri) == {"storage_path": uri}

@@ -31,7 +31,17 @@ from darnet.errors import (
     UsageError,
 )
 from darnet.scan import StoredObject
-from darnet.storage import TRANSFERS, S3Store, Store, _parse_time, open_store, read_file, transfer_all
+from darnet.storage import (
+    TRANSFERS,
+    S3Endpoint,
+    S3Store,
+    Store,
+    _parse_time,
+    find_s3_endpoint,
+    open_store,
+    read_file,
+    transfer_all,
+)
 from darnet.storage_local import LocalStore
 from tests.object_server import Answer, serve_objects
 
@@ -72,6 +82,51 @@ def test_a_name_without_a_file_is_wrong_use_and_says_what_was_wanted(
             read_file(uri, "cohort table")
     with pytest.raises(UsageError):
         read_file(f"{tmp_path}/", "cohort table")
+
+
+# Where S3 is, for libraries that do not ask boto3
+
+PROFILE_ENDPOINT = "[profile own]\nregion = eu-west-1\nendpoint_url = http://ceph:8080\n"
+SERVICE_ENDPOINT = """[profile own]
+services = ours
+ca_bundle = /etc/ours.pem
+s3 =
+  addressing_style = virtual
+[services ours]
+s3 =
+  endpoint_url = https://minio.example
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "variables", "expected"),
+    [
+        ("", {}, None),
+        ("[profile own]\nregion = eu-west-1\n", {}, None),
+        (PROFILE_ENDPOINT, {}, S3Endpoint("http://ceph:8080", "eu-west-1", False, None)),
+        (SERVICE_ENDPOINT, {}, S3Endpoint("https://minio.example", "us-east-1", True, "/etc/ours.pem")),
+        ("", {"AWS_ENDPOINT_URL": "http://env:1"}, S3Endpoint("http://env:1", "us-east-1", False, None)),
+        (
+            PROFILE_ENDPOINT,
+            {"AWS_ENDPOINT_URL_S3": "http://env:1"},
+            S3Endpoint("http://env:1", "eu-west-1", False, None),
+        ),
+    ],
+)
+def test_the_endpoint_is_found_wherever_boto3_finds_it(
+    config: str,
+    variables: dict[str, str],
+    expected: S3Endpoint | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config").write_text(config or "[profile own]\n")
+    settings = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "own", **variables}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert find_s3_endpoint() == expected
 
 
 # Both stores
