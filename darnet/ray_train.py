@@ -74,6 +74,8 @@ POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
 
 OnProgress: TypeAlias = Callable[[FoldTask, Metrics], None]
 """Called in the driver with each epoch's metrics."""
+OnEnd: TypeAlias = Callable[[FoldTask], None]
+"""Called in the driver when a fold is trained, behind its last epoch; at once for a fold that was before."""
 ReadFolds: TypeAlias = Callable[[], list[FoldResult]]
 """Reads a training's folds where they are needed: the driver need not hold those of all, 140 MB each."""
 
@@ -104,12 +106,14 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     total = settings.train.epochs * settings.train.num_folds * len(trainings)
     with track_training(settings.mlflow, _describe_trainings(settings, table, trainings, runs)) as tracker:
         with show_progress("training, epochs of all folds", total) as meter:
+            follower = _EpochFollower(meter, tracker)
             trained = train_folds(
                 table,
                 trainings,
                 places,
                 workers=settings.workers,
-                on_progress=_follow_epochs(meter, tracker),
+                on_progress=follower.follow,
+                on_end=follower.end,
             )
         tested_on = measure_networks(table, trainings, trained, places, settings.score)
         bundles = write_bundles(settings, table, trainings, trained, tested_on, today)
@@ -228,6 +232,7 @@ def train_folds(
     *,
     workers: int,
     on_progress: OnProgress,
+    on_end: OnEnd = lambda _: None,
 ) -> list[ReadFolds]:
     """Train all folds of all trainings, `workers` DDP ranks each; returns how to read each training's, in order.
 
@@ -245,7 +250,7 @@ def train_folds(
     holder = _hold_runs(places)
     try:
         claim_runs(open_store(places.runs), [task.run for task in tasks], name_training_code())
-        done = _fit_all(tasks, plan, on_progress)
+        done = _fit_all(tasks, plan, on_progress, on_end)
     finally:
         ray.kill(holder)
     checkpoints = dict(zip(tasks, done, strict=True))
@@ -306,17 +311,30 @@ def _describe_trainings(
     ]
 
 
-def _follow_epochs(meter: Meter, tracker: Tracker) -> OnProgress:
-    """Epochs a fold had before it was killed count as done; those it has twice count once."""
-    done: Counter[FoldTask] = Counter()
+class _EpochFollower:
+    """Counts the epochs of all folds. Those a fold had before this start count as found, those it has twice once."""
 
-    def follow(task: FoldTask, metrics: Metrics) -> None:
-        units = max(0, int(metrics["epoch"]) + 1 - done[task])
-        done[task] += units
-        meter.advance(units, {task.title: units})
-        tracker.log_epoch(Training(task.network, task.config).title, task.fold, metrics)
+    def __init__(self, meter: Meter, tracker: Tracker) -> None:
+        self._meter, self._tracker = meter, tracker
+        self._done: Counter[FoldTask] = Counter()
 
-    return follow
+    def follow(self, task: FoldTask, metrics: Metrics) -> None:
+        """A fold has trained an epoch: the first to be told of follows those found in its checkpoint."""
+        epoch = int(metrics["epoch"])
+        if task not in self._done:
+            self._find(task, epoch)
+        units = max(0, epoch + 1 - self._done[task])
+        self._done[task] += units
+        self._meter.advance(units, {task.title: units})
+        self._tracker.log_epoch(Training(task.network, task.config).title, task.fold, metrics)
+
+    def end(self, task: FoldTask) -> None:
+        """A fold is trained: what it told of no epoch of was there before."""
+        self._find(task, task.config.epochs - self._done[task])
+
+    def _find(self, task: FoldTask, units: int) -> None:
+        self._done[task] += units
+        self._meter.find(units, {task.title: units})
 
 
 def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> TorchTrainer:
@@ -341,7 +359,7 @@ def _make_trainer(task: FoldTask, plan: GangPlan, callback: UserCallback) -> Tor
     )
 
 
-def _fit_all(tasks: Sequence[FoldTask], plan: GangPlan, on_progress: OnProgress) -> list[Checkpoint]:
+def _fit_all(tasks: Sequence[FoldTask], plan: GangPlan, on_progress: OnProgress, on_end: OnEnd) -> list[Checkpoint]:
     """Train these folds to their end; the last checkpoint of each."""
     os.environ.setdefault(POLL_VARIABLE, POLL_S)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -350,7 +368,7 @@ def _fit_all(tasks: Sequence[FoldTask], plan: GangPlan, on_progress: OnProgress)
     trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
-            return _run_all(tasks, trainers, plan.side_by_side, queue, on_progress)
+            return _run_all(tasks, trainers, plan.side_by_side, queue, on_progress, on_end)
     finally:
         queue.shutdown()
 
@@ -361,18 +379,22 @@ def _run_all(
     side_by_side: int,
     queue: Queue,
     on_progress: OnProgress,
+    on_end: OnEnd,
 ) -> list[Checkpoint]:
     """Keep `side_by_side` folds running; hand reports on as they come, in this thread."""
     fits: list[Future[Checkpoint]] = []
-    while len(fits) < len(trainers) or not all(fit.done() for fit in fits):
-        for fit in fits:
-            if fit.done():
+    ended: set[int] = set()
+    while len(ended) < len(trainers):
+        for number, fit in enumerate(fits):
+            if number not in ended and fit.done():
                 fit.result()
-        if len(fits) < len(trainers) and sum(not fit.done() for fit in fits) < side_by_side:
+                _forward_reports(tasks, queue, on_progress, 0)  # it has no more to come
+                on_end(tasks[number])
+                ended.add(number)
+        if len(fits) < len(trainers) and len(fits) - len(ended) < side_by_side:
             fits.append(_start_fit(tasks[len(fits)], trainers[len(fits)]))
-        else:
+        elif len(ended) < len(trainers):
             _forward_reports(tasks, queue, on_progress, PROGRESS_WAIT_S)
-    _forward_reports(tasks, queue, on_progress, 0)
     return [fit.result() for fit in fits]
 
 

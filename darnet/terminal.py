@@ -3,29 +3,44 @@
 Where there is no terminal, a heartbeat line now and then takes the place of the live one.
 """
 
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 HEARTBEAT_S = 15.0
 
 
 @dataclass
 class Meter:
-    """How far a piece of work is: units done, and a count of each kind of outcome."""
+    """How far a piece of work is: units done, and a count of each kind of outcome.
+
+    `found` of the units were done before this start, and tell nothing of its pace.
+    """
 
     title: str
     total: int
     console: Console
     bar: Progress | None
     done: int = 0
+    found: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     started_s: float = field(default_factory=time.monotonic)
 
@@ -36,6 +51,16 @@ class Meter:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done, counts=self.describe_counts())
 
+    def find(self, units: int, counts: Mapping[str, int]) -> None:
+        """Note that `units` more had been done before this start, with these outcomes."""
+        self.found += units
+        self.advance(units, counts)
+
+    def estimate_left_s(self) -> float:
+        """Seconds left at the pace since the start; NaN before there is one."""
+        made = self.done - self.found
+        return (time.monotonic() - self.started_s) / made * (self.total - self.done) if made else math.nan
+
     def describe_counts(self) -> str:
         """Outcomes, the most frequent first."""
         return "  ".join(f"{name} {count}" for name, count in self.counts.most_common())
@@ -43,8 +68,8 @@ class Meter:
     def describe(self) -> str:
         """One line for a log."""
         spent_s = time.monotonic() - self.started_s
-        left_s = spent_s / self.done * (self.total - self.done) if self.done else float("nan")
-        pace = f"{self.done / spent_s:.2f}/s, {left_s:.0f} s left" if self.done else f"{spent_s:.0f} s so far"
+        made, left_s = self.done - self.found, self.estimate_left_s()
+        pace = f"{made / spent_s:.2f}/s, {left_s:.0f} s left" if made else f"{spent_s:.0f} s so far"
         return f"{self.title}: {self.done}/{self.total}, {pace}  {self.describe_counts()}".rstrip()
 
 
@@ -65,12 +90,21 @@ def show_progress(title: str, total: int) -> Iterator[Meter]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        _TimeLeftColumn(),
         TextColumn("[dim]{task.fields[counts]}"),
     )
     with Progress(*columns, console=console) as bar:
-        bar.add_task(title, total=total, counts="")
-        yield Meter(title, total, console, bar)
+        meter = Meter(title, total, console, bar)
+        bar.add_task(title, total=total, counts="", meter=meter)
+        yield meter
+
+
+class _TimeLeftColumn(ProgressColumn):
+    """As the meter estimates it: Rich's own would take what was found done for a burst of speed."""
+
+    def render(self, task: Task) -> Text:
+        left_s = task.fields["meter"].estimate_left_s()
+        return Text("-:--:--" if math.isnan(left_s) else str(timedelta(seconds=round(left_s))), style="cyan")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn, cast
 
 import pytest
@@ -24,6 +26,8 @@ import torch
 from mlflow import MlflowClient
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+from rich.console import Console
 
 from darnet.bundle import find_bundles, load_networks, read_bundle
 from darnet.code_version import name_training_code
@@ -33,9 +37,19 @@ from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, Us
 from darnet.evaluation.seeds import merge_seeds
 from darnet.history import render_history
 from darnet.model import build_network
-from darnet.ray_train import _fit, measure_networks, train_folds, train_model, write_bundles
+from darnet.ray_train import (
+    _EpochFollower,
+    _fit,
+    _run_all,
+    measure_networks,
+    train_folds,
+    train_model,
+    write_bundles,
+)
 from darnet.settings import TrainSettings
 from darnet.storage import open_store
+from darnet.terminal import Meter
+from darnet.tracking import Tracker
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
 from darnet.training_plan import FoldTask, Places, Training, choose_networks, choose_trainings, name_run
 from tests.gloo_ranks import train_with_torch_alone
@@ -101,6 +115,46 @@ def killed(
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         (read_folds,) = train_folds(index, [TRAINING], make_places(index, runs), workers=WORKERS, on_progress=kill_once)
     return Killed(read_folds(), reported, victims, runs, printed.getvalue())
+
+
+class ReportQueue:
+    """Ray's queue, within this process."""
+
+    def __init__(self) -> None:
+        self._queue = queue.Queue[tuple[int, Metrics]]()
+        self.put = self._queue.put
+
+    def get(self, timeout: float | None = None) -> tuple[int, Metrics]:
+        try:
+            return self._queue.get(block=timeout is not None, timeout=timeout)
+        except queue.Empty as error:
+            raise Empty from error
+
+    get_nowait = get
+
+
+@pytest.mark.ray
+def test_a_resumed_training_counts_what_was_there_and_tells_the_pace_of_what_it_does() -> None:
+    """Fold 0 was trained, fold 1 had four epochs of six; fold 2 is new, and does its first one twice."""
+    places, reports = Places("volumes", "runs", Path("cache")), ReportQueue()
+    tasks = [FoldTask(places, f"run{fold}", NETWORK, CONFIG, fold) for fold in range(3)]
+    told = {0: [], 1: [4, 5], 2: [0, 0, 1, 2, 3, 4, 5]}
+
+    def make_trainer(fold: int) -> TorchTrainer:
+        def fit() -> SimpleNamespace:
+            for epoch in told[fold]:
+                reports.put((fold, {"epoch": float(epoch)}))
+            return SimpleNamespace(checkpoint=f"of fold {fold}")
+
+        return cast(TorchTrainer, SimpleNamespace(fit=fit))
+
+    meter = Meter("training", 18, Console(file=io.StringIO()), None)
+    follower = _EpochFollower(meter, Tracker({}))
+    trainers = [make_trainer(fold) for fold in range(3)]
+    found = _run_all(tasks, trainers, 1, cast(Queue, reports), follower.follow, follower.end)
+    assert [str(checkpoint) for checkpoint in found] == ["of fold 0", "of fold 1", "of fold 2"]
+    assert (meter.done, meter.found) == (18, 6 + 4)
+    assert meter.counts == {task.title: 6 for task in tasks}
 
 
 def find_train_workers() -> list[int]:
