@@ -58,6 +58,7 @@ from darnet.training_plan import (
     Training,
     choose_trainings,
     claim_runs,
+    match_division,
     name_run,
     place_runs,
     plan_gangs,
@@ -98,6 +99,7 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     out = open_store(settings.out)
     volumes = open_store(settings.volumes)
     table = read_table(volumes)
+    match_division(settings.cohorts, table)
     trainings = choose_trainings(settings, table.volume)
     refuse_existing(settings.out, [training.folder for training in trainings])
     runs = open_store(place_runs(settings, out.uri), create=True)

@@ -129,6 +129,8 @@ class TrainSettings(CachingSettings):
         if len(set(self.networks)) < len(self.networks):
             raise ValueError(f"networks {', '.join(self.networks)}: name each once")
         _check_seeds(self.seeds)
+        if self.seeds and self.train.seed != TrainConfig().seed:
+            raise ValueError("train.seed: give it or --seeds, which stand in its place")
         return self
 
 

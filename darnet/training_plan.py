@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from darnet.bundle import name_model
-from darnet.config import ModelConfig, TrainConfig, VolumeConfig, fingerprint
+from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig, fingerprint
 from darnet.dataset import VolumesTable
 from darnet.errors import ObjectMissing, UsageError
 from darnet.settings import TrainSettings
@@ -118,6 +118,21 @@ def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[Model
         network.model_copy(update={"depth_attention": "da" in wanted, "channel_attention": "ca" in wanted})
         for wanted in attentions
     ]
+
+
+def match_division(config: CohortConfig, table: VolumesTable) -> None:
+    """Hold the settings that divide a cohort against what divided these volumes, if that was recorded.
+
+    A default says nothing: volumes know how they were divided.
+    Raises: UsageError naming what the volumes have otherwise; training divides nothing anew.
+    """
+    if table.division is None:
+        return
+    told, default, recorded = (item.model_dump() for item in (config, CohortConfig(), table.division.cohorts.resolved))
+    differs = [name for name, value in told.items() if value not in (default[name], recorded[name])]
+    if differs:
+        given = ", ".join(f"cohorts.{name} is {told[name]}, of the volumes {recorded[name]}" for name in differs)
+        raise UsageError(f"{table.place}: {given}; leave it out, or prepare volumes that are divided so")
 
 
 def choose_trainings(settings: TrainSettings, volume: VolumeConfig) -> list[Training]:

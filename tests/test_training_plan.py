@@ -1,5 +1,6 @@
 """A training is planned without a cluster: which networks, how many folds at once, and what may resume what."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from darnet.bundle import name_model
-from darnet.config import ModelConfig, TrainConfig, VolumeConfig
+from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.settings import TrainSettings
@@ -19,6 +20,7 @@ from darnet.training_plan import (
     ClusterRoom,
     choose_networks,
     claim_runs,
+    match_division,
     match_network,
     name_run,
     place_runs,
@@ -40,6 +42,32 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> VolumesIndex:
 def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSettings:
     values = {"volumes": str(index.folder), "out": str(out), "train": CONFIG, "network": NETWORK}
     return TrainSettings.model_validate(values | changed)
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [
+        ({"division": "paper"}, "cohorts.division is paper, of the volumes patient;"),
+        (
+            {"seed": 6, "drop_shuffled": False},
+            "cohorts.seed is 6, of the volumes 5, cohorts.drop_shuffled is False, of",
+        ),
+        ({"seed": 5, "drop_shuffled": True}, ""),
+        ({}, ""),
+    ],
+)
+def test_another_division_than_the_volumes_is_refused(
+    index: VolumesIndex, told: dict[str, Any], complaint: str
+) -> None:
+    """They were dealt by patient with seed 5; a default asks for nothing."""
+    with pytest.raises(UsageError, match=complaint) if complaint else contextlib.nullcontext():
+        match_division(CohortConfig.model_validate(told), index)
+    match_division(CohortConfig.model_validate(told), replace(index, division=None))
+
+
+def test_a_seed_beside_seeds_is_refused(index: VolumesIndex, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.seed: give it or --seeds"):
+        make_settings(index, tmp_path, train=CONFIG.model_copy(update={"seed": 5}), seeds=(0, 1))
 
 
 @pytest.mark.parametrize(
