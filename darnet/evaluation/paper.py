@@ -4,6 +4,7 @@ Source: paper Tables 1 to 3: CC-CCII test cohort of 472 scans, mean and standard
 of it was measured here. Table 3 prints the parameters of DA and DA+CA the wrong way round; its metrics are as printed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 CITATION = "Shi et al., Dual-Attention Residual Network for Automatic Diagnosis of COVID-19"
@@ -42,3 +43,36 @@ TABLE_3 = {
     for metric, row in _PRINTED.items()
 }
 """Metric -> network -> what is printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherMethod:
+    """A column of Table 2 that is of other people's method, on other scans of CC-CCII; what has none is not printed."""
+
+    name: str
+    num_test_scans: int
+    metrics: Mapping[str, float]
+
+
+OTHER_METHODS = (
+    OtherMethod(
+        "Zhang et al. 2020 [25]",
+        389,
+        {"auc_ncp": 0.9797, "accuracy_3class": 0.9249, "sensitivity_ncp": 0.9493, "specificity_ncp": 0.9113},
+    ),
+    OtherMethod(
+        "Jin et al. 2020 [12]", 3784, {"auc_ncp": 0.9212, "sensitivity_ncp": 0.7799, "specificity_ncp": 0.9355}
+    ),
+    OtherMethod(
+        "He et al. 2020 [10]",
+        798,
+        {
+            "auc_ncp": 0.9400,
+            "accuracy_3class": 0.8863,
+            "sensitivity_ncp": 0.8609,
+            "specificity_ncp": 0.9435,
+            "f1_ncp": 0.8814,
+        },
+    ),
+)
+"""In the order of Table 2; the paper does not say of each over which classes its accuracy was taken."""

@@ -19,7 +19,7 @@ from darnet.evaluation.maps_report import (
     tabulate_maps_csv,
 )
 from darnet.evaluation.measures import Evaluation, find_warnings
-from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, PARAMETERS, TABLE_1, TABLE_3
+from darnet.evaluation.paper import CITATION, NUM_TEST_SCANS, OTHER_METHODS, PARAMETERS, TABLE_1, TABLE_3
 from darnet.evaluation.report import (
     CALIBRATION_INTERVAL,
     LIMITS,
@@ -143,15 +143,27 @@ def tabulate_cohorts(study: Study) -> HtmlTable:
 
 
 def tabulate_full(study: Study) -> HtmlTable:
-    """Table 2: baseline and full network, measured and printed."""
+    """Table 2: baseline and full network, measured and printed, and the methods that the paper sets beside them."""
     names = list(dict.fromkeys([next(iter(study.runs)), study.full]))
     header = ["metric", *(f"{source}: {name}" for name in names for source in ("this run", "paper"))]
+    num_scans = len(study.runs[study.full].predictions.scan_ids)
     rows: list[Sequence[Cell]] = [
-        [metric, *(cell for name in names for cell in (_spread(study, name, metric), _print(name, metric)))]
-        for metric in TABLE_2
+        [
+            "test scans",
+            *([num_scans, NUM_TEST_SCANS] * len(names)),
+            *(method.num_test_scans for method in OTHER_METHODS),
+        ]
     ]
-    caption = f"Mean ± sample standard deviation of the fold models on the whole test cohort{_name_seeds(study)}."
-    return HtmlTable(header, rows, caption)
+    for metric in TABLE_2:
+        ours = [cell for name in names for cell in (_spread(study, name, metric), _print(name, metric))]
+        printed = [method.metrics.get(metric) for method in OTHER_METHODS]
+        rows.append([metric, *ours, *(None if value is None else format_metric(value) for value in printed)])
+    caption = (
+        f"Mean ± sample standard deviation of the fold models on the whole test cohort{_name_seeds(study)}. Methods of "
+        f"others as printed in Table 2 of {CITATION}, with its numbers of references: each on other scans of CC-CCII, "
+        "and not one of them run here."
+    )
+    return HtmlTable([*header, *(f"paper: {method.name}" for method in OTHER_METHODS)], rows, caption)
 
 
 def tabulate_networks(study: Study) -> HtmlTable:

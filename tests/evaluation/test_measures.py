@@ -27,7 +27,7 @@ from darnet.evaluation.measures import (
     find_warnings,
     resample_predictions,
 )
-from darnet.evaluation.paper import NETWORKS, TABLE_3
+from darnet.evaluation.paper import NETWORKS, OTHER_METHODS, TABLE_3
 from darnet.evaluation.predictions import Predictions, read_predictions_table
 from darnet.evaluation.report import render_report
 from darnet.evaluation.tabulate import render_csv, render_tables_tex, render_tex
@@ -404,6 +404,7 @@ def test_the_papers_numbers_fit_each_other() -> None:
     """F1 of DA+CA follows from its sensitivity, its specificity and Table 1's counts of 169 NCP among 472 scans."""
     assert tuple(TABLE_3) == ("auc_ncp", "accuracy_3class", "sensitivity_ncp", "specificity_ncp", "f1_ncp")
     assert set(TABLE_3) == set(TABLE_2)
+    assert all(set(method.metrics) <= set(TABLE_2) for method in OTHER_METHODS)
     for network in NETWORKS:
         hits = 169 * TABLE_3["sensitivity_ncp"][network].mean
         false_alarms = 303 * (1 - TABLE_3["specificity_ncp"][network].mean)

@@ -135,6 +135,9 @@ def test_the_report_has_the_papers_tables_beside_this_run(places: dict[str, Path
         assert f"<h2>{part}" in report, part
     assert "paper: DA+CA" in report
     assert "0.9470 ± 0.0054" in report
+    for name, num_scans in (("Zhang et al. 2020 [25]", 389), ("Jin et al. 2020 [12]", 3784), ("He", 798)):
+        assert f"paper: {name}" in report
+        assert f'<td class="number">{num_scans}</td>' in report
     assert '<td class="number">35.15</td>' in report
     assert '<td class="number">1320</td>' in report
     assert NOTICE in report
