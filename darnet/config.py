@@ -204,7 +204,8 @@ class GateConfig(Section):
     gate_nights: int = Field(28, ge=1)
     """Earlier nights that a run is held against. Source: ours; four weeks hold each day of the week equally often."""
     gate_err_share: float = Field(0.05, ge=0, le=1)
-    """A larger share of ERR rows holds the run. Source: ours; one in twenty is trouble of machines, not of scans."""
+    """A larger share of ERR rows, without scans that ended in the same ERR before, holds the run. Source: ours; one in
+    twenty is trouble of machines, not of scans."""
     gate_bad_rise: float = Field(0.05, ge=0, le=1)
     """A share of BAD rows this far above that of the earlier nights holds the run. Source: ours; at 500 scans and a
     share of 5%, five standard deviations."""

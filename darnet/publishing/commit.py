@@ -123,8 +123,8 @@ def publish(
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
     Rows that another run made final meanwhile are left out, those of sources of which it made other bytes final that it
-    listed later, and those that `find_repeats` tells of; the third night of the same ERR of decoding becomes
-    BAD_GAVE_UP.
+    listed later, and those of trouble that is never given up and was the last word already; the third night of the same
+    ERR of decoding becomes BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing.
 
     Raises: RunError if the rows are not of this run, its origin, one model and one preprocessing; UsageError if a run
@@ -194,19 +194,21 @@ def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Any]], files: Sequence[P
 
 
 def find_repeats(store: Store, rows: StagedRows) -> BoolArray:
-    """Which of a run's rows say no more than earlier runs did: trouble that is never given up, and was the last word.
+    """Which of a run's rows say no more than earlier runs did: the table has the same ERR of this scan and bytes.
 
     Shape: (num_rows,), in the order of the keys.
-    To publish them every night would fill the table, and to count them would hold every night, until somebody has put
-    right what may take months. The errors that are given up are published each night: their nights are counted there.
+    They are no news of tonight: to count them would hold every night until the last of them is given up or put right,
+    which may take months. Published they are none the less, but for those of `_are_repeats`.
     """
-    if not _has_lasting(rows.keys):
+    if not pc.any(pc.starts_with(rows.keys["status"], "ERR_")).as_py():
         return np.zeros(rows.num_rows, np.bool_)
     known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
     for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
         if stored.run_id not in rows.run_key["run_id"]:
             known.append(_select_ours(stored, rows))
-    return _are_repeats(rows.keys, pa.concat_tables(known))
+    columns = [*SCAN_KEY, "status"]
+    past = pa.concat_tables(known).select(columns).to_pandas()
+    return is_among(rows.keys.select(columns).to_pandas(), past[is_error(past)], columns)
 
 
 def _claim(store: Store, key: str, path: Path, run_id: str, pause: Callable[[float], None]) -> str:
@@ -278,9 +280,10 @@ def _has_lasting(keys: Any) -> bool:
 
 
 def _are_repeats(keys: Any, known: Any) -> BoolArray:
-    """Which of our rows are of sources whose newest commit holds these ERR rows and no others.
+    """Which of our rows are of sources whose newest commit holds these ERR rows, never given up, and no others.
 
-    That commit tells of all of a source that is not final.
+    That commit tells of all of a source that is not final. To publish them every night would fill the table; the errors
+    that are given up are published each night, as their nights are counted there.
     """
     columns = [*SCAN_KEY, "status"]
     mine = keys.select(columns).to_pandas()

@@ -37,7 +37,7 @@ class Measure:
 class Verdict:
     """What the gates say of a run: they measure every one, and judge it unless `unjudged` gives a reason not to.
 
-    `num_repeats` scans are left out: they were tried again, and ended as the table says already.
+    `num_repeats` scans are left out: they were tried again, and ended in an ERR that the table has of them already.
     """
 
     measures: tuple[Measure, ...]

@@ -42,7 +42,7 @@ def refuse_if_held(store: Store) -> None:
 def review_run(folder: RunFolder, rows: StagedRows, config: GateConfig, images: CamImages | None = None) -> Verdict:
     """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
-    What only repeats the table (`find_repeats`) stands on the page and is not judged: it would hold every night.
+    What only repeats the table (`find_repeats`) stands on the page and is not judged.
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
     """
     earlier = read_earlier_nights(folder.store, rows.keys["night"][0].as_py(), config.gate_nights)

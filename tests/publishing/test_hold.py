@@ -251,6 +251,27 @@ def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(store: St
     assert publish(store, "run5", alone, make_listing(10), ORIGIN) is None
 
 
+def test_scans_that_fail_every_night_do_not_hold_the_healthy_ones_beside_them(local: Store) -> None:
+    """Forty of them, 7.4% of night 9: of another error they are news of tonight."""
+    config = ScoreSettings(archive="a", model="m", results="r").score
+    for night in range(1, 9):
+        failed = [make_row(f"f{index}", "ERR_TIMEOUT", night=night) for index in range(40 if night == 8 else 0)]
+        publish_rows(local, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(30)], *failed)
+
+    def make_night(status: str) -> StagedRows:
+        healthy = [make_row(f"9-{index}", night=9, run_id="run9") for index in range(500)]
+        return stage([*healthy, *[make_row(f"f{index}", status, night=9, run_id="run9") for index in range(40)]])
+
+    with pytest.raises(HeldError, match=r"share of ERR 0\.074"):
+        review_run(RunFolder(local, "run9"), make_night("ERR_MEMORY"), config)
+    rows = make_night("ERR_TIMEOUT")
+    verdict = review_run(RunFolder(local, "run9"), rows, config)
+    assert verdict.describe() == "passed; without 40 scans tried again in vain"
+    assert publish(local, "run9", rows, make_listing(9), ORIGIN) == 9
+    everything = read_predictions(local.uri, latest=False)
+    assert (everything["commit"] == 9).sum() == 540  # their nights are counted in the table
+
+
 def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:
     for number, night in enumerate([1, 2, 2, 5, 3, 7, 4]):  # accepted late, and two runs on one night
         publish_rows(store, f"run{number}", make_row(f"{number}", night=night))
