@@ -209,6 +209,10 @@ class GateConfig(Section):
     gate_bad_rise: float = Field(0.05, ge=0, le=1)
     """A share of BAD rows this far above that of the earlier nights holds the run. Source: ours; at 500 scans and a
     share of 5%, five standard deviations."""
+    gate_skip_rise: float = Field(0.25, ge=0, le=1)
+    """A share of SKIP rows this far above that of the earlier nights holds the run. Source: ours; what an archive holds
+    beside chests differs from day to day by more than BAD rows do, but lungs that are found no more leave nothing else,
+    and chance moves the share by less than ten points at 500 scans."""
     gate_psi: float = Field(0.25, gt=0)
     """A population stability index above this, of a probability or an input, holds the run. Source: Siddiqi, Credit
     Risk Scorecards (2006): above 0.25 a population has shifted."""

@@ -11,6 +11,7 @@ from darnet.scan import FloatArray
 
 NUM_BINS = 10  # Source: as usual for this index, the deciles of the population that one compares with
 PSEUDO_COUNT = 0.5  # Source: ours (Jeffreys' prior); an empty bin would make the index infinite
+DRIFT = "PSI of "
 PSI_MIN_SCANS = 200  # Source: ours; chance alone then gives 0.05 on average, and above 0.25 once in ten million
 
 
@@ -49,20 +50,30 @@ class Verdict:
         """The gates that hold the run; none if it is not judged."""
         return () if self.unjudged else tuple(measure for measure in self.measures if measure.is_breach)
 
+    @property
+    def unmeasured(self) -> str:
+        """Why nobody knows whether tonight's scans drifted; empty if it was measured."""
+        return next((item.detail for item in self.measures if item.gate.startswith(DRIFT) and np.isnan(item.value)), "")
+
     def describe(self) -> str:
         """One line for a summary."""
         repeats = f"; without {self.num_repeats} scans tried again in vain" if self.num_repeats else ""
         if self.unjudged:
             return f"not judged: {self.unjudged}{repeats}"
         breaches = "; ".join(measure.describe() for measure in self.breaches)
-        return (f"held: {breaches}" if breaches else "passed") + repeats
+        drift = f"; drift not measured: {self.unmeasured}" if self.unmeasured else ""
+        return (f"held: {breaches}" if breaches else "passed") + drift + repeats
 
 
 def judge(tonight: Tally, earlier: Tally, config: GateConfig) -> Verdict:
     """Hold a run's rows against those of earlier nights."""
-    measures = (_measure_err(tonight, config), _measure_bad(tonight, earlier, config))
-    drift = _measure_drift(tonight, earlier, config)
-    return Verdict((*measures, *drift), _find_reason_not_to_judge(tonight.num_rows, len(earlier.nights), config))
+    measures = (
+        _measure_err(tonight, config),
+        _measure_rise("BAD", config.gate_bad_rise, tonight, earlier),
+        _measure_rise("SKIP", config.gate_skip_rise, tonight, earlier),
+        *_measure_drift(tonight, earlier, config),
+    )
+    return Verdict(measures, _find_reason_not_to_judge(tonight.num_rows, len(earlier.nights), config))
 
 
 def _find_reason_not_to_judge(num_scans: int, num_nights: int, config: GateConfig) -> str:
@@ -78,10 +89,10 @@ def _measure_err(tonight: Tally, config: GateConfig) -> Measure:
     return Measure("share of ERR", tonight.share("ERR_"), config.gate_err_share, detail)
 
 
-def _measure_bad(tonight: Tally, earlier: Tally, config: GateConfig) -> Measure:
-    before = earlier.share("BAD_")
+def _measure_rise(kind: str, rise: float, tonight: Tally, earlier: Tally) -> Measure:
+    before = earlier.share(f"{kind}_")
     detail = f"{before:.3f} on earlier nights" if earlier.num_rows else "no earlier night"
-    return Measure("share of BAD", tonight.share("BAD_"), before + config.gate_bad_rise, detail)
+    return Measure(f"share of {kind}", tonight.share(f"{kind}_"), before + rise, detail)
 
 
 def _measure_drift(tonight: Tally, earlier: Tally, config: GateConfig) -> list[Measure]:
@@ -90,7 +101,7 @@ def _measure_drift(tonight: Tally, earlier: Tally, config: GateConfig) -> list[M
     is_enough = min(tonight.num_scored, earlier.num_scored) >= min(PSI_MIN_SCANS, config.gate_min_scans)
     return [
         Measure(
-            f"PSI of {name}",
+            f"{DRIFT}{name}",
             measure_psi(*_count_bins(name, tonight, earlier)) if is_enough else np.nan,
             config.gate_psi,
             detail if is_enough else f"{detail}: too few",

@@ -18,7 +18,9 @@ CONFIG = ScoreConfig()
 INPUTS = {"intensity": "HU", "num_slices": 300, "slice_spacing_mm": 1.0, "pixel_spacing_mm": 0.7}
 
 
-def make_night(night: int, num_scans: int = 600, num_bad: int = 0, num_err: int = 0, **inputs: Any) -> pd.DataFrame:
+def make_night(
+    night: int, num_scans: int = 600, num_bad: int = 0, num_err: int = 0, num_skip: int = 0, **inputs: Any
+) -> pd.DataFrame:
     """Rows of a night: probabilities and lungs by chance, everything else the same for all scans."""
     rng = np.random.default_rng(night)
     frame = pd.DataFrame(rng.dirichlet((1, 1, 1), num_scans), columns=PROBABILITIES)
@@ -32,6 +34,7 @@ def make_night(night: int, num_scans: int = 600, num_bad: int = 0, num_err: int 
     frame = frame.assign(**(INPUTS | inputs))
     frame.loc[: num_bad - 1, "status"] = "BAD_TILT"
     frame.loc[num_bad : num_bad + num_err - 1, "status"] = "ERR_TIMEOUT"
+    frame.loc[num_scans - num_skip :, "status"] = "SKIP_NO_LUNG"
     return frame
 
 
@@ -121,6 +124,8 @@ def test_an_ordinary_night_passes() -> None:
         (make_night(8, num_err=30), []),
         (make_night(8, num_bad=37), ["share of BAD"]),  # 6.2% after 1%
         (make_night(8, num_bad=35), []),
+        (make_night(8, num_skip=151), ["share of SKIP"]),  # 25.2% after none
+        (make_night(8, num_skip=150), []),
         (make_night(8, slice_spacing_mm=1.25), ["PSI of slice_spacing_mm"]),
         (make_night(8, manufacturer="Canon"), ["PSI of manufacturer"]),
         (make_night(8, intensity=None), ["PSI of intensity"]),
@@ -142,7 +147,18 @@ def test_small_runs_and_first_nights_are_not_judged() -> None:
     assert first.describe() == "not judged: 0 earlier nights, the gates need 7"
 
 
+def test_a_night_in_which_no_lung_is_found_is_held() -> None:
+    """None of it is ERR or BAD, none of it can drift, and every row of it would be final."""
+    verdict = judge_night(make_night(9, num_skip=600), num_nights=8)
+    assert verdict.describe() == (
+        "held: share of SKIP 1.000 (limit 0.250; 0.000 on earlier nights); drift not measured: 0 scans against 4752: "
+        "too few"
+    )
+
+
 def test_too_few_scored_scans_cannot_drift() -> None:
     tonight = make_night(8, num_bad=450, slice_spacing_mm=9.0)
-    assert name_breaches(judge_night(tonight)) == ["share of BAD"]
+    verdict = judge_night(tonight)
+    assert name_breaches(verdict) == ["share of BAD"]
+    assert verdict.describe().endswith("; drift not measured: 150 scans against 4158: too few")
     assert name_breaches(judge_night(tonight.iloc[450 - PSI_MIN_SCANS - 100 :])) == []  # 450 scans: not judged
