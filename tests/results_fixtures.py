@@ -95,14 +95,21 @@ def publish_rows(
 
 
 def begin_run(
-    store: Store, *sources: Source, run_id: str = "", work: Work = WORK, night: int = 1, reason: Reason = Reason.NEW
+    store: Store,
+    *sources: Source,
+    run_id: str = "",
+    work: Work = WORK,
+    night: int = 1,
+    reason: Reason = Reason.NEW,
+    last_commit: int = 0,
 ) -> RunFolder:
     """A run with record and plan, under its own id or one that a test wants."""
     with tempfile.TemporaryDirectory() as temporary:
         plan = Path(temporary) / "plan"
 
         def make_record(plan_sha256: str) -> RunRecord:
-            return RunRecord(datetime.date(2030, 1, night), work, {}, plan_sha256, make_listing(0))
+            listing = make_listing(0, last_commit=last_commit)
+            return RunRecord(datetime.date(2030, 1, night), work, {}, plan_sha256, listing)
 
         record = write_plan([PlannedSource(source, reason) for source in sources], plan, make_record)
         folder = RunFolder(store, run_id or record.run_id)

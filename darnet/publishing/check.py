@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -17,13 +18,14 @@ from darnet.publishing.objects import (
     list_commits,
     make_commit_key,
     parse_stored,
+    read_commit_number,
     stream_objects,
 )
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
-from darnet.publishing.runs import ENDED, RUNS, RunFolder, list_run_files
+from darnet.publishing.runs import ENDED, RECORD, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
 from darnet.settings import ResultsSettings
-from darnet.storage import Store, open_store
+from darnet.storage import Store, open_store, transfer_all
 
 NUM_NAMED = 5  # Source: ours; faults told in full, of which one usually explains the rest
 
@@ -37,7 +39,7 @@ def care_for_results(settings: ResultsSettings) -> dict[str, Any]:
         _write_out(settings.out, describe_schema().encode())
         return {"columns": len(SCHEMA), "notice": NOTICE}
     store = open_store(settings.results)
-    if not list_commits(store):
+    if not list_commits(store) and (settings.verb != "check" or not _recall_last_number(store)[0]):
         raise UsageError(f"{store.uri}: no results table here (predictions/c00000001.parquet); correct the address")
     if settings.verb == "check":
         return _report_check(store, settings.out)
@@ -54,9 +56,9 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
 
     Raises: StorageError if the store itself cannot be read.
     """
+    last_number, faults = _recall_last_number(store)  # before the table is listed: a run may be publishing
     keys = list_commits(store)
-    expected = [make_commit_key(number) for number in range(1, len(keys) + 1)]
-    faults = [f"{key} is missing" for key in expected if key not in keys]
+    faults += _find_gaps([read_commit_number(key) for key in keys], last_number)
     digests: dict[str, str] = {}
     final = [SCHEMA.empty_table().select(KEY_COLUMNS)]
     for key in keys:
@@ -70,6 +72,33 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
         faults += _check_object(stored)
         final.append(stored.rows.filter(pc.invert(pc.starts_with(stored.rows["status"], "ERR_"))).select(KEY_COLUMNS))
     return digests, faults + _find_doubles(pa.concat_tables(final))
+
+
+def _recall_last_number(store: Store) -> tuple[int, list[str]]:
+    """The highest number of the table that any run knew of, 0 if there is none, and which runs cannot say it.
+
+    Nothing else tells that the newest object is lost.
+    """
+    numbers, faults = [0], []
+
+    def recall(run_id: str) -> None:
+        try:
+            numbers.append(RunFolder(store, run_id).read_last_number())
+        except UsageError as error:
+            faults.append(str(error))
+
+    transfer_all(recall, [run_id for run_id, names in list_run_files(store).items() if RECORD in names])
+    return max(numbers), sorted(faults)
+
+
+def _find_gaps(numbers: Sequence[int], last_number: int) -> list[str]:
+    """Which objects are missing, given the numbers of those that are there, ascending, and the last there should be."""
+    faults = []
+    for before, after in pairwise([0, *numbers, max([last_number, *numbers]) + 1]):
+        first, last = make_commit_key(before + 1), make_commit_key(after - 1)
+        if after - before > 1:
+            faults.append(f"{first} is missing" if first == last else f"{first} to {last} are missing")
+    return faults
 
 
 def _parse_whole(store: Store, key: str, data: bytes) -> Stored:

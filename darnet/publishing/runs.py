@@ -253,6 +253,20 @@ class RunFolder:
         """Note that the run is over, and under which number it is in the table, if it is: nobody need go on from it."""
         self.store.write_bytes(self.locate(ENDED), json.dumps({"published": published, "notice": NOTICE}).encode())
 
+    def read_last_number(self) -> int:
+        """The highest number of the table that this run knew of: it was there when the run planned, or is its own.
+
+        Raises: UsageError if what the run left cannot be read.
+        """
+        key, published = self.locate(ENDED), 0
+        try:
+            published = int(json.loads(self.store.read_bytes(key))["published"] or 0)
+        except ObjectMissing:  # not ended, or killed before it could say so
+            pass
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.store.uri}/{key}: damaged ({error}); move its folder away") from error
+        return max(published, self.read_record().listing.last_commit)
+
     def delete_work(self) -> int:
         """Remove parts and plan, all that a restart would go on from; the number of objects."""
         keys = list_parquet_keys(self.store, self.locate(""))  # "parts/" before "plan": killed, it can be found again

@@ -75,6 +75,41 @@ def test_each_kind_of_damage_is_named(local: Store, capsys: pytest.CaptureFixtur
     assert run(capsys, "check", "--results", local.uri)[0]["exit_code"] == 0
 
 
+def test_the_newest_objects_are_missed_by_what_runs_said(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each run's end tells its own number; the table is cleaned before."""
+    for night in (1, 2, 3, 4):
+        folder = begin_run(store, make_source(f"s{night}"), run_id=f"run{night}")
+        folder.write_end(publish_rows(store, folder.run_id, make_row(f"s{night}", night=night)))
+    run(capsys, "clean", "--results", store.uri, "--keep-commits", "0")
+    keys = [f"predictions/c{number:08d}.parquet" for number in (1, 2, 3, 4)]
+    for number, complaint in ((4, f"{keys[3]} is missing"), (3, f"{keys[2]} to {keys[3]} are missing")):
+        store.delete(keys[number - 1])
+        summary, _ = run(capsys, "check", "--results", store.uri)
+        assert (summary["exit_code"], complaint in summary["error"]) == (1, True)
+    for key in keys[:2]:
+        store.delete(key)
+    assert f"{keys[0]} to {keys[3]} are missing" in run(capsys, "check", "--results", store.uri)[0]["error"]
+
+
+def test_a_run_that_never_ended_knew_the_table_that_it_found(local: Store) -> None:
+    """The driver that published number 3 died before it said so; that of the next night, before it published."""
+    for night in (1, 2, 3):
+        publish_rows(local, f"run{night}", make_row("a", night=night, input_sha256=f"{night}" * 64))
+    begin_run(local, make_source("a"), last_commit=3)
+    assert check_table(local)[1] == []
+    local.delete("predictions/c00000003.parquet")
+    assert check_table(local)[1] == ["predictions/c00000003.parquet is missing"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"{}", b'{"published": "x"}', b"\xff"])
+def test_a_damaged_end_of_a_run_is_named(local: Store, damaged: bytes) -> None:
+    publish_rows(local, "run1", make_row("a"))
+    folder = begin_run(local, make_source("a"), run_id="run1")
+    local.write_bytes(folder.locate("ENDED.json"), damaged)
+    (fault,) = check_table(local)[1]
+    assert "run1/ENDED.json: damaged" in fault
+
+
 def test_a_bit_that_flipped_in_any_column_is_found(local: Store) -> None:
     """What passes says the same: sizes and statistics that nothing is read by, texts of the footer."""
     publish_rows(local, "one", make_row("a"), make_row("b", "BAD_TILT"))
