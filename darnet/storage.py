@@ -290,8 +290,7 @@ class S3Store:
         is_whole = span is None or "ContentRange" not in response
         try:
             with closing(response["Body"]) as body:
-                if planned is not None:
-                    _check_answer(response, planned, span)
+                _check_answer(response, planned, span)
                 if span is None or planned is None or is_whole:
                     sink.seek(0)
                     sink.truncate()
@@ -332,23 +331,30 @@ def _is_of_span(error: Exception) -> bool:
     return is_outside or isinstance(error, _OtherSpan | boto_errors.FlexibleChecksumError)
 
 
-def _check_answer(response: Mapping[str, Any], planned: StoredObject, span: range | None) -> None:
+def _check_answer(response: Mapping[str, Any], planned: StoredObject | None, span: range | None) -> None:
     """Some stores ignore the condition of a request, so the answer's own tag and length are held against the plan."""
-    tag, num_bytes = response.get("ETag", "").strip('"'), response.get("ContentLength", planned.num_bytes)
+    tag, num_bytes = response.get("ETag", "").strip('"'), response.get("ContentLength")
     if span is not None and "ContentRange" in response:
         told = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response["ContentRange"])
         if told is None or range(int(told[1]), int(told[2]) + 1) != span:
             raise _OtherSpan
         num_bytes = int(told[3])
-    if (tag or planned.version, num_bytes) != (planned.version, planned.num_bytes):
+    if planned is None:
+        return
+    found = tag or planned.version, planned.num_bytes if num_bytes is None else num_bytes
+    if found != (planned.version, planned.num_bytes):
         raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
 
 
 class _RangeReader(io.RawIOBase):
-    """An object of S3 as a file without memory: each read is a request."""
+    """An object of S3 as a file without memory: each read is a request.
+
+    But a store that ignores what it is asked for sends the whole object for each: that is kept after the first.
+    """
 
     def __init__(self, store: S3Store, item: StoredObject) -> None:
         self._store, self._item, self._place = store, item, 0
+        self._whole: bytes | None = None
 
     def readable(self) -> bool:
         return True
@@ -368,11 +374,24 @@ class _RangeReader(io.RawIOBase):
         end = self._item.num_bytes if size < 0 else min(self._place + size, self._item.num_bytes)
         if end <= self._place:
             return b""
-        sink = io.BytesIO()
-        with _s3_errors(f"{self._store.uri}/{self._item.key}"):
-            self._store._download(self._item.key, sink, span=range(self._place, end))
-        self._place += sink.tell()
-        return sink.getvalue()
+        span = range(self._place, end)
+        data = self._fetch(span) if self._whole is None else self._whole[span.start : span.stop]
+        self._place += len(data)
+        return data
+
+    def _fetch(self, span: range) -> bytes:
+        key, sink = self._item.key, io.BytesIO()
+        with _s3_errors(f"{self._store.uri}/{key}"):
+            try:
+                is_whole = self._store._download(key, sink, span=span)
+            except (_OtherSpan, boto_errors.ClientError, boto_errors.BotoCoreError) as error:
+                if not _is_of_span(error):
+                    raise
+                is_whole = self._store._download(key, sink)
+        if not is_whole:
+            return sink.getvalue()
+        self._whole = sink.getvalue()
+        return self._whole[span.start : span.stop]
 
 
 _BROKEN_BODY = (

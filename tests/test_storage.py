@@ -685,6 +685,28 @@ def test_a_span_of_what_was_not_listed_is_no_scan(answers: list[Answer], tmp_pat
     assert caught.value.status is Status.ERR_INPUT_CHANGED
 
 
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("answers", "num_requests"),
+    [
+        ([SPAN, SPAN, SPAN], 3),
+        ([WHOLE], 1),  # Range ignored: the object is kept
+        ([SPAN, WHOLE], 2),
+        ([replace(SPAN, headers={"Content-Range": "bytes 0-1/8"}), WHOLE], 2),  # other bytes
+        ([replace(SPAN, headers={"x-amz-checksum-crc32": "AAAAAA=="})] * 3 + [WHOLE], 4),  # a whole's checksum
+    ],
+)
+def test_a_range_reader_gives_the_asked_for_bytes_of_any_answer(answers: list[Answer], num_requests: int) -> None:
+    left = list(answers)
+    with serve_objects(lambda _: left.pop(0)) as connect:
+        reader = S3Store("bucket", "", connect).open_range_reader(StoredObject("a", 8, MD5))
+        for start, num_bytes, expected in ((4, 2, b"45"), (0, 3, b"012"), (6, 9, b"67")):
+            reader.seek(start)
+            assert reader.read(num_bytes) == expected
+            assert reader.tell() == start + len(expected)
+        assert (reader.read(1), len(answers) - len(left)) == (b"", num_requests)
+
+
 # Many at once
 
 

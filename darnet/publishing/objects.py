@@ -144,7 +144,10 @@ def _parse_parquet(store: Store, key: str, source: Any) -> tuple[Any, str]:
             raise ValueError("other columns than ours")
         return file, metadata[b"run_id"].decode()
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise StorageError(f"{store.uri}/{key}: not a results file of ours; move it away") from error
+        remedy = "move it away"
+        if COMMIT_KEY.fullmatch(key):  # perhaps a night: its store may have answered with other bytes
+            remedy = "try again, and if it stays so, restore it from a copy"
+        raise StorageError(f"{store.uri}/{key}: cannot be read as a results file of ours; {remedy}") from error
 
 
 def read_stored(store: Store, key: str, columns: list[str] | None = None) -> Stored:

@@ -63,7 +63,10 @@ def test_each_kind_of_damage_is_named(local: Store, capsys: pytest.CaptureFixtur
         (lambda: put_object(local, 2, "two", make_row("a")), "c00000002.parquet: scan 'a' has 2 final rows"),
         (lambda: put_object(local, 2, "two", make_row("b"), make_row("b")), "a scan has two rows"),
         (lambda: put_object(local, 2, "two", make_row("b"), numbered=7), "its rows carry another number"),
-        (lambda: local.write_bytes("predictions/c00000002.parquet", sound[:-200]), "not a results file of ours"),
+        (
+            lambda: local.write_bytes("predictions/c00000002.parquet", sound[:-200]),
+            "cannot be read as a results file of ours",
+        ),
         (lambda: local.write_bytes("predictions/c00000002.parquet", b"\0" * 99 + sound[99:]), "c00000002.parquet"),
     ):
         spoil()

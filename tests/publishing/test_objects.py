@@ -11,8 +11,18 @@ from tests.results_fixtures import make_row, publish_rows, read_statuses
 
 def test_a_foreign_file_in_the_table_stops_the_run(local: Store) -> None:
     local.write_bytes("predictions/c00000001.parquet", b"not Parquet")
-    with pytest.raises(StorageError, match=r"c00000001\.parquet: not a results file"):
+    with pytest.raises(StorageError, match=r"c00000001\.parquet: cannot be read as a results file .* from a copy"):
         publish_rows(local, "run", make_row("a"))
+
+
+def test_only_what_is_no_night_is_to_be_moved_away(local: Store) -> None:
+    """A night whose store answered with other bytes may be sound."""
+    for key, is_night in (("predictions/c00000001.parquet", True), ("_runs/r/plan.parquet", False)):
+        local.write_bytes(key, b"not Parquet")
+        with pytest.raises(StorageError) as caught:
+            objects.read_stored(local, key)
+        assert ("move it away" in str(caught.value)) != is_night
+        assert ("try again" in str(caught.value)) == is_night
 
 
 @pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
@@ -21,7 +31,7 @@ def test_a_damaged_object_is_named(local: Store, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(objects, "WHOLE_BYTES", whole_bytes)
     publish_rows(local, "run", make_row("a"))
     sound = local.read_bytes("predictions/c00000001.parquet")
-    for num_spoiled, complaint in ((99, "damaged"), (len(sound) // 2, "not a results file of ours")):
+    for num_spoiled, complaint in ((99, "damaged"), (len(sound) // 2, "cannot be read as a results file of ours")):
         local.write_bytes("predictions/c00000001.parquet", bytes(num_spoiled) + sound[num_spoiled:])
         with pytest.raises(StorageError, match=rf"c00000001\.parquet: {complaint}"):
             list(objects.stream_objects(local, list_commit_objects(local), ["run_id", "source"]))
