@@ -138,7 +138,9 @@ class Ingester:
         """
         scans = self._read(staging, clock, functools.partial(staging.fetch, self._road.volume, self._excerpts))
         statuses = {scan.status for scan in scans}
-        if staging.took_excerpts and statuses != {Status.OK} and not statuses & NEVER_GIVEN_UP:
+        # A wrong bit may also hang, starve or kill a decoder, and none of these is final: the next night fetches anew.
+        # But a hang has cost its whole time limit and would again; the other two end soon, and are worth a second look.
+        if staging.took_excerpts and statuses - {Status.OK, Status.ERR_TIMEOUT} and not statuses & NEVER_GIVEN_UP:
             scans = self._read(staging, clock, staging.complete)
         return scans
 

@@ -18,7 +18,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
-from darnet.errors import Status
+from darnet.errors import ScanError, Status
 from darnet.ingest import DECODE_TARGET, FoundScan, Ingester, Road, decode_scan, find_scans
 from darnet.reading.excerpt import ExcerptsTooShort, MissingBytes, open_staged
 from darnet.reading.sandbox import Sandbox
@@ -105,6 +105,7 @@ def read(sandbox: Sandbox) -> Read:
         *,
         excerpts: Excerpts = SMALL,
         road: Road = ROAD,
+        sandbox: Any = sandbox,
     ) -> tuple[list[IngestedScan], Bucket]:
         bucket = Bucket(dict(_read_files(files) if isinstance(files, Path) else files), Line(), meddle, Counter())
         with serve_objects(bucket.answer, bucket.line) as connect:
@@ -369,6 +370,42 @@ def test_no_wrong_bit_of_any_excerpt_is_in_a_row(chest: Path, truth: list[Ingest
 
         scans, _ = read(chest, meddle)
         _assert_same(scans, truth)
+
+
+@dataclass
+class FailingSandbox:
+    """A sandbox of which the first decoding ends as `status` says."""
+
+    sandbox: Sandbox
+    status: Status
+    num_decoded: int = 0
+
+    def call(self, step: Any, *arguments: Any) -> Any:
+        if step is decode_scan:
+            self.num_decoded += 1
+            if self.num_decoded == 1:
+                raise ScanError(self.status, "as the test wants it")
+        return self.sandbox.call(step, *arguments)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("status", "statuses"),
+    [
+        (Status.ERR_TIMEOUT, [Status.ERR_TIMEOUT]),
+        (Status.ERR_MEMORY, [Status.ERR_MEMORY, Status.OK]),
+        (Status.ERR_DECODER_CRASH, [Status.ERR_DECODER_CRASH, Status.OK]),
+    ],
+)
+def test_what_ended_the_decoder_is_decoded_again_but_for_a_hang(
+    status: Status, statuses: list[Status], chest: Path, sandbox: Sandbox, read: Read
+) -> None:
+    """Which costs its time limit each time."""
+    failing = FailingSandbox(sandbox, status)
+    scans, bucket = read(chest, sandbox=failing)
+    assert ([scan.status for scan in scans], failing.num_decoded) == (statuses[-1:], len(statuses))
+    is_whole = bucket.sent[_name(SKIPPED)] > SMALL.head_bytes
+    assert is_whole == (len(statuses) > 1)
 
 
 # What becomes of an object between its header and its pixels
