@@ -21,8 +21,8 @@ from darnet.config import ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.pseudonym import OPEN_KEYS, KeyNames
-from darnet.publishing.commit import check_rows, publish
-from darnet.publishing.hold import PAGE, is_published, refuse_if_held, review_run
+from darnet.publishing.commit import check_rows
+from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
@@ -158,6 +158,7 @@ def finish_run(
         )
         stage_rows(dataset, folder, len(missing), config.part_scans)
     num_planned, rows = len(planned), folder.read_parts()
+    folder.refuse_if_discarded()  # which has taken parts away
     check_rows(planned, rows, record.work.origin)
     del planned
     if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
@@ -165,8 +166,7 @@ def finish_run(
     else:
         verdict = review_run(folder, rows, config, images)
         gates, num_repeats = verdict.describe(), verdict.num_repeats
-    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin)
-    folder.write_end(number)
+    number = publish_run(folder, rows, record)
     shown = (row for _, piece in rows.stream(IMAGE_COLUMNS) for row in piece.to_pylist())
     pictures = {} if images is None else {"cam_images": images.describe(folder.run_id, shown)}
     return {

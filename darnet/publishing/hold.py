@@ -18,7 +18,7 @@ from darnet.publishing.commit import check_rows, find_repeats, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
 from darnet.publishing.objects import NOTICE, list_commit_objects, stream_objects
-from darnet.publishing.runs import DISCARDED, HELD, PLAN, RUNS, RunFolder, list_run_files
+from darnet.publishing.runs import DISCARDED, HELD, PLAN, RUNS, RunFolder, RunRecord, list_run_files
 from darnet.publishing.staged import StagedRows
 from darnet.publishing.tally import TALLY_COLUMNS, Tally
 from darnet.settings import ScoreSettings
@@ -43,8 +43,10 @@ def review_run(folder: RunFolder, rows: StagedRows, config: GateConfig, images: 
     """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
     What only repeats the table (`find_repeats`) stands on the page and is not judged.
-    Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published.
+    Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published. RunError
+        if the run was discarded: it must not hold the nights after it.
     """
+    folder.refuse_if_discarded()
     earlier = read_earlier_nights(folder.store, rows.keys["night"][0].as_py(), config.gate_nights)
     is_repeat = find_repeats(folder.store, rows)
     tonight, judged = Night(), Tally()
@@ -59,6 +61,17 @@ def review_run(folder: RunFolder, rows: StagedRows, config: GateConfig, images: 
         folder.store.write_bytes(folder.locate(HELD), _to_json(hold))
         raise _explain_hold(folder.store, hold)
     return verdict
+
+
+def publish_run(folder: RunFolder, rows: StagedRows, record: RunRecord) -> int | None:
+    """Publish a run and note that it is over; its number, or None if it holds nothing new.
+
+    Raises: RunError if the run was discarded; as `publish`.
+    """
+    folder.refuse_if_discarded()  # last: its driver may have scored on when a person decided
+    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin)
+    folder.write_end(number)
+    return number
 
 
 def read_earlier_nights(store: Store, night: date, num_nights: int) -> Tally:
@@ -97,8 +110,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
         rows = folder.read_parts()
         record = folder.read_record()
         check_rows(folder.list_planned_sources(), rows, record.work.origin)
-        decision["published"] = publish(store, run_id, rows, record.listing, record.work.origin)
-        folder.write_end(decision["published"])
+        decision["published"] = publish_run(folder, rows, record)
     store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
     if settings.discard is not None:
         folder.delete_work()

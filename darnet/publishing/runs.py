@@ -18,7 +18,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet.archive import batch_by
 from darnet.config import digest_json
-from darnet.errors import FolderMissing, ObjectMissing, PutUncertain, UsageError
+from darnet.errors import FolderMissing, ObjectMissing, PutUncertain, RunError, UsageError
 from darnet.publishing.objects import (
     NOTICE,
     Listing,
@@ -252,6 +252,16 @@ class RunFolder:
     def write_end(self, published: int | None) -> None:
         """Note that the run is over, and under which number it is in the table, if it is: nobody need go on from it."""
         self.store.write_bytes(self.locate(ENDED), json.dumps({"published": published, "notice": NOTICE}).encode())
+
+    def refuse_if_discarded(self) -> None:
+        """Raises: RunError if a person has decided meanwhile that nothing of this run counts."""
+        key = self.locate(DISCARDED)
+        with suppress(ObjectMissing):
+            self.store.read_bytes(key)
+            raise RunError(
+                f"{self.store.uri}/{key}: the run was discarded while it was being scored (the reason stands there), "
+                "and nothing of it is published; start the job again, which plans its sources anew"
+            )
 
     def read_last_number(self) -> int:
         """The highest number of the table that this run knew of: it was there when the run planned, or is its own.

@@ -10,7 +10,14 @@ import pytest
 from darnet.errors import ExitCode, HeldError, RunError, UsageError
 from darnet.job import run_job
 from darnet.publishing.commit import publish
-from darnet.publishing.hold import decide_hold, list_held_runs, read_earlier_nights, refuse_if_held, review_run
+from darnet.publishing.hold import (
+    decide_hold,
+    list_held_runs,
+    publish_run,
+    read_earlier_nights,
+    refuse_if_held,
+    review_run,
+)
 from darnet.publishing.runs import RunFolder, find_unfinished
 from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
@@ -206,6 +213,20 @@ def test_a_held_run_that_another_driver_published_is_accepted_and_not_discarded(
     assert list_held_runs(local) == [folder.run_id]
     assert decide(local, "accept", folder.run_id)["published"] == 3
     assert (list_commit_numbers(local), list_held_runs(local)) == ([1, 2, 3], [])
+
+
+def test_a_live_driver_neither_publishes_nor_holds_what_a_person_discarded(store: Store) -> None:
+    """It has read its parts before they were taken away, or staged them afterwards."""
+    for night in (1, 2):
+        publish_rows(store, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
+    folder, rows = stage_night(store, 3, "OK", "OK", "OK", "ERR_TIMEOUT")
+    record, rows = folder.read_record(), stage(read_staged(rows))
+    decide(store, "discard", folder.run_id)
+    for go_on in (lambda: review_run(folder, rows, CONFIG), lambda: publish_run(folder, rows, record)):
+        with pytest.raises(RunError, match=r"run3/DISCARDED\.json: .*start the job again"):
+            go_on()
+    assert (list_commit_numbers(store), list_held_runs(store)) == ([1, 2], [])
+    assert not folder.is_over
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[]", b'{"run_id": "run3"}', b'{"run_id": "a", "breaches": [1]}', b"\xff"])
