@@ -1,8 +1,10 @@
 """The files that start clusters and nights are ones that Ray and KubeRay accept."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +106,22 @@ def test_own_machines_are_counted() -> None:
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_every_node_asks_for_a_token(commands: str) -> None:
     assert all("RAY_AUTH_MODE=token" in line for line in _read_cluster()[commands] if "ray start" in line)
+
+
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_jobs_of_the_cluster_run_under_the_installed_python(commands: str, tmp_path: Path) -> None:
+    """Each command in a home of its own, in which `ray` says which `python` a job that it starts would find."""
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, text in (("ray", 'echo "$1 $(command -v python)"'), ("python", "")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.10"}
+    told = [
+        subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=True).stdout
+        for line in _read_cluster()[commands]
+    ]
+    assert told[-1] == f"start {programs / 'python'}\n"
 
 
 def test_the_night_has_kuberays_fields() -> None:
