@@ -27,7 +27,7 @@ from darnet.decode import (
     read_dicom_slice,
     set_decoder_threads,
 )
-from darnet.errors import NEVER_GIVEN_UP, RunError, ScanError, Status, name_file
+from darnet.errors import RunError, ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.pseudonym import pseudonymise
 from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
@@ -40,6 +40,7 @@ from darnet.storage import Store
 from darnet.volume import list_contributions, make_standard_volume
 
 DECODE_TARGET = "darnet.ingest:run_step"
+DOUBTFUL = frozenset({Status.ERR_DECODER_CRASH, Status.ERR_MEMORY})  # what a wrong bit of an excerpt may be behind
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,15 @@ class Road:
 
 @dataclass(frozen=True)
 class FoundScan:
-    """A scan as its headers tell of it, before its pixels; travels to the child, which opens it."""
+    """A scan as its headers tell of it, before its pixels; travels to the child, which opens it.
+
+    `paths` are of the DICOM files from which it was told what the scan is: its slices, or whatever may spoil them.
+    """
 
     scan_id: str
     facts: ScanFacts
     open_stack: Callable[[], SliceStack]
+    paths: tuple[Path, ...] = ()
 
 
 class ExcerptWrong(Exception):  # noqa: N818
@@ -131,16 +136,16 @@ class Ingester:
         return [replace(scan, fetch_s=clock.fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
 
     def _read_twice(self, staging: Staging, clock: "_Clock") -> list[IngestedScan]:
-        """Read a source by excerpts of what does not contribute, and whole if not every scan is OK by them.
+        """Read a source by excerpts of what does not contribute, and whole if they cannot be relied on.
 
-        Nothing guards an excerpt's bits: a wrong one must not condemn a scan, and no row rests on one, as the slices
-        that a row tells of are whole (`list_read_files`). Trouble of the store would only come again.
+        Nothing guards an excerpt's bits: a wrong one must not condemn a scan, and no row rests on one. The slices that
+        a row tells of are whole (`list_read_files`); where a scan is refused, its others are fetched too, and must have
+        the bytes of their excerpts (`_hold_refusals`).
         """
         scans = self._read(staging, clock, functools.partial(staging.fetch, self._road.volume, self._excerpts))
-        statuses = {scan.status for scan in scans}
         # A wrong bit may also hang, starve or kill a decoder, and none of these is final: the next night fetches anew.
         # But a hang has cost its whole time limit and would again; the other two end soon, and are worth a second look.
-        if staging.took_excerpts and statuses - {Status.OK, Status.ERR_TIMEOUT} and not statuses & NEVER_GIVEN_UP:
+        if staging.took_excerpts and not DOUBTFUL.isdisjoint(scan.status for scan in scans):
             scans = self._read(staging, clock, staging.complete)
         return scans
 
@@ -153,7 +158,10 @@ class Ingester:
                 if staging.has_excerpts:
                     self._fetch_read_files(found, staging, clock)
                 with clock.time("decode_s"):
-                    return [self._decode(item) if isinstance(item, FoundScan) else item for item in found]
+                    scans = [self._decode(item) if isinstance(item, FoundScan) else item for item in found]
+                if staging.has_excerpts:
+                    self._hold_refusals(found, scans, staging, clock)
+                return scans
             finally:  # what went wrong with a source that changed says nothing of the one that was planned
                 staging.check_unchanged()
         except (RunError, OSError):
@@ -183,6 +191,20 @@ class Ingester:
             paths = {path for scan in scans for path in self._sandbox.call(list_read_files, scan, self._road.volume)}
         with clock.time("fetch_s"):
             if not staging.complete(paths):
+                raise ExcerptWrong
+
+    def _hold_refusals(
+        self,
+        found: Sequence["FoundScan | IngestedScan"],
+        scans: Sequence[IngestedScan],
+        staging: Staging,
+        clock: "_Clock",
+    ) -> None:
+        """Fetch whole what scans are refused for, once and for all. Raises: ExcerptWrong; what the store raises."""
+        is_refused = [scan.status.is_final and scan.status is not Status.OK for scan in scans]
+        refused = [item for item, is_out in zip(found, is_refused, strict=True) if is_out]
+        with clock.time("fetch_s"):
+            if not all(staging.complete(item.paths if isinstance(item, FoundScan) else None) for item in refused):
                 raise ExcerptWrong
 
     def _decode(self, found: FoundScan) -> IngestedScan:
@@ -264,14 +286,17 @@ def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> l
     """
     files = sort_files(staged, road.decode.min_slices)
     images = files.images
-    found: list[FoundScan | IngestedScan] = [
-        FoundScan(
-            f"{source_key}#{hash_series_uid(uid)}",
-            _describe_series(headers, road.pseudonym_key),
-            functools.partial(_open_series, headers, road.decode, files.spoiling[uid]),
+    found: list[FoundScan | IngestedScan] = []
+    for uid, headers in sorted(files.series.items()):
+        told_by = staged if files.spoiling[uid] else [header.file for header in headers]
+        found.append(
+            FoundScan(
+                f"{source_key}#{hash_series_uid(uid)}",
+                _describe_series(headers, road.pseudonym_key),
+                functools.partial(_open_series, headers, road.decode, files.spoiling[uid]),
+                tuple(file.path for file in told_by),
+            )
         )
-        for uid, headers in sorted(files.series.items())
-    ]
     if files.unplaced:
         facts = _count([*(fragment.file for fragment in files.unplaced), *images])
         found.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
@@ -291,9 +316,13 @@ def list_read_files(found: FoundScan, config: VolumeConfig) -> list[Path]:
     """Where the files of a DICOM series must be whole for `decode_scan`: those that its row tells of.
 
     These are the slices that contribute, the first and the last, from which spacing is measured, and the one whose
-    header speaks for the series. The headers of the others only have to agree with them. Raises: ScanError.
+    header speaks for the series. The headers of the others only have to agree with them. Of what headers refuse, as
+    they do a scout, no pixels are read.
     """
-    stack = found.open_stack()
+    try:
+        stack = found.open_stack()
+    except ScanError:
+        return []
     if not isinstance(stack, DicomStack):
         return []
     series, num_slices = stack.series, stack.shape[0]

@@ -32,6 +32,7 @@ from tests.object_server import Answer, Line, serve_objects
 NUM_SLICES = 24
 ROAD = Road(VolumeConfig(shape=(8, 32, 32)), DecodeConfig(), b"a secret of thirty-two bytes ....")
 SMALL = Excerpts(min_bytes=3_000, head_bytes=2_048, tail_bytes=64)
+MANY = replace(SMALL, max_share=0.7)  # of 26 files, two for each of the 8 may contribute
 # Of 24 slices to 8, by hand: slice i of the 8 lies at 3 i + 1. The first and last tell the spacing, and the first file,
 # which `write_chest` makes the first slice, names the patient.
 WHOLE = [0, 1, 4, 7, 10, 13, 16, 19, 22, 23]
@@ -90,6 +91,22 @@ def _read_files(folder: Path) -> dict[str, bytes]:
 def _name(index: int) -> str:
     """The key of slice `index`, as `write_chest` names it."""
     return f"a/{index * 7 % NUM_SLICES:03d}.dcm"
+
+
+@dataclass
+class FailingSandbox:
+    """A sandbox that counts decodings, of which the first ends as `status` says."""
+
+    sandbox: Sandbox
+    status: Status | None = None
+    num_decoded: int = 0
+
+    def call(self, step: Any, *arguments: Any) -> Any:
+        if step is decode_scan:
+            self.num_decoded += 1
+            if self.status is not None and self.num_decoded == 1:
+                raise ScanError(self.status, "as the test wants it")
+        return self.sandbox.call(step, *arguments)
 
 
 Read = Callable[..., tuple[list[IngestedScan], Bucket]]
@@ -248,7 +265,7 @@ def test_a_header_longer_than_the_span_is_read_in_the_whole_file(
 @pytest.mark.s3
 def test_a_large_file_that_is_no_slice_is_judged_whole(chest: Path, truth: list[IngestedScan], read: Read) -> None:
     files = {**_read_files(chest), "a/stray": b"no DICOM at all" * 1_000}
-    scans, bucket = read(files, excerpts=replace(SMALL, max_share=0.7))
+    scans, bucket = read(files, excerpts=MANY)
     _assert_same(scans, truth)
     assert bucket.sent["a/stray"] == SMALL.head_bytes + len(files["a/stray"])
     assert bucket.sent[_name(SKIPPED)] == SMALL.head_bytes
@@ -307,17 +324,36 @@ def test_damage_in_a_slice_that_does_not_contribute_is_found(
     assert {key for key, body in bucket.files.items() if bucket.sent[key] < len(body)} == set()  # judged whole
 
 
+@pytest.fixture(scope="module")
+def with_scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of slices and two large scout views, as scanners leave them."""
+    folder, beside = _write(tmp_path_factory.mktemp("scout") / "a"), tmp_path_factory.mktemp("beside")
+    write_chest(beside, make_chest((2, 64, 64)), ImageType=["ORIGINAL", "LOCALIZER"], SeriesInstanceUID="1.9")
+    for path in beside.iterdir():
+        path.rename(folder / f"scout-{path.name}")
+    return folder
+
+
 @pytest.mark.s3
-def test_a_scout_beside_the_series_has_the_row_it_has_in_place(tmp_path: Path, sandbox: Sandbox, read: Read) -> None:
-    _write(tmp_path / "a")
-    write_chest(tmp_path / "b", make_chest((2, 64, 64)), ImageType=["ORIGINAL", "LOCALIZER"], SeriesInstanceUID="1.9")
-    for path in (tmp_path / "b").iterdir():
-        path.rename(tmp_path / "a" / f"scout-{path.name}")
-    (tmp_path / "b").rmdir()
-    scans, bucket = read(tmp_path / "a", excerpts=replace(SMALL, max_share=0.7))
-    assert set(bucket.asked.values()) == {2}
+def test_a_scout_comes_whole_and_the_series_beside_it_by_its_headers(
+    with_scout: Path, sandbox: Sandbox, read: Read
+) -> None:
+    scans, bucket = read(with_scout, excerpts=MANY)
     assert sorted(scan.status for scan in scans) == [Status.OK, Status.SKIP_LOCALIZER]
-    _assert_same(scans, _read_in_place(tmp_path / "a", sandbox))
+    _assert_same(scans, _read_in_place(with_scout, sandbox))
+    whole = {*map(_name, WHOLE), *(key for key in bucket.files if "scout" in key)}
+    assert {key for key, times in bucket.asked.items() if times == 2} == whole
+
+
+@pytest.mark.s3
+def test_a_scan_without_lungs_comes_whole_and_is_decoded_once(tmp_path: Path, sandbox: Sandbox, read: Read) -> None:
+    folder, voxels = tmp_path / "a", make_chest((NUM_SLICES, 64, 64))
+    voxels[voxels == -850] = 40
+    write_chest(folder, voxels)
+    failing = FailingSandbox(sandbox)
+    scans, bucket = read(folder, sandbox=failing)
+    assert ([scan.status for scan in scans], failing.num_decoded) == ([Status.SKIP_NO_LUNG], 1)
+    assert {key for key, body in bucket.files.items() if bucket.sent[key] < len(body)} == set()
 
 
 # Wrong bits, which no checksum of a span tells
@@ -329,6 +365,7 @@ def _flip(body: bytes, place: int, bit: int = 0) -> bytes:
 
 # A slice, what to look for in its file, and how far behind that the wrong bit is.
 WRONG_BITS = {
+    "length of the series' name": (SKIPPED, b"\x20\x00\x0e\x00", 6),
     "series": (SKIPPED, b"\x20\x00\x0e\x00", 8),
     "patient": (SKIPPED, b"\x10\x00\x20\x00", 8),
     "place": (SKIPPED, b"\\368.0", 2),  # 500 mm less 11 steps of 12
@@ -358,10 +395,11 @@ def test_a_wrong_bit_of_an_excerpt_is_in_no_row(name: str, chest: Path, truth: l
 
 @pytest.mark.s3
 @pytest.mark.slow
-def test_no_wrong_bit_of_any_excerpt_is_in_a_row(chest: Path, truth: list[IngestedScan], read: Read) -> None:
-    rng = random.Random(0)
+def test_no_wrong_bit_of_any_excerpt_is_in_a_row(with_scout: Path, sandbox: Sandbox, read: Read) -> None:
+    rng, truth = random.Random(0), _read_in_place(with_scout, sandbox)
     for _ in range(300):
-        wrong = {_name(rng.randrange(NUM_SLICES)): (rng.randrange(SMALL.head_bytes), rng.randrange(8))}
+        name = f"a/{rng.choice(list(_read_files(with_scout)))}"
+        wrong = {name: (rng.randrange(SMALL.head_bytes), rng.randrange(8))}
 
         def meddle(key: str, times: int, answer: Answer, wrong: Any = wrong) -> Answer:
             if key not in wrong or times > 0:
@@ -370,22 +408,6 @@ def test_no_wrong_bit_of_any_excerpt_is_in_a_row(chest: Path, truth: list[Ingest
 
         scans, _ = read(chest, meddle)
         _assert_same(scans, truth)
-
-
-@dataclass
-class FailingSandbox:
-    """A sandbox of which the first decoding ends as `status` says."""
-
-    sandbox: Sandbox
-    status: Status
-    num_decoded: int = 0
-
-    def call(self, step: Any, *arguments: Any) -> Any:
-        if step is decode_scan:
-            self.num_decoded += 1
-            if self.num_decoded == 1:
-                raise ScanError(self.status, "as the test wants it")
-        return self.sandbox.call(step, *arguments)
 
 
 @pytest.mark.s3
