@@ -131,9 +131,10 @@ class Ingester:
         except OSError as error:  # also where there is no room for the folder itself
             trouble = ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine")
             scans = [_refuse(source.key, _count_objects(source), trouble)]
-        # Headers are read for all scans of a source at once, so that each has an equal part in the time they took.
+        # A source is fetched and its headers are read for all its scans at once: each has an equal part in that time.
         shared_s = (clock.decode_s - sum(scan.decode_s for scan in scans)) / len(scans)
-        return [replace(scan, fetch_s=clock.fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
+        fetch_s = clock.fetch_s / len(scans)
+        return [replace(scan, fetch_s=fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
 
     def _read_twice(self, staging: Staging, clock: "_Clock") -> list[IngestedScan]:
         """Read a source by excerpts of what does not contribute, and whole if they cannot be relied on.

@@ -21,7 +21,7 @@ from darnet.config import ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.pseudonym import OPEN_KEYS, KeyNames
-from darnet.publishing.commit import check_rows
+from darnet.publishing.commit import check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night
@@ -161,11 +161,9 @@ def finish_run(
     folder.refuse_if_discarded()  # which has taken parts away
     check_rows(planned, rows, record.work.origin)
     del planned
-    if is_published(folder.store, folder.run_id):  # by another driver of this run, which judged it
-        gates, num_repeats = "judged by another driver", None
-    else:
-        verdict = review_run(folder, rows, config, images)
-        gates, num_repeats = verdict.describe(), verdict.num_repeats
+    outlook, gates = read_outlook(folder.store, rows), "judged by another driver"
+    if not is_published(folder.store, folder.run_id):
+        gates = review_run(folder, rows, outlook, config, images).describe()
     number = publish_run(folder, rows, record)
     shown = (row for _, piece in rows.stream(IMAGE_COLUMNS) for row in piece.to_pylist())
     pictures = {} if images is None else {"cam_images": images.describe(folder.run_id, shown)}
@@ -175,8 +173,8 @@ def finish_run(
         "planned_sources": num_planned,
         "resumed_sources": num_planned - len(missing),
         "scans": rows.num_rows,
-        "statuses": rows.count_statuses(),
-        "tried_in_vain": num_repeats,
+        "statuses": outlook.statuses,
+        "tried_in_vain": int(outlook.is_repeat.sum()),
         "gates": gates,
         "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
         "published": number,

@@ -6,6 +6,7 @@ What no scan may pass as is in `tests/test_hostile.py`.
 import hmac
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
@@ -842,6 +843,29 @@ def test_a_fetched_source_gives_the_volume_of_one_read_in_place(
     assert scan.volume is not None
     assert reference.volume is not None
     np.testing.assert_array_equal(scan.volume.voxels, reference.volume.voxels)
+
+
+class LateRemote(Remote):
+    """One that takes its time over one file."""
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        time.sleep(0.5 * item.key.endswith("/000.dcm"))
+        super().fetch(item, path)
+
+
+def test_seconds_of_all_scans_sum_up_to_no_more_than_passed(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Of two series, fetched together, each has half."""
+    write_chest(tmp_path / "archive" / "a")
+    for path in write_chest(tmp_path / "other", SeriesInstanceUID="1.9"):
+        path.rename(tmp_path / "archive" / "a" / f"other-{path.name}")
+    store = LateRemote(tmp_path / "archive")
+    (source,) = list_sources(store.list_objects())
+    start_s = time.perf_counter()
+    scans = Ingester(store, ROAD, sandbox).ingest(source)
+    passed_s = time.perf_counter() - start_s
+    assert [scan.status for scan in scans] == [Status.OK, Status.OK]
+    assert scans[0].fetch_s == scans[1].fetch_s
+    assert 0.5 <= sum(scan.fetch_s for scan in scans) <= sum(scan.fetch_s + scan.decode_s for scan in scans) <= passed_s
 
 
 # Real scans

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ def publish(
             return stored.commit
         known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
-    keys = rows.keys.append_column(PLACE, pa.array(np.arange(rows.num_rows)))
-    keys = keys.append_column(IS_GIVEN_UP, pa.array(np.zeros(rows.num_rows, np.bool_)))
-    description = describe_commit(run_id, listing.ended_at, origin)
+    keys, description = _place(rows), describe_commit(run_id, listing.ended_at, origin)
     while True:
         past = pa.concat_tables(known)
         settled = _drop_repeats(_settle(_drop_superseded(keys, past), past), past)
@@ -175,7 +174,7 @@ def _write_object(rows: StagedRows, settled: Any, number: int, description: Mapp
     with explain_os_errors(place, "write rows"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
         path = Path(temporary, "commit.parquet")
         dealt = [Path(temporary, f"group{index}") for index in range(group.max() + 1)]
-        pieces = ((group[where], _give_up(piece, is_given_up[where])) for where, piece in rows.stream())
+        pieces = ((group[where], give_up(piece, is_given_up[where])) for where, piece in rows.stream())
         _deal_out(pieces, dealt)
         with open_writer(path, SCHEMA, description) as writer:
             for file in dealt:
@@ -193,22 +192,42 @@ def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Any]], files: Sequence[P
                 writers[number].write_table(rows.filter(pa.array(numbers == number)))
 
 
-def find_repeats(store: Store, rows: StagedRows) -> BoolArray:
-    """Which of a run's rows say no more than earlier runs did: the table has the same ERR of this scan and bytes.
+@dataclass(frozen=True)
+class Outlook:
+    """What becomes of a run's rows in the table as it stands. Shape: (num_rows,) each, in the order of the keys.
 
-    Shape: (num_rows,), in the order of the keys.
-    They are no news of tonight: to count them would hold every night until the last of them is given up or put right,
-    which may take months. Published they are none the less, but for those of `_are_repeats`.
+    `is_repeat`: the table has the same ERR of this scan and bytes. That is no news of tonight: to count it would hold
+    every night until the last such scan is given up or put right, which may take months. `is_given_up`: it is the ERR
+    of one night too many, and becomes BAD_GAVE_UP. `statuses` counts the rows with that, the commonest first.
     """
-    if not pc.any(pc.starts_with(rows.keys["status"], "ERR_")).as_py():
-        return np.zeros(rows.num_rows, np.bool_)
-    known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
-    for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
-        if stored.run_id not in rows.run_key["run_id"]:
+
+    is_repeat: BoolArray
+    is_given_up: BoolArray
+    statuses: Mapping[str, int]
+
+
+def read_outlook(store: Store, rows: StagedRows) -> Outlook:
+    """What `publish` would make of a run's rows if nobody else published before; of a run that is published, made."""
+    is_repeat, is_given_up = np.zeros((2, rows.num_rows), np.bool_)
+    if pc.any(pc.starts_with(rows.keys["status"], "ERR_")).as_py():
+        known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
+        for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
+            if stored.run_id in rows.run_key["run_id"]:
+                break
             known.append(_select_ours(stored, rows))
-    columns = [*SCAN_KEY, "status"]
-    past = pa.concat_tables(known).select(columns).to_pandas()
-    return is_among(rows.keys.select(columns).to_pandas(), past[is_error(past)], columns)
+        past = pa.concat_tables(known)
+        before, columns = past.to_pandas(), [*SCAN_KEY, "status"]
+        is_repeat = is_among(rows.keys.select(columns).to_pandas(), before[is_error(before)], columns)
+        settled = _settle(_place(rows), past)
+        is_given_up[settled[PLACE].to_numpy()] = settled[IS_GIVEN_UP].to_numpy()
+    counts = Counter(give_up(rows.keys.select(["status"]), is_given_up)["status"].to_pylist())
+    return Outlook(is_repeat, is_given_up, dict(counts.most_common()))
+
+
+def _place(rows: StagedRows) -> Any:
+    """Keys of a run's rows with their places; none is given up yet."""
+    keys = rows.keys.append_column(PLACE, pa.array(np.arange(rows.num_rows)))
+    return keys.append_column(IS_GIVEN_UP, pa.array(np.zeros(rows.num_rows, np.bool_)))
 
 
 def _claim(store: Store, key: str, path: Path, run_id: str, pause: Callable[[float], None]) -> str:
@@ -319,14 +338,17 @@ def _count_nights(mine: pd.DataFrame, past: pd.DataFrame) -> Any:
     return mine.merge(counts, how="left", on=columns)["num_nights"].fillna(0).to_numpy()
 
 
-def _give_up(rows: Any, is_last: BoolArray) -> Any:
-    """The rows with the last ERR of too many turned final."""
+def give_up(rows: Any, is_last: BoolArray) -> Any:
+    """Rows, or some columns of them, with the last ERR of too many turned final."""
     if not is_last.any():
         return rows
-    reasons = pc.binary_join_element_wise(rows["status"], rows["status_detail"], f", {GIVE_UP_NIGHTS} nights: ")
-    for name, replacement in (("status_detail", reasons), ("status", Status.BAD_GAVE_UP.value)):
+    changes = {"status": Status.BAD_GAVE_UP.value}
+    if "status_detail" in rows.column_names:
+        nights = f", {GIVE_UP_NIGHTS} nights: "
+        changes["status_detail"] = pc.binary_join_element_wise(rows["status"], rows["status_detail"], nights)
+    for name, replacement in changes.items():
         column = pc.if_else(pa.array(is_last), replacement, rows[name])
-        rows = rows.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
+        rows = rows.set_column(rows.column_names.index(name), rows.schema.field(name), column)
     return rows
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from darnet.cam_images import CamImages
 from darnet.config import GateConfig
 from darnet.errors import HeldError, RunError, UsageError
-from darnet.publishing.commit import check_rows, find_repeats, publish
+from darnet.publishing.commit import Outlook, check_rows, give_up, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
 from darnet.publishing.objects import NOTICE, list_commit_objects, stream_objects
@@ -39,21 +39,23 @@ def refuse_if_held(store: Store) -> None:
         raise _explain_hold(store, _read_hold(store, held[0]))
 
 
-def review_run(folder: RunFolder, rows: StagedRows, config: GateConfig, images: CamImages | None = None) -> Verdict:
+def review_run(
+    folder: RunFolder, rows: StagedRows, outlook: Outlook, config: GateConfig, images: CamImages | None = None
+) -> Verdict:
     """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
-    What only repeats the table (`find_repeats`) stands on the page and is not judged.
+    The page shows them as the table will. What only repeats the table is not judged.
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published. RunError
         if the run was discarded: it must not hold the nights after it.
     """
     folder.refuse_if_discarded()
     earlier = read_earlier_nights(folder.store, rows.keys["night"][0].as_py(), config.gate_nights)
-    is_repeat = find_repeats(folder.store, rows)
     tonight, judged = Night(), Tally()
     for where, piece in rows.stream(NIGHT_COLUMNS):
-        tonight.add(piece)
-        judged.add(piece.filter(pa.array(~is_repeat[where])))
-    verdict = replace(judge(judged, earlier, config), num_repeats=int(is_repeat.sum()))
+        ended = give_up(piece, outlook.is_given_up[where])
+        tonight.add(ended)
+        judged.add(ended.filter(pa.array(~outlook.is_repeat[where])))
+    verdict = replace(judge(judged, earlier, config), num_repeats=int(outlook.is_repeat.sum()))
     pictures = {} if images is None else images.read_thumbnails(tonight.list_rows())
     folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict, pictures).encode())
     if verdict.breaches:

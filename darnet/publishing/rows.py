@@ -68,7 +68,7 @@ SCHEMA: Any = pa.schema(
         _nullable("cam_depth_profile", pa.list_(pa.float32()), "Share of the map in each of the D input slices."),
         _nullable("depth_gate_profile", pa.list_(pa.float32()), "Last block's depth gates, channel and fold mean."),
         _nullable("lung_fraction", pa.float64(), "Share of the network input that is lung; null for images."),
-        _nullable("fetch_s", pa.float64(), "Seconds spent fetching the source."),
+        _nullable("fetch_s", pa.float64(), "Seconds spent fetching: an equal part of its source's."),
         _nullable("decode_s", pa.float64(), "Seconds spent decoding and resampling."),
         _nullable("model_s", pa.float64(), "Seconds spent in the networks; null where they did not run."),
     ]

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from darnet.archive import batch_by
 from darnet.publishing.objects import PIECE_ROWS
@@ -42,11 +41,6 @@ class StagedRows:
     def num_rows(self) -> int:
         """How many rows count."""
         return int(self.keys.num_rows)
-
-    def count_statuses(self) -> dict[str, int]:
-        """How many rows end in each status, the commonest first."""
-        counts = pc.value_counts(self.keys["status"]).to_pylist()
-        return {item["values"]: item["counts"] for item in sorted(counts, key=lambda item: -item["counts"])}
 
     def stream(self, columns: list[str] = SCHEMA.names) -> Iterator[tuple[slice, Any]]:
         """Some columns of the rows in pieces of about `PIECE_ROWS`, each with its place in `keys`; no source is split.

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from darnet.config import GateConfig
 from darnet.errors import ExitCode, HeldError, RunError, UsageError
 from darnet.job import run_job
-from darnet.publishing.commit import publish
+from darnet.publishing.commit import publish, read_outlook
+from darnet.publishing.gates import Verdict
 from darnet.publishing.hold import (
     decide_hold,
     list_held_runs,
@@ -67,6 +69,10 @@ def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, St
     return folder, folder.read_parts()
 
 
+def review(folder: RunFolder, rows: StagedRows, config: GateConfig = CONFIG) -> Verdict:
+    return review_run(folder, rows, read_outlook(folder.store, rows), config)
+
+
 def read_staged(rows: StagedRows) -> list[dict[str, Any]]:
     return [row for _, piece in rows.stream() for row in piece.to_pylist()]
 
@@ -77,7 +83,7 @@ def hold_night(store: Store) -> RunFolder:
         publish_rows(store, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
     folder, rows = stage_night(store, 3, "OK", "OK", "ERR_TIMEOUT", "ERR_STORAGE")
     with pytest.raises(HeldError, match=r"run run3 of 2030-01-03 .*: share of ERR 0\.500 \(limit 0\.050\)"):
-        review_run(folder, rows, CONFIG)
+        review(folder, rows)
     return folder
 
 
@@ -222,7 +228,7 @@ def test_a_live_driver_neither_publishes_nor_holds_what_a_person_discarded(store
     folder, rows = stage_night(store, 3, "OK", "OK", "OK", "ERR_TIMEOUT")
     record, rows = folder.read_record(), stage(read_staged(rows))
     decide(store, "discard", folder.run_id)
-    for go_on in (lambda: review_run(folder, rows, CONFIG), lambda: publish_run(folder, rows, record)):
+    for go_on in (lambda: review(folder, rows), lambda: publish_run(folder, rows, record)):
         with pytest.raises(RunError, match=r"run3/DISCARDED\.json: .*start the job again"):
             go_on()
     assert (list_commit_numbers(store), list_held_runs(store)) == ([1, 2], [])
@@ -244,8 +250,8 @@ def test_a_damaged_hold_is_named(local: Store, damaged: bytes) -> None:
 def test_a_good_or_small_run_is_let_through(local: Store) -> None:
     for night in (1, 2):
         publish_rows(local, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
-    assert review_run(*stage_night(local, 3, "OK", "OK", "OK", "OK"), CONFIG).describe() == "passed"
-    small = review_run(*stage_night(local, 4, "ERR_TIMEOUT"), CONFIG)
+    assert review(*stage_night(local, 3, "OK", "OK", "OK", "OK")).describe() == "passed"
+    small = review(*stage_night(local, 4, "ERR_TIMEOUT"))
     assert small.describe() == "not judged: 1 scans, the gates need 4"
     assert list_held_runs(local) == []
 
@@ -256,19 +262,19 @@ def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(store: St
         publish_rows(store, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
     folder, rows = stage_night(store, 3, "OK", "OK", *["ERR_ARCHIVED"] * 4)
     with pytest.raises(HeldError):
-        review_run(folder, rows, CONFIG)
+        review(folder, rows)
     assert decide(store, "accept", "run3")["published"] == 3
 
     old = [row | {"run_id": "run4", "night": datetime.date(2030, 1, 4)} for row in read_staged(rows)[2:]]
     folder, fresh = stage_night(store, 4, "OK", "OK", "OK", "OK")
     rows = stage([*read_staged(fresh), *old])
-    verdict = review_run(folder, rows, CONFIG)
+    verdict = review(folder, rows)
     assert verdict.describe() == "passed; without 4 scans tried again in vain"
     assert publish(store, "run4", rows, make_listing(9), ORIGIN) == 4
     assert set(read_predictions(store.uri, latest=False)["scan_id"][14:]) == {f"4-{index}" for index in range(4)}
 
     alone = stage([row | {"run_id": "run5"} for row in old])
-    assert review_run(RunFolder(store, "run5"), alone, CONFIG).num_repeats == 4
+    assert review(RunFolder(store, "run5"), alone).num_repeats == 4
     assert publish(store, "run5", alone, make_listing(10), ORIGIN) is None
 
 
@@ -284,13 +290,34 @@ def test_scans_that_fail_every_night_do_not_hold_the_healthy_ones_beside_them(lo
         return stage([*healthy, *[make_row(f"f{index}", status, night=9, run_id="run9") for index in range(40)]])
 
     with pytest.raises(HeldError, match=r"share of ERR 0\.074"):
-        review_run(RunFolder(local, "run9"), make_night("ERR_MEMORY"), config)
+        review(RunFolder(local, "run9"), make_night("ERR_MEMORY"), config)
     rows = make_night("ERR_TIMEOUT")
-    verdict = review_run(RunFolder(local, "run9"), rows, config)
+    verdict = review(RunFolder(local, "run9"), rows, config)
     assert verdict.describe() == "passed; without 40 scans tried again in vain"
     assert publish(local, "run9", rows, make_listing(9), ORIGIN) == 9
     everything = read_predictions(local.uri, latest=False)
     assert (everything["commit"] == 9).sum() == 540  # their nights are counted in the table
+
+
+def test_page_and_summary_give_up_what_the_table_gives_up(store: Store) -> None:
+    for night in (1, 2):
+        publish_rows(store, f"run{night}", make_row("a", "ERR_TIMEOUT", night=night), make_row("z", night=night))
+    failed = [make_row(name, "ERR_TIMEOUT", night=3, run_id="run3") for name in ("a", "b", "z")]  # z is final already
+    rows = stage([*failed, *[make_row(f"3-{index}", night=3, run_id="run3") for index in range(4)]])
+    outlook = read_outlook(store, rows)
+    assert outlook.statuses == {"OK": 4, "ERR_TIMEOUT": 2, "BAD_GAVE_UP": 1}
+    assert outlook.is_repeat.tolist() == [True] + 6 * [False]
+    folder = RunFolder(store, "run3")
+    review_run(folder, rows, outlook, CONFIG.model_copy(update={"gate_err_share": 1.0}))
+    page = store.read_bytes(folder.locate("nightly.html")).decode()
+    assert "ERR_TIMEOUT, 3 nights: what happened" in page
+    assert "the same ERR of decoding on the same bytes for the third night" in page
+    assert publish(store, "run3", rows, make_listing(9), ORIGIN) == 3
+    assert read_statuses(store) == {"a": "BAD_GAVE_UP", "b": "ERR_TIMEOUT", "z": "OK"} | {
+        f"3-{index}": "OK" for index in range(4)
+    }
+    publish_rows(store, "run4", make_row("b", "ERR_TIMEOUT", night=4))
+    assert read_outlook(store, rows).statuses == outlook.statuses  # by a driver that comes late
 
 
 def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:

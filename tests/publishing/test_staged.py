@@ -39,12 +39,11 @@ def test_what_another_part_has_is_left_out_of_pieces_and_keys(monkeypatch: pytes
     assert found == expected
     assert list(zip(*(rows.keys[name].to_pylist() for name in ("scan_id", "status")), strict=True)) == expected
     assert [where for where, _ in rows.stream(["source"])] == [slice(0, 2), slice(2, 4)]
-    assert rows.count_statuses() == {"OK": 3, "BAD_TILT": 1}
 
 
 def test_a_run_that_staged_nothing_has_no_row() -> None:
     rows = stage([])
-    assert (rows.num_rows, list(rows.stream()), rows.count_statuses()) == (0, [], {})
+    assert (rows.num_rows, list(rows.stream())) == (0, [])
 
 
 def test_of_rows_already_passed_only_the_keys_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
