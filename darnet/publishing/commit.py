@@ -54,6 +54,7 @@ GIVE_UP_NIGHTS = 3  # Source: design: the same ERR on the same bytes for the thi
 PUT_ATTEMPTS = 6  # Source: ours; with doubling pauses from 0.2 s this spans about 12 s of a store's trouble
 IS_LATER, IS_GIVEN_UP, PLACE = "is_later", "is_given_up", "place"  # columns of our own beside the keys
 NOWHERE = -1
+OPEN_GROUPS = 256  # Source: ours; of 16,384 rows each, and a quarter of the files that a process may usually open
 ORDER = [("source", "ascending"), ("scan_id", "ascending")]
 PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three classes sums to 1 within 2e-7
 
@@ -164,7 +165,8 @@ def publish(
 def _write_object(rows: StagedRows, settled: Any, number: int, description: Mapping[str, str]) -> Iterator[Path]:
     """The settled rows as a local file, numbered, in an order that does not depend on who finished first.
 
-    No more than one row group is held: rows are dealt out to a file for each as they come, and sorted there.
+    No more than one row group is held: rows are dealt out to a file for each as they come, and sorted there. So many
+    files are open at once; of more groups the rows are read again.
     """
     places = settled[PLACE].to_numpy()
     is_given_up, group = np.zeros(rows.num_rows, np.bool_), np.full(rows.num_rows, NOWHERE)
@@ -173,22 +175,23 @@ def _write_object(rows: StagedRows, settled: Any, number: int, description: Mapp
     place = tempfile.gettempdir()
     with explain_os_errors(place, "write rows"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
         path = Path(temporary, "commit.parquet")
-        dealt = [Path(temporary, f"group{index}") for index in range(group.max() + 1)]
-        pieces = ((group[where], give_up(piece, is_given_up[where])) for where, piece in rows.stream())
-        _deal_out(pieces, dealt)
         with open_writer(path, SCHEMA, description) as writer:
-            for file in dealt:
-                with pa.OSFile(str(file)) as source:
-                    writer.write_table(_finish(pa.ipc.open_file(source).read_all(), number))
+            for first in range(0, group.max() + 1, OPEN_GROUPS):
+                dealt = [Path(temporary, f"group{index}") for index in range(min(OPEN_GROUPS, group.max() + 1 - first))]
+                pieces = ((group[where] - first, give_up(piece, is_given_up[where])) for where, piece in rows.stream())
+                _deal_out(pieces, dealt)
+                for file in dealt:
+                    with pa.OSFile(str(file)) as source:
+                        writer.write_table(_finish(pa.ipc.open_file(source).read_all(), number))
         yield path
 
 
 def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Any]], files: Sequence[Path]) -> None:
-    """Write each row to the file of its number, or nowhere."""
+    """Write each row to the file of its number, or nowhere if there is none."""
     with ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(str(file), SCHEMA)) for file in files]
         for numbers, rows in pieces:
-            for number in set(numbers.tolist()) - {NOWHERE}:
+            for number in set(numbers.tolist()) & set(range(len(files))):
                 writers[number].write_table(rows.filter(pa.array(numbers == number)))
 
 

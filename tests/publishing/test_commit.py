@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import resource
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -383,6 +384,7 @@ def shuffle_rows(seed: int, num_rows: int) -> list[dict[str, Any]]:
 def test_an_object_does_not_depend_on_who_finished_first(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the parts; its row groups follow the keys' bytes, and all but the last are full."""
     monkeypatch.setattr(commit, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(commit, "OPEN_GROUPS", 3)
     monkeypatch.setattr(staged, "PIECE_ROWS", 5)
     found = []
     for seed, rows_per_part in ((1, 1), (2, 3), (3, 100)):
@@ -414,6 +416,24 @@ def test_rows_that_are_left_out_or_given_up_lie_in_any_group(local: Store, monke
     assert {row["status_detail"] for row in rows if row["status"] == "BAD_GAVE_UP"} == {
         "ERR_MEMORY, 3 nights: what happened"
     }
+
+
+def test_an_object_of_many_groups_opens_no_more_files_at_once(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than the system allows a process: sixty of them for sixty rows would be more."""
+    monkeypatch.setattr(commit, "ROW_GROUP_ROWS", 1)
+    monkeypatch.setattr(commit, "OPEN_GROUPS", 7)
+    keys = [f"{number:02d}" for number in range(60)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 30, limits[1]))
+    try:
+        assert publish_rows(local, "run", *[make_row(key, fetch_s=float(key)) for key in reversed(keys)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    file = pq.ParquetFile(pa.BufferReader(local.read_bytes("predictions/c00000001.parquet")))
+    assert file.num_row_groups == 60
+    assert file.read()["scan_id"].to_pylist() == keys
+    assert file.read()["fetch_s"].to_pylist() == [float(key) for key in keys]
 
 
 def test_no_room_for_the_object_on_this_machine_is_a_storage_error(
