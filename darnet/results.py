@@ -4,15 +4,19 @@
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
-from darnet.publishing.objects import NOTICE, list_commits, read_objects
+from darnet.publishing.objects import NOTICE, list_commit_objects, read_objects, stream_objects
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
 from darnet.storage import Store, open_store
 
@@ -47,12 +51,40 @@ def read_predictions(uri: str, latest: bool = True, as_of: date | None = None) -
 
 
 def read_rows(store: Store, latest: bool = True, as_of: date | None = None) -> Any:
-    """What `read_predictions` reads, as an Arrow table."""
-    tables = [stored.rows for stored in read_objects(store, list_commits(store))]
-    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    """What `read_predictions` reads, as an Arrow table.
+
+    Rows are chosen by their keys; of other columns no row is kept that does not count.
+    """
+    items = list_commit_objects(store)
+    if not items or (not latest and as_of is None):
+        return pa.concat_tables([SCHEMA.empty_table(), *_take_rows(store, [(item.key, None) for item in items])])
+    keys, counts = [SCHEMA.empty_table().select(KEY_COLUMNS)], Counter[str]()
+    for stored in stream_objects(store, items, KEY_COLUMNS):
+        keys.append(stored.rows)
+        counts[stored.key] += stored.rows.num_rows
+    table = pa.concat_tables(keys).combine_chunks()
+    places = np.arange(table.num_rows)
     if as_of is not None:
-        table = table.filter(pc.less_equal(table["night"], pa.scalar(as_of, pa.date32())))
-    return table.take(pa.array(_find_latest(table), pa.int64())) if latest else table
+        places = places[pc.less_equal(table["night"], pa.scalar(as_of, pa.date32())).to_numpy()]
+    if latest:
+        places = places[_find_latest(table.take(pa.array(places)))]
+    chosen = np.sort(places)
+    ends = np.cumsum([counts[item.key] for item in items])
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    wanted = [
+        (item.key, part - (end - counts[item.key]))
+        for item, part, end in zip(items, parts, ends.tolist(), strict=True)
+        if len(part)
+    ]
+    rows = pa.concat_tables([SCHEMA.empty_table(), *_take_rows(store, wanted)])
+    return rows.take(pa.array(np.searchsorted(chosen, places)))
+
+
+def _take_rows(store: Store, wanted: Sequence[tuple[str, NDArray[np.int64] | None]]) -> Iterator[Any]:
+    """Of objects, by their keys, the rows at these places, or all."""
+    objects = read_objects(store, [key for key, _ in wanted])
+    for stored, (_, places) in zip(objects, wanted, strict=True):
+        yield stored.rows if places is None else stored.rows.take(pa.array(places))
 
 
 def export_latest(store: Store, name: str) -> tuple[bytes, int]:

@@ -1,16 +1,21 @@
 """What an analyst reads: frame, SQL and a loop by hand agree on the latest rows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import pandas as pd
+import pyarrow as pa
 import pytest
 
+from darnet.publishing import objects
 from darnet.publishing.rows import SCHEMA
-from darnet.results import LATEST_SQL, read_predictions
+from darnet.results import LATEST_SQL, read_predictions, read_rows
 from darnet.storage import Store
+from darnet.storage_local import LocalStore
 from tests.results_fixtures import make_row, publish_history, publish_rows, read_statuses
 
 
@@ -75,3 +80,49 @@ def test_frame_duckdb_and_a_loop_agree_on_the_latest_rows(local: Store, seed: in
     assert queried.column_names == SCHEMA.names
     columns = [name for name in SCHEMA.names if name != "scored_at"]  # DuckDB names UTC otherwise
     pd.testing.assert_frame_equal(queried.select(columns).to_pandas(), frame[columns], check_dtype=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_frame_and_duckdb_agree_on_what_counted_on_any_day(
+    local: Store, seed: int, whole_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the keys of an object come."""
+    monkeypatch.setattr(objects, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(objects, "PIECE_ROWS", 2)
+    publish_history(local, seed)
+    columns = [name for name in SCHEMA.names if name != "scored_at"]
+    with duckdb.connect() as connection:
+        connection.execute(LATEST_SQL.replace("RESULTS", local.uri))
+        for day in range(1, 9):
+            queried = connection.sql(f"FROM latest(day := DATE '2030-01-{day:02d}')").arrow().read_all()
+            frame = read_predictions(local.uri, as_of=date(2030, 1, day))
+            pd.testing.assert_frame_equal(queried.select(columns).to_pandas(), frame[columns], check_dtype=False)
+            every = connection.sql(f"FROM predictions WHERE night <= DATE '2030-01-{day:02d}' ORDER BY commit").arrow()
+            frame = read_predictions(local.uri, latest=False, as_of=date(2030, 1, day))
+            pd.testing.assert_frame_equal(
+                every.read_all().select(columns).to_pandas(), frame[columns], check_dtype=False
+            )
+
+
+@dataclass(frozen=True)
+class WatchedStore(LocalStore):
+    """Notes what Arrow holds when an object is read."""
+
+    held: list[int] = field(default_factory=list)
+
+    def read_bytes(self, key: str) -> bytes:
+        self.held.append(pa.total_allocated_bytes())
+        return super().read_bytes(key)
+
+
+def test_of_rows_that_do_not_count_only_keys_are_held(tmp_path: Path) -> None:
+    """Rows of 80 kB, of which the last night's alone is the latest."""
+    store = WatchedStore(tmp_path)
+    for night in range(1, 31):
+        row = make_row("a", night=night, input_sha256=f"{night:064d}", cam_depth_profile=[0.5] * 20_000)
+        publish_rows(store, f"run{night}", row)
+    before = pa.total_allocated_bytes()
+    store.held.clear()
+    assert read_rows(store)["commit"].to_pylist() == [30]
+    assert max(store.held) - before < 5 * 80_000
