@@ -270,7 +270,9 @@ def measure_planning() -> list[Row]:
         what = f"{num_objects:,} objects, {num_nights} nights"
         print(f"planning: {what}: {found['seconds']} s, {found['growth_mb']} MB", file=sys.stderr)
         named = {"section": "planning", "what": what, "road": "ours", "goals": {}, "repeats": 1}
-        rows.append(named | found | {"repeat": f"make bench-planning NUM_OBJECTS={num_objects}"})
+        rows.append(
+            named | found | {"repeat": f"make bench-planning NUM_OBJECTS={num_objects} NUM_NIGHTS={num_nights}"}
+        )
     return rows
 
 

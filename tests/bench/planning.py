@@ -110,9 +110,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--here", help="measure this results folder, in this process")
     parser.add_argument("--objects", type=int, default=1_000_000, help="of the largest archive")
+    parser.add_argument("--nights", type=int, help="measure that archive alone, one object a source, beside so many")
     chosen = parser.parse_args(arguments)
     if chosen.here:
         print(json.dumps(measure_here(chosen.here)))
+        return 0
+    if chosen.nights:
+        print(json.dumps(measure(chosen.objects, 1, chosen.nights)))
         return 0
     largest, small = chosen.objects, max(chosen.objects // 10, 1000)
     sizes = [max(largest // share, 1000) for share in (100, 10)]
