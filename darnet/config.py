@@ -224,7 +224,8 @@ class ScoreConfig(GateConfig):
     batch_size: int = Field(4, ge=1)
     """Scans a model actor takes at a time; on a GPU in one forward pass, where a short batch is padded."""
     num_threads: int = Field(1, ge=1)
-    """Threads of one model actor on a CPU; part of what makes numbers repeatable."""
+    """Threads of one model actor on a CPU, on a machine of its own as many as it has CPUs; part of what makes numbers
+    repeatable."""
     num_actors: int = Field(1, ge=1)
     """Model actors, one GPU each where the cluster has GPUs."""
     part_scans: int = Field(64, ge=1)

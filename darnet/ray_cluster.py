@@ -24,11 +24,9 @@ from darnet.ingest import Ingester, Road
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
+from darnet.training_plan import DECODE_CPUS
 
 AnswerT = TypeVar("AnswerT")
-DECODE_CPUS = 1.0
-# Less than DECODE_CPUS, or Ray fuses an actor of one CPU with decoding and the two never overlap.
-CPU_MARGIN = 0.01
 SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"

@@ -24,11 +24,12 @@ from darnet.dataset import write_array, write_facts, write_index
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
-from darnet.ray_cluster import DECODE_CPUS, connect, decode_sources, iterate_blocks, unpack_scan
+from darnet.ray_cluster import connect, decode_sources, iterate_blocks, unpack_scan
 from darnet.scan import Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store
 from darnet.terminal import print_heading, show_progress
+from darnet.training_plan import DECODE_CPUS
 
 EXCLUDED_FILE = "excluded.csv"
 NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"

@@ -27,12 +27,12 @@ from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
 from darnet.ray_cluster import (
-    CPU_MARGIN,
     agree_on_secret,
     connect,
     count_resource,
     decode_planned,
     iterate_blocks,
+    list_nodes,
     unpack_scan,
 )
 from darnet.ray_metrics import ScanCounters
@@ -40,6 +40,7 @@ from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store
 from darnet.terminal import show_progress
+from darnet.training_plan import read_room, reserve_cpus
 
 
 class ScoringActor:
@@ -219,11 +220,12 @@ def score_planned(
 
     Workers `read` sources by their places in the plan.
 
-    Raises: RunError if the cluster has too few GPUs for the actors; UsageError as `agree_on_secret`.
+    Raises: RunError if the cluster has too few GPUs for the actors; UsageError as `agree_on_secret`, `reserve_cpus`.
     """
     num_gpus = count_resource("GPU") if config.backend == "torch" else 0
     if 0 < num_gpus < config.num_actors:
         raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
+    room, has_gpus = read_room(list_nodes()), num_gpus > 0
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
     return decode_planned(places, read, archive, road, config.batch_size).map_batches(
         ScoringActor,
@@ -232,7 +234,7 @@ def score_planned(
         batch_format="numpy",
         compute=ActorPoolStrategy(size=config.num_actors),
         num_gpus=1 if num_gpus else None,
-        num_cpus=config.num_threads - CPU_MARGIN,
+        num_cpus=reserve_cpus(room, config.num_actors, config.num_threads, has_gpus=has_gpus),
     )
 
 

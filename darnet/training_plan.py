@@ -1,6 +1,6 @@
 """What a training consists of: settings, a volumes table and a cluster's resources enter, networks and folds leave.
 
-No Ray: what runs where is decided here and done in `ray_train`.
+No Ray: what runs where is decided here and done in `ray_train`; and what `ray_score` counts for its actors.
 """
 
 import hashlib
@@ -22,6 +22,9 @@ from darnet.storage import Store
 # CPUs of a worker: more would not make it faster, and whole nodes could stay half empty; folds that share one train
 # slower together than one after another. Source: ours, by the demo
 WORKER_CPUS = 1
+DECODE_CPUS = 1.0  # of a source that is read, for scoring and for preparing
+# Less than DECODE_CPUS, or Ray fuses a model actor of one CPU with decoding and the two never overlap.
+CPU_MARGIN = 0.01
 GROUP_LABEL = "ray.io/node-group"  # on nodes that `ray up` and KubeRay start, of which an autoscaler may add more
 CODE_FILE = "code_version"  # in a run's folder, beside its checkpoints
 CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's file on the head, as JSON
@@ -234,6 +237,64 @@ def _describe_lack(room: ClusterRoom, workers: int, places: int, has_gpus: bool)
     return (
         f"--workers {workers} takes {asked} at once{beside}; the cluster has {there}{grown}, room for {places} workers"
     )
+
+
+def reserve_cpus(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool) -> float:
+    """CPUs that Ray counts for each model actor: those of its threads, or what leaves one to decode on every node.
+
+    Ray places actors as it likes and decodes only where a CPU is free, so that a night whose actors can take all of
+    them waits for ever; a node may be the last that is left. The actor has its threads whatever is counted for it.
+
+    Raises: UsageError if whatever is counted the actors do not fit, or can take the last CPU of every node.
+    """
+    nodes = [*room.nodes, *_list_more(room, num_actors, has_gpus=has_gpus)]
+    most = num_threads - CPU_MARGIN
+    wholes = {_count_cpus(node) - kept for node in nodes for kept in (DECODE_CPUS, 0.0)}
+    shares = (cpus / (place + 1) - CPU_MARGIN for cpus in wholes for place in range(num_actors))
+    for reserve in sorted({most, *(share for share in shares if 0 < share < most)}, reverse=True):
+        if _leaves_room(reserve, nodes, num_actors, has_gpus=has_gpus):
+            return round(reserve, 4)  # Ray counts no finer
+    there = ", ".join(f"{_count_cpus(node):g}" for node in nodes)
+    beside = " and a GPU" if has_gpus else ""
+    raise UsageError(
+        f"score.num_actors {num_actors}: each takes some of a CPU{beside}, and decoding a whole CPU beside them; the "
+        f"cluster's nodes have {there} CPUs: give fewer actors, or larger nodes"
+    )
+
+
+def _list_more(room: ClusterRoom, num_actors: int, *, has_gpus: bool) -> list[Mapping[str, float]]:
+    """The best of the nodes that an autoscaler may add; where nobody knows them, as many like the best as it takes."""
+
+    def rank(node: Mapping[str, float]) -> tuple[float, float]:
+        return node.get("GPU", 0.0) if has_gpus else 0.0, _count_cpus(node)
+
+    if room.more is None:
+        return [max(room.nodes, key=rank)] * num_actors
+    return sorted(room.more, key=rank, reverse=True)[: room.num_more]
+
+
+def _leaves_room(reserve: float, nodes: Sequence[Mapping[str, float]], num_actors: int, *, has_gpus: bool) -> bool:
+    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more than its one CPU,
+    and on one node at least.
+    """
+    num_places, num_blocking = 0, 0
+    can_block_all = True
+    for node in nodes:
+        cpus = _count_cpus(node)
+        places = min(int(cpus / reserve), int(node.get("GPU", 0)) if has_gpus else num_actors, num_actors)
+        num_places += places
+        if cpus < DECODE_CPUS:
+            continue
+        blocking = int((cpus - DECODE_CPUS) / reserve) + 1  # so many actors are in decoding's way
+        if blocking <= places and cpus > DECODE_CPUS:
+            return False
+        num_blocking += blocking
+        can_block_all &= blocking <= places
+    return num_places >= num_actors and not (can_block_all and num_blocking <= num_actors)
+
+
+def _count_cpus(node: Mapping[str, float]) -> float:
+    return node.get("CPU", 0.0)
 
 
 def name_run(table: VolumesTable, network: ModelConfig, config: TrainConfig, workers: int, fold: int) -> str:

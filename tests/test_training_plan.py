@@ -1,6 +1,7 @@
 """A training is planned without a cluster: which networks, how many folds at once, and what may resume what."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from darnet.training_plan import (
     place_runs,
     plan_gangs,
     read_room,
+    reserve_cpus,
 )
 from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
@@ -230,3 +232,83 @@ def test_checkpoints_lie_beside_the_bundle_but_never_in_another_bucket(index: Vo
     with pytest.raises(UsageError, match=r"--out s3://bucket is a whole bucket, .* give --runs too"):
         place_runs(settings, "s3://bucket")
     assert place_runs(make_settings(index, tmp_path, runs="s3://other/runs"), "s3://bucket") == "s3://other/runs"
+
+
+def can_decode_wherever_actors_are(
+    nodes: list[dict[str, float]], reserve: float, num_actors: int, has_gpus: bool
+) -> bool:
+    """Every placement of the actors, one by one: all of them are placed, and a CPU is free on some node."""
+    free = [(node["CPU"], node.get("GPU", 0) if has_gpus else num_actors) for node in nodes]
+    for placed in itertools.combinations_with_replacement(range(len(nodes)), num_actors):
+        left = [
+            (cpus - reserve * placed.count(index), gpus - placed.count(index))
+            for index, (cpus, gpus) in enumerate(free)
+        ]
+        if all(cpus >= 0 and gpus >= 0 for cpus, gpus in left) and not any(cpus >= 1 for cpus, _ in left):
+            return False
+    return sum(min(int(cpus / reserve), gpus) for cpus, gpus in free) >= num_actors
+
+
+def try_to_reserve(nodes: list[dict[str, float]], num_actors: int, num_threads: int, has_gpus: bool) -> float | None:
+    try:
+        return reserve_cpus(ClusterRoom(nodes), num_actors, num_threads, has_gpus=has_gpus)
+    except UsageError:
+        return None
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 8])
+@pytest.mark.parametrize("num_actors", [1, 2, 4])
+def test_actors_leave_a_cpu_to_decode_however_they_are_placed(num_actors: int, num_threads: int) -> None:
+    kinds = [
+        {"CPU": 0.0},
+        {"CPU": 1.0},
+        {"CPU": 2.0},
+        {"CPU": 3.0},
+        {"CPU": 8.0, "GPU": 4.0},
+        {"CPU": 16.0, "GPU": 1.0},
+    ]
+    for nodes in (list(some) for size in (1, 2, 3) for some in itertools.combinations_with_replacement(kinds, size)):
+        for has_gpus in (False, True) if sum(node.get("GPU", 0) for node in nodes) >= num_actors else (False,):
+            reserve = try_to_reserve(nodes, num_actors, num_threads, has_gpus)
+            if reserve is None:
+                tried = [hundredths / 100 for hundredths in range(1, 101)]
+                assert not any(can_decode_wherever_actors_are(nodes, each, num_actors, has_gpus) for each in tried), (
+                    nodes
+                )
+                continue
+            assert can_decode_wherever_actors_are(nodes, reserve, num_actors, has_gpus), (nodes, reserve)
+            assert reserve <= num_threads
+            assert reserve != 1  # or Ray runs decoding and networks in one operator
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_actors", "num_threads", "reserve"),
+    [
+        ([2], 1, 1, 0.99),
+        ([2], 1, 2, 0.99),
+        ([2], 2, 1, 0.49),
+        ([8], 1, 8, 6.99),
+        ([8, 8], 2, 8, 6.99),  # a node each, not half of one
+        ([64], 4, 8, 7.99),
+        ([1, 1], 1, 1, 0.99),
+        ([2, 2, 2], 1, 1, 0.99),
+    ],
+)
+def test_actors_are_counted_by_their_threads_as_far_as_that_goes(
+    cpus: list[float], num_actors: int, num_threads: int, reserve: float
+) -> None:
+    room = ClusterRoom([{"CPU": count} for count in cpus])
+    assert reserve_cpus(room, num_actors, num_threads, has_gpus=False) == pytest.approx(reserve)
+
+
+def test_actors_wait_for_nodes_that_an_autoscaler_adds_rather_than_share_one() -> None:
+    node = {"CPU": 16.0}
+    grown = [ClusterRoom([node], [node] * 8, 7), ClusterRoom([node], None)]  # None: nobody knows what it may add
+    assert [reserve_cpus(room, 4, 8, has_gpus=False) for room in grown] == [pytest.approx(15 / 2 - 0.01)] * 2
+    assert reserve_cpus(ClusterRoom([node], [node] * 8, 0), 4, 8, has_gpus=False) == pytest.approx(15 / 4 - 0.01)
+
+
+def test_actors_that_could_never_run_are_refused() -> None:
+    for nodes, has_gpus in (([{"CPU": 1.0}] * 2, False), ([{"CPU": 0.0, "GPU": 4.0}, {"CPU": 8.0}], True)):
+        with pytest.raises(UsageError, match=r"score.num_actors 2: .* nodes have [01], [18] CPUs: give fewer actors"):
+            reserve_cpus(ClusterRoom(nodes), 2, 1, has_gpus=has_gpus)
