@@ -4,6 +4,8 @@ A standard volume enters; a lung mask on its grid and a verdict leave. Hounsfiel
 are any; of display images, contrast and proportions alone.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import cv2
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from darnet.config import AIR_AND_LUNG_HU
-from darnet.scan import BoolArray, Intensity, StandardVolume, Uint8Array
+from darnet.scan import BoolArray, FloatArray, Intensity, StandardVolume, Uint8Array
 
 LabelArray: TypeAlias = NDArray[np.integer[Any]]
 
@@ -163,10 +165,10 @@ def has_lung(mask: BoolArray, volume: StandardVolume) -> bool:
             three a chest; 650 HU, to about -160, leaves none.
     """
     litres = _measure_litres(mask, volume)
-    if litres < MIN_LITRES:
-        return False
+    if litres < MIN_LITRES or litres >= CHEST_LITRES:
+        return litres >= CHEST_LITRES
     tallness, filled = _measure_proportions(mask, volume)
-    return litres >= CHEST_LITRES or tallness >= MIN_TALLNESS or filled >= MIN_FILLED
+    return tallness >= MIN_TALLNESS or filled >= MIN_FILLED
 
 
 def _measure_proportions(mask: BoolArray, volume: StandardVolume) -> tuple[float, float]:
@@ -190,8 +192,9 @@ def _is_pair_of_lungs(mask: BoolArray, volume: StandardVolume) -> bool:
 def _segment_below(air_below_hu: float, volume: StandardVolume, window_hu: tuple[float, float]) -> BoolArray:
     """Mark the lungs, taking for lung what is darker than a threshold and not mostly gas."""
     spacing_mm = _spacing_mm(volume)
-    air = volume.voxels < _to_display(air_below_hu, window_hu)
-    gas = volume.voxels < _to_display(GAS_BELOW_HU, window_hu)
+    # Compared with a whole number, voxels stay bytes.
+    air = volume.voxels < math.ceil(_to_display(air_below_hu, window_hu))
+    gas = volume.voxels < math.ceil(_to_display(GAS_BELOW_HU, window_hu))
     lung = _drop_gas_and_couch(air, gas, spacing_mm[1] * spacing_mm[2] / 100)
     return _restore(_keep_large_pieces(lung), spacing_mm)
 
@@ -199,7 +202,7 @@ def _segment_below(air_below_hu: float, volume: StandardVolume, window_hu: tuple
 def _measure_litres(mask: BoolArray, volume: StandardVolume) -> float:
     """Say how much room a mask takes."""
     spacing_z, spacing_y, spacing_x = _spacing_mm(volume)
-    return float(mask.sum() * spacing_z * spacing_y * spacing_x / 1e6)
+    return float(np.count_nonzero(mask) * spacing_z * spacing_y * spacing_x / 1e6)
 
 
 def _spacing_mm(volume: StandardVolume) -> tuple[float, float, float]:
@@ -237,13 +240,7 @@ def _find_display_lung(voxels: Uint8Array) -> BoolArray:
     air = float(np.median(outside)) if outside.size else 0.0
     tissue = float(np.median(voxels[~dark])) if not dark.all() else 255.0
     gas = dark & (voxels <= air + DISPLAY_GAS * (tissue - air))
-    patches, num_patches = ndimage.label(dark, IN_PLANE)
-    num_pixels, num_gas, num_inside = (
-        np.bincount(patches[where], minlength=num_patches + 1) for where in (dark, gas, dark & inside)
-    )
-    is_lung = (num_gas < DISPLAY_GAS_SHARE * num_pixels) & (num_inside >= INSIDE_SHARE * num_pixels)
-    is_lung[0] = False
-    return np.asarray(is_lung[patches])
+    return _keep_patches(dark, gas, inside, lambda _: DISPLAY_GAS_SHARE)
 
 
 def _to_display(value_hu: float, window_hu: tuple[float, float]) -> float:
@@ -259,14 +256,29 @@ def _drop_gas_and_couch(air: BoolArray, gas: BoolArray, pixel_cm2: float) -> Boo
 
     A patch is judged by what it is made of, not by touching the image border: a tight crop cuts lungs open too.
     """
-    patches, num_patches = ndimage.label(air, IN_PLANE)
-    num_pixels, num_gas, num_inside = (
-        np.bincount(patches[where], minlength=num_patches + 1) for where in (air, gas, air & _span_body(~air))
-    )
-    max_gas_share = np.where(num_pixels * pixel_cm2 > LARGE_CM2, GAS_SHARE_LARGE, GAS_SHARE)
-    is_lung = (num_gas < max_gas_share * num_pixels) & (num_inside >= INSIDE_SHARE * num_pixels)
-    is_lung[0] = False
-    return np.asarray(is_lung[patches])
+
+    def limit_gas(num_pixels: LabelArray) -> FloatArray:
+        return np.where(num_pixels * pixel_cm2 > LARGE_CM2, GAS_SHARE_LARGE, GAS_SHARE)
+
+    return _keep_patches(air, gas, _span_body(~air), limit_gas)
+
+
+def _keep_patches(
+    dark: BoolArray, gas: BoolArray, inside: BoolArray, limit_gas: Callable[[LabelArray], FloatArray | float]
+) -> BoolArray:
+    """Keep, slice by slice, the connected dark patches of which less than a share by their size is gas, and enough
+    inside the body.
+    """
+    kinds = gas.view(np.uint8) | inside.view(np.uint8) << 1
+    kept = np.zeros(dark.shape, np.bool_)
+    for plane, kind, room in zip(dark, kinds, kept, strict=True):
+        num_patches, patches = cv2.connectedComponents(plane.view(np.uint8), connectivity=4)
+        counts = np.bincount((patches << 2 | kind).ravel(), minlength=4 * num_patches).reshape(-1, 4)
+        num_pixels, num_gas, num_inside = counts.sum(axis=1), counts[:, [1, 3]].sum(axis=1), counts[:, 2:].sum(axis=1)
+        is_lung = (num_gas < limit_gas(num_pixels) * num_pixels) & (num_inside >= INSIDE_SHARE * num_pixels)
+        is_lung[0] = False  # of what is not dark
+        np.take(is_lung, patches, out=room)
+    return kept
 
 
 def _span_body(tissue: BoolArray) -> BoolArray:
@@ -274,31 +286,54 @@ def _span_body(tissue: BoolArray) -> BoolArray:
 
     Unlike hole filling it reaches lungs that the crop cut open, and unlike a box it leaves the couch out.
     """
-    patches, num_patches = ndimage.label(tissue, IN_PLANE)
-    num_pixels = np.bincount(patches.ravel(), minlength=num_patches + 1)
-    num_pixels[0] = 0
-    is_body = np.zeros(num_patches + 1, bool)
-    for patch in patches:
-        is_body[patch.flat[num_pixels[patch].argmax()]] = True
-    is_body[0] = False
-    body = is_body[patches]
-    return _span(body, axis=1) | _span(body, axis=2)
+    body = np.zeros(tissue.shape, np.bool_)
+    for plane, room in zip(tissue, body, strict=True):
+        num_patches, patches = cv2.connectedComponents(plane.view(np.uint8), connectivity=4)
+        if num_patches > 1:
+            num_pixels = np.bincount(patches.ravel())
+            num_pixels[0] = 0  # of what is no tissue
+            largest = np.flatnonzero(num_pixels == num_pixels.max())
+            first = largest[0] if len(largest) == 1 else patches.flat[np.isin(patches, largest).argmax()]
+            np.equal(patches, first, out=room)
+    return _span_rows(body) | _span_columns(body)
 
 
-def _span(body: BoolArray, axis: int) -> BoolArray:
-    """Mark what has body on both sides of it along one axis."""
-    before = np.logical_or.accumulate(body, axis)
-    after = np.flip(np.logical_or.accumulate(np.flip(body, axis), axis), axis)
+def _span_rows(body: BoolArray) -> BoolArray:
+    """Mark what has body on both sides of it along x."""
+    places = np.arange(body.shape[2])
+    first = np.where(body.any(axis=2), body.argmax(axis=2), len(places))
+    last = len(places) - 1 - body[:, :, ::-1].argmax(axis=2)
+    return np.asarray((places >= first[..., None]) & (places <= last[..., None]))
+
+
+def _span_columns(body: BoolArray) -> BoolArray:
+    """Mark what has body on both sides of it along y; row by row, which is quicker than numpy's `accumulate`."""
+    before, after = body.copy(), body.copy()
+    num_rows = body.shape[1]
+    for row in range(1, num_rows):
+        before[:, row] |= before[:, row - 1]
+        after[:, num_rows - 1 - row] |= after[:, num_rows - row]
     return before & after
 
 
 def _keep_large_pieces(lung: BoolArray) -> LabelArray:
     """Number the connected pieces that are at least `PIECE_SHARE` of the largest; 0 elsewhere."""
-    pieces, num_pieces = ndimage.label(lung)
+    box = _find_box(lung)
+    pieces, num_pieces = ndimage.label(lung[box])
     num_voxels = np.bincount(pieces.ravel(), minlength=num_pieces + 1)
     num_voxels[0] = 0
     is_kept = (num_voxels > 0) & (num_voxels >= PIECE_SHARE * num_voxels.max())
-    return np.asarray(np.where(is_kept, np.cumsum(is_kept), 0)[pieces])
+    numbered = np.zeros(lung.shape, np.int32)
+    numbered[box] = np.where(is_kept, np.cumsum(is_kept), 0).astype(np.int32)[pieces]
+    return numbered
+
+
+def _find_box(mask: BoolArray) -> tuple[slice, ...]:
+    """The smallest box that holds the whole mask, an empty one if nothing is marked."""
+    planes = mask.any(axis=0)
+    shadows = mask.any(axis=(1, 2)), planes.any(axis=1), planes.any(axis=0)
+    places = [np.flatnonzero(shadow) for shadow in shadows]
+    return tuple(slice(int(marked[0]), int(marked[-1]) + 1) if marked.size else slice(0) for marked in places)
 
 
 def _restore(pieces: LabelArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
@@ -307,36 +342,62 @@ def _restore(pieces: LabelArray, spacing_mm: tuple[float, float, float]) -> Bool
     Piece by piece, so that the mediastinum between two lungs stays out.
     """
     lung = np.zeros(pieces.shape, bool)
-    for number, box in enumerate(ndimage.find_objects(pieces), start=1):
-        piece = pieces[box] == number
-        closed = _close(piece, (0, CLOSING_MM, CLOSING_MM), spacing_mm) | _close(
-            piece, (CLOSING_Z_MM, 0, 0), spacing_mm
-        )
+    for number in range(1, int(pieces.max()) + 1):
+        whole = pieces == number
+        box = _find_box(whole)
+        piece = whole[box]
+        closed = _close_in_plane(piece, spacing_mm) | _close_along_z(piece, spacing_mm)
         lung[box] |= _fill_holes(closed, spacing_mm)
     return lung
 
 
-def _close(piece: BoolArray, reach_mm: tuple[float, float, float], spacing_mm: tuple[float, float, float]) -> BoolArray:
-    """Close notches up to twice as wide as `reach_mm` with a box: along single axes, hence quick."""
-    reach = [round(length / step) for length, step in zip(reach_mm, spacing_mm, strict=True)]
-    size = [2 * steps + 1 for steps in reach]
-    padded = np.pad(piece, [(steps, steps) for steps in reach]).view(np.uint8)
-    closed = ndimage.minimum_filter(ndimage.maximum_filter(padded, size, mode="constant"), size, mode="constant")
-    return np.asarray(closed[tuple(slice(steps, steps + n) for steps, n in zip(reach, piece.shape, strict=True))] > 0)
+def _close_in_plane(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Close notches of each slice up to twice as wide as `CLOSING_MM`, with a box.
+
+    With a rim as wide as the box reaches, no slice of the pile comes near another.
+    """
+    rim = [round(CLOSING_MM / step) for step in spacing_mm[1:]]
+    padded = np.pad(piece, [(0, 0), *((steps, steps) for steps in rim)])
+    pile = padded.view(np.uint8).reshape(-1, padded.shape[2])
+    closed = _close(pile, rim).reshape(padded.shape)
+    return closed[:, rim[0] : rim[0] + piece.shape[1], rim[1] : rim[1] + piece.shape[2]] > 0
+
+
+def _close_along_z(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Close gaps between slices up to twice as tall as `CLOSING_Z_MM`."""
+    steps = round(CLOSING_Z_MM / spacing_mm[0])
+    lines = np.pad(piece.reshape(len(piece), -1), [(steps, steps), (0, 0)]).view(np.uint8)
+    return (_close(lines, [steps, 0])[steps : steps + len(piece)] > 0).reshape(piece.shape)
+
+
+def _close(image: Uint8Array, reach: list[int]) -> Uint8Array:
+    """Shape: (rows, columns), with a rim of 0 as wide as `reach`."""
+    box = np.ones([2 * steps + 1 for steps in reach], np.uint8)
+    return np.asarray(cv2.erode(cv2.dilate(image, box), box), np.uint8)
 
 
 def _fill_holes(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
     """Fill what the piece encloses: in a slice up to `HOLE_CM2` (a liver dome is larger), in 3D any size."""
     max_pixels = 100 * HOLE_CM2 / (spacing_mm[1] * spacing_mm[2])
-    filled = piece | _holes(piece, IN_PLANE, max_pixels)
-    return filled | _holes(filled, IN_3D, piece.size)
+    filled = piece.copy()
+    enclosing = [index for index, plane in enumerate(filled) if _fill_small_holes(plane, max_pixels)]
+    if enclosing:  # elsewhere nothing is enclosed in 3D either
+        slab = filled[max(enclosing[0] - 1, 0) : enclosing[-1] + 2]
+        gaps, num_gaps = ndimage.label(np.pad(~slab, 1, constant_values=True), IN_3D)
+        is_hole = np.arange(num_gaps + 1) > 0
+        is_hole[gaps[0, 0, 0]] = False  # of the surroundings
+        slab |= is_hole[gaps[1:-1, 1:-1, 1:-1]]
+    return filled
 
 
-def _holes(piece: BoolArray, neighbours: BoolArray, max_voxels: float) -> BoolArray:
-    """Mark the background that is cut off from the surroundings and at most `max_voxels` large."""
-    gaps, num_gaps = ndimage.label(np.pad(~piece, 1, constant_values=True), neighbours)
-    num_voxels = np.bincount(gaps.ravel(), minlength=num_gaps + 1)
-    is_hole = num_voxels <= max_voxels
-    is_hole[gaps[:, 0, 0]] = False
-    is_hole[0] = False
-    return np.asarray(is_hole[gaps[1:-1, 1:-1, 1:-1]])
+def _fill_small_holes(plane: BoolArray, max_pixels: float) -> bool:
+    """Fill what a slice encloses up to a size, in place; whether it encloses more."""
+    around = np.pad(~plane, 1, constant_values=True).view(np.uint8)
+    num_gaps, gaps = cv2.connectedComponents(around, connectivity=4)
+    is_enclosed = np.ones(num_gaps, np.bool_)
+    is_enclosed[[0, gaps[0, 0]]] = False  # the slice itself, and its surroundings
+    if not is_enclosed.any():
+        return False
+    is_hole = is_enclosed & (np.bincount(gaps.ravel()) <= max_pixels)
+    plane |= is_hole[gaps[1:-1, 1:-1]]
+    return bool((is_enclosed & ~is_hole).any())

@@ -28,6 +28,7 @@ GRIDS = [(64, 224, 224), (32, 96, 96), (24, 64, 64)]
 SMALL_TO_LARGE = [(16, 64, 64), (24, 96, 96), (64, 224, 224)]
 CHEST_MM = (300.0, 360.0, 360.0)
 SERIES = SHARED / "data" / "ct"
+IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], bool)
 CHESTS = ("weasis-chest-rt", "lung-pet-ct-dx/A0002-B40f-8mm", "lidc-idri-0314")
 
 needs_ct = pytest.mark.skipif(not SERIES.is_dir(), reason=f"no real CT at {SERIES}")
@@ -394,6 +395,105 @@ def test_real_chests_have_lungs_of_two_to_six_litres(name: str, shape: tuple[int
     mask = segment_lung(volume, WINDOW)
     assert has_lung(mask, volume)
     assert 2 < mask.sum() * np.prod(volume.spacing_mm) / 1e6 < 6
+
+
+def segment_simply(volume: StandardVolume, air_below_hu: float) -> BoolArray:
+    """What `segment_lung` says it does at one threshold, by scipy, whole volumes at a time."""
+    spacing_mm = volume.spacing_mm
+    assert spacing_mm is not None
+    air, gas = (volume.voxels < 255 * (hu - WINDOW[0]) / (WINDOW[1] - WINDOW[0]) for hu in (air_below_hu, -950.0))
+    patches, num_patches = ndimage.label(air, IN_PLANE)
+    size, in_gas, in_body = (
+        np.bincount(patches[where], minlength=num_patches + 1) for where in (air, gas, air & span_simply(~air))
+    )
+    is_large = size * (spacing_mm[1] * spacing_mm[2] / 100) > 60.0
+    is_lung = (in_gas < np.where(is_large, 0.6, 0.25) * size) & (in_body >= 0.25 * size)
+    is_lung[0] = False
+    pieces, num_pieces = ndimage.label(is_lung[patches])
+    size = np.bincount(pieces.ravel(), minlength=num_pieces + 1)
+    size[0] = 0
+    lung = np.zeros(air.shape, bool)
+    for number in np.flatnonzero((size > 0) & (size >= 0.1 * size.max())):
+        lung |= restore_simply(pieces == number, spacing_mm)
+    return lung
+
+
+def span_simply(tissue: BoolArray) -> BoolArray:
+    """What has parts of each slice's largest piece on both sides; of equal pieces, the one that comes first."""
+    spanned = np.zeros_like(tissue)
+    for plane, room in zip(tissue, spanned, strict=True):
+        labels, num_labels = ndimage.label(plane)
+        if num_labels:
+            body = labels == 1 + np.bincount(labels.ravel())[1:].argmax()
+            for axis in range(2):
+                before = np.logical_or.accumulate(body, axis)
+                room |= before & np.flip(np.logical_or.accumulate(np.flip(body, axis), axis), axis)
+    return spanned
+
+
+def restore_simply(piece: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    filled = np.zeros_like(piece)
+    for reach_mm in ((0.0, 10.0, 10.0), (25.0, 0.0, 0.0)):
+        steps = [round(length / step) for length, step in zip(reach_mm, spacing_mm, strict=True)]
+        size = [2 * count + 1 for count in steps]
+        whole = np.pad(piece, [(count, count) for count in steps]).view(np.uint8)
+        for extreme in (ndimage.maximum_filter, ndimage.minimum_filter):
+            whole = extreme(whole, size, mode="constant")
+        filled |= whole[tuple(slice(count, count + n) for count, n in zip(steps, piece.shape, strict=True))] > 0
+    for neighbours, most in ((IN_PLANE, 1200.0 / (spacing_mm[1] * spacing_mm[2])), (None, np.inf)):
+        gaps, _ = ndimage.label(np.pad(~filled, 1, constant_values=True), neighbours)
+        is_hole = np.bincount(gaps.ravel()) <= most
+        is_hole[gaps[:, 0, 0]] = is_hole[0] = False
+        filled = filled | is_hole[gaps[1:-1, 1:-1, 1:-1]]
+    return filled
+
+
+def draw_blobs(seed: int) -> StandardVolume:
+    """Patches of every density with holes of every size, and slices with two equal rings: no chest, but all cases."""
+    shape, spacing_mm = (20, 40, 50), (6.0 + seed, 5.0 + seed, 4.0)
+    rough = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), (1, 2, 2))
+    voxels = (rough / rough.std() * 90 + 100).clip(0, 255).astype(np.uint8)
+    voxels[::4] = 0
+    for left in (3, 27):
+        voxels[::4, 5:25, left : left + 19] = 250
+        voxels[::4, 8:22, left + 3 : left + 16] = 90
+    return StandardVolume(voxels, Intensity.HU, spacing_mm, CropBox(shape[0], 0, 0, *shape[1:]))
+
+
+def draw_enclosed_mass() -> StandardVolume:
+    """Lung all round a mass that is too wide and too tall to be closed, in a body."""
+    voxels = np.zeros((20, 40, 50), np.uint8)
+    voxels[:, 3:37, 3:47] = 250
+    voxels[2:18, 8:32, 8:42] = 90
+    voxels[4:16, 14:26, 16:34] = 250
+    return StandardVolume(voxels, Intensity.HU, (6.0, 5.0, 4.0), CropBox(20, 0, 0, 40, 50))
+
+
+def is_simply_segmented(volume: StandardVolume) -> bool:
+    """At one of the two thresholds; and the mask is not empty."""
+    lung = segment_lung(volume, WINDOW)
+    return bool(lung.any()) and any(np.array_equal(lung, segment_simply(volume, hu)) for hu in (-400.0, -250.0))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_voxel_of_the_mask_is_that_of_the_simple_way(seed: int) -> None:
+    assert is_simply_segmented(draw_blobs(seed))
+    phantom = make_phantom(list(Diagnosis)[seed % 3], seed, shape=GRIDS[2])
+    assert is_simply_segmented(resample(ArrayStack(phantom.voxels_hu.astype(np.float32), phantom.spacing_mm), GRIDS[2]))
+
+
+def test_a_mass_that_lung_encloses_is_lung_however_large() -> None:
+    volume = draw_enclosed_mass()
+    assert is_simply_segmented(volume)
+    np.testing.assert_array_equal(np.argwhere(segment_lung(volume, WINDOW))[[0, -1]], [[2, 8, 8], [17, 31, 41]])
+    assert segment_lung(volume, WINDOW)[4:16, 14:26, 16:34].all()
+
+
+@needs_ct
+@pytest.mark.parametrize("name", CHESTS)
+def test_every_voxel_of_a_real_mask_is_that_of_the_simple_way(name: str) -> None:
+    for shape in GRIDS:
+        assert is_simply_segmented(resample(read_chest(name), shape))
 
 
 def find_lung_by_itk(voxels: NDArray[Any], low: float, high: float) -> BoolArray:
