@@ -17,7 +17,8 @@ HOME = Path(__file__).parent
 TRAINING = ("augment", "calibration", "dataset", "gang", "metrics", "model", "ray_rank", "scan", "threads", "train")
 PREPARING = (
     *("archive", "config", "decode", "ingest", "lung", "reading.dicom", "reading.excerpt", "reading.pixel_length"),
-    *("reading.series", "reading.stored_pixels", "reading.volume_file", "scan", "staging", "volume"),
+    *("reading.plain_header", "reading.series", "reading.stored_pixels", "reading.volume_file", "scan", "staging"),
+    "volume",
 )
 
 

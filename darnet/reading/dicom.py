@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.dataset import FileDataset
 from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
 
 from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.excerpt import MissingBytes, open_staged
-from darnet.reading.pixel_length import find_damage
+from darnet.reading.pixel_length import Header, find_damage
+from darnet.reading.plain_header import NEEDED_TAGS, read_plain_header
 from darnet.scan import Manufacturer, PixelLayout, StagedFile
 
 # Source: ours. A table feeds to a few hundredths of a mm; a tenth of a slice is beyond rounding in any header seen.
@@ -30,12 +30,6 @@ MIN_AXIAL_COSINE = math.cos(math.radians(OBLIQUE_DEGREES))
 MAX_SIDE = 8192
 MAX_POSITION_MM = 1e6
 
-_NEEDED_TAGS = [
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "ImageType", "Manufacturer",
-    "NumberOfFrames", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
-    "PixelRepresentation", "PhotometricInterpretation", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
-    "ImagePositionPatient", "ImageOrientationPatient", "GantryDetectorTilt",
-]  # fmt: skip
 _MAKERS = (
     ("ge medical", Manufacturer.GE),
     ("siemens", Manufacturer.SIEMENS),
@@ -98,19 +92,19 @@ class DicomSeries:
         return pixels[:: -1 if self.is_row_flipped else 1, :: -1 if self.is_column_flipped else 1]
 
 
-def read_header(file: StagedFile) -> SliceHeader | None:
+def read_header(file: StagedFile, *, by_pydicom: bool = False) -> SliceHeader | None:
     """Read one file's header and check that its pixels are as long as declared.
 
-    A file without magic word counts if it parses to an object with a SOP class; otherwise it is no DICOM: None.
+    A file without magic word counts if it parses to an object with a SOP class; otherwise it is no DICOM: None. Plain
+    headers are read without pydicom, to the same values, unless it is asked for.
     Raises: ScanError(BAD_UNREADABLE) for a file that claims to be DICOM and is not readable as such; MissingBytes where
             only an excerpt is there, and it does not hold what was looked for.
     """
     with warnings.catch_warnings(), open_staged(file) as body:
         warnings.simplefilter("ignore")
         is_claimed = body.read(132)[128:] == b"DICM"  # behind DICOM's preamble
-        body.seek(0)
         try:
-            dataset = pydicom.dcmread(body, stop_before_pixels=True, force=True, specific_tags=_NEEDED_TAGS)
+            dataset = (None if by_pydicom else _read_plainly(body)) or _read_by_pydicom(body)
             if "SOPClassUID" in dataset:
                 return _describe(dataset, file, body)
         except (MemoryError, MissingBytes):
@@ -123,6 +117,18 @@ def read_header(file: StagedFile) -> SliceHeader | None:
     if is_claimed:
         raise ScanError(Status.BAD_UNREADABLE, "DICOM file without a single needed tag")
     return None
+
+
+def _read_plainly(body: BinaryIO) -> Header | None:
+    try:
+        return read_plain_header(body)
+    except MissingBytes:  # of which pydicom may need none
+        return None
+
+
+def _read_by_pydicom(body: BinaryIO) -> Header:
+    body.seek(0)
+    return pydicom.dcmread(body, stop_before_pixels=True, force=True, specific_tags=[*NEEDED_TAGS])
 
 
 def arrange_series(
@@ -150,7 +156,7 @@ def hash_series_uid(series_uid: str) -> str:
     return hashlib.sha256(series_uid.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def _describe(dataset: FileDataset, file: StagedFile, body: BinaryIO) -> SliceHeader:
+def _describe(dataset: Header, file: StagedFile, body: BinaryIO) -> SliceHeader:
     orientation = _numbers(dataset, "ImageOrientationPatient", 6)
     frames = _number(dataset, "NumberOfFrames", 1.0)
     tilt = _number(dataset, "GantryDetectorTilt", 0.0)
@@ -159,7 +165,7 @@ def _describe(dataset: FileDataset, file: StagedFile, body: BinaryIO) -> SliceHe
         series_uid=str(dataset.get("SeriesInstanceUID") or ""),
         patient_id=str(dataset.get("PatientID") or ""),
         modality=str(dataset.get("Modality") or ""),
-        is_secondary=str(dataset.SOPClassUID).startswith(SecondaryCaptureImageStorage),
+        is_secondary=str(dataset.get("SOPClassUID")).startswith(SecondaryCaptureImageStorage),
         image_type=tuple(str(value).upper() for value in _values(dataset.get("ImageType"))),
         manufacturer=_recognise_maker(str(dataset.get("Manufacturer") or "")),
         num_frames=int(frames) if math.isfinite(frames) else 0,
@@ -185,7 +191,7 @@ def _values(value: Any) -> Sequence[Any]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _number(dataset: FileDataset, tag: str, default: float) -> float:
+def _number(dataset: Header, tag: str, default: float) -> float:
     """A single number; the default where the tag is absent or empty, NaN where it is no number."""
     value = dataset.get(tag)
     if value is None or value == "":
@@ -193,13 +199,13 @@ def _number(dataset: FileDataset, tag: str, default: float) -> float:
     return float(value)
 
 
-def _numbers(dataset: FileDataset, tag: str, count: int) -> tuple[float, ...] | None:
+def _numbers(dataset: Header, tag: str, count: int) -> tuple[float, ...] | None:
     """Exactly `count` finite numbers, or None."""
     values = tuple(float(value) for value in _values(dataset.get(tag)))
     return values if len(values) == count and all(math.isfinite(value) for value in values) else None
 
 
-def _has_sound_bits(dataset: FileDataset) -> bool:
+def _has_sound_bits(dataset: Header) -> bool:
     """Whether the bits in use fit into those allocated, and have a sign or none: GDCM reads on whatever is said."""
     allocated = _number(dataset, "BitsAllocated", 0.0)
     stored = _number(dataset, "BitsStored", allocated)
@@ -217,7 +223,7 @@ def _recognise_maker(text: str) -> Manufacturer | None:
     return next((maker for words, maker in _MAKERS if words in text), Manufacturer.OTHER)
 
 
-def _find_layout(dataset: FileDataset, tag_bytes: int) -> PixelLayout | None:
+def _find_layout(dataset: Header, tag_bytes: int) -> PixelLayout | None:
     """Where and how the pixels lie, their tag being at byte `tag_bytes`; None for all but the plainest CT slice."""
     rows, columns, bits = (dataset.get(tag) for tag in ("Rows", "Columns", "BitsStored"))
     needed = ("RescaleSlope", "RescaleIntercept", "PixelRepresentation")
@@ -234,7 +240,7 @@ def _find_layout(dataset: FileDataset, tag_bytes: int) -> PixelLayout | None:
         start=tag_bytes + (8 if dataset.original_encoding[0] else 12),
         size=(rows, columns),
         bits_stored=bits,
-        is_signed=dataset.PixelRepresentation == 1,
+        is_signed=dataset.get("PixelRepresentation") == 1,
         slope=_number(dataset, "RescaleSlope", 1.0),
         intercept=_number(dataset, "RescaleIntercept", 0.0),
     )

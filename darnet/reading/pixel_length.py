@@ -3,16 +3,32 @@
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import pydicom
-from pydicom.dataset import FileDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from darnet.errors import ScanError, Status
 
 
-def find_damage(dataset: FileDataset, path: Path, body: BinaryIO) -> ScanError | None:
+class Header(Protocol):
+    """What is asked of a header, be it pydicom's or a plain one."""
+
+    @property
+    def file_meta(self) -> Any:
+        """A mapping by keywords."""
+
+    @property
+    def original_encoding(self) -> tuple[bool | None, bool | None]:
+        """Whether value representations are implicit, and little endian."""
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """A value by its keyword."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+def find_damage(dataset: Header, path: Path, body: BinaryIO) -> ScanError | None:
     """What is wrong with the declared length of the pixels, at whose tag `body` stands; they are not read.
 
     `path` is as long as the file. A deflated data set has no visible end: it is inflated whole instead.
@@ -37,7 +53,7 @@ def find_damage(dataset: FileDataset, path: Path, body: BinaryIO) -> ScanError |
     return _compare_length(dataset, length, end_bytes - body.tell())
 
 
-def _compare_length(dataset: FileDataset, length: int, left_bytes: int) -> ScanError | None:
+def _compare_length(dataset: Header, length: int, left_bytes: int) -> ScanError | None:
     """Native pixels: as many bytes as rows, columns and bits ask for, and all of them in the file."""
     needed = int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)
     needed *= int(dataset.get("SamplesPerPixel") or 1) * int(dataset.get("NumberOfFrames") or 1)
