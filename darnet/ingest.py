@@ -5,6 +5,7 @@ This is the one road from bytes to network input: training and scoring both take
 
 import functools
 import lzma
+import pickle
 import shutil
 import tempfile
 import time
@@ -12,8 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -34,12 +35,22 @@ from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_
 from darnet.reading.excerpt import ExcerptsTooShort
 from darnet.reading.sandbox import Sandbox
 from darnet.reading.series import IMAGE_SUFFIXES, sort_files
-from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, Source, StagedFile
+from darnet.scan import (
+    CropBox,
+    FloatArray,
+    IngestedScan,
+    Intensity,
+    Manufacturer,
+    ScanFacts,
+    SliceStack,
+    Source,
+    StagedFile,
+    StandardVolume,
+)
 from darnet.staging import EXCERPTS, Excerpts, Staging
 from darnet.storage import Store
 from darnet.volume import list_contributions, make_standard_volume
 
-DECODE_TARGET = "darnet.ingest:run_step"
 DOUBTFUL = frozenset({Status.ERR_DECODER_CRASH, Status.ERR_MEMORY})  # what a wrong bit of an excerpt may be behind
 
 
@@ -94,19 +105,49 @@ class Road:
 
 @dataclass(frozen=True)
 class FoundScan:
-    """A scan as its headers tell of it, before its pixels; travels to the child, which opens it.
+    """A scan as its headers tell of it, before its pixels.
 
-    `paths` are of the DICOM files from which it was told what the scan is: its slices, or whatever may spoil them.
+    `opening` is a pickle of what opens it, which only a decoding child unpacks: hostile bytes may have made it. The
+    identifiers are raw, for the child's owner to make keys of. `paths` are of the DICOM files from which it was told
+    what the scan is: its slices, or whatever may spoil them.
     """
 
     scan_id: str
     facts: ScanFacts
-    open_stack: Callable[[], SliceStack]
+    opening: bytes = field(repr=False)
+    patient_id: str = field(default="", repr=False)
+    series_uid: str = field(default="", repr=False)
     paths: tuple[Path, ...] = ()
+
+    def open_stack(self) -> SliceStack:
+        """The scan's slices. Raises: ScanError."""
+        open_stack: Callable[[], SliceStack] = pickle.loads(self.opening)
+        return open_stack()
+
+    def name(self, pseudonym_key: bytes | None) -> "FoundScan":
+        """The same with the keys of patient and series in its facts, in place of what they are made of."""
+        facts = replace(
+            self.facts,
+            patient_key=pseudonymise(self.patient_id, "patient", pseudonym_key),
+            series_key=pseudonymise(self.series_uid, "series", pseudonym_key),
+        )
+        return replace(self, facts=facts, patient_id="", series_uid="")
 
 
 class ExcerptWrong(Exception):  # noqa: N818
     """Headers were read in an excerpt that has other bytes than the file."""
+
+
+# What a child's answer may be made of besides arrays: the nouns of a scan, and paths.
+ANSWER_KINDS = (
+    *(FoundScan, IngestedScan, ScanFacts, StandardVolume, CropBox, Intensity, Manufacturer),
+    *(ExcerptsTooShort, PosixPath),
+)
+
+
+def make_sandbox(limits: DecodeConfig) -> Sandbox:
+    """A child that decodes under these limits."""
+    return Sandbox("darnet.ingest:run_step", limits.memory_bytes, limits.timeout_s, ANSWER_KINDS)
 
 
 class Ingester:
@@ -119,7 +160,7 @@ class Ingester:
     def __init__(self, store: Store, road: Road, sandbox: Sandbox | None = None, excerpts: Excerpts = EXCERPTS) -> None:
         self._store = store
         self._road = road
-        self._sandbox = sandbox or Sandbox(DECODE_TARGET, road.decode.memory_bytes, road.decode.timeout_s)
+        self._sandbox = sandbox or make_sandbox(road.decode)
         self._excerpts = excerpts
 
     def ingest(self, source: Source) -> list[IngestedScan]:
@@ -173,10 +214,11 @@ class Ingester:
     def _find(self, staging: Staging, clock: "_Clock") -> list["FoundScan | IngestedScan"]:
         def find() -> list[FoundScan | IngestedScan]:
             with clock.time("decode_s"):
+                open_road, key = replace(self._road, pseudonym_key=None), self._road.pseudonym_key
                 found: list[FoundScan | IngestedScan] = self._sandbox.call(
-                    find_scans, staging.source.key, staging.files, staging.folder, self._road
+                    find_scans, staging.source.key, staging.files, staging.folder, open_road
                 )
-                return found
+                return [item.name(key) if isinstance(item, FoundScan) else item for item in found]
 
         try:
             return find()
@@ -248,7 +290,11 @@ def _refuse(scan_id: str, facts: ScanFacts, error: Exception) -> IngestedScan:
     """
     if isinstance(error, ScanError):
         return IngestedScan(scan_id, error.status, error.detail, facts)
-    return IngestedScan(scan_id, Status.ERR_DECODER_CRASH, f"unexpected {type(error).__name__}", facts)
+    return IngestedScan(scan_id, Status.ERR_DECODER_CRASH, _name_unexpected(error), facts)
+
+
+def _name_unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}"
 
 
 def _count_objects(source: Source) -> ScanFacts:
@@ -260,9 +306,17 @@ def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
 
 
 def run_step(step: Callable[..., Any], *arguments: Any) -> Any:
-    """What the sandbox calls: `find_scans` for a source, `list_read_files` and `decode_scan` for each of its scans."""
+    """What the sandbox calls: `find_scans` for a source, `list_read_files` and `decode_scan` for each of its scans.
+
+    An error that nobody thought of is told by its name alone, as its owner knows no class of it.
+    """
     set_decoder_threads(1)
-    return step(*arguments)
+    try:
+        return step(*arguments)
+    except (ScanError, ExcerptsTooShort, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ScanError(Status.ERR_DECODER_CRASH, _name_unexpected(error)) from error
 
 
 def find_scans(
@@ -276,7 +330,7 @@ def find_scans(
         except ScanError as error:
             return [_refuse(source_key, _count(staged), error)]
     if path.name.endswith(VOLUME_SUFFIXES):
-        return [FoundScan(source_key, _count(staged), functools.partial(open_volume, path, road.decode))]
+        return [FoundScan(source_key, _count(staged), _pack(open_volume, path, road.decode))]
     return _find_slices(source_key, staged, road)
 
 
@@ -293,8 +347,10 @@ def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> l
         found.append(
             FoundScan(
                 f"{source_key}#{hash_series_uid(uid)}",
-                _describe_series(headers, road.pseudonym_key),
-                functools.partial(_open_series, headers, road.decode, files.spoiling[uid]),
+                _describe_series(headers),
+                _pack(_open_series, headers, road.decode, files.spoiling[uid]),
+                headers[0].patient_id,
+                headers[0].series_uid,
                 tuple(file.path for file in told_by),
             )
         )
@@ -303,9 +359,13 @@ def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> l
         found.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
     elif images:
         is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
-        open_stack = functools.partial(open_images, images, road.decode, is_head_first=is_head_first)
-        found.append(FoundScan(source_key, _count(images), open_stack))
+        opening = _pack(open_images, images, road.decode, is_head_first=is_head_first)
+        found.append(FoundScan(source_key, _count(images), opening))
     return found or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
+
+
+def _pack(open_stack: Callable[..., SliceStack], *arguments: Any, **settings: Any) -> bytes:
+    return pickle.dumps(functools.partial(open_stack, *arguments, **settings), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _open_series(headers: Sequence[SliceHeader], limits: DecodeConfig, unreadable: Sequence[ScanError]) -> SliceStack:
@@ -367,15 +427,12 @@ def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:
     )
 
 
-def _describe_series(headers: Sequence[SliceHeader], pseudonym_key: bytes | None) -> ScanFacts:
-    first = headers[0]
+def _describe_series(headers: Sequence[SliceHeader]) -> ScanFacts:
     return ScanFacts(
         num_files=len(headers),
         num_bytes=sum(header.file.header_path.stat().st_size for header in headers),
         num_slices=len(headers),
-        manufacturer=first.manufacturer,
-        patient_key=pseudonymise(first.patient_id, "patient", pseudonym_key),
-        series_key=pseudonymise(first.series_uid, "series", pseudonym_key),
+        manufacturer=headers[0].manufacturer,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import DECODE_TARGET, Ingester, Road
+from darnet.ingest import Ingester, Road, make_sandbox
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan
 from darnet.storage import open_store
@@ -28,7 +28,7 @@ PYDICOM_DATA = Path(pydicom.data.__file__).parent
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     """One child for all scans, as in a worker; a scan that ends it is followed by another."""
-    sandbox = Sandbox(DECODE_TARGET, ROAD.decode.memory_bytes, ROAD.decode.timeout_s)
+    sandbox = make_sandbox(ROAD.decode)
     yield sandbox
     sandbox.close()
 

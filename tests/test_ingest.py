@@ -5,6 +5,7 @@ What no scan may pass as is in `tests/test_hostile.py`.
 
 import hmac
 import os
+import pickle
 import shutil
 import time
 import zipfile
@@ -32,7 +33,7 @@ from pydicom.uid import (
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import DECODE_TARGET, Ingester, Road
+from darnet.ingest import Ingester, Road, make_sandbox
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Intensity, Source, StoredObject
 from darnet.storage import open_store
@@ -53,7 +54,7 @@ Ingest = Callable[..., list[IngestedScan]]
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     """One child for all tests, as in a worker."""
-    sandbox = Sandbox(DECODE_TARGET, ROAD.decode.memory_bytes, ROAD.decode.timeout_s)
+    sandbox = make_sandbox(ROAD.decode)
     yield sandbox
     sandbox.close()
 
@@ -379,6 +380,30 @@ def test_a_series_that_kills_its_decoder_costs_the_others_nothing(key: str, inge
     assert statuses == {crashed: Status.ERR_DECODER_CRASH, sound: Status.OK, key: Status.OK}
     assert scans[crashed].facts.num_files == 24
     assert scans[crashed].facts.patient_key == scans[sound].facts.patient_key is not None
+
+
+class ReadingSandbox:
+    """A sandbox of which everything is kept that goes into the child."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self.sent = b""
+
+    def call(self, *arguments: Any) -> Any:
+        self.sent += pickle.dumps(arguments)
+        return self._sandbox.call(*arguments)
+
+
+def test_no_secret_enters_the_child_and_no_identifier_leaves_its_owner(sandbox: Sandbox, tmp_path: Path) -> None:
+    write_chest(tmp_path / "archive" / "a")
+    store = open_store(str(tmp_path / "archive"))
+    (source,) = list_sources(store.list_objects())
+    reading = ReadingSandbox(sandbox)
+    (scan,) = Ingester(store, ROAD, reading).ingest(source)  # type: ignore[arg-type]
+    assert ROAD.pseudonym_key is not None
+    assert scan.facts.series_key == hmac.new(ROAD.pseudonym_key, f"series\0{SERIES_UID}".encode(), sha256).hexdigest()
+    assert ROAD.pseudonym_key not in reading.sent
+    assert b"patient-1" not in pickle.dumps(scan)
 
 
 class CountingSandbox:

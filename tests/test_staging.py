@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import ScanError, Status
-from darnet.ingest import DECODE_TARGET, FoundScan, Ingester, Road, decode_scan, find_scans
+from darnet.ingest import FoundScan, Ingester, Road, decode_scan, find_scans, make_sandbox
 from darnet.reading.excerpt import ExcerptsTooShort, MissingBytes, open_staged
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Source, StagedFile, StoredObject
@@ -43,7 +43,7 @@ HEEDFUL = ("If-Match", "Range")
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     """One child for all tests, as in a worker."""
-    sandbox = Sandbox(DECODE_TARGET, ROAD.decode.memory_bytes, ROAD.decode.timeout_s)
+    sandbox = make_sandbox(ROAD.decode)
     yield sandbox
     sandbox.close()
 

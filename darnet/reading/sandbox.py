@@ -1,10 +1,13 @@
 """Runs one importable function again and again in a child process with limits on time and memory.
 
 A crash, a hang or a hunger for memory ends the child, not its owner: it becomes a `ScanError`, and a new child follows.
+Hostile bytes may take a decoder over: its owner sends it no secret, and takes of it plain values and stated kinds.
 """
 
+import builtins
 import contextlib
 import importlib
+import io
 import os
 import pickle
 import resource
@@ -14,12 +17,19 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
+
+import numpy as np
 
 from darnet.errors import ScanError, Status
 
 START_TIMEOUT_S = 120.0  # Source: ours; imports take a second, on a machine with too much to do many more
+
+MAX_ANSWER_BYTES = 1 << 30  # Source: ours; 512 x 512 x 512 voxels and their lungs take a quarter
+# What every answer may be made by: what a ScanError is, and arrays of numbers, as pickle's protocol 5 makes them.
+KINDS: tuple[Callable[..., Any], ...] = (ScanError, Status, np.dtype, np.zeros(1).__reduce_ex__(5)[0])
 
 SECRETS = ("AWS_", "DARNET_", "MLFLOW_", "RAY_")  # of the environment; hostile bytes may take over a decoder
 _LENGTH = struct.Struct("<Q")
@@ -28,17 +38,22 @@ _ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1
 
 @dataclass
 class Sandbox:
-    """Calls `target` ("package.module:function") in a child process, started at the first call and kept."""
+    """Calls `target` ("package.module:function") in a child process, started at the first call and kept.
+
+    `kinds` are the classes that an answer may be made of besides plain values, arrays and exceptions.
+    """
 
     target: str
     memory_bytes: int
     timeout_s: float
+    kinds: tuple[type, ...] = ()
     _child: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     def call(self, *arguments: Any) -> Any:
         """The function's return value; arguments and value travel by pickle.
 
-        Raises: ScanError: ERR_TIMEOUT, ERR_DECODER_CRASH, ERR_MEMORY; and whatever the function raises.
+        Raises: ScanError: ERR_TIMEOUT, ERR_DECODER_CRASH, ERR_MEMORY; and what the function raises of Python's own
+            exceptions and of `kinds`. Any other answer is ERR_DECODER_CRASH too.
         """
         if self._child is None:
             self._child = self._start()
@@ -82,12 +97,16 @@ class Sandbox:
         assert self._child is not None
         assert self._child.stdout is not None
         try:
-            message: tuple[bool, Any] = pickle.loads(_read_until(self._child.stdout, time.monotonic() + timeout_s))
+            data = _read_until(self._child.stdout, time.monotonic() + timeout_s)
+            message = None if data is None else _Answer(data, self.kinds).unpack()
         except TimeoutError:
             self.close()
             raise ScanError(Status.ERR_TIMEOUT, f"{doing} took more than {timeout_s:g} s") from None
         except EOFError:
             raise self._explain_death() from None
+        if message is None:
+            self.close()
+            raise ScanError(Status.ERR_DECODER_CRASH, "decoder gave an answer that none may give")
         return message
 
     def _explain_death(self) -> ScanError:
@@ -100,6 +119,30 @@ class Sandbox:
             return ScanError(Status.ERR_TIMEOUT, "decoder used up its processor time")
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         return ScanError(Status.ERR_DECODER_CRASH, f"decoder died: {name}")
+
+
+class _Answer(pickle.Unpickler):
+    """A child's message, in which nothing can be called but exceptions, KINDS and `kinds`."""
+
+    def __init__(self, data: bytearray, kinds: tuple[type, ...]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._kinds = {(kind.__module__, kind.__qualname__): kind for kind in (*KINDS, *kinds)}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._kinds:
+            return self._kinds[module, name]
+        found = getattr(builtins, name, None) if module == "builtins" else None
+        if isinstance(found, type) and issubclass(found, Exception):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def unpack(self) -> tuple[bool, Any] | None:
+        """The message, or None of bytes that are none."""
+        try:
+            is_fine, value = self.load()
+        except Exception:  # hostile bytes end in whatever there is
+            return None
+        return (is_fine, value) if is_fine is True or isinstance(value, Exception) else None
 
 
 def serve(target: str, memory_bytes: int) -> None:
@@ -141,15 +184,15 @@ def _write(pipe: IO[bytes], value: Any) -> None:
         view = view[pipe.write(view) :]
 
 
-def _read_until(pipe: IO[bytes], deadline_s: float) -> bytes:
-    """One message, or TimeoutError at the deadline, or EOFError where the other side ended."""
+def _read_until(pipe: IO[bytes], deadline_s: float) -> bytearray | None:
+    """One message, None of one that is too long; TimeoutError at the deadline, EOFError where the other side ended."""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         (length,) = _LENGTH.unpack(_read_exactly(pipe, _LENGTH.size, selector, deadline_s))
-        return _read_exactly(pipe, length, selector, deadline_s)
+        return _read_exactly(pipe, length, selector, deadline_s) if length <= MAX_ANSWER_BYTES else None
 
 
-def _read_exactly(pipe: IO[bytes], count: int, selector: selectors.BaseSelector, deadline_s: float) -> bytes:
+def _read_exactly(pipe: IO[bytes], count: int, selector: selectors.BaseSelector, deadline_s: float) -> bytearray:
     parts = bytearray()
     while len(parts) < count:
         if not selector.select(max(deadline_s - time.monotonic(), 0)):
@@ -158,4 +201,4 @@ def _read_exactly(pipe: IO[bytes], count: int, selector: selectors.BaseSelector,
         if not part:
             raise EOFError
         parts += part
-    return bytes(parts)
+    return parts

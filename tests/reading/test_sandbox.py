@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,10 +12,33 @@ from pathlib import Path
 import pytest
 
 from darnet.errors import ScanError, Status
+from darnet.reading import sandbox as sandbox_module
 from darnet.reading.sandbox import Sandbox
 from tests.places import ROOT
 
 MEMORY_BYTES = 1 << 30
+
+
+class Forged:
+    """Where it is unpacked, `note` runs there."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return note, ("unpacked by the owner",)
+
+
+class ForgedError(Exception):
+    """The same, raised."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return note, ("raised in the owner",)
+
+
+NOTES: list[str] = []
+
+
+def note(text: str) -> str:
+    NOTES.append(text)
+    return text
 
 
 def act(order: str) -> object:
@@ -31,6 +55,12 @@ def act(order: str) -> object:
         raise ScanError(Status.BAD_PIXELS, "said so")
     if order == "environment":
         return sorted(os.environ)
+    if order == "forge":
+        return [Forged()]
+    if order == "forge an error":
+        raise ForgedError
+    if order == "lie":
+        sandbox_module._write = lambda pipe, _: pipe.write(struct.pack("<Q", 1 << 62))  # type: ignore[assignment]
     if order == "print":
         print("decoders print what they like", flush=True)
     return order, os.getpid()
@@ -124,3 +154,12 @@ def test_the_child_knows_none_of_its_owners_secrets(sandbox: Sandbox, monkeypatc
     names = sandbox.call("environment")
     assert "PATH" in names
     assert [name for name in names if name.startswith(("AWS_", "DARNET_", "RAY_"))] == []
+
+
+@pytest.mark.parametrize("order", ["forge", "forge an error", "lie"])
+def test_a_child_that_was_taken_over_makes_its_owner_run_and_hold_nothing(sandbox: Sandbox, order: str) -> None:
+    with pytest.raises(ScanError, match="an answer that none may give") as caught:
+        sandbox.call(order)
+    assert caught.value.status is Status.ERR_DECODER_CRASH
+    assert NOTES == []
+    assert sandbox.call("fine")[0] == "fine"
