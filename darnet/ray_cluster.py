@@ -54,8 +54,8 @@ class DecodedScan:
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
 
-    Raises: UsageError if RAY_ADDRESS leads nowhere or to machines that ask for no token, or if the cluster has a single
-        CPU.
+    Raises: UsageError if RAY_ADDRESS leads nowhere or to machines of which any asks for no token, or if the cluster has
+        a single CPU.
     """
     if not ray.is_initialized():
         atexit.register(_leave_stdout)
@@ -69,7 +69,7 @@ def connect() -> None:
                 _start_local()
         except ConnectionError as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
-        refuse_open_cluster({node["NodeManagerAddress"] for node in list_nodes()}, os.environ.get("RAY_AUTH_MODE", ""))
+        refuse_open_cluster({node["NodeManagerAddress"] for node in list_nodes()}, lambda: ask_nodes(asks_for_token))
     if ray.cluster_resources().get("CPU", 0) < 2:
         raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
     for name in ("ray.data", "ray.data._internal.progress"):
@@ -94,10 +94,24 @@ def _start_local() -> None:
     )
 
 
-def refuse_open_cluster(addresses: Set[str], auth_mode: str) -> None:
-    """Raises: UsageError for several machines without a token: who reaches them runs code among patients' scans."""
-    if len(addresses) > 1 and auth_mode.lower() != "token":
+def refuse_open_cluster(addresses: Set[str], ask: Callable[[], Iterable[tuple[str, bool]]]) -> None:
+    """Demand a token of several machines, of this process's and of each that `ask` asks whether it wants one.
+
+    Raises: UsageError where one wants none: who reaches it runs code among patients' scans.
+    """
+    if len(addresses) < 2:
+        return
+    if not asks_for_token():
         raise UsageError(f"the cluster has {len(addresses)} machines and asks nobody for a token; {AUTH_REMEDY}")
+    if lax := sorted({address for address, is_closed in ask() if not is_closed}):
+        raise UsageError(
+            f"of the cluster's {len(addresses)} machines, {', '.join(lax)} asks nobody for a token; {AUTH_REMEDY}"
+        )
+
+
+def asks_for_token() -> bool:
+    """Whether what runs in this process's environment wants a token of whoever reaches it."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def list_nodes() -> list[dict[str, Any]]:
@@ -121,7 +135,7 @@ def agree_on_secret() -> str | None:
     Raises: UsageError naming the nodes that have another or none: one patient would get two keys in the table.
     """
     own = mark_secret(read_secret())
-    for address, mark in _ask_nodes(read_mark):
+    for address, mark in ask_nodes(read_mark):
         if isinstance(mark, UsageError):
             raise UsageError(f"node {address}: {mark}")
         if mark != own:
@@ -129,8 +143,8 @@ def agree_on_secret() -> str | None:
     return own
 
 
-def _ask_nodes(question: Callable[[], AnswerT]) -> Iterator[tuple[str, AnswerT]]:
-    """What each node answers, under its address. One that is lost meanwhile is asked nothing."""
+def ask_nodes(question: Callable[[], AnswerT]) -> Iterator[tuple[str, AnswerT]]:
+    """What each node answers, under its address; nothing of one that is lost meanwhile or cannot answer."""
     ask = ray.remote(num_cpus=0)(question)
     answers = [
         (

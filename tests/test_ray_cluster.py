@@ -81,19 +81,38 @@ def test_nothing_that_ray_tells_of_its_workers_is_on_stdout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "mode", "is_refused"),
+    ("closed", "mode", "refused"),
     [
-        ({"10.0.0.1"}, "", False),
-        ({"10.0.0.1", "10.0.0.2"}, "", True),
-        ({"10.0.0.1", "10.0.0.2"}, "disabled", True),
-        ({"10.0.0.1", "10.0.0.2"}, "token", False),
+        ({"10.0.0.1": False}, "", ""),
+        ({"10.0.0.1": True, "10.0.0.2": True}, "", "2 machines and asks nobody"),
+        ({"10.0.0.1": True, "10.0.0.2": True}, "disabled", "2 machines and asks nobody"),
+        ({"10.0.0.1": True, "10.0.0.2": False}, "token", "10.0.0.2 asks nobody"),
+        ({"10.0.0.1": True, "10.0.0.2": True}, "token", ""),
     ],
 )
-def test_several_machines_need_a_token(addresses: set[str], mode: str, is_refused: bool) -> None:
+def test_several_machines_need_a_token_each(
+    closed: dict[str, bool], mode: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from darnet.ray_cluster import refuse_open_cluster
 
-    if not is_refused:
-        refuse_open_cluster(addresses, mode)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    if not refused:
+        refuse_open_cluster(closed.keys(), closed.items)
         return
-    with pytest.raises(UsageError, match="RAY_AUTH_MODE=token"):
-        refuse_open_cluster(addresses, mode)
+    with pytest.raises(UsageError, match=f"{refused} for a token; set RAY_AUTH_MODE=token"):
+        refuse_open_cluster(closed.keys(), closed.items)
+
+
+@pytest.mark.slow
+def test_a_drivers_word_for_the_token_of_its_nodes_is_not_taken(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chest(tmp_path / "archive" / "chest")
+    write_random_bundle(tmp_path / "model")
+    for address in ("127.0.0.2", "127.0.0.3"):
+        cluster.add_node(num_cpus=2, node_ip_address=address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-that-nobody-asks-for")
+    code, summary, _ = score(tmp_path)
+    assert code == 2
+    assert "127.0.0.2, 127.0.0.3 asks nobody for a token" in summary["error"]
