@@ -1,12 +1,23 @@
-"""Tries the cluster of RAY_ADDRESS, where one is named: the environment enters, checks leave."""
+"""Tries the cluster of RAY_ADDRESS, where one is named, and its machines: the environment enters, findings leave."""
 
 import ipaddress
 import os
+from dataclasses import replace
 
 import ray
 
-from darnet.checkup.findings import Check, CheckError, Verdict
-from darnet.ray_cluster import agree_on_secret, connect, count_resource, find_dashboard, list_nodes
+from darnet.checkup.findings import Check, CheckError, Finding, Verdict
+from darnet.checkup.machine import examine_machine
+from darnet.errors import ExitCode
+from darnet.ray_cluster import (
+    agree_on_secret,
+    ask_nodes,
+    asks_for_token,
+    connect,
+    count_resource,
+    find_dashboard,
+    list_nodes,
+)
 
 
 def check_cluster() -> list[list[Check]]:
@@ -22,22 +33,47 @@ def check_cluster() -> list[list[Check]]:
     ]
 
 
+def examine_machines() -> list[Finding]:
+    """Of every machine of the cluster that was joined, else of this one alone; what several have alike is one line."""
+    if not (os.environ.get("RAY_ADDRESS") and ray.is_initialized()):
+        return examine_machine()
+    answers = dict(ask_nodes(examine_machine))
+    alike: dict[Finding, list[str]] = {}
+    for address, findings in sorted(answers.items()):
+        for finding in findings:
+            alike.setdefault(finding, []).append(address)
+    found = [
+        replace(finding, told=f"{', '.join(addresses)}: {finding.told}")
+        for finding, addresses in sorted(alike.items(), key=lambda item: item[0].check)
+    ]
+    if silent := sorted({node["NodeManagerAddress"] for node in list_nodes()} - answers.keys()):
+        remedy = "install the same darnet and Python there as here, or look at that node's log"
+        told = f"{', '.join(silent)}: gave no answer"
+        found.append(Finding("machine: answers", Verdict.WRONG, told, remedy, ExitCode.FAILED))
+    return found
+
+
 def _join() -> str:
     address = os.environ.get("RAY_ADDRESS")
     connect()
-    where = f"RAY_ADDRESS={address}" if address else "none named by RAY_ADDRESS, so jobs start one on this machine"
-    return f"Ray {ray.__version__}; {where}"
+    if not address:
+        remedy = "to try the cluster, start the check-up there: ray job submit --working-dir . -- python -m jobs.doctor"
+        raise CheckError("none named by RAY_ADDRESS, so one on this machine was tried", remedy, Verdict.MIND)
+    return f"Ray {ray.__version__}; RAY_ADDRESS={address}"
 
 
 def _look_at_auth() -> str:
     """Several machines without a token were refused on joining."""
-    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    if mode == "token":
-        return "RAY_AUTH_MODE=token"
+    if _is_closed():
+        return "RAY_AUTH_MODE=token, here and on every node"
     if os.environ.get("RAY_ADDRESS"):
         remedy = "set RAY_AUTH_MODE=token before other machines join"
         raise CheckError("one machine without a token", remedy, Verdict.MIND)
     return "on this machine alone"
+
+
+def _is_closed() -> bool:
+    return asks_for_token() and all(is_closed for _, is_closed in ask_nodes(asks_for_token))
 
 
 def _look_at_dashboard() -> str:
@@ -48,7 +84,7 @@ def _look_at_dashboard() -> str:
     host = address.rpartition(":")[0].strip("[]")
     if host == "localhost" or _is_loopback(host):
         return f"{address}, which only the head's own machine reaches"
-    if os.environ.get("RAY_AUTH_MODE") == "token":
+    if _is_closed():
         return f"{address}, which asks for the token"
     remedy = "start the head with --dashboard-host=127.0.0.1, or set RAY_AUTH_MODE=token on every node"
     raise CheckError(f"{address} lets whoever reaches it start programs", remedy)

@@ -4,24 +4,26 @@ import sys
 from typing import Any
 
 from darnet.checkup.findings import examine, report_findings
-from darnet.checkup.machine import check_bundle, check_machine
+from darnet.checkup.machine import check_bundle
 from darnet.checkup.places import check_archive, check_results
 from darnet.job import run_job
-from darnet.ray_doctor import check_cluster
+from darnet.ray_doctor import check_cluster, examine_machines
 from darnet.settings import DoctorSettings
 from darnet.storage import open_store
 
 
 def work(settings: DoctorSettings) -> dict[str, Any]:
-    """Try everything that is named; the machine and the cluster always."""
-    groups = check_machine() + check_cluster()
+    """Try everything that is named; the cluster and its machines always."""
+    findings = [finding for group in check_cluster() for finding in examine(group)]
+    findings += examine_machines()
+    groups = []
     if settings.model:
         groups.append(check_bundle(open_store(settings.model), settings.score))
     if settings.archive:
         groups.append(check_archive(open_store(settings.archive)))
     if settings.results:
         groups += check_results(open_store(settings.results, create=True))
-    return report_findings([finding for group in groups for finding in examine(group)])
+    return report_findings(findings + [finding for group in groups for finding in examine(group)])
 
 
 def main() -> int:

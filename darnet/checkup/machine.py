@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from darnet.archive import list_sources
 from darnet.bundle import Bundle, read_bundle
-from darnet.checkup.findings import Check, CheckError, Verdict
+from darnet.checkup.findings import Check, CheckError, Finding, Verdict, examine
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.errors import ScanError, Status, UsageError
 from darnet.ingest import Ingester, Road
@@ -44,6 +44,11 @@ def check_machine() -> list[list[Check]]:
         [("machine: key of pseudonyms", _look_at_key)],
         [("machine: decoders", _decode_every_syntax), ("machine: limits on decoding", _exceed_limits)],
     ]
+
+
+def examine_machine() -> list[Finding]:
+    """All of it, tried on the machine that calls."""
+    return [finding for group in check_machine() for finding in examine(group)]
 
 
 def check_bundle(model: Store, config: ScoreConfig) -> list[Check]:

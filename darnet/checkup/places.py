@@ -123,8 +123,9 @@ class Trial:
                 sink.write(data)
         except OSError as error:
             told = str(error).splitlines()[0]
-            remedy = "on an older server set AWS_REQUEST_CHECKSUM_CALCULATION=when_required; checkpoints need it"
-            raise CheckError(f"pyarrow cannot write there ({told})", remedy) from error
+            remedy = "nights do without; to keep a training's checkpoints here, set on an older server "
+            remedy += "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+            raise CheckError(f"pyarrow cannot write there ({told})", remedy, Verdict.MIND) from error
         self._compare(key, data)
         return f"{LARGE_BYTES >> 20} MiB"
 
@@ -212,15 +213,16 @@ def _look_at_table(results: Store) -> str:
         held = list_held_runs(results)
     except FolderMissing:
         return "empty: the first night starts it"
-    if numbers != list(range(1, len(numbers) + 1)):
-        raise CheckError(
-            f"{len(numbers)} objects that are not numbered 1 to {len(numbers)}",
-            "run jobs.results check, and restore what is missing",
-        )
     if held:
         raise CheckError(
             f"run {held[0]} is held, so that no night is scored",
             f"look at its nightly.html, then jobs.score --accept {held[0]} or --discard {held[0]}",
+            Verdict.MIND,
+        )
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise CheckError(
+            f"{len(numbers)} objects that are not numbered 1 to {len(numbers)}",
+            "put back what is missing, unless there is no copy: then its scans are scored again and the gap stays",
             Verdict.MIND,
         )
     return f"{len(numbers)} nights" if numbers else "empty: the first night starts it"

@@ -132,10 +132,18 @@ def test_a_clock_that_is_off_is_told(apart_s: float, verdict: Verdict, local: St
     assert findings[-1].verdict is verdict
 
 
-def test_a_hole_in_the_table_is_told(local: Store) -> None:
+def test_a_hole_in_the_table_is_told_and_stops_no_night(local: Store) -> None:
     for number in (1, 3):
         local.write_bytes(f"predictions/c{number:08d}.parquet", b"")
-    assert _try_results(local)["the table there"].verdict is Verdict.WRONG
+    found = _try_results(local)["the table there"]
+    assert (found.verdict, found.told) == (Verdict.MIND, "2 objects that are not numbered 1 to 2")
+
+
+def test_a_place_without_uploads_in_parts_is_fit_for_a_night(local: Store) -> None:
+    local.write_bytes("_runs/doctor-1", b"a file, below which pyarrow can write nothing")
+    (finding,) = examine([("parts", Trial(local, "_runs/doctor-1/").upload_in_parts)])
+    assert finding.verdict is Verdict.MIND
+    assert "nights do without" in finding.remedy
 
 
 def test_an_archive_is_read_and_not_written(tmp_path: Path) -> None:
