@@ -12,10 +12,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -198,8 +199,21 @@ class S3Store:
     def read_bytes(self, key: str) -> bytes:
         sink = io.BytesIO()
         with _s3_errors(f"{self.uri}/{key}"):
-            self._download(key, sink)
+            try:
+                self._download(key, sink)
+            except boto_errors.ClientError as error:
+                if _code(error) == "AccessDenied" and self._is_unlisted(key):
+                    raise ObjectMissing(f"{self.uri}/{key}: no such object") from error
+                raise
         return sink.getvalue()
+
+    def _is_unlisted(self, key: str) -> bool:
+        """Whether a listing that we may see lacks it. S3 tells a missing object to those who may list a whole bucket
+        alone, and others that they may not read it. Source: the S3 documentation of GetObject.
+        """
+        with suppress(RunError):
+            return all(item.key != key for item in islice(self.list_objects(key), 1))  # it is the first of its prefix
+        return False
 
     def fetch(self, item: StoredObject, path: Path) -> None:
         with path.open("wb") as sink:

@@ -445,6 +445,28 @@ def test_a_clear_refusal_of_a_put_is_not_uncertain(code: str, status: int, expec
     assert not isinstance(caught.value, PutUncertain)
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [(["top/a2"], ObjectMissing), (["top/a", "top/a2"], CredentialsError), (None, CredentialsError)],
+)
+def test_what_is_missing_is_so_for_a_role_that_may_list_its_prefix_alone(
+    listed: list[str] | None, expected: type[Exception]
+) -> None:
+    """S3 answers 403 to it, for what is not there as for what it may not read."""
+    client = connect_stub()
+    stub = Stubber(client)
+    stub.add_client_error("get_object", service_error_code="AccessDenied", http_status_code=403)
+    if listed is None:
+        stub.add_client_error("list_objects_v2", service_error_code="AccessDenied", http_status_code=403)
+    else:
+        found = [{"Key": key, "Size": 1, "ETag": '"e"', "LastModified": datetime.now(UTC)} for key in listed]
+        stub.add_response("list_objects_v2", {"Contents": found}, {"Bucket": "bucket", "Prefix": "top/a"})
+    stub.activate()
+    with pytest.raises(expected, match="s3://bucket/top/a: "):
+        S3Store("bucket", "top/", lambda: client).read_bytes("a")
+    stub.assert_no_pending_responses()
+
+
 def test_an_unreachable_store_is_a_storage_error() -> None:
     store = S3Store("bucket", "", connect_stub)
     with pytest.raises(StorageError, match="cannot reach the store"):
