@@ -7,6 +7,7 @@ file kept in `tests/findings/`. A source that breaks a rule, or kills the child,
 import argparse
 import gzip
 import hashlib
+import io
 import re
 import struct
 import sys
@@ -34,7 +35,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from darnet.archive import list_sources
+from darnet.archive import is_stray, list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
 from darnet.ingest import Ingester, Road
@@ -194,6 +195,7 @@ def mutate_sources(draw: st.DrawFn) -> Files:
 class Tally:
     """What has happened so far."""
 
+    num_executions: int = 0  # sources, of one scan or several
     statuses: Counter[str] = field(default_factory=Counter)
     num_child_deaths: int = 0
     num_parent_errors: int = 0
@@ -212,7 +214,8 @@ class Fuzzer:
         self._ingester.close()
 
     def run(self, files: Files) -> list[IngestedScan]:
-        """The rows of a source. Raises: AssertionError where a rule of the road is broken."""
+        """The rows of a source. Raises: AssertionError where a rule is broken; what another reader raises."""
+        self.tally.num_executions += 1
         for path in self.archive.rglob("*"):
             if path.is_file():
                 path.unlink()
@@ -244,15 +247,15 @@ def check_sound(scan: IngestedScan, files: Files) -> None:
     assert scan.volume.voxels.min() < scan.volume.voxels.max()
     facts = scan.facts
     found = (facts.num_slices, facts.num_rows, facts.num_columns, facts.slice_spacing_mm, facts.pixel_spacing_mm)
-    expected = measure(files)
+    expected = measure(files, scan.scan_id)
     if expected is not None:
         np.testing.assert_allclose(
             np.array(found[: len(expected)], float), np.array(expected, float), rtol=2e-2, err_msg=str(found)
         )
 
 
-def measure(files: Files) -> tuple[float, ...] | None:
-    """Slices, rows, columns and spacings by pydicom, nibabel, OpenCV or the header's text; None for a zip."""
+def measure(files: Files, scan_id: str) -> tuple[float, ...] | None:
+    """Slices, rows, columns and spacings by pydicom, nibabel, OpenCV or the header's text; None of four dimensions."""
     name, data = min(files.items())
     if name.endswith((".png", ".jpg", ".tif")):
         return (len(files), *cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE).shape)
@@ -266,19 +269,43 @@ def measure(files: Files) -> tuple[float, ...] | None:
         assert sizes is not None
         assert steps is not None
         return (*map(float, sizes[1].split()[2::-1]), *map(float, steps[1].split()[2:0:-1]))
-    return measure_dicom(files) if name.endswith(".dcm") else None
+    if name.endswith(".nrrd"):
+        return measure_nrrd(data.decode("latin-1"))
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = [name for name in archive.namelist() if not is_stray(name)]
+            return measure_dicom({name: archive.read(name) for name in names}, scan_id)
+    return measure_dicom(files, scan_id)
 
 
 META_KEYS = ("DimSize", "ElementSpacing")
 
 
-def measure_dicom(files: Files) -> tuple[float, ...]:
-    """By pydicom, from all files."""
-    datasets = [pydicom.dcmread(pydicom.filebase.DicomBytesIO(data), force=True) for data in files.values()]
+def measure_nrrd(text: str) -> tuple[float, ...]:
+    """By the header's text; an axis is as long as its direction. Source: teem's definition of NRRD."""
+    header = text.partition("\n\n")[0]
+    sizes = re.search(r"^sizes:(.*)$", header, re.M)
+    directions = re.search(r"^space directions:(.*)$", header, re.M)
+    assert sizes is not None
+    assert directions is not None
+    axes = [[float(part) for part in axis.split(",")] for axis in re.findall(r"\(([^)]*)\)", directions[1])]
+    steps = np.linalg.norm(axes, axis=1)
+    return (*map(float, sizes[1].split()[2::-1]), *steps[2:0:-1])
+
+
+def measure_dicom(files: Files, scan_id: str) -> tuple[float, ...]:
+    """By pydicom, from all files of the scan's series."""
+    everything = [pydicom.dcmread(pydicom.filebase.DicomBytesIO(data), force=True) for data in files.values()]
+    series = scan_id.rpartition("#")[2]
+    datasets = [
+        dataset
+        for dataset in everything
+        if hashlib.sha256(str(dataset.SeriesInstanceUID).encode()).hexdigest()[:8] == series
+    ]
     heights = sorted(float(dataset.ImagePositionPatient[2]) for dataset in datasets)
     first = datasets[0]
     spacing = (heights[-1] - heights[0]) / (len(heights) - 1)
-    return len(files), first.Rows, first.Columns, spacing, float(first.PixelSpacing[0])
+    return len(datasets), first.Rows, first.Columns, spacing, float(first.PixelSpacing[0])
 
 
 def keep(files: Files, what: str) -> str:
@@ -299,7 +326,7 @@ def read_finding(path: Path) -> Files:
 
 def fuzz(fuzzer: Fuzzer, number: int, count: int) -> None:
     """So many mutated sources, the same ones for the same number; a finding is kept, and told of."""
-    found: list[tuple[Files, str]] = []
+    found: dict[str, Files] = {}
 
     @seed(number)
     @settings(
@@ -313,15 +340,18 @@ def fuzz(fuzzer: Fuzzer, number: int, count: int) -> None:
     def attempt(files: Files) -> None:
         try:
             fuzzer.run(files)
-        except AssertionError as error:
-            found[:] = [(files, str(error).strip().splitlines()[0])]
+        except Exception as error:  # also of a reader that cannot read what has passed
+            told = str(error).strip().splitlines()[:1]
+            is_rule = isinstance(error, AssertionError) and told
+            found[told[0] if is_rule else f"{type(error).__name__} of another reader"] = files
             raise
 
     try:
         attempt()
-    except AssertionError:
-        files, what = found[0]
-        fuzzer.tally.findings.add(f"{keep(files, what)}: {what}")
+    except Exception:
+        if not found:
+            raise
+        fuzzer.tally.findings.update(f"{keep(files, what)}: {what}" for what, files in found.items())
 
 
 def main(arguments: list[str]) -> int:
@@ -340,7 +370,8 @@ def main(arguments: list[str]) -> int:
         fuzzer.close()
     tally = fuzzer.tally
     print_table("how mutated scans ended", ["status", "scans"], [[*item] for item in sorted(tally.statuses.items())])
-    print(f"executions: {tally.statuses.total()} in {number - chosen.seed} batches from seed {chosen.seed}")
+    batches = f"{number - chosen.seed} batches from seed {chosen.seed}"
+    print(f"executions: {tally.num_executions} sources of {tally.statuses.total()} scans, in {batches}")
     print(f"crashes of the child, contained: {tally.num_child_deaths}; of its owner: {tally.num_parent_errors}")
     print(f"findings: {len(tally.findings)}", *sorted(tally.findings), sep="\n  ")
     return int(bool(tally.findings))
