@@ -2,13 +2,18 @@
 
 import json
 import re
+import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import duckdb
 import pandas as pd
 import pytest
 
-from darnet.results import LATEST_SQL
+import darnet.settings
+from darnet.errors import UsageError
+from darnet.results import LATEST_SQL, describe_schema
+from darnet.settings import Settings, read_settings
 from darnet.storage import Store
 from tests.places import ROOT
 from tests.results_fixtures import make_row, publish_rows
@@ -126,6 +131,51 @@ def _list_rights(policy: dict[str, Any]) -> list[tuple[str, str, str]]:
         terms = json.dumps(statement["Condition"]) if "Condition" in statement else ""
         rights += [(action, place.removeprefix("arn:aws:s3:::"), terms) for action in actions for place in places]
     return rights
+
+
+def list_commands() -> Iterator[tuple[str, list[str], bool]]:
+    """Each job that the README starts, its arguments, and whether these are all it needs."""
+    blocks = re.findall(r"^    (.*)$", re.sub(r"\\\n *", "", README), re.M)
+    spans = re.findall(r"`([^`]*)`", re.sub(r"^( {4}|```).*$", "", README, flags=re.M))
+    for is_block, text in [*((True, line) for line in blocks), *((False, span) for span in spans)]:
+        if (found := re.search(r"(?:python -m )?jobs\.(\w+)((?: |\n)[^#&]*)", text)) and found[1] != "X":
+            arguments = shlex.split(found[2])
+            yield found[1], [part for part in arguments if part != "..."], is_block and "..." not in arguments
+
+
+def test_every_command_of_the_readme_is_one_that_its_job_understands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = list(list_commands())
+    assert len(commands) > 30
+    for job, arguments, is_whole in commands:
+        told = refuse(job, arguments)
+        assert not (told and is_whole), (job, arguments, told)
+        lacking = r"required|is missing|needs out|give either|belong together|need a reason"
+        assert all(re.search(lacking, line) for line in told), (job, arguments, told)
+
+
+def refuse(job: str, arguments: list[str]) -> list[str]:
+    """What is wrong with them, a line each."""
+    settings: type[Settings] = getattr(darnet.settings, f"{job.title()}Settings")
+    try:
+        read_settings(settings, arguments, job)
+    except UsageError as error:
+        return str(error).splitlines()[1:]
+    return []
+
+
+def test_every_flag_the_readme_names_is_one_of_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+    of_others = {"--load_fast", "--runtime-env"}  # TensorBoard's, and that of `ray job submit`
+    for path in sorted((ROOT / "jobs").glob("[a-z]*.py")):
+        with pytest.raises(SystemExit):
+            refuse(path.stem, ["--help"])
+    flags = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    assert "--score.compile" in flags
+    assert set(re.findall(r"`(--[a-z][\w.-]*)", README)) - flags == of_others
+
+
+def test_the_columns_are_documented_as_they_are() -> None:
+    assert (ROOT / "docs" / "schema.md").read_text() == f"# The results table\n\n{describe_schema()}"
 
 
 def test_every_file_and_job_the_readme_names_exists() -> None:

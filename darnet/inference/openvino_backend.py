@@ -1,6 +1,6 @@
 """The folds' networks in OpenVINO, for Intel-like CPUs: a bundle enters, each fold's answer to a batch leaves.
 
-The only module that knows openvino and nncf, which come with `pip install 'darnet[cpu]'`.
+The only module that knows openvino and nncf, which come with `pip install -c constraints.txt '.[cpu]'`.
 """
 
 import contextlib
@@ -163,7 +163,7 @@ def ask_graph(graph: Graph, config: ScoreConfig, volumes: Iterable[Uint8Array]) 
 
 
 def _refuse_missing(name: str) -> UsageError:
-    return UsageError(f"{name} is not installed, and the backend openvino needs it; pip install 'darnet[cpu]'")
+    return UsageError(f"{name} is not installed, and the backend openvino needs it; pip install -c constraints.txt '.[cpu]'")
 
 
 def _describe_run(config: ScoreConfig) -> dict[str, Any]:
