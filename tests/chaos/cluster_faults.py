@@ -1,11 +1,12 @@
 """What happens to the nodes of a cluster of several while a night is scored there."""
 
 import contextlib
+import functools
 import os
 import signal
 from pathlib import Path
 
-from tests.chaos.night import ChaosError, Night, mark_processes, wait_for_end, wait_until
+from tests.chaos.night import ChaosError, Night, mark_processes, name_process, wait_for_end, wait_until
 from tests.conftest import run_cluster
 
 # Ray's own patience is a minute. Source: Ray 2.60, ray_config_def.h
@@ -28,8 +29,8 @@ def stop_node(night: Night) -> str:
         for pid in asleep:
             os.kill(pid, signal.SIGCONT)
         summary = night.finish(job, 0)
-        if left := wait_for_end(lambda: sorted({*asleep} & {*night.find_processes()})):
-            raise ChaosError(f"of the node that was given up live on: {', '.join(map(_name_process, left))}")
+        if left := wait_for_end(functools.partial(_find_left, night, asleep)):
+            raise ChaosError(f"of the node that was given up live on: {', '.join(map(name_process, left))}")
     return f"{len(asleep)} processes stopped and replaced; {summary['statuses']}"
 
 
@@ -43,10 +44,11 @@ def list_descendants(ancestor: int) -> list[int]:
     return found
 
 
-def _name_process(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-    return str(pid)
+def _find_left(night: Night, asleep: list[int]) -> list[int]:
+    """What lives of the node that was given up, the raylet the first of it."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(asleep[0], os.WNOHANG)  # we are its parent; workers take a zombie that nobody waits for for alive
+    return sorted({*asleep} & {*night.find_processes()})
 
 
 def _find_parent(pid: int) -> int:

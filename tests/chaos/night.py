@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -328,10 +329,19 @@ def judge(night: Night, counts: list[int]) -> Outcome:
 
 
 def count_left(mark: str) -> int:
-    """Processes that outlive their jobs by half a minute; they are ended here."""
+    """Processes that outlive their jobs by half a minute; they are named on stderr, and ended here."""
     left = wait_for_end(lambda: find_marked(mark))
+    for pid in left:
+        print(f"left running: {name_process(pid)}", file=sys.stderr)
     end_processes(left)
     return len(left)
+
+
+def name_process(pid: int) -> str:
+    """Its command line, or its number where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    return str(pid)
 
 
 def wait_for_end(find: Callable[[], list[int]]) -> list[int]:
