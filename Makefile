@@ -18,7 +18,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "DARNet needs Python 3.11, $(PYTHON) is $$($(PYTHON) -V); say make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --disable-pip-version-check --no-compile -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "DARNet: the environment is ready"
 
@@ -36,7 +36,7 @@ paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four ne
 
 test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
 	@echo "DARNet: tests without Ray, two at a time"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not slow'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not slow'
 	@echo "DARNet: tests that start Ray"
 	@$(BIN)/python -m pytest -q -m 'ray and not slow'
 

@@ -52,6 +52,7 @@ def test_our_road_reads_what_a_worker_reads(tmp_path: Path) -> None:
     np.testing.assert_array_equal(volume.voxels, scan.volume.voxels)
 
 
+@pytest.mark.slow
 def test_a_reading_prints_time_and_memory(tmp_path: Path) -> None:
     """In a process of its own: this one may have held more before, and its peak would not grow."""
     write_chest(tmp_path / "scan")

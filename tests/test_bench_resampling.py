@@ -28,6 +28,7 @@ def test_differences_and_decoded_slices_are_those_computed_by_hand(tmp_path: Pat
     assert min(row[f"{way}_{what}"] for way in ("linear", "area") for what in ("s", "processor_s", "growth_mib")) > 0
 
 
+@pytest.mark.slow
 def test_each_series_has_a_row_a_command_and_its_change_of_probability(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

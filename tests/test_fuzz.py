@@ -20,11 +20,11 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
 
 def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
     fuzzer.tally = Tally()
-    fuzz(fuzzer, number=0, count=50)
+    fuzz(fuzzer, number=0, count=30)
     tally = fuzzer.tally
     assert (tally.findings, tally.num_parent_errors) == (set(), 0)
-    assert tally.num_executions == 50
-    assert tally.statuses.total() >= 40
+    assert tally.num_executions == 30
+    assert tally.statuses.total() >= 24
     assert len(tally.statuses) > 4  # mutations that are all refused for one reason would try nothing
 
 

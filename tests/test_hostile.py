@@ -72,7 +72,7 @@ def test_there_are_more_hostile_scans_than_asked_for_and_no_status_of_reading_is
     assert of_reading - {case.status for case in CASES.values()} == set()
 
 
-@pytest.mark.parametrize("num_sound", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_sound", [24, pytest.param(200, marks=pytest.mark.slow)])
 def test_hostile_scans_change_no_bit_of_sound_ones(num_sound: int, sandbox: Sandbox, tmp_path: Path) -> None:
     for index in range(num_sound):
         write_sound(tmp_path, index)

@@ -317,7 +317,7 @@ def resample_truth(lung: BoolArray, volume: StandardVolume) -> BoolArray:
     return lung[np.ix_(*lookup)]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("diagnosis", "severity"),
     [(Diagnosis.NORMAL, 0.0), (Diagnosis.CP, 0.3), (Diagnosis.CP, 1.0), (Diagnosis.NCP, 0.3), (Diagnosis.NCP, 1.0)],
@@ -564,7 +564,9 @@ def test_no_real_chest_is_refused(name: str, change: str) -> None:
 
 
 @needs_ct
-@pytest.mark.parametrize("gain_hu", [100, 200, 300, 400, 500, 550])
+@pytest.mark.parametrize(
+    "gain_hu", [pytest.param(hu, marks=pytest.mark.slow) for hu in (100, 200, 300, 400, 500)] + [550]
+)
 @pytest.mark.parametrize("name", CHESTS)
 def test_no_real_chest_is_refused_for_ground_glass_in_all_of_both_lungs(name: str, gain_hu: int) -> None:
     stack = read_chest(name)

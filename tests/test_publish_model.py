@@ -12,9 +12,10 @@ from tests.publish_model import SCENARIOS, PublishModel, walk_all
 # Less may go wrong than in the whole model, and with three runs at once nothing: their meetings alone are many.
 QUICK = [replace(item, num_faults=int(len(item.runs) == 2), num_crashes=int(len(item.runs) == 2)) for item in SCENARIOS]
 NAMES = [scenario.name for scenario in SCENARIOS]
+WALKS = [*QUICK[:4], *(pytest.param(item, marks=pytest.mark.slow) for item in QUICK[4:])]
 
 
-@pytest.mark.parametrize("scenario", QUICK, ids=NAMES)
+@pytest.mark.parametrize("scenario", WALKS, ids=NAMES)
 def test_no_meeting_of_runs_ends_badly(scenario: Any) -> None:
     walk = PublishModel(scenario).walk()
     assert walk.faults == []
