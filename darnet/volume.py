@@ -73,7 +73,8 @@ def make_standard_volume(stack: SliceStack, config: VolumeConfig, num_threads: i
         for item in by_source[source]:
             grid[item.target] += np.float32(item.weight) * small.pixels
     _check_intensity(stack.intensity, darkest, brightest, implausible_share)
-    voxels = np.rint(grid * 255).clip(0, 255).astype(np.uint8)
+    grid *= 255
+    voxels = np.clip(np.rint(grid, out=grid), 0, 255, out=grid).astype(np.uint8)
     return StandardVolume(voxels, stack.intensity, _grid_spacing(stack, box, config.shape), box)
 
 
@@ -161,7 +162,9 @@ def _shrink_slices(
 def _shrink_slice(stack: SliceStack, box: CropBox, config: VolumeConfig, source: int) -> SmallSlice:
     pixels = stack.read_slice(source)
     small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), config.shape[1:])
-    return SmallSlice(small, float(pixels.min()), float(pixels.max()), _measure_implausible(pixels))
+    darkest, brightest = float(pixels.min()), float(pixels.max())
+    is_plausible = PLAUSIBLE_HU[0] <= darkest and brightest <= PLAUSIBLE_HU[1]  # never of what holds NaN
+    return SmallSlice(small, darkest, brightest, 0.0 if is_plausible else _measure_implausible(pixels))
 
 
 def _crop(pixels: FloatArray, box: CropBox) -> FloatArray:
@@ -182,7 +185,9 @@ def apply_window(voxels_hu: FloatArray, window_hu: tuple[float, float]) -> Float
     Source: ours; the paper does not state its window (README, deviations).
     """
     low, high = window_hu
-    return ((voxels_hu - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+    unit = voxels_hu - np.float32(low)
+    unit /= np.float32(high - low)  # in place: memory for a new array costs more than the division
+    return np.clip(unit, 0, 1, out=unit)
 
 
 def _resize(pixels: FloatArray, shape: tuple[int, int]) -> FloatArray:

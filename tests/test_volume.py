@@ -112,6 +112,29 @@ def test_window_maps_its_bounds_to_0_and_1_and_clips() -> None:
     np.testing.assert_allclose(apply_window(values, (-1350, 150)), [0, 0, 0.5, 1, 1])
 
 
+@pytest.mark.parametrize("window", [(-1350.0, 150.0), (-1000.3, 400.7)])
+def test_every_stored_value_has_the_bits_of_the_window_s_formula(window: tuple[float, float]) -> None:
+    values = np.append(np.arange(-(2**15), 2**16, dtype=np.float32), [np.nan, np.inf]).astype(np.float32)
+    before = values.copy()
+    low, width = np.float32(window[0]), np.float32(window[1] - window[0])
+    np.testing.assert_array_equal(apply_window(values, window), ((values - low) / width).clip(0, 1))
+    np.testing.assert_array_equal(values, before)
+
+
+@pytest.mark.parametrize("wrong", [-40_000.0, 5_000.0, np.inf])
+def test_values_that_no_scanner_gives_are_counted_and_two_in_a_hundred_refused(wrong: float) -> None:
+    voxels = _random((100, 10, 10)).voxels
+    config = VolumeConfig(shape=(100, 8, 8))
+    voxels[:2] = wrong
+    assert make_standard_volume(ArrayStack(voxels), config).voxels.shape == config.shape
+    voxels[5, 5, 5] = wrong
+    with pytest.raises(ScanError, match="2% of the voxels cannot be HU"):
+        make_standard_volume(ArrayStack(voxels), config)
+    voxels[:3] = np.nan
+    with pytest.raises(ScanError, match="3% of the voxels cannot be HU"):
+        make_standard_volume(ArrayStack(voxels), config)
+
+
 def test_body_crop_is_the_box_of_the_body_and_leaves_the_couch_out() -> None:
     voxels = np.full((20, 128, 128), -1000.0, np.float32)
     voxels[:, 30:90, 20:100] = 40

@@ -136,5 +136,9 @@ def _rescale(values: NDArray[Any], layout: PixelLayout) -> FloatArray:
     slope, intercept = layout.slope, layout.intercept
     is_whole = slope.is_integer() and intercept.is_integer()
     if is_whole and abs(slope) * 2**16 + abs(intercept) < EXACT_IN_FLOAT32:
-        return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+        rescaled = values.astype(np.float32)  # and from there in place: new memory costs more than the arithmetic
+        if slope != 1:
+            rescaled *= np.float32(slope)
+        rescaled += np.float32(intercept)
+        return rescaled
     return (values * np.float64(slope) + np.float64(intercept)).astype(np.float32)
