@@ -76,6 +76,16 @@ def test_the_record_says_what_int8_changes(quantized: Path, index: VolumesIndex)
         assert record.max_difference > 1e-4  # INT8 it is
 
 
+def test_every_weight_has_half_its_range_so_that_two_products_fit_into_16_bits(quantized: Path) -> None:
+    """255 * 64 + 255 * 64 < 2 ** 15: what a processor without VNNI adds up in 16 bits."""
+    for place in range(2):
+        graph = load_openvino().Core().read_model(quantized / f"fold{place}.int8.xml")
+        constants = [item for item in graph.get_ordered_ops() if item.get_type_name() == "Constant"]
+        weights = [item.get_data() for item in constants if item.get_element_type().get_type_name() == "i8"]
+        assert len(weights) > 10
+        assert max(int(np.abs(values.astype(int)).max()) for values in weights) in (63, 64)
+
+
 def test_scoring_in_int8_is_near_another_model_and_the_same_bits_anywhere(
     quantized: Path, voxels: Uint8Array, tmp_path: Path
 ) -> None:
