@@ -29,6 +29,7 @@ from darnet.storage import Store, open_store
 DISK_MIND_BYTES, DISK_WRONG_BYTES = 20 << 30, 2 << 30  # Source: ours; volumes of CC-CCII take 13 GB, a scan's files 1
 SHARED_MEMORY_BYTES = 2 << 30  # Source: Ray's object store lies there, and falls back to disk below that
 OPEN_FILES = 4_096  # Source: Ray warns below it
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512_vnni", "avx_vnni")  # that make bf16 and INT8 fast
 SMALL_SHAPE = (24, 96, 96)
 
 
@@ -79,9 +80,13 @@ def _look_at_processors() -> str:
     num_cpus = len(os.sched_getaffinity(0))
     if num_cpus < 2:
         raise CheckError("one CPU", "decoding and the network need one each")
+    return f"{num_cpus} CPUs, {' '.join(list_instructions()) or 'no bf16 or int8 instructions'}"
+
+
+def list_instructions() -> list[str]:
+    """Which of `INSTRUCTIONS` this machine's processors have."""
     flags = Path("/proc/cpuinfo").read_text().split()
-    has = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512_vnni") if flag in flags]
-    return f"{num_cpus} CPUs, {' '.join(has) or 'no bf16 or int8 instructions'}"
+    return [flag for flag in INSTRUCTIONS if flag in flags]
 
 
 def _look_at_gpu() -> str:

@@ -4,7 +4,8 @@
     python -m tests.bench.peer_roads network eager WEIGHTS    ours BUNDLE BACKEND PRECISION
     python -m tests.bench.peer_roads road monai WEIGHTS ARCHIVE    ours BUNDLE ARCHIVE BACKEND PRECISION
     python -m tests.bench.peer_roads augment scikit-image     ours
-    python -m tests.bench.peer_roads bytes disk FOLDER
+    python -m tests.bench.peer_roads floor reading ARCHIVE    bytes
+    python -m tests.bench.peer_roads stages ours ARCHIVE
 
 A peer is used as its documentation shows. Its roads run in `.venv-peers`, ours in the project's environment; so a
 library is imported only by the road that needs it, and before the clock starts.
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -147,14 +148,71 @@ def measure_reading(road: str, folder: str) -> dict[str, float]:
     first = _time(lambda: read(folder))
     growth_bytes = _read_memory("VmHWM") - before_bytes
     figures = _time(lambda: read(folder)) | {"first_s": first["seconds"], "growth_mb": growth_bytes / 1e6}
-    if road == "ours-child":  # works in another process than the one measured
-        return {name: figures[name] for name in ("seconds", "first_s")}
+    if road == "ours-child":  # works in another process than the one whose memory is measured
+        return {name: figures[name] for name in ("seconds", "first_s", "processor_s")}
     return figures
 
 
-def measure_bytes(folder: str) -> dict[str, float]:
-    """The floor of any reading: the bytes of all files, from the page cache."""
-    return _time(lambda: [path.read_bytes() for path in Path(folder).iterdir()])
+def measure_floor(kind: str, archive: str) -> dict[str, float]:
+    """Reading alone, as a worker does it, or the bytes of all files from the page cache: the mean over the scans."""
+    folders = [str(path.resolve()) for path in sorted(Path(archive).iterdir())]
+
+    def measure(folder: str) -> dict[str, float]:
+        if kind == "bytes":
+            return _time(lambda: [path.read_bytes() for path in Path(folder).iterdir()])
+        return measure_reading("ours-child", folder)
+
+    once = {folder: measure(folder) for folder in dict.fromkeys(folders)}
+    return {name: mean(once[folder][name] for folder in folders) for name in ("seconds", "processor_s")}
+
+
+def measure_stages(archive: str) -> dict[str, float]:
+    """What a scan costs beside the network, stage by stage, in seconds of the processor: the mean over the scans.
+
+    `seconds` is all of it. In one process and on one thread; what travels between processes is not in it.
+    """
+    import cv2
+
+    from darnet.config import DecodeConfig, VolumeConfig
+    from darnet.errors import Status
+    from darnet.ingest import DicomStack
+    from darnet.lung import has_lung, segment_lung
+    from darnet.reading.dicom import arrange_series
+    from darnet.reading.series import sort_files
+    from darnet.scan import IngestedScan, StagedFile, StandardVolume
+    from darnet.score import ScanScore, measure_score
+    from darnet.volume import make_standard_volume
+
+    _set_torch_threads()
+    cv2.setNumThreads(1)
+    config, limits = VolumeConfig(), DecodeConfig()
+    maps = np.random.default_rng(0).random((1, 3, 4, 14, 14), np.float32)
+
+    def arrange(folder: Path) -> DicomStack:
+        staged = [StagedFile(path.name, path, path.name) for path in sorted(folder.iterdir())]
+        ((_, headers),) = sort_files(staged, limits.min_slices).series.items()
+        return DicomStack(arrange_series(headers, limits))
+
+    def find_lung(volume: StandardVolume) -> Any:
+        lung = segment_lung(volume, config.window_hu)
+        assert has_lung(lung, volume)
+        return lung
+
+    def measure(folder: Path) -> dict[str, float]:
+        stack, headers = _keep(lambda: arrange(folder))
+        volume, pixels = _keep(lambda: make_standard_volume(stack, config))
+        lung, lungs = _keep(lambda: find_lung(volume))
+        scan = IngestedScan("a", Status.OK, volume=volume, lung=lung)
+        score = ScanScore(np.full((1, 3), 1 / 3), maps, None, 0.0)
+        _, statistics = _keep(lambda: measure_score(scan, score))
+        stages = {"headers_s": headers, "pixels_s": pixels, "lungs_s": lungs, "statistics_s": statistics}
+        return {name: figures["processor_s"] for name, figures in stages.items()}
+
+    folders = [path.resolve() for path in sorted(Path(archive).iterdir())]
+    measure(folders[0])  # loads what is imported late
+    once = {folder: measure(folder) for folder in dict.fromkeys(folders)}
+    stages = {name: mean(once[folder][name] for folder in folders) for name in once[folders[0]]}
+    return {"seconds": sum(stages.values()), "processor_s": sum(stages.values()), **stages}
 
 
 def load_eager(weights: str) -> Any:
@@ -223,12 +281,22 @@ def measure_monai_road(weights: str, archive: str) -> dict[str, float]:
         volume = batch["scan"].as_tensor().permute(0, 1, 4, 3, 2).to(torch.float32).contiguous()
         classify(model, volume)
         ends_s.append(time.perf_counter() - start_s)
-    return {"seconds": ends_s[-1], "steady_s": (ends_s[-1] - ends_s[0]) / max(len(scans) - 1, 1), "scans": len(scans)}
+    del loader  # ends its worker
+    figures = {"processor_s": read_processors(), "scans": len(scans)}
+    return {"seconds": ends_s[-1], "one_more_s": find_pace(ends_s), **figures}
+
+
+def find_pace(ends_s: list[float]) -> float:
+    """Seconds from scan to scan once the road runs: after the second, by when its loader works ahead."""
+    later = ends_s[1:] if len(ends_s) > 2 else ends_s
+    return (later[-1] - later[0]) / (len(later) - 1)
 
 
 def measure_our_road(bundle: str, archive: str, backend: str, precision: str) -> dict[str, Any]:
-    """A night of `jobs.score`'s own code. Ray counts a CPU more than there is, so that decoding runs beside a network
-    that has all of them."""
+    """A night of `jobs.score`'s own code, on a cluster that counts this machine's CPUs.
+
+    What a scan more costs is told by nights of two lengths: rows come in batches, and decoding runs ahead of them.
+    """
     import ray
 
     from darnet.ray_score import score_archive
@@ -237,18 +305,40 @@ def measure_our_road(bundle: str, archive: str, backend: str, precision: str) ->
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     start_s = time.perf_counter()
-    ray.init("local", num_cpus=THREADS + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=max(THREADS, 2), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         results = open_store(folder, create=True)
         score_archive(open_store(archive), open_store(bundle), results, configure_score(backend, precision))
-        seconds = time.perf_counter() - start_s
+        seconds, processor_s = time.perf_counter() - start_s, read_processors()
         rows = read_predictions(folder)
     assert (rows["status"] == "OK").all(), rows[["source", "status", "status_detail"]]
-    ends = rows["scored_at"].sort_values()
-    later = ends[ends > ends.iloc[0] + (ends.iloc[-1] - ends.iloc[0]) / (2 * len(ends))]  # without the first batch
-    steady_s = (ends.iloc[-1] - ends.iloc[0]).total_seconds() / max(len(later), 1)
     stages = {name: float(rows[name].mean()) for name in ("fetch_s", "decode_s", "model_s")}
-    return {"seconds": seconds, "steady_s": steady_s, "scans": len(rows), **stages}
+    return {"seconds": seconds, "processor_s": processor_s, "scans": len(rows), **stages}
+
+
+def read_processors() -> float:
+    """Processor seconds of this process and of all that it started, of what has ended too."""
+    return time.process_time() + read_children()
+
+
+def read_children() -> float:
+    """Processor seconds, in hundredths, of all that this process started.
+
+    Source: proc(5), `stat`: the parent's number; time in user and kernel mode, its own and of children waited for.
+    """
+    told: dict[int, tuple[int, list[int]]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        told[int(path.parent.name)] = int(fields[1]), [int(field) for field in fields[11:15]]
+    here = os.getpid()
+    family = {here}
+    while more := {number for number, (parent, _) in told.items() if parent in family} - family:
+        family |= more
+    ticks = sum(told[here][1][2:]) + sum(sum(told[number][1]) for number in family - {here})
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def augment_like_authors() -> Task:
@@ -290,10 +380,16 @@ def _set_torch_threads() -> None:
 
 
 def _time(run: Task) -> dict[str, float]:
-    """By the clock, and of the processors, which other programs on the machine disturb less; a child's are not in."""
-    start_s, start_processor_s = time.perf_counter(), time.process_time()
-    run()
-    return {"seconds": time.perf_counter() - start_s, "processor_s": time.process_time() - start_processor_s}
+    """By the clock, and of the processors, which other programs on the machine disturb less."""
+    return _keep(run)[1]
+
+
+def _keep(run: Task) -> tuple[Any, dict[str, float]]:
+    """What it gives, and its seconds."""
+    children_start_s, own_start_s, start_s = read_children(), time.process_time(), time.perf_counter()
+    found = run()
+    seconds, own_s = time.perf_counter() - start_s, time.process_time() - own_start_s
+    return found, {"seconds": seconds, "processor_s": own_s + read_children() - children_start_s}
 
 
 def _reset_peak() -> int:
@@ -309,7 +405,7 @@ def _read_memory(name: str) -> int:
 def main(arguments: list[str]) -> int:
     """Measure what is asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("read", "network", "road", "augment", "bytes"))
+    parser.add_argument("task", choices=("read", "network", "road", "augment", "floor", "stages"))
     parser.add_argument("road")
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args(arguments)
@@ -319,8 +415,10 @@ def main(arguments: list[str]) -> int:
     }  # fmt: skip
     if given.task in ("read", "augment"):
         found = {"read": measure_reading, "augment": measure_augmentation}[given.task](given.road, *given.rest)
-    elif given.task == "bytes":
-        found = measure_bytes(*given.rest)
+    elif given.task == "floor":
+        found = measure_floor(given.road, *given.rest)
+    elif given.task == "stages":
+        found = measure_stages(*given.rest)
     else:
         found = tasks[given.task, given.road == "ours"](*given.rest)
     print(json.dumps(found))

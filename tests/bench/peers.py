@@ -27,6 +27,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
 from darnet.bundle import BundleSettings, Int8Record, load_network
 from darnet.bundle_writing import TrainedFold, add_int8_graphs, make_bundle, publish_bundles
+from darnet.checkup.machine import INSTRUCTIONS, list_instructions
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import UsageError
 from darnet.inference.openvino_backend import convert_network, describe_openvino, quantize_graph
@@ -42,7 +43,9 @@ from tests.places import ROOT
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS = ("torch==2.13.0", "monai", "itk", "torchio", "SimpleITK", "scikit-image", "Pillow", "safetensors")
-ROAD_SCANS = 12
+ROAD_SCANS = 12  # of the road that all take
+LONGER, SHORTER = 36, 4  # a second length of ours, for what a scan more costs: longer if quick, or minutes would pass
+FLOOR, STAGES, ONE_MORE = "a scan's floor", "a scan beside the network", "one scan more"
 # What a scan is called, how many slices it has, and its transfer syntax. Source: ours, like the real series at hand.
 PHANTOMS = (("275 slices JPEG-LS", 275, JPEGLSLossless), ("98 slices JPEG 2000", 98, JPEG2000Lossless))
 IMAGES = "300 slices PNG"
@@ -53,6 +56,7 @@ BACKENDS = (
     ("openvino", "int8", 2.8, 3.0),
     ("openvino", "bf16", None, None),
 )
+STAGE_NAMES = ("fetch_s", "decode_s", "model_s", "headers_s", "pixels_s", "lungs_s", "statistics_s")
 PLANS = ((10_000, 365), (100_000, 365), (1_000_000, 365), (100_000, 10), (100_000, 100))  # objects, nights
 
 
@@ -232,26 +236,65 @@ def plan_network(bundle: Path) -> Iterator[Way]:
 
 
 def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
-    """Twelve scans, the same ones again if there are fewer, through MONAI's loader and through a night of ours; then
-    the floors: the network alone, reading alone, the bytes alone."""
-    archive = out / "archive"
+    """The floors, the network alone first, which leaves it compiled: then reading alone and the bytes alone.
+
+    Then twelve scans, the same ones again if there are fewer, through MONAI's loader and through a night of ours, by
+    each backend with a goal or bf16; and a night of another length.
+    """
+    archives = {count: lay_archive(scans, count, out) for count in (ROAD_SCANS, LONGER, SHORTER)}
+    place, weights = str(archives[ROAD_SCANS]), str(bundle / "fold0.safetensors")
+    backends = [backend for backend in list_backends() if backend[0] != "torch"]
+    for backend, precision, *_ in backends:
+        alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
+        yield Way("road", FLOOR, f"ours, network alone, {backend} {precision}", alone)
+    for kind in ("reading", "bytes"):
+        yield Way("road", FLOOR, f"ours, {kind} alone", take(sys.executable, "floor", kind, place))
+    yield Way("road", STAGES, "ours, on one thread", take(sys.executable, "stages", "ours", place))
+    yield Way("road", name_road(ROAD_SCANS), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
+    for backend, precision, _, least in backends:
+        for count in (ROAD_SCANS, SHORTER if precision == "fp32" else LONGER):
+            command = take(sys.executable, "road", "ours", str(bundle), str(archives[count]), backend, precision)
+            goals = {"monai": least} if least and count == ROAD_SCANS else {}
+            yield Way("road", name_road(count), f"ours, {backend} {precision}", command, goals)
+
+
+def name_road(num_scans: int) -> str:
+    return f"{num_scans} scans, the whole road"
+
+
+def lay_archive(scans: dict[str, str], num_scans: int, out: Path) -> Path:
+    """A folder of so many links to the scans in turn."""
+    archive, folders = out / f"archive-{num_scans}", list(scans.values())
     archive.mkdir(exist_ok=True)
-    folders = list(scans.values())
     for old in archive.iterdir():
         old.unlink()
-    for number in range(ROAD_SCANS):
+    for number in range(num_scans):
         (archive / f"scan{number:02d}").symlink_to(Path(folders[number % len(folders)]).resolve())
-    what, place = f"{ROAD_SCANS} scans, the whole road", str(archive.resolve())
-    weights = str(bundle / "fold0.safetensors")
-    yield Way("road", what, "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
-    for backend, precision, _, least in list_backends():
-        command = take(sys.executable, "road", "ours", str(bundle), place, backend, precision)
-        yield Way("road", what, f"ours, {backend} {precision}", command, {"monai": least} if least else {})
-        alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
-        yield Way("road", "a scan's floor", f"ours, network alone, {backend} {precision}", alone)
-    first = folders[0]
-    yield Way("road", "a scan's floor", "ours, reading alone", take(sys.executable, "read", "ours-child", first))
-    yield Way("road", "a scan's floor", "ours, bytes alone", take(sys.executable, "bytes", "disk", first))
+    return archive.resolve()
+
+
+def count_whole_processes(rows: Sequence[Row]) -> list[Row]:
+    """A road's seconds are those of its whole process, start-up and end among them."""
+    return [row | {"seconds": row["wall_s"]} if "scans" in row else row for row in rows]
+
+
+def find_one_more(rows: Sequence[Row]) -> list[Row]:
+    """What a scan more costs: MONAI's by its own clock once it runs, ours by the difference of two lengths."""
+    found = []
+    for road in dict.fromkeys(row["road"] for row in rows if "scans" in row):
+        lengths = sorted((row for row in rows if row["road"] == road and "scans" in row), key=lambda row: row["scans"])
+        first, last = lengths[0], lengths[-1]
+        row = {"section": "road", "what": ONE_MORE, "road": road, "goals": {}, "repeats": last["repeats"]}
+        if "one_more_s" in last:
+            row |= {"seconds": last["one_more_s"], "processor_s": last["processor_s"] / last["scans"]}
+        elif last["scans"] > first["scans"]:
+            more = last["scans"] - first["scans"]
+            row |= {name: (last[name] - first[name]) / more for name in ("seconds", "processor_s")}
+            row["start_up_s"] = first["seconds"] - first["scans"] * row["seconds"]
+        if "seconds" in row:
+            commands = dict.fromkeys(item["repeat"] for item in lengths)
+            found.append(row | {"repeat": " && ".join(commands)})
+    return found
 
 
 def plan_augmentation() -> Iterator[Way]:
@@ -289,29 +332,43 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
         table.append([row["what"], row["road"], seconds, processor, memory, times, goals])
     title = f"{section}: medians of {rows[0]['repeats']}, load {load[0]:.1f} before, {load[1]:.1f} after"
     print_table(title, ["what", "road", "s", "CPU s", "MB", "as fast as", "at least"], table)
+    print(describe_processor(), file=sys.stderr)
     for row in rows:
         print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
-        if "steady_s" in row:
-            print_steady(row, rows)
+        if note := describe_road(row, rows):
+            print(f"  {note}", file=sys.stderr)
 
 
-def print_steady(row: Row, rows: Sequence[Row]) -> None:
-    """Start-up apart from the steady state, and that against the network alone; then the stages of our night."""
-    start_up_s = row["wall_s"] - row["scans"] * row["steady_s"]
-    text = f"  start-up and end {start_up_s:.1f} s, then {row['steady_s']:.2f} s a scan"
-    alone = [other for other in rows if other["road"] == row["road"].replace("ours,", "ours, network alone,")]
-    if row["road"].startswith("ours") and alone:
-        text += f", {alone[0]['seconds'] / row['steady_s']:.2f} of the network alone ({alone[0]['seconds']:.2f} s)"
-        text += "; " + ", ".join(f"{name} {row[name]:.2f}" for name in ("fetch_s", "decode_s", "model_s"))
-    print(text, file=sys.stderr)
+def describe_processor() -> str:
+    """On what the figures were taken: INT8 on a processor without VNNI says nothing of one that has it."""
+    facts = describe_openvino()
+    has = " ".join(list_instructions()) or "none of " + " ".join(INSTRUCTIONS)
+    return f"on {facts['processor']}, {os.cpu_count()} CPUs with {has}; OpenVINO {facts['openvino']}"
+
+
+def describe_road(row: Row, rows: Sequence[Row]) -> str:
+    """What a row of the section `road` says beside its figures; nothing of other rows.
+
+    Of a scan more, the share that the network alone has in it, and what the road takes besides; of a night and of what
+    is beside the network, the stages.
+    """
+    if row["what"] == ONE_MORE:
+        alone = [other for other in rows if other["road"] == row["road"].replace("ours,", "ours, network alone,")]
+        if not row["road"].startswith("ours"):
+            return "by its own clock, from its second scan to its last; CPU s of the whole process, a scan"
+        share = f"; {alone[0]['seconds'] / row['seconds']:.2f} of the network alone" if alone else ""
+        return f"of two lengths of the road; start-up and end {row['start_up_s']:.1f} s{share}"
+    stages = [name for name in row if name in STAGE_NAMES]
+    return ", ".join(f"{name.removesuffix('_s')} {row[name]:.3g}" for name in stages) + (" s a scan" if stages else "")
 
 
 def draw_chart(rows: Sequence[Row]) -> Figure:
     """A panel for each thing measured, a bar for each road; planning as a curve."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["section"] != "planning" and row["what"] != "a scan's floor":
+        if row["section"] != "planning" and row["what"] not in (FLOOR, STAGES):
             groups.setdefault((row["section"], row["what"]), []).append(row)
+    groups = {key: group for key, group in groups.items() if len(group) > 1}  # with nothing to compare, no panel
     planned = [row for row in rows if row["section"] == "planning"]
     heights = [len(group) for group in groups.values()] + ([5] if planned else [])
     figure = Figure(figsize=(7.5, 0.34 * sum(heights) + 0.85 * len(heights)), layout="constrained")
@@ -367,8 +424,11 @@ def measure_section(section: str, scans: dict[str, str], out: Path, repeats: int
     }
     if section == "planning":
         return add_ratios(measure_planning())
-    rows = measure_in_turn(list(plans[section]()), 1 if section == "road" else repeats)
-    return add_ratios(rows, "wall_s" if section == "road" else "seconds")
+    rows = measure_in_turn(list(plans[section]()), repeats)
+    if section == "road":
+        rows = count_whole_processes(rows)
+        rows += find_one_more(rows)
+    return add_ratios(rows)
 
 
 def merge_rows(earlier: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
@@ -385,7 +445,7 @@ def main(arguments: list[str]) -> int:
     """Measure the chosen sections, print and keep them."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__)
     parser.add_argument("--scans", type=Path, help="folder of DICOM series; default: full-size phantoms")
-    parser.add_argument("--repeats", type=int, default=3, help="times each road is taken (default 3; the road once)")
+    parser.add_argument("--repeats", type=int, help="times each way is taken (default 3; of the section road 1)")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="for bench.json, bench.png, phantoms")
     given = parser.parse_args(arguments)
@@ -399,7 +459,7 @@ def main(arguments: list[str]) -> int:
     rows: list[Row] = json.loads(kept.read_text()) if kept.exists() else []
     for section in (name for name in SECTIONS if name in chosen):
         before = os.getloadavg()[0]
-        taken = measure_section(section, scans, given.out, given.repeats)
+        taken = measure_section(section, scans, given.out, given.repeats or (1 if section == "road" else 3))
         load = (before, os.getloadavg()[0])
         print_section(section, taken, load)
         found_at = {"load": load, "at": datetime.now(UTC).isoformat(timespec="seconds")}
