@@ -330,8 +330,8 @@ def _keep_large_pieces(lung: BoolArray) -> LabelArray:
 
 def _find_box(mask: BoolArray) -> tuple[slice, ...]:
     """The smallest box that holds the whole mask, an empty one if nothing is marked."""
-    planes = mask.any(axis=0)
-    shadows = mask.any(axis=(1, 2)), planes.any(axis=1), planes.any(axis=0)
+    planes = np.any(mask, axis=0)
+    shadows = (np.any(mask, axis=(1, 2)), np.any(planes, axis=1), np.any(planes, axis=0))
     places = [np.flatnonzero(shadow) for shadow in shadows]
     return tuple(slice(int(marked[0]), int(marked[-1]) + 1) if marked.size else slice(0) for marked in places)
 
