@@ -308,6 +308,11 @@ def test_a_source_known_to_be_reversed_is_turned_and_no_other(slice_order: str, 
     np.testing.assert_array_equal(voxels[1][2], voxels[0][2])  # DICOM knows its own order
 
 
+def test_a_decoding_child_leaves_the_other_processors_alone(sandbox: Sandbox) -> None:
+    """Ray counts one for it; OpenCV would take them all."""
+    assert sandbox.call(cv2.getNumThreads) == 1
+
+
 def test_area_and_body_settings_reach_the_volume(reference: IngestedScan, ingest: Ingest) -> None:
     assert reference.volume is not None
     for update in ({"depth_resampling": "area"}, {"crop": "body"}):
