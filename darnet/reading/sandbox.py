@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -29,7 +28,7 @@ START_TIMEOUT_S = 120.0  # Source: ours; imports take a second, on a machine wit
 
 MAX_ANSWER_BYTES = 1 << 30  # Source: ours; 512 x 512 x 512 voxels and their lungs take a quarter
 # What every answer may be made by: what a ScanError is, and arrays of numbers, as pickle's protocol 5 makes them.
-KINDS: tuple[Callable[..., Any], ...] = (ScanError, Status, np.dtype, np.zeros(1).__reduce_ex__(5)[0])
+KINDS: tuple[Any, ...] = (ScanError, Status, np.dtype, np.zeros(1).__reduce_ex__(5)[0])
 
 SECRETS = ("AWS_", "DARNET_", "MLFLOW_", "RAY_")  # of the environment; hostile bytes may take over a decoder
 _LENGTH = struct.Struct("<Q")
