@@ -105,7 +105,7 @@ def refuse_open_cluster(addresses: Set[str], ask: Callable[[], Iterable[tuple[st
         raise UsageError(f"the cluster has {len(addresses)} machines and asks nobody for a token; {AUTH_REMEDY}")
     if lax := sorted({address for address, is_closed in ask() if not is_closed}):
         raise UsageError(
-            f"of the cluster's {len(addresses)} machines, {', '.join(lax)} asks nobody for a token; {AUTH_REMEDY}"
+            f"the cluster has {len(addresses)} machines, of which {', '.join(lax)} need no token; {AUTH_REMEDY}"
         )
 
 
