@@ -119,9 +119,10 @@ def connect_s3(*, is_endpoint_ignored: bool = False) -> Any:
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
         max_pool_connections=TRANSFERS,
-        ignore_configured_endpoint_urls=is_endpoint_ignored or None,
     )
     core = botocore.session.get_session()
+    if is_endpoint_ignored:
+        core.set_config_variable("ignore_configured_endpoint_urls", value=True)
     core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
     return boto3.session.Session(botocore_session=core).client("s3", config=settings)
 
