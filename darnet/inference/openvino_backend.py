@@ -166,7 +166,9 @@ def ask_graph(graph: Graph, config: ScoreConfig, volumes: Iterable[Uint8Array]) 
 
 
 def _refuse_missing(name: str) -> UsageError:
-    return UsageError(f"{name} is not installed, and the backend openvino needs it; pip install -c constraints.txt '.[cpu]'")
+    return UsageError(
+        f"{name} is not installed, and the backend openvino needs it; pip install -c constraints.txt '.[cpu]'"
+    )
 
 
 def _describe_run(config: ScoreConfig) -> dict[str, Any]:
