@@ -178,10 +178,11 @@ def test_the_columns_are_documented_as_they_are() -> None:
     assert (ROOT / "docs" / "schema.md").read_text() == f"# The results table\n\n{describe_schema()}"
 
 
-def test_every_file_and_job_the_readme_names_exists() -> None:
-    for name in re.findall(r"`((?:jobs|darnet|tests)/[\w/]+\.py)", README):
+def test_every_file_and_job_that_is_named_exists() -> None:
+    text = README + (ROOT / "docs" / "what-was-seen.md").read_text()
+    for name in re.findall(r"`((?:jobs|darnet|docs|tests)/[\w/-]+\.\w+)", text):
         assert (ROOT / name).is_file(), name
-    for job in set(re.findall(r"jobs\.(\w+)", README)) - {"X"}:
+    for job in set(re.findall(r"jobs\.(\w+)", text)) - {"X"}:
         assert (ROOT / "jobs" / f"{job}.py").is_file(), job
 
 
