@@ -116,7 +116,8 @@ def run_cluster(variables: Mapping[str, str] | None = None) -> Iterator[Any]:
         finally:
             # not shutdown(), which also resets this process's other session
             for node in reversed(cluster.list_all_nodes()):
-                cluster.remove_node(node, allow_graceful=False)
+                # asked, not killed: the agents of a head that was killed try to tell it for a minute
+                cluster.remove_node(node, allow_graceful=True)
             reset_ray_address()
             gc.collect()
 
