@@ -211,7 +211,7 @@ def _open_tracker(uri: str, networks: Sequence[TrackedNetwork]) -> Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        told = f"--mlflow {hide_password(uri)}: MLflow is not installed; pip install -c constraints.txt '.[mlflow]'"
+        told = f"--mlflow {hide_password(uri)}: MLflow is not installed; pip install '.[mlflow]'"
         raise UsageError(told) from error
     try:
         client = MlflowClient(uri)

@@ -328,7 +328,4 @@ def test_without_mlflow_nothing_is_logged_and_asking_for_it_says_what_to_install
         "except UsageError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (
-        done.stdout
-        == "--mlflow http://***@mlflow: MLflow is not installed; pip install -c constraints.txt '.[mlflow]'\n"
-    )
+    assert done.stdout == "--mlflow http://***@mlflow: MLflow is not installed; pip install '.[mlflow]'\n"
