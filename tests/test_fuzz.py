@@ -25,7 +25,7 @@ def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
     assert (tally.findings, tally.num_parent_errors) == (set(), 0)
     assert tally.num_executions == 30
     assert tally.statuses.total() >= 24
-    assert len(tally.statuses) > 4  # mutations that are all refused for one reason would try nothing
+    assert len(tally.statuses) > 3  # mutations that are all refused for one reason would try nothing
 
 
 @pytest.mark.parametrize("name", SEEDS)

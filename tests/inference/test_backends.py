@@ -220,7 +220,7 @@ def test_without_openvino_it_is_said_what_to_install(
     trained: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UsageError, match=r"pip install 'darnet\[cpu\]'"):
+    with pytest.raises(UsageError, match=r"pip install '.\[cpu\]'"):
         Ensemble.from_bundle(trained, ScoreConfig(backend="openvino", cache=tmp_path))
 
 
