@@ -6,6 +6,7 @@ from tests.bench.first_night import measure, measure_staged
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_benchmark_scores_every_planned_source() -> None:
     """The measured process itself refuses another ending than that of sources of which nothing is left."""
     found = measure(30, 3)

@@ -14,6 +14,7 @@ from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
 
 
+@pytest.mark.slow
 def test_differences_and_decoded_slices_are_those_computed_by_hand(tmp_path: Path) -> None:
     """24 slices to 8: `linear` falls on every third slice exactly, `area` is the mean of three."""
     write_chest(tmp_path / "a")

@@ -438,6 +438,7 @@ def test_a_decision_makes_no_place_for_results(verb: str, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_raised_limit_reopens_nothing_in_the_same_table(model: str, tmp_path: Path) -> None:
     """What the README says of limits: the key of a final row has none, and a table of its own scores such a scan."""

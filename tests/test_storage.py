@@ -310,6 +310,7 @@ def test_local_path_is_known_for_a_disk_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
+@pytest.mark.slow
 def test_listing_goes_on_after_a_thousand_keys(s3: Callable[[], str]) -> None:
     store = open_store(s3())
     keys = [f"{number:04d}" for number in range(1005)]

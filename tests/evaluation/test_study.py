@@ -431,6 +431,7 @@ def test_maps_of_one_seed_are_said_to_be_of_these_networks_alone_and_show_nothin
     assert "NCP: that depth attention helps maps find lesions is not shown, nor can it be with one seed" in report
 
 
+@pytest.mark.slow
 def test_maps_of_three_seeds_are_paired_by_fold_and_seed(places: dict[str, Path], tmp_path: Path) -> None:
     """Each model's map by itself, of its own bundle, in bundles that are not found in the order of their seeds."""
     for folder, seed in (("a", 2), ("b", 0), ("c", 1)):

@@ -159,6 +159,7 @@ def test_a_batch_of_a_gpu_has_the_right_shapes() -> None:
     assert [tuple(tensor.shape) for tensor in answer] == [(4, 3), (4, 3, 8, 14, 14), (4, 8)]
 
 
+@pytest.mark.slow
 def test_compiling_takes_the_whole_network_once_for_all_folds(
     trained: Bundle, voxels: Uint8Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
