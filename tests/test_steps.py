@@ -97,7 +97,7 @@ def test_the_device_of_the_study_is_that_of_its_parts() -> None:
 def test_both_smoke_jobs_read_the_same_file(settings: Any) -> None:
     places = PLACES if settings is PaperSettings else ["--out", "o"]
     told = read_settings(settings, [*places, "--config", str(JOBS / "paper-smoke.toml")], "x")
-    assert told.volume.shape == told.network.volume_shape == (18, 64, 88)
+    assert told.volume.shape == told.network.volume_shape == (18, 56, 72)
 
 
 @pytest.mark.parametrize("name", ["paper.toml", "paper-smoke.toml"])
