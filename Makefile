@@ -34,8 +34,8 @@ paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four ne
 		--cohort .paper/phantoms/cohort.csv --truth .paper/phantoms/truth --out .paper/study
 	@echo "DARNet: the report is .paper/study/report/report.html"
 
-test: $(ENVIRONMENT) lint ## style, types and all tests but the slow ones
-	@$(MAKE) --no-print-directory -j 2 test-quick test-ray
+test: $(ENVIRONMENT) ## style, types and all tests but the slow ones
+	@$(MAKE) --no-print-directory -j 3 lint test-quick test-ray
 
 test-quick: $(ENVIRONMENT) # two processes of one thread each
 	@echo "DARNet: tests without Ray, two at a time"
@@ -105,7 +105,7 @@ lint: $(ENVIRONMENT) ## style and types
 	@echo "DARNet: checking style and types"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check -q .
-	@$(BIN)/mypy
+	@$(BIN)/mypy && echo "DARNet: style and types are as they should be"
 
 format: $(ENVIRONMENT) ## rewrite the code in house style
 	@$(BIN)/ruff check --fix -q .
