@@ -18,7 +18,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "DARNet needs Python 3.11, $(PYTHON) is $$($(PYTHON) -V); say make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --disable-pip-version-check --no-compile -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "DARNet: the environment is ready"
 

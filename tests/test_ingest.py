@@ -561,6 +561,7 @@ def test_an_unreadable_file_among_several_series_is_a_row_of_its_own(ingest: Ing
     assert list(statuses.values()) == [Status.OK, Status.OK]
 
 
+@pytest.mark.slow
 def test_a_last_slice_cut_anywhere_spoils_its_series(ingest: Ingest, tmp_path: Path) -> None:
     """Nothing but the cut slice itself tells that the series had one more at its end."""
     path = write_chest(tmp_path / "archive" / "a")[-1]

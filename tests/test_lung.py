@@ -319,6 +319,7 @@ def resample_truth(lung: BoolArray, volume: StandardVolume) -> BoolArray:
     return lung[np.ix_(*lookup)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("diagnosis", "severity"),
@@ -338,6 +339,7 @@ def judge_phantom(phantom: Phantom, shapes: Sequence[tuple[int, int, int]]) -> l
     return [has_lung(segment_lung(volume, WINDOW), volume) for volume in volumes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 11, 26])  # bowel gas of 11 and 26 lies so that 16 slices make it look tall
 @pytest.mark.parametrize("make", [make_head, make_abdomen])
 def test_anatomical_heads_and_abdomens_have_no_lung(make: Callable[..., Phantom], seed: int) -> None:
@@ -506,6 +508,7 @@ def find_lung_by_itk(voxels: NDArray[Any], low: float, high: float) -> BoolArray
     return np.asarray((pieces > 0) & ~np.isin(pieces, sides))
 
 
+@pytest.mark.slow
 @needs_ct
 @pytest.mark.parametrize("name", FEWER_CHESTS)
 def test_simpleitk_finds_the_same_lung_in_real_chests(name: str) -> None:
@@ -556,6 +559,7 @@ HOSTILE: dict[str, Callable[[ArrayStack], ArrayStack]] = {
 }
 
 
+@pytest.mark.slow
 @needs_ct
 @pytest.mark.parametrize("change", HOSTILE)
 @pytest.mark.parametrize("name", FEWER_CHESTS)
@@ -565,6 +569,7 @@ def test_no_real_chest_is_refused(name: str, change: str) -> None:
     assert has_lung(segment_lung(volume, WINDOW), volume)
 
 
+@pytest.mark.slow
 @needs_ct
 @pytest.mark.parametrize(
     "gain_hu", [pytest.param(hu, marks=pytest.mark.slow) for hu in (100, 200, 300, 400, 500)] + [550]
@@ -582,6 +587,7 @@ def test_no_real_chest_is_refused_for_ground_glass_in_all_of_both_lungs(name: st
         assert 0.5 < mask.sum() * np.prod(volume.spacing_mm) / 1e6 / litres < 1.1
 
 
+@pytest.mark.slow
 @needs_ct
 @pytest.mark.parametrize(
     ("name", "top_mm"), [(CHESTS[0], 215.0), (CHESTS[1], 150.0), (CHESTS[2], 205.0)], ids=("weasis", "a0002", "lidc")
@@ -620,6 +626,7 @@ def test_display_lungs_are_found_in_any_window_and_on_black_ground(shape: tuple[
     assert [is_masked(seen) for seen in (voxels, narrow(voxels), np.where(lung, voxels, 0))] == [False, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_head, make_abdomen])
 def test_a_display_scan_of_no_chest_has_no_lung_and_is_masked_whole(make: Callable[..., Phantom]) -> None:
     for seed in range(4):
@@ -650,6 +657,7 @@ def mask_phantoms() -> dict[str, list[tuple[float, float]]]:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intensity", ["HU", "DISPLAY"])
 def test_planted_lesions_survive_the_mask_and_the_surroundings_do_not(intensity: str) -> None:
     """Lesions at the pleura are what NCP looks like; a lobe without any air may lose a part."""
@@ -669,6 +677,7 @@ def test_the_mask_leaves_the_kept_voxels_as_they_are() -> None:
     assert not masked[:, 0].any()
 
 
+@pytest.mark.slow
 @needs_ct
 @pytest.mark.parametrize("name", FEWER_CHESTS)
 def test_display_lungs_of_real_chests_are_those_found_by_hounsfield_units(name: str) -> None:
@@ -676,6 +685,7 @@ def test_display_lungs_of_real_chests_are_those_found_by_hounsfield_units(name: 
     assert find_dice(segment_display_lung(volume.voxels), segment_lung(volume, WINDOW)) > 0.95
 
 
+@pytest.mark.slow
 def test_masking_every_scan_takes_the_black_border_from_the_masked_ones_but_not_their_black_rim() -> None:
     """Scans of one diagnosis come masked, as in CC-CCII. Their border no longer tells; walls that are not there do."""
     seen: dict[str, list[list[float]]] = {"before": [], "after": []}

@@ -99,6 +99,7 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     assert read_index(tmp_path / "volumes").cohort_sha256 == index.cohort_sha256
 
 
+@pytest.mark.slow
 def test_a_preparation_that_an_outage_spoilt_declares_no_volumes_and_tries_only_those_again(
     ray_cluster: None,  # noqa: ARG001
     tmp_path: Path,

@@ -131,6 +131,7 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_some_folds_are_another_model_and_another_backend_is_the_same(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
@@ -173,6 +174,7 @@ def test_a_night_of_spoiled_scans_is_held_until_it_is_accepted(model: str, tmp_p
     assert score_archive(*stores, config, date(2026, 1, 3))["published"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_late_driver_of_a_published_run_holds_nothing_back(model: str, tmp_path: Path) -> None:
     """Its storage failed: the rows it staged last would be held, had the run not been published."""
@@ -290,6 +292,7 @@ def test_published_rows_are_filled_and_their_pictures_kept(
     assert page.count("data:image/jpeg;base64,") == len(listed)
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_bucket_gives_the_bits_of_a_folder(model: str, s3: Callable[[], str], tmp_path: Path) -> None:
@@ -330,6 +333,7 @@ def test_a_store_that_lets_nobody_in_stops_the_job_with_that_error(model: str, t
     assert not list((tmp_path / "results").glob("predictions/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: str, tmp_path: Path) -> None:
     """As where the results lie on a disk that only the driver sees."""
@@ -341,6 +345,7 @@ def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: st
         next(collect_sources(dataset))
 
 
+@pytest.mark.slow
 def test_a_kill_loses_so_many_scans_and_not_sources(tmp_path: Path) -> None:
     """Five sources of three scans, and one of one: a part is written as soon as four scans or more are whole."""
     folder, left = RunFolder(open_store(str(tmp_path)), "run"), []
@@ -360,6 +365,7 @@ def test_a_kill_loses_so_many_scans_and_not_sources(tmp_path: Path) -> None:
     assert folder.read_parts().num_rows == 16
 
 
+@pytest.mark.slow
 def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_path: Path) -> None:
     """A mistyped prefix of a bucket lists as empty, and no night may call that success."""
     (tmp_path / "README.txt").write_text("no scan")
@@ -368,6 +374,7 @@ def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_
         score_archive(*stores, CONFIG, NIGHT)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Path) -> None:
     """Limits decide final rows: parts of two settings must not end in one run."""
     bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
@@ -418,6 +425,7 @@ def test_an_unfinished_run_is_finished_first_and_what_arrived_since_after_it(mod
     assert score_archive(*stores, CONFIG, NIGHT)["published"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_discarded_run_is_not_finished_and_its_sources_are_planned_anew(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
@@ -430,6 +438,7 @@ def test_a_discarded_run_is_not_finished_and_its_sources_are_planned_anew(model:
     assert (summary["finished_first"], summary["planned_sources"], summary["published"]) == ([], 2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["accept", "discard"])
 def test_a_decision_makes_no_place_for_results(verb: str, tmp_path: Path) -> None:
     settings = ScoreSettings(results=str(tmp_path / "typo"), reason="seen", **{verb: "run"})  # type: ignore[arg-type]

@@ -249,6 +249,7 @@ def check_mlflow(folder: Path, model_sha256: str, index: VolumesIndex) -> None:
     assert [name for name in names if name in logged] == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: VolumesIndex, tmp_path: Path) -> None:
@@ -268,6 +269,7 @@ def test_a_second_driver_is_refused_while_the_first_trains_there(index: VolumesI
     del first
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_training_that_other_code_began_is_refused_and_nobody_kept_out(index: VolumesIndex, tmp_path: Path) -> None:

@@ -444,6 +444,7 @@ def test_synchronised_batch_norm_replaces_every_layer_and_is_refused_on_a_cpu() 
     assert is_same_state(network.state_dict(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own compiler
 def test_a_compiled_network_keeps_the_names_of_its_weights() -> None:
     """Compiling itself takes minutes on a CPU and is left to the first step."""

@@ -144,6 +144,7 @@ def _draw_alike(rng: np.random.Generator, num_patients: int, scans_each: int) ->
     return *networks, labels, np.repeat([f"p{number}" for number in range(num_patients)], scans_each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_patients", [45, pytest.param(120, marks=pytest.mark.slow)])
 def test_clustered_tests_show_a_difference_that_is_none_in_five_of_a_hundred(num_patients: int) -> None:
     """Four scans a patient; the plain tests show one in a quarter of the studies."""
@@ -222,6 +223,7 @@ def test_two_wrong_decisions_of_different_kind_are_not_discordant() -> None:
     assert (found.num_only_first_right, found.num_only_second_right, found.p_value) == (0, 0, 1)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_holds_a_known_share_about_as_often_as_it_says() -> None:
     """Accuracy of 150 independent scans that are right with probability 0.8."""
     rng = np.random.default_rng(5)
@@ -478,6 +480,7 @@ def test_the_interval_of_the_calibration_error_covers_where_percentiles_do_not(o
     assert off > 0.1 or np.mean(covered_by_percentiles) < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_patients", [15, 36, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("off", "scans_each"), [(0.0, 1), (0.05, 1), (0.1, 1), (0.05, 3)])
 def test_the_calibration_error_is_covered_in_few_scans_of_a_sure_network(

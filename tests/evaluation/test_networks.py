@@ -55,6 +55,7 @@ def test_bundles_of_one_network_are_one_and_none_stays_in_memory(places: list[St
     assert networks[0].members == [(fold, seed) for seed in (0, 1) for fold in range(5)]
 
 
+@pytest.mark.slow
 def test_while_scans_are_scored_the_networks_of_one_bundle_are_in_memory_and_no_bundle(
     places: list[Store], index: VolumesIndex
 ) -> None:

@@ -243,6 +243,7 @@ def test_figure_two_is_a_picture_of_its_own_too(places: dict[str, Path]) -> None
     assert ((image[..., 0] - image[..., 2]) > 60).sum() > 100  # the outline of a known lesion
 
 
+@pytest.mark.slow
 def test_without_truth_maps_are_shown_and_not_measured(seeds: Path) -> None:
     report = (seeds / "out" / "report.html").read_text()
     assert json.loads((seeds / "out" / "metrics.json").read_text())["activation_maps"] == []

@@ -204,6 +204,7 @@ def test_compiled_networks_are_kept_and_give_the_same_bits(trained: Bundle, voxe
         assert blob.with_suffix(".sha256").read_text() == kept != hashlib.sha256(damaged).hexdigest()
 
 
+@pytest.mark.slow
 def test_another_selection_or_number_of_threads_is_compiled_anew(trained: Bundle, tmp_path: Path) -> None:
     base = ScoreConfig(backend="openvino", cache=tmp_path, folds=(1,))
     for count, change in enumerate(({}, {"num_threads": 2}, {"folds": (0,)}), start=1):

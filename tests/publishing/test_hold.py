@@ -137,6 +137,7 @@ def test_a_discarded_run_leaves_nothing_to_go_on_from(store: Store) -> None:
     refuse_if_held(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["accept", "discard"])
 def test_a_decision_killed_at_any_step_is_carried_out_again(tmp_path: Path, verb: str) -> None:
     """Kill it before its first write, its second, ... until it gets through."""

@@ -61,6 +61,7 @@ def count_verdicts(shape: tuple[int, int, int]) -> dict[str, Counter[str]]:
     return counts
 
 
+@pytest.mark.slow
 def test_every_phantom_s_order_is_told_and_no_false_alarm_is_raised() -> None:
     assert count_verdicts((64, 96, 96)) == {
         "stored": {"head first": 12},
