@@ -5,7 +5,7 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo paper-smoke test test-quick test-ray test-slow bench-resampling walk-publishing bench-loading bench-fetching
+.PHONY: help demo paper-smoke test test-quick test-slow bench-resampling walk-publishing bench-loading bench-fetching
 .PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks
 .PHONY: chaos fuzz licences advisories
 .PHONY: lint format clean
@@ -35,15 +35,13 @@ paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four ne
 	@echo "DARNet: the report is .paper/study/report/report.html"
 
 test: $(ENVIRONMENT) ## style, types and all tests but the slow ones
-	@$(MAKE) --no-print-directory -j 3 lint test-quick test-ray
+	@$(MAKE) --no-print-directory -j 2 lint test-quick
+	@echo "DARNet: tests that start Ray"
+	@$(BIN)/python -m pytest -q -m 'ray and not slow'
 
 test-quick: $(ENVIRONMENT) # two processes of one thread each
 	@echo "DARNet: tests without Ray, two at a time"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not slow'
-
-test-ray: $(ENVIRONMENT) # beside the quick ones, as these mostly wait for Ray's processes; their output comes whole
-	@echo "DARNet: tests that start Ray, beside them"
-	@$(BIN)/python -m pytest -q -m 'ray and not slow' > .ray-tests.txt 2>&1; code=$$?; cat .ray-tests.txt; exit $$code
 
 test-slow: $(ENVIRONMENT) ## what takes longer than a person waits
 	@$(BIN)/python -m pytest -q -m slow
@@ -112,4 +110,4 @@ format: $(ENVIRONMENT) ## rewrite the code in house style
 	@$(BIN)/ruff format -q .
 
 clean: ## remove the environment, what demo, bench and paper-smoke made, and all caches
-	@rm -rf .ray-tests.txt .venv .venv-audit .venv-peers .demo .paper .bench *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv .venv-audit .venv-peers .demo .paper .bench *.egg-info .pytest_cache .mypy_cache .ruff_cache

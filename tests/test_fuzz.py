@@ -9,6 +9,8 @@ from darnet.errors import Status
 from tests import fuzz as fuzz_module
 from tests.fuzz import FINDINGS, SEEDS, Fuzzer, Tally, fuzz, make_seed, measure, read_finding
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Barrier
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -47,6 +48,7 @@ def run_rank(rank: int, volumes: Path, scratch: Path, both_are_up: Barrier) -> N
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_one_that_copies_and_one_that_uploads_for_longer_than_a_collective_may_take(
     tmp_path: Path,
 ) -> None:

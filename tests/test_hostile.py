@@ -118,6 +118,7 @@ def list_real_files() -> list[Path]:
     return sorted(path for path in [*own, *ODD_DATA.rglob("*")] if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("are_together", [False, True], ids=["each alone", "all in one folder"])
 def test_none_of_pydicoms_files_is_a_chest(are_together: bool, sandbox: Sandbox, tmp_path: Path) -> None:
     """In a folder each, and all in one, where what is no slice may lie with any series."""

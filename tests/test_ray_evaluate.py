@@ -48,6 +48,7 @@ def test_a_task_leaves_what_the_driver_would(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_tasks_failure_is_the_jobs(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def _list_operators(dataset: Dataset) -> list[str]:
     return [operator.name for operator in plan.dag.post_order_iter()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) -> None:
     write_chest(tmp_path / "archive" / "a")
@@ -192,6 +193,7 @@ def test_a_late_driver_of_a_published_run_holds_nothing_back(model: str, tmp_pat
     refuse_if_held(results)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_prometheus_hears_of_scans_bytes_and_seconds() -> None:
     import ray
@@ -322,6 +324,7 @@ def test_a_bucket_gives_the_bits_of_a_folder(model: str, s3: Callable[[], str], 
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_store_that_lets_nobody_in_stops_the_job_with_that_error(model: str, tmp_path: Path) -> None:
     """Raised in a worker, it must reach the driver as what it is: the exit code depends on it."""
@@ -574,6 +577,7 @@ def test_a_submitted_job_scores_on_a_running_cluster(head_node: Any, model: str,
     assert sorted(rows["status"]) == ["BAD_MISSING_SLICE", "OK", "OK", "OK", "OK"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_connect_keeps_the_session_it_finds() -> None:
     import ray

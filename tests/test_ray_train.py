@@ -201,6 +201,7 @@ def test_every_fold_reports_every_epoch_and_learns(killed: Killed) -> None:
         assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_history_beside_the_checkpoints_has_each_epoch_once_in_spite_of_the_kill(killed: Killed) -> None:
     written = {path.parent.name: path.read_bytes() for path in killed.runs.glob("*/metrics.jsonl")}
@@ -210,6 +211,7 @@ def test_the_history_beside_the_checkpoints_has_each_epoch_once_in_spite_of_the_
     assert [path.read_text() for path in killed.runs.glob("*/code_version")] == [name_training_code()] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_training_prints_nothing_on_stdout(killed: Killed) -> None:
     assert killed.printed == ""
@@ -258,6 +260,7 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(index: Volum
         train_folds(index, [Training(NETWORK, config)], make_places(index, tmp_path), workers=12, on_progress=ignore)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_second_driver_is_refused_while_the_first_trains_there(index: VolumesIndex, tmp_path: Path) -> None:

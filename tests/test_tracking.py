@@ -317,6 +317,7 @@ def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path: Path) -> None
         start(str(tmp_path / "file"))
 
 
+@pytest.mark.slow
 def test_without_mlflow_nothing_is_logged_and_asking_for_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['mlflow'] = None\n"

@@ -271,6 +271,7 @@ def seen(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return found | {"page": (out / "audit.html").read_text()}
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_volumes_in_a_bucket_are_audited_like_those_here(
     s3: Callable[[], str], seen: dict[str, Any], volumes: Path, tmp_path: Path

@@ -19,6 +19,7 @@ def _try_machine(only: str) -> Finding:
     return {finding.check: finding for finding in examine(group)}[f"machine: {only}"]
 
 
+@pytest.mark.slow
 def test_every_compression_is_decoded_in_the_child_and_its_limits_hold() -> None:
     decoders, limits = examine(check_machine()[-1])
     assert (decoders.verdict, decoders.told) == (Verdict.FINE, "5 transfer syntaxes read")

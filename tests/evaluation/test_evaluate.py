@@ -89,6 +89,7 @@ def test_the_same_table_leaves_the_same_bytes(tmp_path: Path, capsys: pytest.Cap
     ]
 
 
+@pytest.mark.slow
 def test_the_settings_digest_tells_settings_and_not_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digests = []
     for name, more in (
@@ -288,6 +289,7 @@ def test_a_bundle_is_measured_on_the_test_cohort_fold_by_fold(
     assert row[["prob_cp", "prob_ncp", "prob_normal"]].to_numpy(float) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bundle_does_not_differ_from_its_own_predictions(
     tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,6 +318,7 @@ def test_patients_that_the_network_knows_are_warned_of(
     assert (metrics["num_patients"], metrics["num_folds"], metrics["model_version"]) == (7, 5, "untrained")
 
 
+@pytest.mark.slow
 def test_a_cohort_of_strangers_is_not_warned_of(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +361,7 @@ def test_tables_come_from_and_reports_go_to_a_bucket(
     assert summary["exit_code"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_bundle_and_volumes_come_from_a_bucket_too(
     s3: Callable[[], str], tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]

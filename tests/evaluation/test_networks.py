@@ -18,6 +18,8 @@ from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.volumes_fixtures import SMALL_VOLUME, make_cohort
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ScoreConfig(batch_size=2)
 NETWORKS = ({"depth_attention": False, "channel_attention": False}, {"depth_attention": True})
 NUM_TEST = 3

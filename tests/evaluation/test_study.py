@@ -33,6 +33,8 @@ from tests.browser_fixtures import list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_four_bundles, write_random_bundle
 from tests.volumes_fixtures import make_cohort
 
+pytestmark = pytest.mark.slow
+
 VOLUME = VolumeConfig(shape=SHAPE)
 NUM_TRAIN, NUM_TEST = 10, 12
 HISTORY = "".join(

@@ -190,6 +190,7 @@ def test_what_leaves_bf16_is_float32(voxels: Uint8Array) -> None:
     assert {tensor.dtype for tensor in answer} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_compiled_networks_are_kept_and_give_the_same_bits(trained: Bundle, voxels: Uint8Array, tmp_path: Path) -> None:
     config = ScoreConfig(backend="openvino", cache=tmp_path, folds=(0,))
     first = _score(trained, config, voxels[:2])
@@ -226,6 +227,7 @@ def test_without_openvino_it_is_said_what_to_install(
         Ensemble.from_bundle(trained, ScoreConfig(backend="openvino", cache=tmp_path))
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     """Openvino's own telemetry is not even imported, and leaves no file in the home."""
     code = (

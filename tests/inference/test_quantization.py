@@ -24,6 +24,8 @@ from darnet.storage import open_store
 from jobs import quantize
 from tests.inference_fixtures import NETWORK, TEMPERATURES, VOLUME
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ScoreConfig(backend="openvino", precision="int8")
 
 
