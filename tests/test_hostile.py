@@ -63,7 +63,7 @@ def test_a_hostile_scan_ends_in_its_status(name: str, sandbox: Sandbox, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SLOW_CASES, *(name for name in QUICK_CASES if name not in SOME_CASES)])
-def test_so_does_a_large_one(name: str, sandbox: Sandbox, tmp_path: Path) -> None:
+def test_so_do_large_ones_and_the_rest(name: str, sandbox: Sandbox, tmp_path: Path) -> None:
     test_a_hostile_scan_ends_in_its_status(name, sandbox, tmp_path)
 
 
