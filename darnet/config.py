@@ -40,9 +40,10 @@ class VolumeConfig(Section):
     """Along z: `linear` between the two nearest slices, or `area` over all. Source: paper sec. 4.2; `area` ours."""
     slice_order: Literal["head_first", "feet_first"] = "head_first"
     """Order of slice images, which carry no orientation of their own. Source: ours."""
-    mask_outside_lung: bool = False
-    """Voxels outside lungs, their hulls and a rim become 0, in every scan; one without lungs is refused. Source: ours,
-    against scans that come masked: takes the border from them as a shortcut, not the rim (README)."""
+    mask_outside_lung: Literal["no", "outlines", "lungs"] = "no"
+    """What becomes 0 in every scan, against scans that come masked; one without lungs is refused. `lungs`: all but the
+    lungs, so that all scans are alike, at the cost of lesions at the pleura. `outlines`: those stay, as all within the
+    lungs' hulls and a rim does; there scans that came masked still lack heart and wall (README). Source: ours."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -403,8 +403,8 @@ def decode_scan(found: FoundScan, config: VolumeConfig, num_threads: int = 1) ->
             lung = segment_lung(volume, config.window_hu)
             if not has_lung(lung, volume):
                 raise ScanError(Status.SKIP_NO_LUNG, "no lung in the scan")
-        if config.mask_outside_lung:
-            volume = replace(volume, voxels=mask_outside_lung(volume, config.window_hu))
+        if config.mask_outside_lung != "no":
+            volume = replace(volume, voxels=mask_outside_lung(volume, config.window_hu, config.mask_outside_lung))
             if not volume.voxels.any():
                 raise ScanError(Status.SKIP_NO_LUNG, "no lung in the images, so nothing could be masked")
         return IngestedScan(found.scan_id, Status.OK, "", facts, volume, lung)

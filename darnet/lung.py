@@ -6,7 +6,7 @@ are any; of display images, contrast and proportions alone.
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
@@ -106,21 +106,24 @@ def is_masked(voxels: Uint8Array) -> bool:
     return bool(is_tissue.size and is_tissue.mean() <= MASKED_RIM_SHARE)
 
 
-def mask_outside_lung(volume: StandardVolume, window_hu: tuple[float, float]) -> Uint8Array:
-    """Set to 0 whatever lies outside the lungs, their hulls and a rim: consolidations at the pleura must stay.
+def mask_outside_lung(
+    volume: StandardVolume, window_hu: tuple[float, float], kept: Literal["outlines", "lungs"]
+) -> Uint8Array:
+    """Set to 0 whatever lies outside the lungs, or outside their hulls and a rim, where lesions at the pleura stay.
 
     Shape:  (D, H, W) uint8; all 0 where there is no lung.
     Source: ours, against scans that come masked. Limits: such a scan has nothing in hull and rim but lung, others show
-            wall and heart there; and a lobe without any air in it stays outside.
+            wall and heart there; and a lobe without any air in it stays outside either.
     """
     if volume.intensity is Intensity.HU:
         lung, spacing_mm = segment_lung(volume, window_hu), _spacing_mm(volume)
     else:
         lung = segment_display_lung(volume.voxels)
         spacing_mm = _guess_spacing(lung)
-    size = [2 * round(RIM_MM / step) + 1 for step in spacing_mm]
-    kept = ndimage.maximum_filter(_fill_hulls(lung).view(np.uint8), size, mode="constant")
-    return np.where(kept > 0, volume.voxels, np.uint8(0))
+    if kept == "outlines":
+        size = [2 * round(RIM_MM / step) + 1 for step in spacing_mm]
+        lung = ndimage.maximum_filter(_fill_hulls(lung).view(np.uint8), size, mode="constant") > 0
+    return np.where(lung, volume.voxels, np.uint8(0))
 
 
 def _fill_hulls(lung: BoolArray) -> BoolArray:

@@ -338,7 +338,7 @@ def test_a_prefix_called_like_a_file_is_read_as_a_prefix(
 
 
 def test_masking_blackens_what_is_no_lung_and_refuses_what_has_none(ingest: Ingest, tmp_path: Path) -> None:
-    config = VOLUME.model_copy(update={"mask_outside_lung": True})
+    config = VOLUME.model_copy(update={"mask_outside_lung": "outlines"})
     display = ((make_chest().astype(np.float32) + 1350) * 255 / 1500).clip(0, 255).astype(np.uint8)
     wall = np.tile(np.where(np.arange(64) < 32, 60, 235).astype(np.uint8), (24, 64, 1))
     write_chest(tmp_path / "archive" / "a")

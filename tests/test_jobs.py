@@ -152,9 +152,10 @@ def test_preprocessing_version_changes_with_each_setting_between_bytes_and_input
         {"crop": "body"},
         {"depth_resampling": "area"},
         {"slice_order": "feet_first"},
-        {"mask_outside_lung": True},
+        {"mask_outside_lung": "outlines"},
+        {"mask_outside_lung": "lungs"},
     ]
     assert {name for change in changes for name in change} == set(type(base).model_fields)
     versions = {base.model_copy(update=change).preprocessing_version for change in changes}
-    assert len(versions | {base.preprocessing_version}) == 7
+    assert len(versions | {base.preprocessing_version}) == 8
     assert fingerprint(base) == fingerprint(base.model_copy())
