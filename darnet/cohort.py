@@ -87,11 +87,12 @@ def divide_cohort(
     """Give every scan a cohort, and every training scan a fold (0-based; none for test scans), patient by patient.
 
     A table that brings its own cohorts keeps them, and `paper` takes those of its column `paper_cohort`: scans in
-    neither are left out, a patient in both stays in both, folds divide the training patients. A column `fold` is kept
-    where it belongs to these cohorts, else replaced. Rows keep their order; the division depends on their content and
-    the seed alone, and dividing a divided table again changes nothing, under any seed.
+    neither are left out, of the paper's a patient in both stays in both, folds divide the training patients. A column
+    `fold` is kept where it belongs to these cohorts, else replaced. Rows keep their order; the division depends on
+    their content and the seed alone, and dividing a divided table again changes nothing, under any seed.
     Raises: UsageError where a diagnosis has fewer training patients than folds, or none in a test cohort made here;
-            where a fold of the table's own holds no scan; where `paper` is asked of a table without such a column.
+            where a fold of the table's own holds no scan; where `paper` is asked of a table without such a column, and
+            any other division of one that has a patient in both cohorts.
     Source: paper sec. 4.1 (folds on patient level); a test cohort on patient level is ours, the paper's was not.
     """
     frame = frame.reset_index(drop=True)
@@ -99,6 +100,8 @@ def divide_cohort(
     keeps_folds = _has_own_folds(frame, own)
     if own is not None:
         divided = frame.assign(cohort=frame[own])[frame[own].isin(COHORTS)]
+        if division == "patient":
+            _refuse_leak(divided)
     else:
         if not 0 < test_fraction < 1:
             raise UsageError(f"test_fraction {test_fraction} must lie between 0 and 1")
@@ -112,6 +115,19 @@ def divide_cohort(
     else:
         fold = _deal_patients(training, (1 / num_folds,) * num_folds, np.random.default_rng(seed))
     return divided.assign(fold=fold.astype("Int64")).reset_index(drop=True)
+
+
+def _refuse_leak(frame: pd.DataFrame) -> None:
+    """Raises: UsageError naming a patient of both cohorts, by a scan in each."""
+    if leaking := find_leaking_patients(frame):
+        scans = frame[frame["patient_id"] == leaking[0]].drop_duplicates("cohort")
+        pairs = zip(scans["scan_id"], scans["cohort"], strict=True)
+        told = " and ".join(f"{scan_id} for {cohort}" for scan_id, cohort in pairs)
+        raise UsageError(
+            f"column cohort: {len(leaking)} patients are in both cohorts, as {leaking[0]} with {told}: what a network "
+            "learns of them flatters its test. Correct the column; or leave it out, and patients are dealt; or name it "
+            "paper_cohort and set cohorts.division to paper, which keeps such a leak and tells of it"
+        )
 
 
 def record_division(frame: pd.DataFrame, config: CohortConfig, *, num_folds: int) -> Division:

@@ -196,12 +196,25 @@ def test_another_seed_divides_otherwise() -> None:
 
 def test_a_table_s_own_cohorts_are_kept_and_scans_in_neither_are_left_out() -> None:
     frame = make_cohort(1)
-    frame["cohort"] = np.random.default_rng(0).choice(["train", "train", "test", ""], len(frame))
+    patients = frame["patient_id"].unique()
+    cohorts = np.random.default_rng(0).choice(["train", "train", "test", ""], len(patients))
+    frame["cohort"] = frame["patient_id"].map(dict(zip(patients, cohorts, strict=True)))
     divided = divide_cohort(frame, num_folds=5, seed=0)
     assert has_cohorts(frame, "cohort")
     assert divided.drop(columns="fold").equals(frame[frame["cohort"] != ""].reset_index(drop=True))
     assert divided["fold"].isna().equals(divided["cohort"] == "test")
     assert (divided.groupby("patient_id")["fold"].nunique() <= 1).all()
+
+
+def test_a_patient_in_both_of_a_table_s_own_cohorts_is_refused_and_only_the_paper_s_leak_is_kept() -> None:
+    frame = make_cohort(1)
+    frame["cohort"] = "train"
+    frame.loc[frame.groupby("patient_id").cumcount() == 1, "cohort"] = "test"
+    first = frame[frame["cohort"] == "test"]["patient_id"].min()
+    with pytest.raises(UsageError, match=rf"column cohort: \d+ patients are in both cohorts, as {first} with "):
+        divide_cohort(frame, num_folds=5, seed=0)
+    divided = divide_cohort(frame.rename(columns={"cohort": "paper_cohort"}), num_folds=5, seed=0, division="paper")
+    assert first in find_leaking_patients(divided)
 
 
 def test_an_empty_cohort_column_counts_as_none() -> None:
