@@ -20,7 +20,7 @@ from darnet.cohort import (
     match_cohort,
     record_division,
 )
-from darnet.dataset import write_array, write_facts, write_index
+from darnet.dataset import VOLUMES_FILE, write_array, write_facts, write_index
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
@@ -42,7 +42,7 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     What the same code has stored under the same settings, of sources that have not changed, is not decoded again.
     Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned.
     Raises: UsageError if no scan of the cohort is usable; RunError while some may be next time: no study is to be made
-            of what a bad hour left.
+            of what a bad hour left. The folder declares no volumes then, also where it did before.
     """
     left_out = find_left_out(cohort, settings.cohorts)
     sources = match_cohort(cohort[left_out == ""], list_sources(archive.list_objects()))
@@ -66,6 +66,9 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     is_usable = frame["status"] == Status.OK
     excluded = frame[~is_usable]
     table = excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(index=False)
+    is_finished = is_usable.any() and not _count_unfinished(excluded["status"])
+    if not is_finished:
+        volumes.delete(VOLUMES_FILE)  # which another table may have declared
     volumes.write_bytes(EXCLUDED_FILE, table.encode())
     _refuse_unfinished(excluded["status"], f"{volumes.uri}/{EXCLUDED_FILE}")
     if not is_usable.any():
@@ -91,14 +94,17 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
 
 def _refuse_unfinished(excluded: "pd.Series[str]", place: str) -> None:
     """Raises: RunError if one of these statuses is not final."""
-    counts = Counter(str(status) for status in excluded if status in set(Status) and not Status(status).is_final)
-    if counts:
+    if counts := _count_unfinished(excluded):
         told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         raise RunError(
             f"{counts.total()} scans may yet be usable ({told}; {place} names each): the same command tries these "
             "again and no other. One that ends so every time must leave the cohort table, or gets other limits "
             "(score.decode)"
         )
+
+
+def _count_unfinished(excluded: "pd.Series[str]") -> Counter[str]:
+    return Counter(str(status) for status in excluded if status in set(Status) and not Status(status).is_final)
 
 
 def _store_sources(

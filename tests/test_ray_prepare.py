@@ -10,7 +10,7 @@ import pytest
 from darnet.auditing.audit import audit_cohort, summarise_audit
 from darnet.cohort import read_cohort
 from darnet.dataset import read_facts, read_index
-from darnet.errors import RunError
+from darnet.errors import RunError, UsageError
 from darnet.ray_prepare import prepare_volumes
 from darnet.settings import PrepareSettings
 from darnet.storage import open_store
@@ -97,6 +97,12 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     (tmp_path / "archive" / "NCP" / "p01" / "1" / "1.png").touch()
     assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 9
     assert read_index(tmp_path / "volumes").cohort_sha256 == index.cohort_sha256
+
+    absent = read_cohort("table.csv", b"scan_id,patient_id,diagnosis,paper_cohort\nnone,p,CP,train\n")
+    with pytest.raises(UsageError, match="no scan of the cohort is usable"):
+        prepare_volumes(open_store(settings.archive), absent, volumes, settings)
+    with pytest.raises(UsageError, match=r"volumes\.json"):  # its neighbour excluded.csv is of this table
+        read_index(tmp_path / "volumes")
 
 
 @pytest.mark.slow
