@@ -3,15 +3,19 @@
 The driver of a submitted job often runs on a node without a GPU, where the networks of a whole study take hours.
 """
 
+import contextlib
+import io
+import sys
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from darnet.errors import RunError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.ray_cluster import connect, list_nodes
 from darnet.settings import EvaluateSettings
+from darnet.terminal import print_heading
 from darnet.training_plan import ClusterRoom, choose_gpus, plan_gangs, read_room
 
 
@@ -37,11 +41,29 @@ def place_evaluation(settings: EvaluateSettings, room: ClusterRoom) -> EvaluateS
 
 
 def evaluate_in_task(settings: EvaluateSettings, num_gpus: int) -> dict[str, Any]:
-    """Evaluate in a task of the cluster; volumes and a local `out` must be where every node sees them."""
+    """Evaluate in a task of the cluster; volumes and a local `out` must be where every node sees them.
+
+    What it has for people is printed here when it is done.
+    Raises: RunError of every kind, also where the cluster gives the task up.
+    """
+    print_heading("evaluating on a node of the cluster")
     try:
-        summary: dict[str, Any] = ray.get(ray.remote(num_gpus=num_gpus)(run_evaluation).remote(settings))
+        summary, told = ray.get(ray.remote(num_gpus=num_gpus)(_evaluate_unseen).remote(settings))
     except RayTaskError as error:
         if isinstance(error.cause, RunError):
             raise error.cause from error
         raise
-    return summary
+    except RayError as error:
+        raise RunError(
+            f"the cluster gave up the evaluation ({error}); the same command begins it again, and trains nothing"
+        ) from error
+    print(told, file=sys.stderr, end="")
+    result: dict[str, Any] = summary
+    return result
+
+
+def _evaluate_unseen(settings: EvaluateSettings) -> tuple[dict[str, Any], str]:
+    """The summary, and what was printed where nobody looks."""
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        summary = run_evaluation(settings)
+    return summary, told.getvalue()
