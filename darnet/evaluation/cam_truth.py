@@ -179,7 +179,7 @@ def compare_models(
 
 def count_needed_patients(num_comparisons: int) -> int:
     """So many that all falling on one side is no chance finding among so many comparisons: a sign test's least."""
-    return 1 + math.ceil(math.log2(num_comparisons / ALPHA))
+    return 1 + math.ceil(math.log2(max(1, num_comparisons) / ALPHA))
 
 
 def _take_variance(replicates: FloatArray) -> float:

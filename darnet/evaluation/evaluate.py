@@ -17,7 +17,7 @@ from darnet.auditing.record import AUDIT_FILE, AuditRecord, read_audit
 from darnet.bundle import BundleManifest, FoldRecord, count_network_parameters, find_bundles, read_model
 from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.config import digest_json
-from darnet.dataset import VolumesIndex, read_facts
+from darnet.dataset import VolumesIndex, VolumesTable, read_facts
 from darnet.errors import UsageError
 from darnet.evaluation.measures import (
     Evaluation,
@@ -59,13 +59,14 @@ UNKNOWN_TRAINING = (
 def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, and write metrics.json, tables.csv, tables.tex and report.html; returns the job's summary.
 
-    A folder of several bundles is evaluated as the paper's comparison, each network on the same test cohort.
+    A folder of several bundles is evaluated as the paper's comparison, each network on the same test cohort; and so is
+    a single bundle where lesions are known to measure its activation maps by.
     Raises: UsageError naming file and row; StorageError.
     """
     out = open_store(settings.out, create=True)
     if settings.model is not None:
         bundles = find_bundles(open_store(settings.model))
-        if len(bundles) > 1:
+        if len(bundles) > 1 or settings.truth is not None:
             return _run_study(settings, bundles, out)
     second = None if settings.compare is None else read_predictions_table(*read_file(settings.compare, TABLE))
     predictions, origin, audit = _open_predictions(settings, out)
@@ -87,7 +88,7 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     device = choose_device(settings)
     index = _open_volumes(settings)
-    truths, audit = _read_truths(settings, index), _read_audit_of_volumes(settings, index)
+    truths, audit = read_known_truths(settings, index), _read_audit_of_volumes(settings, index)
     networks = {network.name: network for network in read_networks(places, settings.score)}
     for network in networks.values():
         _check_fit(settings, network.manifest, index)
@@ -136,7 +137,11 @@ def _describe_run(
     )
 
 
-def _read_truths(settings: EvaluateSettings, index: VolumesIndex) -> dict[str, Truth]:
+def read_known_truths(settings: EvaluateSettings, index: VolumesTable) -> dict[str, Truth]:
+    """What is known of the test cohort's lesions, by scan_id; of none where the settings name no place.
+
+    Raises: UsageError as `read_truths`; StorageError.
+    """
     if settings.truth is None:
         return {}
     scan_ids = index.frame.loc[index.frame["cohort"] == "test", "scan_id"].tolist()

@@ -29,7 +29,7 @@ from darnet.model import DARNet, count_parameters
 from darnet.page import NOTICE
 from darnet.settings import EvaluateSettings
 from darnet.storage import open_store
-from tests.browser_fixtures import list_requests, read_dom
+from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_four_bundles, write_random_bundle
 from tests.volumes_fixtures import make_cohort
 
@@ -138,7 +138,7 @@ def test_the_report_has_the_papers_tables_beside_this_run(places: dict[str, Path
     assert "paper: DA+CA" in report
     assert "0.9470 ± 0.0054" in report
     for name, num_scans in (("Zhang et al. 2020 [25]", 389), ("Jin et al. 2020 [12]", 3784), ("He", 798)):
-        assert f"paper: {name}" in report
+        assert f'<th scope="row" class="text">{name}' in report
         assert f'<td class="number">{num_scans}</td>' in report
     assert '<td class="number">35.15</td>' in report
     assert '<td class="number">1320</td>' in report
@@ -501,3 +501,25 @@ def test_a_browser_shows_the_study_and_asks_the_network_for_nothing(places: dict
     assert '<th scope="row" class="text">auc_ncp, this run</th>' in dom
     assert dom.count("<img") == 1 + 8 + 3 + 1  # ROC; confusion and calibration of four networks; curves; figure 2
     assert list_requests(page) == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1000, 500])
+def test_the_study_fits_a_screen_and_a_phone(places: dict[str, Path], tmp_path: Path, width: int) -> None:
+    draw_screen(places["out"] / "report.html", tmp_path / "screen.png", width, 6000)
+    pixels = cv2.imread(str(tmp_path / "screen.png"))
+    assert pixels.shape[:2] == (6000, width)
+    assert np.ptp(pixels[:, : width // 2].reshape(-1, 3), axis=0).min() > 150
+    assert (pixels[:, -8:] > 200).mean() > 0.99  # nothing runs off the right edge
+
+
+def test_the_maps_of_a_single_bundle_are_measured_too(places: dict[str, Path], tmp_path: Path) -> None:
+    one = ("--model", places["bundles"] / "darnet-da", "--volumes", places["volumes"])
+    assert run(*one, "--truth", places["truth"], "--out", tmp_path / "one") == 0
+    told = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    everything = json.loads((places["out"] / "metrics.json").read_text())
+    assert told["network"] == "DA"
+    assert told["accuracy_3class"] == everything["networks"]["DA"]["accuracy_3class"]
+    for alone, beside in zip(told["activation_maps"], everything["activation_maps"], strict=True):
+        assert alone["networks"]["DA"] == beside["networks"]["DA"]
+    assert run(*one, "--truth", tmp_path / "nowhere", "--out", tmp_path / "two") == 2
