@@ -28,8 +28,8 @@ demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two ni
 
 paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four networks of five folds, a report in .paper
 	@echo "DARNet: the paper's evaluation on phantoms, the longest target here; everything it makes goes to .paper"
-	@test -e .paper/phantoms/cohort.csv || $(BIN)/python -m jobs.phantoms --config jobs/paper-smoke.toml \
-		--train-scans 30 --out .paper/phantoms
+	@test .paper/phantoms/cohort.csv -nt jobs/paper-smoke.toml || { rm -rf .paper/phantoms && \
+		$(BIN)/python -m jobs.phantoms --config jobs/paper-smoke.toml --train-scans 30 --out .paper/phantoms; }
 	@$(BIN)/python -m jobs.paper --config jobs/paper-smoke.toml --archive .paper/phantoms/archive \
 		--cohort .paper/phantoms/cohort.csv --truth .paper/phantoms/truth --out .paper/study
 	@echo "DARNet: the report is .paper/study/report/report.html"

@@ -28,14 +28,14 @@ def train_rank(
     prepare: Callable[[nn.Module], nn.Module],
     report: Report,
     resume: FoldState | None,
-    open_index: Callable[[str, Path], VolumesIndex] = open_volumes,
+    open_index: Callable[[str, Path, str], VolumesIndex] = open_volumes,
 ) -> FoldResult:
     """Train a fold together with the other ranks of the default process group; `prepare` wraps the network for DDP.
 
     Raises: as `fit_fold` and `open_index`; RuntimeError if another rank is gone.
     """
     meeting = dist.new_group(timeout=MEETING_LIMIT, backend="gloo")
-    index = open_index(task.places.volumes, task.places.cache)
+    index = open_index(task.places.volumes, task.places.cache, task.places.cohort_sha256)
     # The default group's collectives soon find a rank that is gone. They must not begin while some still copy volumes;
     # a rank that dies meanwhile ends the wait: by its lost connection, or by Ray, which ends the gang.
     dist.monitored_barrier(meeting, MEETING_LIMIT)

@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.code_version import name_training_code
-from darnet.config import ScoreConfig
+from darnet.config import ScoreConfig, TrainConfig
 from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
@@ -104,7 +104,7 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
     refuse_existing(settings.out, [training.folder for training in trainings])
     runs = open_store(place_runs(settings, out.uri), create=True)
     _check_writable(runs)
-    places = Places(volumes.uri, runs.uri, settings.cache)
+    places = Places(volumes.uri, runs.uri, settings.cache, table.cohort_sha256)
     total = settings.train.epochs * settings.train.num_folds * len(trainings)
     with track_training(settings.mlflow, _describe_trainings(settings, table, trainings, runs)) as tracker:
         with show_progress("training, epochs of all folds", total) as meter:
@@ -122,7 +122,8 @@ def train_model(settings: TrainSettings, today: date) -> dict[str, Any]:
         for training, (manifest, files) in zip(trainings, bundles, strict=True):
             tracker.finish(training.title, manifest, files)
     models = [_summarise(manifest) for manifest, _ in bundles]
-    return {"bundle": out.uri, **(models[0] if len(models) == 1 else {"models": models})}
+    epochs = {"epochs": meter.done - meter.found, "epochs_resumed": meter.found}
+    return {"bundle": out.uri, **epochs, **(models[0] if len(models) == 1 else {"models": models})}
 
 
 def measure_networks(
@@ -163,7 +164,7 @@ def _measure_network(
     members = (_build_member(training, fold) for fold in folds)
     backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)
     ensemble = Ensemble(backend, batch_size=config.batch_size, temperatures=[fold.temperature for fold in folds])
-    index = open_volumes(places.volumes, places.cache)
+    index = open_volumes(places.volumes, places.cache, places.cohort_sha256)
     return describe_test(evaluate_test(ensemble, index, config.batch_size, seed))
 
 
@@ -227,6 +228,16 @@ def _check_writable(store: Store) -> None:
     store.delete(probe)
 
 
+def plan_training(config: TrainConfig, workers: int, num_folds: int) -> GangPlan:
+    """How so many folds of all networks share the cluster this job has joined.
+
+    Raises: UsageError as `plan_gangs` and `check_device`.
+    """
+    plan = plan_gangs(read_room(list_nodes()), workers, num_folds, config.device)
+    check_device(config, has_gpu=plan.has_gpus)
+    return plan
+
+
 def train_folds(
     table: VolumesTable,
     trainings: Sequence[Training],
@@ -245,9 +256,7 @@ def train_folds(
     """
     tasks_of = [_list_folds(training, table, places, workers) for training in trainings]
     tasks = [task for tasks in tasks_of for task in tasks]
-    plan = plan_gangs(read_room(list_nodes()), workers, len(tasks), trainings[0].config.device)
-    for training in trainings:
-        check_device(training.config, has_gpu=plan.has_gpus)
+    plan = plan_training(trainings[0].config, workers, len(tasks))
     print(plan.title, file=sys.stderr)
     holder = _hold_runs(places)
     try:

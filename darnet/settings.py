@@ -318,6 +318,8 @@ class PaperSettings(CachingSettings):
         _check_seeds(self.seeds)
         if self.train.seed != TrainConfig().seed:
             raise ValueError("train.seed: give --seeds here, which stand in its place")
+        if self.train.batch_size % self.workers:
+            raise ValueError(f"workers: {self.workers} do not divide a batch of {self.train.batch_size}")
         return self
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darnet.errors import ObjectMissing, UsageError
+from darnet.errors import UsageError
 from darnet.settings import Settings
 from darnet.storage import Store, has_object
 from darnet.terminal import print_heading
@@ -14,63 +14,74 @@ from darnet.terminal import print_heading
 SETTINGS_FILE = "settings.json"
 UNNOTED = {"config", "out", "cache", "mlflow", "score.cache"}  # settings that change nothing in what is made
 
-# What a study may have to change while it has no volumes: a scan that fails every time leaves the table, or gets other
-# limits.
-BEFORE_VOLUMES = ("cohort", "cohort_sha256", "score.decode")
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A piece of work that is complete when the small object `proof` is in `out`, which it writes last."""
+    """A piece of work that is complete when the small object `proof` is in `out`, which it writes last.
+
+    `settings` are those it is made with, such as `score.decode`, `train` for all below it, or `cohort_sha256` for what
+    the file held that `cohort` names: they are fixed once anything is there whose key begins with `first`.
+    """
 
     title: str
     out: Store
     proof: str
     work: Callable[[], Mapping[str, Any]]
+    settings: Collection[str] = ()
+    first: str = ""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something is there that its settings are part of."""
+        return any(True for _ in self.out.list_objects(self.first or self.proof))
 
 
-def run_steps(steps: Sequence[Step]) -> list[str]:
-    """Do what is not complete, in order; returns the titles of what was done."""
-    done = []
+def run_steps(steps: Sequence[Step]) -> dict[str, Mapping[str, Any]]:
+    """Do what is not complete, in order; returns what each said that was done, by title."""
+    done = {}
     for number, step in enumerate(steps, 1):
         if has_object(step.out, step.proof):
             print_heading(f"{number}  {step.title}: complete already ({step.out.uri}/{step.proof})")
             continue
         print_heading(f"{number}  {step.title}")
-        step.work()
-        done.append(step.title)
+        done[step.title] = step.work()
     return done
 
 
-def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes], changeable: Collection[str] = ()) -> None:
+def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes], steps: Sequence[Step]) -> None:
     """Note the settings that `out` is made with, and what its input files held, so that a resumed job cannot mix two
-    studies. `inputs` are by the setting that names the file. `changeable` are those, as `score.decode` or
-    `cohort_sha256`, that nothing complete in `out` rests on yet: another value takes the place of the noted one.
+    studies. `inputs` are by the setting that names the file. Until the first of the steps that it belongs to has begun,
+    another value takes a setting's noted place.
 
-    Raises: UsageError naming what differs if it was begun with others.
+    Raises: UsageError naming what differs, and the step that is begun with it.
     """
-    told = _leave_out(settings.model_dump(mode="json"), UNNOTED)
+    told = _flatten(settings.model_dump(mode="json"))
     told |= {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in inputs.items()}
-    try:
-        begun = _leave_out(json.loads(out.read_bytes(SETTINGS_FILE)), UNNOTED)
-    except ObjectMissing:
-        begun = None
-    if begun is not None:
-        fixed, ours = _leave_out(begun, changeable), _leave_out(told, changeable)
-        if differs := sorted(name for name in fixed | ours if fixed.get(name) != ours.get(name)):
+    told = {name: value for name, value in told.items() if not _is_below(name, UNNOTED)}
+    data = (json.dumps(told, indent=2) + "\n").encode()
+    if out.put_if_absent(SETTINGS_FILE, data):
+        return
+    noted = out.read_bytes(SETTINGS_FILE)
+    begun = json.loads(noted)
+    differs = [name for name in sorted(begun | told) if begun.get(name) != told.get(name)]
+    for step in steps:
+        if (fixed := [name for name in differs if _is_below(name, step.settings)]) and step.has_begun:
+            later = ", ".join(each.first or each.proof for each in steps[steps.index(step) :] if each.has_begun)
             raise UsageError(
-                f"{out.uri}/{SETTINGS_FILE}: this folder was begun with other settings ({', '.join(differs)}; "
-                "_sha256: the content of a file); name another folder, or use those"
+                f"{out.uri}/{SETTINGS_FILE}: {step.title} began with other settings ({', '.join(fixed)}; _sha256: the "
+                f"content of a file); name another folder, use those, or delete what is made with them there: {later}"
             )
-    if begun != told:
-        out.write_bytes(SETTINGS_FILE, (json.dumps(told, indent=2) + "\n").encode())
+    if noted != data:
+        out.write_bytes(SETTINGS_FILE, data)
 
 
-def _leave_out(tree: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The tree without these names, each with a dot where it lies deeper."""
-    kept = {}
+def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their names, each with a dot where it lies deeper."""
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        below = [deeper.removeprefix(f"{name}.") for deeper in names if deeper.startswith(f"{name}.")]
-        if name not in names:
-            kept[name] = _leave_out(value, below) if below else value
-    return kept
+        leaves |= _flatten(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return leaves
+
+
+def _is_below(name: str, places: Collection[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)

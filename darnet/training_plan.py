@@ -32,11 +32,15 @@ CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cl
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where a training reads and writes, as every node finds it: addresses of volumes and runs, and a local folder."""
+    """Where a training reads and writes, as every node finds it: addresses of volumes and runs, and a local folder.
+
+    `cohort_sha256` is that of the volumes the training began with: their place can be prepared anew meanwhile.
+    """
 
     volumes: str
     runs: str
     cache: Path
+    cohort_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from darnet.dataset import ARRAYS_FOLDER, VOLUMES_FILE, VolumesIndex, VolumesTable, read_index, read_table, write_index
-from darnet.errors import StorageError
+from darnet.errors import StorageError, UsageError
 from darnet.storage import Store, open_store, transfer_all
 from darnet.storage_local import explain_os_errors
 
 
-def open_volumes(uri: str, cache: Path) -> VolumesIndex:
+def open_volumes(uri: str, cache: Path, cohort_sha256: str = "") -> VolumesIndex:
     """The volumes folder where it is local, else this node's copy below `cache`, which is made if there is none.
 
-    Raises: UsageError and StorageError as `read_index`; StorageError naming an array whose digest is wrong.
+    Raises: UsageError and StorageError as `read_index`; StorageError naming an array whose digest is wrong; UsageError
+            if the folder declares another cohort than the one of this digest.
     """
     store = open_store(uri)
+    if cohort_sha256 and (found := read_table(store).cohort_sha256) != cohort_sha256:
+        raise UsageError(
+            f"{uri}: prepared anew since this training began (cohort {found[:12]}, not {cohort_sha256[:12]}): prepare "
+            "the first cohort there again and go on, or train anew with this one"
+        )
     here = store.local_path(VOLUMES_FILE)
     index = read_index(copy_volumes(store, cache.expanduser()) if here is None else here.parent)
     _check_digests(index)

@@ -28,12 +28,12 @@ COLLECTIVE_TIMEOUT_S = 6
 LATE_S = COLLECTIVE_TIMEOUT_S + 3
 
 
-def run_rank(rank: int, volumes: Path, scratch: Path, both_are_up: Barrier) -> None:
+def run_rank(rank: int, volumes: Path, cohort_sha256: str, scratch: Path, both_are_up: Barrier) -> None:
     """One rank copies volumes, and later one uploads, for longer than a collective may take."""
 
-    def open_index(place: str, cache: Path) -> VolumesIndex:
+    def open_index(place: str, cache: Path, cohort_sha256: str) -> VolumesIndex:
         time.sleep((rank == LATE_OPENING) * LATE_S)
-        return open_volumes(place, cache)
+        return open_volumes(place, cache, cohort_sha256)
 
     def report(epoch: int, *_: object) -> None:
         time.sleep((rank == LATE_REPORT and epoch == 0) * LATE_S)
@@ -42,7 +42,7 @@ def run_rank(rank: int, volumes: Path, scratch: Path, both_are_up: Barrier) -> N
     both_are_up.wait()
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", f"file://{scratch / 'meeting'}", timeout, world_size=2, rank=rank)
-    task = FoldTask(Places(str(volumes), str(scratch), scratch), "run", NETWORK, CONFIG, FOLD)
+    task = FoldTask(Places(str(volumes), str(scratch), scratch, cohort_sha256), "run", NETWORK, CONFIG, FOLD)
     result = train_rank(task, torch.device("cpu"), DistributedDataParallel, report, None, open_index)
     torch.save(result.state, scratch / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -54,7 +54,7 @@ def test_ranks_wait_for_one_that_copies_and_one_that_uploads_for_longer_than_a_c
 ) -> None:
     index = make_volumes(tmp_path / "volumes", num_train=12, num_folds=2)
     both_are_up = multiprocessing.get_context("spawn").Barrier(2)
-    arguments = (index.folder, tmp_path, both_are_up)
+    arguments = (index.folder, index.cohort_sha256, tmp_path, both_are_up)
     torch.multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import darnet.ray_train
 import jobs.paper
 from darnet.errors import UsageError
 from darnet.settings import PaperSettings
 from darnet.storage import has_object, open_store
 from tests.places import ROOT
+from tests.volumes_fixtures import make_volumes
 
 TINY = (
     *("--volume.shape", "[16,64,64]", "--network.volume-shape", "[16,64,64]", "--network.base-channels", "4"),
@@ -42,8 +44,10 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     places = ("--archive", phantoms / "archive", "--cohort", phantoms / "cohort.csv", "--truth", phantoms / "truth")
     study = open_store(str(tmp_path / "study") if place == "local" else request.getfixturevalue("s3")() + "/study")
     settings = (*TINY, "--cache", tmp_path / "cache", "--seeds", "0,1")
-    assert len(run("paper", *places, "--out", study.uri, *settings)["done"]) == 4  # volumes, audit, training, report
+    summary = run("paper", *places, "--out", study.uri, *settings)
+    assert len(summary["done"]) == 4  # volumes, audit, training, report
     metrics = json.loads(study.read_bytes("report/metrics.json"))
+    assert summary["accuracy_3class"] == pytest.approx(metrics["accuracy_3class"], abs=1e-3)
     assert list(metrics["networks"]) == ["ResNet18", "CA", "DA", "DA+CA"]
     seeds = [sorted(set(network["seeds"])) for network in metrics["networks"].values()]
     assert seeds == [["0", "1"]] * 4
@@ -51,6 +55,7 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     assert [maps["diagnosis"] for maps in metrics["activation_maps"]] == ["NCP", "CP"]
     assert len(study.read_bytes("report/fig2.png")) > 10_000
     assert has_object(study, "audit/audit.html")
+    assert "The audit of the data" in study.read_bytes("report/report.html").decode()
 
     bundle = study.read_bytes("bundles/seed1/darnet-da/bundle.json")
     study.delete("report/report.html")
@@ -59,18 +64,57 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     assert study.read_bytes("bundles/seed1/darnet-da/bundle.json") == bundle
 
 
+def start(folder: Path, *scan_ids: str, **changed: Any) -> None:
+    """A study of scans that are not in the archive."""
+    (folder / "archive").mkdir(exist_ok=True)
+    table = folder / "cohort.csv"
+    table.write_text("scan_id,patient_id,diagnosis\n" + "".join(f"{name},{name},CP\n" for name in scan_ids))
+    places = {"archive": str(folder / "archive"), "cohort": str(table), "out": str(folder / "study")}
+    jobs.paper.work(PaperSettings.model_validate(places | changed))
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of two CPUs, without Ray."""
+    monkeypatch.setattr(jobs.paper, "connect", lambda: None)
+    monkeypatch.setattr(darnet.ray_train, "list_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("room")
 def test_a_study_without_volumes_takes_another_table_and_one_with_them_does_not(tmp_path: Path) -> None:
-    (tmp_path / "archive").mkdir()
-    table, out = tmp_path / "cohort.csv", tmp_path / "study"
-
-    def start(*scan_ids: str) -> None:
-        table.write_text("scan_id,patient_id,diagnosis\n" + "".join(f"{name},{name},CP\n" for name in scan_ids))
-        jobs.paper.work(PaperSettings(archive=str(tmp_path / "archive"), cohort=str(table), out=str(out)))
-
     for scan_ids in (("a", "b"), ("a",)):
         with pytest.raises(UsageError, match="no scan of the cohort is usable"):
-            start(*scan_ids)
-    (out / "volumes" / "volumes.json").touch()
-    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256;"):
-        start("b")
+            start(tmp_path, *scan_ids)
+    (tmp_path / "study" / "volumes" / "volumes.json").touch()
+    with pytest.raises(UsageError, match=r"volumes and folds began with other settings \(cohort_sha256;"):
+        start(tmp_path, "b")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"workers": 4}, "--workers 4 takes 4 CPUs at once; the cluster has 2 CPUs"),
+        ({"train": {"device": "gpu"}}, "the cluster has 2 CPUs and 0 GPUs"),
+        ({"train": {"sync_batchnorm": True}}, "train.sync_batchnorm needs GPUs"),
+    ],
+)
+def test_a_training_that_can_never_run_is_refused_before_anything_is_made(
+    changed: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        start(tmp_path, "a", **changed)
+    assert list((tmp_path / "study").iterdir()) == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("room")
+def test_a_wrong_place_of_the_truth_is_told_of_before_training(tmp_path: Path) -> None:
+    make_volumes(tmp_path / "study" / "volumes", num_train=8, num_folds=2, num_test=3)
+    (tmp_path / "study" / "audit").mkdir()
+    (tmp_path / "study" / "audit" / "excluded.csv").touch()
+    (tmp_path / "truth").mkdir()
+    with pytest.raises(UsageError, match="no truth of any test scan"):
+        start(tmp_path, "a", truth=str(tmp_path / "truth"))

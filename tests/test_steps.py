@@ -8,7 +8,7 @@ import pytest
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import MIN_SEEDS
 from darnet.settings import EvaluateSettings, PaperSettings, PhantomsSettings, TrainSettings, read_settings
-from darnet.steps import BEFORE_VOLUMES, SETTINGS_FILE, Step, claim_folder, run_steps
+from darnet.steps import SETTINGS_FILE, Step, claim_folder, run_steps
 from darnet.storage import Store
 from tests.places import ROOT
 
@@ -25,50 +25,83 @@ def test_what_is_complete_is_not_made_again(store: Store) -> None:
             if fails:
                 raise UsageError(name)
             store.write_bytes(f"made/{name}", b"")
-            return {}
+            return {"made": name}
 
         return Step(name, store, f"made/{name}", work)
 
     with pytest.raises(UsageError):
         run_steps([make("one"), make("two", fails=True), make("three")])
     assert made == ["one", "two"]
-    assert run_steps([make("one"), make("two"), make("three")]) == ["two", "three"]
-    assert run_steps([make("one"), make("two"), make("three")]) == []
+    done = run_steps([make("one"), make("two"), make("three")])
+    assert done == {"two": {"made": "two"}, "three": {"made": "three"}}
+    assert run_steps([make("one"), make("two"), make("three")]) == {}
 
 
-def test_a_place_of_other_settings_is_refused(store: Store) -> None:
-    for more in ([], ["--mlflow", "http://mlflow", "--cache", "elsewhere"]):
-        claim_folder(store, read_settings(PaperSettings, [*PLACES, *more], "x"), {"cohort": b"a table"})
-    with pytest.raises(UsageError, match=r"begun with other settings \(train;"):
-        claim_folder(store, read_settings(PaperSettings, [*PLACES, "--train.epochs", "3"], "x"), {"cohort": b"a table"})
+FIRST = ("archive", "cohort_sha256", "score.decode", "train.num_folds")
+
+
+def claim(store: Store, *arguments: str, table: bytes = b"a table") -> None:
+    """The folder of a study in two steps, of which the second trains."""
+    steps = [
+        Step("volumes", store, "volumes.json", dict, FIRST),
+        Step("training", store, "bundles/last", dict, ("train", "seeds"), first="bundles/"),
+    ]
+    claim_folder(store, read_settings(PaperSettings, [*PLACES, *arguments], "x"), {"cohort": table}, steps)
+
+
+def test_what_nothing_rests_on_yet_can_be_given_anew(store: Store) -> None:
+    """A scan that never decodes leaves the table or gets other limits; a rate that diverges is lowered."""
+    claim(store, "--train.learning-rate", "1", table=b"two scans")
+    claim(store, "--train.learning-rate", "1", "--score.decode.timeout-s", "999", table=b"one scan")
+    store.write_bytes("volumes.json", b"{}")
+    claim(store, "--score.decode.timeout-s", "999", "--seeds", "0,1,2", table=b"one scan")
+    store.write_bytes("bundles/first", b"")
+    claim(store, "--score.decode.timeout-s", "999", "--seeds", "0,1,2", "--replicates", "3000", table=b"one scan")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            ["--train.epochs", "3"],
+            r"training began with other settings \(train\.epochs;.*use those, or delete .*: bundles/$",
+        ),
+        (["--seeds", "1"], r"training began with other settings \(seeds;"),
+        (["--train.num-folds", "3"], r"volumes began .* \(train\.num_folds;.*: volumes\.json, bundles/$"),
+        (["--archive", "elsewhere"], r"volumes began .* \(archive;"),
+    ],
+)
+def test_what_something_rests_on_cannot(store: Store, changed: list[str], told: str) -> None:
+    claim(store)
+    noted = store.read_bytes(SETTINGS_FILE)
+    for name in ("volumes.json", "bundles/first"):
+        store.write_bytes(name, b"{}")
+    with pytest.raises(UsageError, match=told):
+        claim(store, *changed)
+    assert store.read_bytes(SETTINGS_FILE) == noted
 
 
 def test_another_table_under_the_same_name_is_refused(store: Store) -> None:
-    settings = read_settings(PaperSettings, PLACES, "x")
-    claim_folder(store, settings, {"cohort": b"a table"})
-    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256; _sha256: the content"):
-        claim_folder(store, settings, {"cohort": b"a tabIe"})
+    claim(store)
+    store.write_bytes("volumes.json", b"{}")
+    with pytest.raises(UsageError, match=r"other settings \(cohort_sha256; _sha256: the content"):
+        claim(store, table=b"a tabIe")
 
 
-def test_where_compiled_networks_are_kept_is_not_noted(store: Store) -> None:
-    for cache in ("a", "b"):
-        settings = read_settings(PaperSettings, [*PLACES, "--score.cache", cache], "x")
-        claim_folder(store, settings, {"cohort": b"a table"})
-    assert "score.cache" not in store.read_bytes(SETTINGS_FILE).decode()
+def test_what_changes_no_result_is_not_noted(store: Store) -> None:
+    for name in ("volumes.json", "bundles/first"):
+        store.write_bytes(name, b"{}")
+    for more in (
+        [],
+        ["--mlflow", "http://mlflow", "--cache", "elsewhere", "--score.cache", "b", "--train.device", "cpu"],
+    ):
+        claim(store, *more)
+    assert "cache" not in store.read_bytes(SETTINGS_FILE).decode()
 
 
-def test_a_scan_that_never_decodes_can_leave_the_table_until_there_are_volumes(store: Store) -> None:
-    """Or be given other limits; whatever else changes is refused, and so are these once volumes rest on them."""
-    settings = read_settings(PaperSettings, PLACES, "x")
-    limits = read_settings(PaperSettings, [*PLACES, "--score.decode.timeout-s", "999"], "x")
-    batches = read_settings(PaperSettings, [*PLACES, "--score.batch-size", "7"], "x")
-    claim_folder(store, settings, {"cohort": b"two scans"}, BEFORE_VOLUMES)
-    claim_folder(store, limits, {"cohort": b"one scan"}, BEFORE_VOLUMES)
-    with pytest.raises(UsageError, match=r"begun with other settings \(score;"):
-        claim_folder(store, batches, {"cohort": b"one scan"}, BEFORE_VOLUMES)
-    claim_folder(store, limits, {"cohort": b"one scan"})
-    with pytest.raises(UsageError, match=r"begun with other settings \(cohort_sha256, score;"):
-        claim_folder(store, settings, {"cohort": b"two scans"})
+def test_workers_that_do_not_divide_a_batch_are_refused_before_anything_is_made() -> None:
+    with pytest.raises(UsageError, match="workers: 3 do not divide a batch of 4"):
+        read_settings(PaperSettings, [*PLACES, "--workers", "3"], "x")
 
 
 def test_the_papers_settings_are_the_defaults() -> None:
