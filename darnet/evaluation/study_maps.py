@@ -147,9 +147,9 @@ def _measure(
     resampling = resample_scans(len(known), patients, rng, num_replicates)
     redrawn = {}
     if diagnosis is Diagnosis.NCP:
-        some = known[:NUM_REDRAWN]
+        some = [known[place] for place in sorted(rng.permutation(len(known))[:NUM_REDRAWN])]
         label = DIAGNOSES.index(diagnosis)
-        fewer = resample_scans(len(some), patients[: len(some)], rng, num_replicates)
+        fewer = resample_scans(len(some), scans.list_patients(some), rng, num_replicates)
         for name in scans.scores:
             maps_of_redrawn = _map_redrawn(scans, name, some, label)
             values = [

@@ -10,6 +10,8 @@ import torch
 from darnet.config import ModelConfig
 from darnet.evaluation.cam_truth import (
     MEASURES,
+    Estimate,
+    MapStudy,
     MeasuredMaps,
     compare_models,
     correlate_maps,
@@ -21,7 +23,8 @@ from darnet.evaluation.cam_truth import (
     redraw_last_stage,
     study_maps,
 )
-from darnet.evaluation.intervals import resample_scans
+from darnet.evaluation.intervals import Interval, resample_scans
+from darnet.evaluation.maps_report import _judge_redrawn
 from darnet.evaluation.truth import Truth
 from darnet.model import build_network
 
@@ -234,3 +237,17 @@ def test_maps_of_other_weights_differ_and_of_the_same_weights_do_not() -> None:
     assert abs(correlate_maps(before, other)) < 0.9
     assert correlate_maps(before, -before) == pytest.approx(-1)
     assert math.isnan(correlate_maps(before, np.zeros_like(before)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (-0.2, 0.3, "the maps of every network change"),
+        (0.2, 0.6, "of DA, it is not shown that maps change"),
+        (-0.7, 0.1, "of DA, it is not shown"),
+        (math.nan, math.nan, "of DA, it is not shown"),
+    ],
+)
+def test_the_sanity_check_rests_on_the_interval_and_not_on_the_mean(low: float, high: float, told: str) -> None:
+    redrawn = {"DA": Estimate(0.1, Interval(low, high)), "CA": Estimate(0.0, Interval(-0.1, 0.1))}
+    assert told in _judge_redrawn([MapStudy("NCP", 12, {}, {}, [], 0, redrawn)])
