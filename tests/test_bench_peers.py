@@ -59,6 +59,7 @@ def test_ratios_say_how_many_times_as_fast_we_are_on_the_same_scan() -> None:
     assert [row["times"] for row in add_ratios(rows)] == [{}, {}, {"monai": 5.0}]
 
 
+@pytest.mark.slow
 def test_our_road_reads_what_a_worker_reads(tmp_path: Path) -> None:
     write_chest(tmp_path / "scan")
     volume = read_ours()(str(tmp_path / "scan"))

@@ -15,6 +15,7 @@ def test_the_benchmark_lists_every_page_and_finds_nothing_new() -> None:
     assert found["growth_mb"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_a_row_is_repeated_by_its_objects_and_nights(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--objects", "1500", "--nights", "2"]) == 0

@@ -17,6 +17,7 @@ from darnet.scan import IngestedScan
 from darnet.storage import open_store
 from tests.ct_fixtures import SERIES_UID, write_chest
 from tests.hostile import CASES, QUICK_CASES, SLOW_CASES
+from tests.marks import mark_slow
 from tests.places import SHARED
 from tests.poison_fixtures import write_sound
 
@@ -188,7 +189,7 @@ def test_a_chest_in_a_folder_with_line_ends_in_its_name_is_a_chest(sandbox: Sand
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", mark_slow(KEYS, but=("unicode", "markup")))
 def test_a_chest_under_an_odd_key_is_a_chest(
     name: str, sandbox: Sandbox, s3: Callable[[], str], tmp_path: Path
 ) -> None:

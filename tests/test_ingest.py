@@ -42,6 +42,7 @@ from tests.ct_fixtures import SERIES_UID, SPACING_MM, make_chest, write_chest
 from tests.hostile.case import DISPLAY, cut, garble
 from tests.hostile.image_cases import write_images
 from tests.hostile.zip_cases import encrypted, zipped
+from tests.marks import mark_slow
 from tests.places import SHARED
 from tests.poison_fixtures import write_crash
 
@@ -367,7 +368,7 @@ def test_two_series_in_a_prefix_are_two_scans(ingest: Ingest, tmp_path: Path) ->
     assert [scan.status for scan in scans] == [Status.OK, Status.OK]
 
 
-@pytest.mark.parametrize("key", ["a", "a.zip"])
+@pytest.mark.parametrize("key", mark_slow(["a", "a.zip"], but=["a"]))
 def test_a_series_that_kills_its_decoder_costs_the_others_nothing(key: str, ingest: Ingest, tmp_path: Path) -> None:
     """Beside it lie a sound series and slice images."""
     folder, sound_uid = tmp_path / "archive" / "a", "1.2.3.4.6"

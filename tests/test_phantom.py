@@ -48,6 +48,7 @@ def test_two_seeds_give_two_patients():
     assert (first.lung != second.lung).mean() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diagnosis", [Diagnosis.CP, Diagnosis.NCP])
 def test_diagnoses_of_one_seed_differ_in_the_lung_alone(phantoms, diagnosis):
     for normal, ill in zip(phantoms[Diagnosis.NORMAL], phantoms[diagnosis], strict=True):
@@ -57,6 +58,7 @@ def test_diagnoses_of_one_seed_differ_in_the_lung_alone(phantoms, diagnosis):
         np.testing.assert_array_equal(ill.voxels_hu[away], normal.voxels_hu[away])
 
 
+@pytest.mark.slow
 def test_protocol_varies_with_the_seed_and_not_with_the_diagnosis():
     normal = [make_phantom(Diagnosis.NORMAL, seed) for seed in range(3)]
     ill = make_phantom(Diagnosis.NCP, 0)

@@ -66,6 +66,7 @@ def test_a_program_that_forgets_a_step_is_found_out(
     assert PublishModel(scenario).walk().faults
 
 
+@pytest.mark.slow
 def test_the_older_of_two_listings_drops_its_source_when_it_comes_second() -> None:
     """Worked out by hand: x saw a before it changed, y after. Whoever is first keeps all; x second keeps b alone."""
     model = PublishModel(QUICK[NAMES.index("one listed a source before it changed")])

@@ -243,6 +243,7 @@ def _hmac(kind: str, value: str) -> str:
     return hmac.new(SECRET.encode(), f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()
 
 
+@pytest.mark.slow
 def test_published_rows_are_filled_and_their_pictures_kept(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +398,7 @@ def _begin_night(archive: Path, model: str, results: Path) -> str:
     return folder.run_id
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_unfinished_run_is_finished_first_and_what_arrived_since_after_it(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
@@ -559,6 +561,7 @@ def _wait_for_dashboard(head: "subprocess.Popen[bytes]") -> None:
     raise RuntimeError("the head node's dashboard did not start")
 
 
+@pytest.mark.slow
 def test_a_submitted_job_scores_on_a_running_cluster(head_node: Any, model: str, tmp_path: Path) -> None:
     ray, environment = head_node
     write_archive(tmp_path / "archive", 2)

@@ -27,6 +27,7 @@ from darnet.staging import Excerpts, Staging
 from darnet.storage import S3Store, open_store
 from tests.ct_fixtures import make_chest, write_chest
 from tests.hostile.case import cut
+from tests.marks import mark_slow
 from tests.object_server import Answer, Line, serve_objects
 
 NUM_SLICES = 24
@@ -379,7 +380,7 @@ WRONG_BITS = {
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("name", WRONG_BITS)
+@pytest.mark.parametrize("name", mark_slow(WRONG_BITS, but=list(WRONG_BITS)[::3]))
 def test_a_wrong_bit_of_an_excerpt_is_in_no_row(name: str, chest: Path, truth: list[IngestedScan], read: Read) -> None:
     """The whole object, which has a checksum, comes right."""
     index, needle, behind = WRONG_BITS[name]
@@ -533,6 +534,7 @@ def test_pixels_of_an_excerpt_are_a_defect_and_never_zeros(chest: Path, tmp_path
     assert not staging.has_excerpts
 
 
+@pytest.mark.slow
 def test_headers_that_are_not_there_are_named(chest: Path, tmp_path: Path) -> None:
     files = _read_files(chest)
     source = Bucket(files, Line(), lambda _key, _times, answer: answer, Counter()).source

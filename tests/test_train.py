@@ -204,6 +204,7 @@ def test_a_fold_trains_on_its_own_training_rows_only(index: VolumesIndex) -> Non
         assert not set(trained) & set(index.select_validation(1))
 
 
+@pytest.mark.slow
 def test_a_temperature_fits_the_chosen_networks_validation_scans_and_changes_nothing_else(
     index: VolumesIndex, whole: tuple[FoldResult, list[bytes]]
 ) -> None:

@@ -421,6 +421,7 @@ def test_the_same_audit_gives_the_same_page(tmp_path: Path) -> None:
     assert json.loads(json.dumps(summarise_audit(audit))) == summarise_audit(audit)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_shows_the_audit_on_a_screen_and_a_phone(seen: dict[str, Any], tmp_path: Path) -> None:
     import matplotlib.image

@@ -47,6 +47,7 @@ def test_a_planted_shortcut_has_the_auc_of_scikit_learn_and_comes_first(seed: in
     assert not any(other.is_beyond_chance for other in others if other.feature == "noise")
 
 
+@pytest.mark.slow
 def test_a_shuffled_shortcut_is_not_shouted() -> None:
     """A property of the patient, 5 scans each, dealt at random: one cohort in twenty may be taken in, not more."""
     diagnoses, patients = make_patients(45, scans_each=5)
@@ -86,6 +87,7 @@ def test_the_variance_is_the_bootstrap_s_and_counts_patients_not_scans() -> None
     assert compare_groups(values, is_class, np.arange(len(values))).variance < 0.5 * clustered.variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_variance_counts_that_a_patient_s_scans_of_both_kinds_go_together(sign: int) -> None:
     """Every patient has scans of the class and of the rest, told apart in some and the wrong way round in others.

@@ -62,6 +62,7 @@ def test_one_changed_byte_of_a_bundle_is_wrong(tmp_path: Path) -> None:
     assert "fold3.safetensors" in findings[0].told
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_job_tries_everything_that_is_named(

@@ -143,6 +143,7 @@ def test_few_patients_show_no_difference_of_maps_however_many_scans_they_have(nu
     assert study.differences[0].ensembles.mean > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_patients", [10, 30])
 def test_chance_in_patients_seldom_moves_an_interval_off_zero_among_twelve(num_patients: int) -> None:
     """Twelve differences that are none: in 5 of 100 studies at most may one interval leave 0 out."""
@@ -154,6 +155,7 @@ def test_chance_in_patients_seldom_moves_an_interval_off_zero_among_twelve(num_p
     assert num_shown / 200 < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_seed", [0.0, 1.0])
 @pytest.mark.parametrize("num_seeds", [3, 5])
 def test_luck_of_training_is_seldom_shown_as_a_difference_of_maps(num_seeds: int, by_seed: float) -> None:

@@ -80,6 +80,7 @@ def test_a_table_leaves_metrics_tables_and_report(tmp_path: Path, capsys: pytest
     assert "0.7500" in told
 
 
+@pytest.mark.slow
 def test_the_same_table_leaves_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write_table(tmp_path / "t.csv")
     for name in ("one", "two"):
@@ -220,6 +221,7 @@ def test_an_audit_of_other_patients_cohorts_or_folds_is_refused(tmp_path: Path) 
         check(fold=["1", *frame["fold"][1:]])
 
 
+@pytest.mark.slow
 def test_an_audit_of_another_division_than_the_volumes_is_refused(
     tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +305,7 @@ def test_a_bundle_does_not_differ_from_its_own_predictions(
     assert {fold["verdict"] for fold in comparison["folds"].values()} == {"not shown"}
 
 
+@pytest.mark.slow
 def test_patients_that_the_network_knows_are_warned_of(
     tmp_path: Path, model: Path, volumes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +350,7 @@ def test_volumes_of_other_preprocessing_or_without_test_scans_are_refused(
         assert complaint in summary["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_tables_come_from_and_reports_go_to_a_bucket(
     s3: Callable[[], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -392,6 +396,7 @@ def test_a_browser_shows_the_report_and_asks_the_network_for_nothing(
     assert list_requests(page) == []
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_pictures_are_drawn_and_the_page_fits_a_phone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import matplotlib.image
@@ -407,6 +412,7 @@ def test_pictures_are_drawn_and_the_page_fits_a_phone(tmp_path: Path, capsys: py
         assert (pixels[:, -8:] > 200).mean() > 0.99  # nothing runs off the right edge
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_page_that_does_ask_the_network_is_caught(tmp_path: Path) -> None:
     page = tmp_path / "page.html"

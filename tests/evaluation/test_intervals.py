@@ -355,6 +355,7 @@ def test_too_few_seeds_show_nothing(shape: tuple[int, int], why: str) -> None:
     assert (found.num_pairs, found.num_seeds) == (shape[0] * shape[1], shape[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_seeds", [3, 5])
 @pytest.mark.parametrize("fold_effect", [0.0, 1.0, 5.0])
 def test_the_fold_interval_covers_whatever_seeds_of_a_fold_have_in_common(num_seeds: int, fold_effect: float) -> None:

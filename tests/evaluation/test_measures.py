@@ -251,6 +251,7 @@ def test_one_seed_shows_nothing_and_the_report_says_for_this_training_seed() -> 
     assert "3 folds, for this training seed: another seed may" in render_report(evaluate(first), ORIGIN, found)
 
 
+@pytest.mark.slow
 def test_two_seeds_show_nothing_and_the_report_says_how_many_are_asked_for() -> None:
     first, second = make_runs("one.csv", (0, 1), 3.0), make_runs("other.csv", (0, 1), 0.0)
     found = compare(first, second)
@@ -273,6 +274,7 @@ def test_no_verdict_rests_on_a_p_that_takes_a_patients_scans_as_independent() ->
     assert "counts patients, p = 1.0000: not shown. Scans taken as independent, p = 0.0078." in page
 
 
+@pytest.mark.slow
 def test_other_seeds_are_not_paired_and_the_report_says_so() -> None:
     first, second = make_runs("one.csv", [0], 3.0), make_runs("other.csv", [1], 0.0)
     found = compare(first, second)
@@ -393,6 +395,7 @@ def test_latex_prints_every_letter_of_a_name_as_it_is() -> None:
     assert r"\caption{p $<$ 0.05 " in tex
 
 
+@pytest.mark.slow
 def test_a_report_without_folds_has_no_column_of_them() -> None:
     rows = Cells(render_report(evaluate(draw_table(1)), ORIGIN, None)).rows
     assert ["metric", "value", "95% interval", "what it is"] in rows

@@ -100,6 +100,7 @@ def test_a_scan_has_the_same_bits_alone_in_any_company_and_another_time(
             np.testing.assert_array_equal(score.depth_gates, together[place].depth_gates)
 
 
+@pytest.mark.slow
 def test_some_folds_are_the_mean_of_these(
     trained: Bundle, config: ScoreConfig, voxels: Uint8Array, eager: dict[str, Any]
 ) -> None:
@@ -109,6 +110,7 @@ def test_some_folds_are_the_mean_of_these(
     assert np.abs(expected - eager["fold_probability"][:4].mean(axis=1)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_bf16_is_near_and_not_the_same(
     trained: Bundle, config: ScoreConfig, voxels: Uint8Array, eager: dict[str, Any]
 ) -> None:
@@ -125,6 +127,7 @@ def _has_bf16() -> bool:
     return any(name in Path("/proc/cpuinfo").read_text() for name in ("amx_bf16", "avx512_bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attentions", [(False, False), (True, False), (False, True)])
 def test_networks_without_attention_are_converted_too(
     attentions: tuple[bool, bool], tmp_path: Path, voxels: Uint8Array

@@ -257,26 +257,26 @@ def test_a_good_or_small_run_is_let_through(local: Store) -> None:
     assert list_held_runs(local) == []
 
 
-def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(store: Store) -> None:
+def test_what_an_archive_keeps_back_is_judged_once_and_not_every_night(local: Store) -> None:
     """Half of the archive lies in Glacier, and new scans arrive beside it: only the first night is held."""
     for night in (1, 2):
-        publish_rows(store, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
-    folder, rows = stage_night(store, 3, "OK", "OK", *["ERR_ARCHIVED"] * 4)
+        publish_rows(local, f"run{night}", *[make_row(f"{night}-{index}", night=night) for index in range(4)])
+    folder, rows = stage_night(local, 3, "OK", "OK", *["ERR_ARCHIVED"] * 4)
     with pytest.raises(HeldError):
         review(folder, rows)
-    assert decide(store, "accept", "run3")["published"] == 3
+    assert decide(local, "accept", "run3")["published"] == 3
 
     old = [row | {"run_id": "run4", "night": datetime.date(2030, 1, 4)} for row in read_staged(rows)[2:]]
-    folder, fresh = stage_night(store, 4, "OK", "OK", "OK", "OK")
+    folder, fresh = stage_night(local, 4, "OK", "OK", "OK", "OK")
     rows = stage([*read_staged(fresh), *old])
     verdict = review(folder, rows)
     assert verdict.describe() == "passed; without 4 scans tried again in vain"
-    assert publish(store, "run4", rows, make_listing(9), ORIGIN) == 4
-    assert set(read_predictions(store.uri, latest=False)["scan_id"][14:]) == {f"4-{index}" for index in range(4)}
+    assert publish(local, "run4", rows, make_listing(9), ORIGIN) == 4
+    assert set(read_predictions(local.uri, latest=False)["scan_id"][14:]) == {f"4-{index}" for index in range(4)}
 
     alone = stage([row | {"run_id": "run5"} for row in old])
-    assert review(RunFolder(store, "run5"), alone).num_repeats == 4
-    assert publish(store, "run5", alone, make_listing(10), ORIGIN) is None
+    assert review(RunFolder(local, "run5"), alone).num_repeats == 4
+    assert publish(local, "run5", alone, make_listing(10), ORIGIN) is None
 
 
 def test_scans_that_fail_every_night_do_not_hold_the_healthy_ones_beside_them(local: Store) -> None:
@@ -300,33 +300,33 @@ def test_scans_that_fail_every_night_do_not_hold_the_healthy_ones_beside_them(lo
     assert (everything["commit"] == 9).sum() == 540  # their nights are counted in the table
 
 
-def test_page_and_summary_give_up_what_the_table_gives_up(store: Store) -> None:
+def test_page_and_summary_give_up_what_the_table_gives_up(local: Store) -> None:
     for night in (1, 2):
-        publish_rows(store, f"run{night}", make_row("a", "ERR_TIMEOUT", night=night), make_row("z", night=night))
+        publish_rows(local, f"run{night}", make_row("a", "ERR_TIMEOUT", night=night), make_row("z", night=night))
     failed = [make_row(name, "ERR_TIMEOUT", night=3, run_id="run3") for name in ("a", "b", "z")]  # z is final already
     rows = stage([*failed, *[make_row(f"3-{index}", night=3, run_id="run3") for index in range(4)]])
-    outlook = read_outlook(store, rows)
+    outlook = read_outlook(local, rows)
     assert outlook.statuses == {"OK": 4, "ERR_TIMEOUT": 2, "BAD_GAVE_UP": 1}
     assert outlook.is_repeat.tolist() == [True] + 6 * [False]
-    folder = RunFolder(store, "run3")
+    folder = RunFolder(local, "run3")
     review_run(folder, rows, outlook, CONFIG.model_copy(update={"gate_err_share": 1.0}))
-    page = store.read_bytes(folder.locate("nightly.html")).decode()
+    page = local.read_bytes(folder.locate("nightly.html")).decode()
     assert "ERR_TIMEOUT, 3 nights: what happened" in page
     assert "the same ERR of decoding on the same bytes for the third night" in page
-    assert publish(store, "run3", rows, make_listing(9), ORIGIN) == 3
-    assert read_statuses(store) == {"a": "BAD_GAVE_UP", "b": "ERR_TIMEOUT", "z": "OK"} | {
+    assert publish(local, "run3", rows, make_listing(9), ORIGIN) == 3
+    assert read_statuses(local) == {"a": "BAD_GAVE_UP", "b": "ERR_TIMEOUT", "z": "OK"} | {
         f"3-{index}": "OK" for index in range(4)
     }
-    publish_rows(store, "run4", make_row("b", "ERR_TIMEOUT", night=4))
-    assert read_outlook(store, rows).statuses == outlook.statuses  # by a driver that comes late
+    publish_rows(local, "run4", make_row("b", "ERR_TIMEOUT", night=4))
+    assert read_outlook(local, rows).statuses == outlook.statuses  # by a driver that comes late
 
 
-def test_earlier_nights_are_the_last_ones_before_tonight(store: Store) -> None:
+def test_earlier_nights_are_the_last_ones_before_tonight(local: Store) -> None:
     for number, night in enumerate([1, 2, 2, 5, 3, 7, 4]):  # accepted late, and two runs on one night
-        publish_rows(store, f"run{number}", make_row(f"{number}", night=night))
+        publish_rows(local, f"run{number}", make_row(f"{number}", night=night))
 
     def read_days(night: int, num_nights: int) -> list[int]:
-        nights = read_earlier_nights(store, datetime.date(2030, 1, night), num_nights).nights
+        nights = read_earlier_nights(local, datetime.date(2030, 1, night), num_nights).nights
         return sorted(day.day for day in nights.elements())
 
     assert read_days(7, 9) == [1, 2, 2, 3, 4, 5]

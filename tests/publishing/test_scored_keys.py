@@ -19,6 +19,7 @@ from darnet.publishing.scored_keys import (
 )
 from darnet.scan import Source
 from darnet.storage import Store
+from tests.marks import mark_slow
 from tests.results_fixtures import MODEL, ORIGIN, make_row, make_source, publish_rows, read_statuses
 
 KEYS = ["a", "b", "c é", "caf\udce9"]
@@ -84,7 +85,7 @@ def count_by_hand(nights: list[list[dict[str, Any]]], source: Source) -> Reason 
     return Reason.OTHER_MODEL if seen else Reason.NEW
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", mark_slow(range(6), but=(0, 1)))
 @pytest.mark.parametrize("is_large", [False, True])
 def test_every_history_is_read_as_by_hand(
     local: Store, seed: int, is_large: bool, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def test_every_phantom_s_order_is_told_and_no_false_alarm_is_raised() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_coarse_grid_is_never_judged_wrongly() -> None:
     counts = count_verdicts((16, 64, 64))
     assert counts["stored"]["head first"] >= 10
@@ -81,6 +82,7 @@ def test_a_coarse_grid_is_never_judged_wrongly() -> None:
         assert not any(counts[name][order] for order in wrong)
 
 
+@pytest.mark.slow
 def test_lungs_on_black_ground_are_judged_by_their_shape() -> None:
     for seed in SEEDS:
         phantom = build(seed)
