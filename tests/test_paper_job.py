@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -23,18 +23,27 @@ TINY = (
 )
 
 
-def run(job: str, *arguments: object) -> dict[str, Any]:
-    """The job's summary; it runs as a user would run it, in a process of its own."""
-    command = [sys.executable, "-m", f"jobs.{job}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert summary["exit_code"] == 0, done.stderr[-4000:]
+Head: TypeAlias = tuple[str, dict[str, str]]
+
+
+def run(job: str, *arguments: object, head: Head | None = None) -> dict[str, Any]:
+    """The job's summary; it runs as a user would run it, in a process of its own, or submitted to a cluster's head."""
+    command, environment = [sys.executable], dict(os.environ)
+    if head is not None:
+        ray, environment = head
+        command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", "python"]
+    command += ["-m", f"jobs.{job}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    told = [line for line in done.stdout.splitlines() if line.startswith('{"job"')]
+    assert told, (done.stdout[-2000:], done.stderr[-4000:])
+    summary: dict[str, Any] = json.loads(told[-1])
+    assert summary["exit_code"] == 0, (done.stdout[-2000:], done.stderr[-4000:])
     return summary
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.mark.parametrize("place", ["submitted", pytest.param("s3", marks=pytest.mark.s3)])
 def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -42,9 +51,10 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     sizes = ("--train-scans", 4, "--test-scans", 2, "--volume.shape", "[16,64,64]", "--volume.crop", "body")
     run("phantoms", "--out", phantoms, *sizes)
     places = ("--archive", phantoms / "archive", "--cohort", phantoms / "cohort.csv", "--truth", phantoms / "truth")
-    study = open_store(str(tmp_path / "study") if place == "local" else request.getfixturevalue("s3")() + "/study")
+    head = request.getfixturevalue("head_node") if place == "submitted" else None
+    study = open_store(str(tmp_path / "study") if head else request.getfixturevalue("s3")() + "/study")
     settings = (*TINY, "--cache", tmp_path / "cache", "--seeds", "0,1")
-    summary = run("paper", *places, "--out", study.uri, *settings)
+    summary = run("paper", *places, "--out", study.uri, *settings, head=head)
     assert len(summary["done"]) == 4  # volumes, audit, training, report
     metrics = json.loads(study.read_bytes("report/metrics.json"))
     assert summary["accuracy_3class"] == pytest.approx(metrics["accuracy_3class"], abs=1e-3)
@@ -59,7 +69,7 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
 
     bundle = study.read_bytes("bundles/seed1/darnet-da/bundle.json")
     study.delete("report/report.html")
-    assert run("paper", *places, "--out", study.uri, *settings)["done"] == ["evaluation"]
+    assert run("paper", *places, "--out", study.uri, *settings, head=head)["done"] == ["evaluation"]
     assert has_object(study, "report/report.html")
     assert study.read_bytes("bundles/seed1/darnet-da/bundle.json") == bundle
 

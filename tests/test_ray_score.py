@@ -4,10 +4,8 @@ import hashlib
 import hmac
 import os
 import pickle
-import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -516,49 +514,6 @@ def test_real_chests_have_the_same_bits_from_a_bucket(s3: Callable[[], str], tmp
     assert sorted(here.loc[here["status"] == "OK", "num_slices"]) == [30, 98, 275]
     sources = {str(path.parent.relative_to(REAL_CT)) for path in (REAL_CT / "odd").rglob("*") if path.is_file()}
     assert sources <= set(here["source"])  # every odd file lies in a source that has its row
-
-
-@pytest.fixture
-def head_node() -> Any:
-    """`ray start --head` on loopback, and the environment of its clients."""
-    ray = Path(sys.executable).with_name("ray")
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_TMPDIR": "/tmp/ray-darnet-test",
-    }
-    ports = {"--port": "26379", "--dashboard-port": "28265", "--dashboard-agent-listen-port": "28266"}
-    flags = [part for pair in ports.items() for part in pair]
-    start = [str(ray), "start", "--head", "--block", "--num-cpus=3", "--node-ip-address=127.0.0.1"]
-    start += [
-        *flags,
-        "--object-store-memory=150000000",
-        "--dashboard-host=127.0.0.1",
-        "--temp-dir=/tmp/ray-darnet-test",
-    ]
-    with Path("/dev/null").open("wb") as sink:
-        head = subprocess.Popen(start, env=environment, stdout=sink, stderr=sink)
-    address = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265"}
-    try:
-        _wait_for_dashboard(head)
-        yield str(ray), environment | address
-    finally:
-        head.terminate()  # with --block it ends what it started, and nothing else on this machine
-        head.wait(timeout=60)
-        shutil.rmtree("/tmp/ray-darnet-test", ignore_errors=True)
-
-
-def _wait_for_dashboard(head: "subprocess.Popen[bytes]") -> None:
-    deadline_s = time.monotonic() + 120
-    while time.monotonic() < deadline_s and head.poll() is None:
-        try:
-            with urllib.request.urlopen("http://127.0.0.1:28265/api/version", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError("the head node's dashboard did not start")
 
 
 @pytest.mark.slow
