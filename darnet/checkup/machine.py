@@ -5,11 +5,13 @@ import os
 import resource
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from darnet.archive import list_sources
 from darnet.bundle import Bundle, read_bundle
@@ -61,19 +63,43 @@ def check_bundle(model: Store, config: ScoreConfig) -> list[Check]:
 
 
 def _look_at_packages() -> str:
-    """Against what this package itself asks for."""
-    asked = [Requirement(text) for text in importlib.metadata.requires("darnet") or ()]
-    wrong = []
-    for item in (item for item in asked if item.marker is None or item.marker.evaluate({"extra": ""})):
+    """Against the pins that tests were run under, of all that this package asks for, itself or through others."""
+    pins = read_pins()
+    wrong, is_near = [], False
+    for name, is_own in sorted(list_needed("darnet").items()):
+        pin = pins.get(name)
         try:
-            found = importlib.metadata.version(item.name)
+            found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found = "missing"
-        if found == "missing" or not item.specifier.contains(found, prereleases=True):
-            wrong.append(f"{item.name} is {found}, not {item.specifier}")
+        if pin is not None and (found == "missing" or not pin.specifier.contains(found, prereleases=True)):
+            wrong.append(f"{name} is {found}, not {str(pin.specifier).lstrip('=')}")
+            is_near |= is_own
     if wrong:
-        raise CheckError("; ".join(wrong), "install with pip install -c constraints.txt .")
-    return f"darnet {importlib.metadata.version('darnet')}, torch {torch.__version__}, all as asked for"
+        remedy = "install with pip install -c constraints.txt ."
+        raise CheckError("; ".join(wrong), remedy, Verdict.WRONG if is_near else Verdict.MIND)
+    return f"darnet {importlib.metadata.version('darnet')}, torch {torch.__version__}, all as pinned"
+
+
+def read_pins() -> dict[str, Requirement]:
+    """What `constraints.txt` pins, by canonical names."""
+    lines = Path(__file__).with_name("constraints.txt").read_text().splitlines()
+    pins = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def list_needed(package: str) -> dict[str, bool]:
+    """Packages that one needs, by canonical names: whether it asks for them itself. Of one that is missing, no more."""
+    needed: dict[str, bool] = {}
+    asking = [(package, "")]
+    for name, extra in asking:  # grows
+        with suppress(importlib.metadata.PackageNotFoundError):
+            for item in map(Requirement, importlib.metadata.requires(name) or ()):
+                if item.marker is None or item.marker.evaluate({"extra": extra}):
+                    found = canonicalize_name(item.name)
+                    needed[found] = needed.get(found, False) or name == package
+                    asking += [pair for part in ("", *item.extras) if (pair := (found, part)) not in asking]
+    return needed
 
 
 def _look_at_processors() -> str:

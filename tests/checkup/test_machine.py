@@ -1,17 +1,20 @@
 """The machine and the bundle are tried for true, and a secret is never told."""
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from darnet.checkup import machine
 from darnet.checkup.findings import Finding, Verdict, examine
 from darnet.checkup.machine import check_bundle, check_machine
 from darnet.config import ScoreConfig
 from darnet.pseudonym import PSEUDONYM_VARIABLE
 from darnet.storage import open_store
 from tests.bundle_fixtures import write_random_bundle
+from tests.places import ROOT
 
 
 def _try_machine(only: str) -> Finding:
@@ -40,8 +43,43 @@ def test_the_key_is_judged_by_its_length_and_not_told(
     assert "secret" not in f"{finding}"
 
 
-def test_packages_are_there() -> None:
-    assert _try_machine("Python packages").verdict is Verdict.FINE
+def test_packages_are_as_pinned() -> None:
+    finding = _try_machine("Python packages")
+    assert (finding.verdict, finding.told.endswith("all as pinned")) == (Verdict.FINE, True), finding
+
+
+def test_the_pins_that_are_installed_are_those_of_the_repository() -> None:
+    lines = [line.split()[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert sorted(map(str, machine.read_pins().values())) == sorted(lines)
+    needed = machine.list_needed("darnet")
+    own = {name for name, is_own in needed.items() if is_own}
+    assert {"numpy", "pydicom", "ray"} <= own <= set(machine.read_pins())
+    assert needed["botocore"] is False  # which boto3 asks for
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "verdict", "words"),
+    [
+        ("pydicom", "2.4.4", Verdict.WRONG, "pydicom is 2.4.4, not "),
+        ("ray", "missing", Verdict.WRONG, "ray is missing, not "),
+        ("botocore", "1.0", Verdict.MIND, "botocore is 1.0, not "),
+        ("torch", "2.13.0+cu130", Verdict.FINE, "all as pinned"),
+    ],
+)
+def test_another_version_than_the_pinned_one_is_told(
+    package: str, found: str, verdict: Verdict, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of what others ask for, with a reservation; a local build of the pinned version is that version."""
+    real = importlib.metadata.version
+
+    def read_version(name: str) -> str:
+        if name == package and found == "missing":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found if name == package else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", read_version)
+    finding = _try_machine("Python packages")
+    assert (finding.verdict, words in finding.told) == (verdict, True), finding
 
 
 def test_a_bundle_is_read_and_scores(tmp_path: Path) -> None:
