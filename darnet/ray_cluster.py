@@ -55,7 +55,7 @@ def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
 
     Raises: UsageError if RAY_ADDRESS leads nowhere or to machines of which any asks for no token, or if the cluster has
-        a single CPU.
+        a single CPU; RunError if a machine does not say whether it asks.
     """
     if not ray.is_initialized():
         atexit.register(_leave_stdout)
@@ -69,7 +69,7 @@ def connect() -> None:
                 _start_local()
         except ConnectionError as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
-        refuse_open_cluster({node["NodeManagerAddress"] for node in list_nodes()}, lambda: ask_nodes(asks_for_token))
+        refuse_open_cluster(list_addresses(), lambda: ask_every_node(asks_for_token))
     if ray.cluster_resources().get("CPU", 0) < 2:
         raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
     for name in ("ray.data", "ray.data._internal.progress"):
@@ -109,6 +109,13 @@ def refuse_open_cluster(addresses: Set[str], ask: Callable[[], Iterable[tuple[st
         )
 
 
+def refuse_open_node(addresses: Set[str]) -> None:
+    """Demand a token of this node where there are several machines. Raises: UsageError where it wants none."""
+    if len(addresses) > 1 and not asks_for_token():
+        node = ray.util.get_node_ip_address()
+        raise UsageError(f"node {node} needs no token, in a cluster of {len(addresses)} machines; {AUTH_REMEDY}")
+
+
 def asks_for_token() -> bool:
     """Whether what runs in this process's environment wants a token of whoever reaches it."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
@@ -117,6 +124,11 @@ def asks_for_token() -> bool:
 def list_nodes() -> list[dict[str, Any]]:
     """The nodes that are alive, as Ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def list_addresses() -> set[str]:
+    """The machines of the nodes that are alive."""
+    return {node["NodeManagerAddress"] for node in list_nodes()}
 
 
 def find_dashboard() -> str:
@@ -132,10 +144,11 @@ def count_resource(name: str) -> float:
 def agree_on_secret() -> str | None:
     """The mark of the secret for pseudonyms, which this process and every node must share; None if none has any.
 
-    Raises: UsageError naming the nodes that have another or none: one patient would get two keys in the table.
+    Raises: UsageError naming the nodes that have another or none: one patient would get two keys in the table;
+        RunError naming those that do not say.
     """
     own = mark_secret(read_secret())
-    for address, mark in ask_nodes(read_mark):
+    for address, mark in ask_every_node(read_mark):
         if isinstance(mark, UsageError):
             raise UsageError(f"node {address}: {mark}")
         if mark != own:
@@ -145,19 +158,39 @@ def agree_on_secret() -> str | None:
 
 def ask_nodes(question: Callable[[], AnswerT]) -> Iterator[tuple[str, AnswerT]]:
     """What each node answers, under its address; nothing of one that is lost meanwhile or cannot answer."""
-    ask = ray.remote(num_cpus=0)(question)
-    answers = [
-        (
-            node["NodeManagerAddress"],
-            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(),
+    return ((node["NodeManagerAddress"], answer) for node, answers in _ask(question) for answer in answers)
+
+
+def ask_every_node(question: Callable[[], AnswerT]) -> Iterator[tuple[str, AnswerT]]:
+    """The same, but nobody may be silent: who does not say whether it asks for a token may ask for none.
+
+    Raises: RunError, after the last answer, naming the nodes that gave none and are alive all the same.
+    """
+    silent = {}
+    for node, answers in _ask(question):
+        yield from ((node["NodeManagerAddress"], answer) for answer in answers)
+        if not answers:
+            silent[node["NodeID"]] = node["NodeManagerAddress"]
+    if left := sorted({silent[node["NodeID"]] for node in list_nodes() if node["NodeID"] in silent}):
+        raise RunError(
+            f"node {', '.join(left)} does not answer; install the same darnet and Python there as here, or look at the "
+            "log of that node, and start again"
         )
+
+
+def _ask(question: Callable[[], AnswerT]) -> Iterator[tuple[dict[str, Any], list[AnswerT]]]:
+    """Each node with its answer, or with none. Several nodes may have one address."""
+    ask = ray.remote(num_cpus=0)(question)
+    asked = [
+        (node, ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote())
         for node in list_nodes()
-    ]  # several nodes may have one address
-    for address, answer in answers:
+    ]
+    for node, answer in asked:
         try:
-            yield address, ray.get(answer)
+            answers = [ray.get(answer)]
         except RayError:
-            continue
+            answers = []
+        yield node, answers
 
 
 def read_mark() -> str | UsageError | None:
@@ -278,8 +311,11 @@ def _keep_ingester(store: Store, road: Road) -> tuple[Ingester, KeyNames]:
 
     The secret comes from this node's own environment.
 
-    Raises: UsageError if the node, which may have joined in mid-run, has not the secret of the road's mark.
+    Raises: UsageError if the node, which may have joined in mid-run, asks for no token and is not the only machine, or
+        has not the secret of the road's mark.
     """
+    if ray.is_initialized():
+        refuse_open_node(list_addresses())
     if road.secret_mark is None:
         return Ingester(store, road), OPEN_KEYS
     secret = read_secret()

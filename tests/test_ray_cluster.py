@@ -1,6 +1,7 @@
 """What a cluster must agree to before anything is scored: who may reach it, and one secret of pseudonyms."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,8 +10,13 @@ from typing import Any
 
 import pytest
 
-from darnet.errors import UsageError
+from darnet.archive import list_sources
+from darnet.config import DecodeConfig, VolumeConfig
+from darnet.errors import ExitCode, RunError, Status, UsageError
+from darnet.ingest import Road
 from darnet.pseudonym import PSEUDONYM_VARIABLE
+from darnet.scan import IngestedScan
+from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import write_chest
 from tests.places import ROOT
@@ -101,6 +107,49 @@ def test_several_machines_need_a_token_each(
         return
     with pytest.raises(UsageError, match=f"{refused} token; set RAY_AUTH_MODE=token"):
         refuse_open_cluster(closed.keys(), closed.items)
+
+
+def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not there when the cluster was; the refusal is the row that ends the job."""
+    from darnet import ray_cluster
+
+    store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(8, 16, 16)), DecodeConfig())
+    write_chest(tmp_path / "archive" / "chest")
+    (source,) = list_sources(store.list_objects())
+
+    def find_failure(mode: str, *addresses: str) -> RunError | None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr(ray_cluster, "list_addresses", lambda: set(addresses))
+        monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.2")
+        monkeypatch.setattr(ray_cluster.Ingester, "ingest", lambda *_: [IngestedScan("chest", Status.ERR_GONE, "")])
+        ray_cluster._keep_ingester.cache_clear()
+        (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
+        ray_cluster._keep_ingester.cache_clear()
+        return ray_cluster.unpack_scan(**row).failure
+
+    assert find_failure("", "10.0.0.1") is None
+    assert find_failure("token", "10.0.0.1", "10.0.0.2") is None
+    refused = find_failure("", "10.0.0.1", "10.0.0.2")
+    assert isinstance(refused, UsageError)
+    assert str(refused).startswith("node 10.0.0.2 needs no token, in a cluster of 2 machines; set RAY_AUTH_MODE=token")
+
+
+def test_who_does_not_answer_is_named_unless_it_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from darnet import ray_cluster
+
+    nodes = [{"NodeID": str(number), "NodeManagerAddress": f"10.0.0.{number}"} for number in range(1, 4)]
+    monkeypatch.setattr(ray_cluster, "_ask", lambda _: zip(nodes, ([None], [], []), strict=True))
+    monkeypatch.setattr(ray_cluster, "list_nodes", lambda: nodes[:2])  # the third is lost meanwhile
+    monkeypatch.delenv(PSEUDONYM_VARIABLE, raising=False)
+    assert list(ray_cluster.ask_nodes(ray_cluster.read_mark)) == [("10.0.0.1", None)]
+    with pytest.raises(RunError, match=r"^node 10\.0\.0\.2 does not answer; install the same darnet") as caught:
+        ray_cluster.agree_on_secret()
+    assert caught.value.exit_code is ExitCode.FAILED
+    monkeypatch.setattr(ray_cluster, "list_nodes", lambda: nodes[:1])
+    assert ray_cluster.agree_on_secret() is None
 
 
 @pytest.mark.slow
