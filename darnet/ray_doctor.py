@@ -1,23 +1,29 @@
 """Tries the cluster of RAY_ADDRESS, where one is named, and its machines: the environment enters, findings leave."""
 
+import functools
 import ipaddress
 import os
 from dataclasses import replace
 
 import ray
 
-from darnet.checkup.findings import Check, CheckError, Finding, Verdict
-from darnet.checkup.machine import examine_machine
+from darnet.checkup.findings import Check, CheckError, Finding, Verdict, examine
+from darnet.checkup.machine import check_bundle_on_gpu, examine_machine
+from darnet.checkup.places import Trial, check_reach
+from darnet.config import ScoreConfig
 from darnet.errors import ExitCode
 from darnet.ray_cluster import (
     agree_on_secret,
+    ask_every_node,
     ask_nodes,
     asks_for_token,
     connect,
     count_resource,
     find_dashboard,
+    list_addresses,
     list_nodes,
 )
+from darnet.store import Store
 
 
 def check_cluster() -> list[list[Check]]:
@@ -33,11 +39,16 @@ def check_cluster() -> list[list[Check]]:
     ]
 
 
-def examine_machines() -> list[Finding]:
-    """Of every machine of the cluster that was joined, else of this one alone; what several have alike is one line."""
+def examine_machines(
+    archive: Store | None, model: Store | None, trial: Trial | None, config: ScoreConfig
+) -> list[Finding]:
+    """Of every machine of the cluster that was joined, else of this one alone; what several have alike is one line.
+
+    Machines of a cluster are tried as readers of the places too, of which the driver's word says nothing.
+    """
     if not (os.environ.get("RAY_ADDRESS") and ray.is_initialized()):
         return examine_machine()
-    answers = dict(ask_nodes(examine_machine))
+    answers = dict(ask_nodes(functools.partial(_examine_node, archive, model, trial, config)))
     alike: dict[Finding, list[str]] = {}
     for address, findings in sorted(answers.items()):
         for finding in findings:
@@ -46,11 +57,18 @@ def examine_machines() -> list[Finding]:
         replace(finding, told=f"{', '.join(addresses)}: {finding.told}")
         for finding, addresses in sorted(alike.items(), key=lambda item: item[0].check)
     ]
-    if silent := sorted({node["NodeManagerAddress"] for node in list_nodes()} - answers.keys()):
+    if silent := sorted(list_addresses() - answers.keys()):
         remedy = "install the same darnet and Python there as here, or look at that node's log"
         told = f"{', '.join(silent)}: gave no answer"
         found.append(Finding("machine: answers", Verdict.WRONG, told, remedy, ExitCode.FAILED))
     return found
+
+
+def _examine_node(
+    archive: Store | None, model: Store | None, trial: Trial | None, config: ScoreConfig
+) -> list[Finding]:
+    groups = [*check_reach(archive, trial), check_bundle_on_gpu(model, config)]
+    return examine_machine() + [finding for group in groups for finding in examine(group)]
 
 
 def _join() -> str:
@@ -73,7 +91,7 @@ def _look_at_auth() -> str:
 
 
 def _is_closed() -> bool:
-    return asks_for_token() and all(is_closed for _, is_closed in ask_nodes(asks_for_token))
+    return asks_for_token() and all(is_closed for _, is_closed in ask_every_node(asks_for_token))
 
 
 def _look_at_dashboard() -> str:

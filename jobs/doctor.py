@@ -5,7 +5,7 @@ from typing import Any
 
 from darnet.checkup.findings import examine, report_findings
 from darnet.checkup.machine import check_bundle
-from darnet.checkup.places import check_archive, check_results
+from darnet.checkup.places import Trial, check_archive, check_removal, check_results
 from darnet.job import run_job
 from darnet.ray_doctor import check_cluster, examine_machines
 from darnet.settings import DoctorSettings
@@ -14,16 +14,20 @@ from darnet.storage import open_store
 
 def work(settings: DoctorSettings) -> dict[str, Any]:
     """Try everything that is named; the cluster and its machines always."""
+    model = open_store(settings.model) if settings.model else None
+    archive = open_store(settings.archive) if settings.archive else None
+    trial = Trial(open_store(settings.results, create=True)) if settings.results else None
     findings = [finding for group in check_cluster() for finding in examine(group)]
-    findings += examine_machines()
-    groups = []
-    if settings.model:
-        groups.append(check_bundle(open_store(settings.model), settings.score))
-    if settings.archive:
-        groups.append(check_archive(open_store(settings.archive)))
-    if settings.results:
-        groups += check_results(open_store(settings.results, create=True))
-    return report_findings(findings + [finding for group in groups for finding in examine(group)])
+    if model is not None:
+        findings += examine(check_bundle(model, settings.score))
+    if archive is not None:
+        findings += examine(check_archive(archive))
+    if trial is not None:
+        findings += [finding for group in check_results(trial) for finding in examine(group)]
+    findings += examine_machines(archive, model, trial, settings.score)
+    if trial is not None:
+        findings += examine(check_removal(trial))
+    return report_findings(findings)
 
 
 def main() -> int:

@@ -27,9 +27,8 @@ ROWS = (
     "publishing.commit publishing.runs ray_checkpoint score",
     "auditing.report checkup.machine demo evaluation.maps_report evaluation.model_card evaluation.networks "
     "evaluation.study_maps prepared publishing.hold publishing.planning ray_cluster ray_rank",
-    "auditing.record checkup.places evaluation.study_report publishing.check ray_doctor ray_prepare ray_score "
-    "ray_train",
-    "evaluation.evaluate",
+    "auditing.record checkup.places evaluation.study_report publishing.check ray_prepare ray_score ray_train",
+    "evaluation.evaluate ray_doctor",
     "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}

@@ -1,15 +1,24 @@
 """What `jobs.doctor` says of a cluster and its machines; the whole of it is tried in checkup.test_machine."""
 
+import pickle
+from pathlib import Path
+
 import pytest
+import torch
 
 from darnet import ray_doctor
-from darnet.checkup.findings import CheckError, Finding, Verdict
+from darnet.checkup.findings import Check, CheckError, Finding, Verdict
+from darnet.checkup.machine import check_bundle_on_gpu
+from darnet.checkup.places import Trial
+from darnet.config import ScoreConfig
 from darnet.errors import ExitCode
+from darnet.storage import Store, open_store
+from tests.bundle_fixtures import write_random_bundle
 
 
 def _look(monkeypatch: pytest.MonkeyPatch, address: str, mode: str, nodes: str = "token") -> str:
     monkeypatch.setattr(ray_doctor, "find_dashboard", lambda: address)
-    monkeypatch.setattr(ray_doctor, "ask_nodes", lambda _: [("10.0.0.7", nodes == "token")])
+    monkeypatch.setattr(ray_doctor, "ask_every_node", lambda _: [("10.0.0.7", nodes == "token")])
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     ((*checks, _, _),) = ray_doctor.check_cluster()
     name, look = checks[-1]
@@ -50,11 +59,44 @@ def test_each_machine_of_a_cluster_is_told_of_and_what_they_have_alike_once(monk
     nodes = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr(ray_doctor, "list_nodes", lambda: [{"NodeManagerAddress": address} for address in nodes])
+    monkeypatch.setattr(ray_doctor, "list_addresses", lambda: {*nodes})
     monkeypatch.setattr(ray_doctor, "ask_nodes", lambda _: [(nodes[1], [fine, wrong]), (nodes[0], [fine])])
-    told = [(finding.verdict, finding.check, finding.told) for finding in ray_doctor.examine_machines()]
+    told = [
+        (finding.verdict, finding.check, finding.told)
+        for finding in ray_doctor.examine_machines(None, None, None, ScoreConfig())
+    ]
     assert told == [
         (Verdict.FINE, "machine: GPU", "10.0.0.1, 10.0.0.2: 1: T4"),
         (Verdict.WRONG, "machine: free disk", "10.0.0.2: 1.0 GiB in /tmp"),
         (Verdict.WRONG, "machine: answers", "10.0.0.3: gave no answer"),
     ]
+
+
+def test_every_machine_of_a_cluster_is_asked_for_places_and_networks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_random_bundle(tmp_path / "bundle")
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "a.nii").write_bytes(b"x")
+    archive, model, results = (open_store(str(tmp_path / name)) for name in ("archive", "bundle", "results"))
+    trial = Trial(results)
+    trial.write_and_read()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(ray_doctor, "list_addresses", lambda: {"10.0.0.1"})
+    monkeypatch.setattr(ray_doctor, "ask_nodes", lambda ask: [("10.0.0.1", pickle.loads(pickle.dumps(ask))())])
+    monkeypatch.setattr(ray_doctor, "examine_machine", list)
+    reach = ["listing the archive", "reading the archive", "reading the results", "clock"]
+    for has_gpu, expected in ((False, reach), (True, [*reach, "digests", "a forward pass"])):
+        monkeypatch.setattr(ray_doctor, "check_bundle_on_gpu", _pretend_gpu if has_gpu else check_bundle_on_gpu)
+        findings = ray_doctor.examine_machines(archive, model, trial, ScoreConfig())
+        assert sorted(finding.check for finding in findings) == sorted(f"machine: {name}" for name in expected)
+        assert {finding.verdict for finding in findings} == {Verdict.FINE}
+        assert all(finding.told.startswith("10.0.0.1: ") for finding in findings)
+
+
+def _pretend_gpu(model: Store, config: ScoreConfig) -> list[Check]:
+    """The check of a GPU on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        return check_bundle_on_gpu(model, config)

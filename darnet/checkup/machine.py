@@ -62,6 +62,13 @@ def check_bundle(model: Store, config: ScoreConfig) -> list[Check]:
     ]
 
 
+def check_bundle_on_gpu(model: Store | None, config: ScoreConfig) -> list[Check]:
+    """The same on a machine with a GPU, where networks run then; nothing elsewhere."""
+    if model is None or not torch.cuda.is_available():
+        return []
+    return [(f"machine: {name.partition(': ')[2]}", look) for name, look in check_bundle(model, config)]
+
+
 def _look_at_packages() -> str:
     """Against the pins that tests were run under, of all that this package asks for, itself or through others."""
     pins = read_pins()

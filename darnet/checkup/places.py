@@ -1,7 +1,8 @@
 """Tries an archive and a place for results: stores enter, checks leave that read the one and write to the other.
 
-What is written lies below `_runs/doctor-*/` and is removed again. The promise the results table rests on, that of two
-puts of one name only the first succeeds, is tried for true: some S3 servers accept the condition and ignore it.
+What is written lies below `_runs/doctor-*/` and is removed again; the table itself is never written to. The promise it
+rests on, that of two puts of one name only the first succeeds, is tried for true: some S3 servers accept the condition
+and ignore it.
 """
 
 import functools
@@ -20,9 +21,9 @@ import pyarrow.fs  # type: ignore[import-untyped]
 
 from darnet.archive import is_stray, list_sources
 from darnet.checkup.findings import Check, CheckError, Verdict
-from darnet.errors import FolderMissing, ScanError, Status
+from darnet.errors import FolderMissing, ObjectMissing, ScanError, Status
 from darnet.publishing.hold import list_held_runs
-from darnet.publishing.objects import COMMIT_KEY, list_commits
+from darnet.publishing.objects import COMMIT_KEY, list_commit_objects, list_commits
 from darnet.publishing.runs import RUNS
 from darnet.scan import StoredObject
 from darnet.storage import Store
@@ -43,35 +44,71 @@ def check_archive(archive: Store) -> list[Check]:
     ]
 
 
-def check_results(results: Store) -> list[list[Check]]:
-    """Is this a place where a night can be published once and whole? Groups; the last one cleans up after all."""
-    trial = Trial(results, f"{RUNS}doctor-{secrets.token_hex(8)}/")
-    tries: list[Check] = [
-        ("results: writing and reading back", trial.write_and_read),
-        ("results: listing what was written", trial.list_written),
-        ("results: clock", trial.compare_clocks),
-        ("results: the second of two puts is refused", trial.put_twice),
-        ("results: of puts at once one succeeds", trial.put_at_once),
-        ("results: a whole night's object", trial.put_large),
-        ("results: uploads in parts", trial.upload_in_parts),
-    ]
+def check_results(trial: "Trial") -> list[list[Check]]:
+    """Is this a place where a night can be published once and whole? What is written stays until `check_removal`."""
     return [
-        [("results: the table there", lambda: _look_at_table(results))],
-        tries,
-        [("results: removing", trial.remove)],
+        [("results: the table there", trial.look_at_table)],
+        [
+            ("results: writing and reading back", trial.write_and_read),
+            ("results: listing what was written", trial.list_written),
+            ("results: clock", trial.compare_clocks),
+            ("results: the second of two puts is refused", trial.put_twice),
+            ("results: of puts at once one succeeds", trial.put_at_once),
+            ("results: a whole night's object", trial.put_large),
+            ("results: uploads in parts", trial.upload_in_parts),
+            ("results: the right to publish", trial.put_what_is_there),  # last: where two puts succeed it would replace
+        ],
     ]
+
+
+def check_removal(trial: "Trial") -> list[Check]:
+    """What cleans up after `check_results`."""
+    return [("results: removing", trial.remove)]
+
+
+def check_reach(archive: Store | None, trial: "Trial | None") -> list[list[Check]]:
+    """What another machine than the driver's, where scans are read and scored, needs of both places; only reads."""
+    groups: list[list[Check]] = []
+    if archive is not None:
+        groups.append([("machine: listing the archive", lambda: _list_first(archive))])
+        groups[-1].append(("machine: reading the archive", lambda: _fetch_one(archive)))
+    if trial is not None and trial.has_written:
+        groups.append([("machine: reading the results", trial.read_again), ("machine: clock", trial.compare_clocks)])
+    return groups
 
 
 class Trial:
-    """Objects of one check-up, below a prefix of their own."""
+    """Objects of one check-up of a results store, below a prefix of their own."""
 
-    def __init__(self, store: Store, prefix: str, now_s: Callable[[], float] = time.time) -> None:
-        self._store, self._prefix, self._now_s = store, prefix, now_s
+    def __init__(self, store: Store, prefix: str = "", now_s: Callable[[], float] = time.time) -> None:
+        self._store, self._now_s = store, now_s
+        self._prefix = prefix or f"{RUNS}doctor-{secrets.token_hex(8)}/"
+        self._small = b""
+
+    @property
+    def has_written(self) -> bool:
+        """Whether there is something that other machines may read."""
+        return bool(self._small)
+
+    def look_at_table(self) -> str:
+        """Its numbers, and whether a run is held."""
+        return _look_at_table(self._store)
 
     def write_and_read(self) -> str:
         """A small object comes back as it went."""
-        self._return(self._key("small"), SMALL_BYTES, self._store.write_bytes)
-        return f"{SMALL_BYTES} bytes"
+        small = secrets.token_bytes(SMALL_BYTES)
+        self._return(self._key("small"), small, self._store.write_bytes)
+        self._small = small
+        return f"{SMALL_BYTES >> 10} KiB below {self._prefix}"
+
+    def read_again(self) -> str:
+        """The same from another machine: a folder that is no mount of the driver's is another folder there."""
+        try:
+            self._compare(self._key("small"), self._small)
+        except ObjectMissing as error:
+            told = f"what the driver wrote to {self._store.uri} is not there"
+            raise CheckError(told, "mount that folder on every machine, or keep results in a bucket") from error
+        return "what the driver wrote"
 
     def list_written(self) -> str:
         """What was just written is in the next listing."""
@@ -81,8 +118,8 @@ class Trial:
         return "at once, with its length"
 
     def compare_clocks(self) -> str:
-        """How far this machine's clock is from the store's: nights are dated here, objects there."""
-        apart_s = abs(self._now_s() - self._find("small").modified_s)
+        """How far this machine's clock is from the store's: nights are dated here, listings there."""
+        apart_s = abs(self._now_s() - self._store.read_clock().timestamp())
         if apart_s > CLOCK_MIND_S:
             verdict = Verdict.WRONG if apart_s > CLOCK_WRONG_S else Verdict.MIND
             raise CheckError(f"{apart_s:.0f} s from the store's", "start chrony or ntpd on this machine", verdict)
@@ -110,7 +147,7 @@ class Trial:
 
     def put_large(self) -> str:
         """A night is one object, put in one request."""
-        self._return(self._key("large"), LARGE_BYTES, self._store.put_if_absent)
+        self._return(self._key("large"), secrets.token_bytes(LARGE_BYTES), self._store.put_if_absent)
         return f"{LARGE_BYTES >> 20} MiB in one request"
 
     def upload_in_parts(self) -> str:
@@ -128,6 +165,20 @@ class Trial:
             raise CheckError(f"pyarrow cannot write there ({told})", remedy, Verdict.MIND) from error
         self._compare(key, data)
         return f"{LARGE_BYTES >> 20} MiB"
+
+    def put_what_is_there(self) -> str:
+        """The put that publishes, of what is published: to be refused as there already, and not as forbidden.
+
+        It is an object's own bytes that are put, so that a store which takes them all the same has changed nothing.
+        """
+        published = list_commit_objects(self._store)
+        if not published:
+            remedy = "try again after the first night, which shows it"
+            raise CheckError("not tried: the table has no object yet", remedy, Verdict.UNTRIED)
+        key = min(published, key=lambda item: item.num_bytes).key
+        if self._store.put_if_absent(key, self._store.read_bytes(key)):
+            raise CheckError(f"{key} was put though it is there", OTHER_STORE)
+        return f"{key} is there, and stays"
 
     def remove(self) -> str:
         """Nothing of the check-up stays behind."""
@@ -151,8 +202,7 @@ class Trial:
                 return item
         raise CheckError("not listed after it was written", OTHER_STORE)
 
-    def _return(self, key: str, num_bytes: int, put: Callable[[str, bytes], object]) -> None:
-        data = secrets.token_bytes(num_bytes)
+    def _return(self, key: str, data: bytes, put: Callable[[str, bytes], object]) -> None:
         put(key, data)
         self._compare(key, data)
 

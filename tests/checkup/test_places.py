@@ -1,6 +1,7 @@
 """A place is tried for true: good ones pass and are left as they were, each kind of bad one is caught by its check."""
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ import pytest
 from botocore.config import Config
 
 from darnet.checkup.findings import Finding, Verdict, examine
-from darnet.checkup.places import Trial, check_archive, check_results
-from darnet.errors import ExitCode
+from darnet.checkup.places import Trial, check_archive, check_reach, check_removal, check_results
+from darnet.errors import CredentialsError, ExitCode
 from darnet.scan import StoredObject
 from darnet.storage import S3Store, Store, open_store
 from darnet.storage_local import LocalStore
@@ -54,8 +55,18 @@ class CarelessStore(LocalStore):
         path.write_bytes(self.read_bytes(item.key))
 
 
+class ReadOnlyTable(LocalStore):
+    """Takes work and no night, as a bucket whose policy names the wrong prefix."""
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+        if key.startswith("predictions/"):
+            raise CredentialsError(f"{self.uri}/{key}: may not be put; give this job the right to")
+        return super().put_if_absent(key, data)
+
+
 def _try_results(store: Store) -> dict[str, Finding]:
-    findings = [finding for group in check_results(store) for finding in examine(group)]
+    trial = Trial(store)
+    findings = [finding for group in (*check_results(trial), check_removal(trial)) for finding in examine(group)]
     return {finding.check.removeprefix("results: "): finding for finding in findings}
 
 
@@ -64,9 +75,58 @@ def _try_archive(store: Store) -> dict[str, Finding]:
 
 
 def test_a_good_place_passes_and_is_left_as_it_was(store: Store) -> None:
-    store.write_bytes("predictions/note.txt", b"kept")
+    store.write_bytes("predictions/c00000001.parquet", b"kept")
+    (before,) = store.list_objects()
     assert {finding.verdict for finding in _try_results(store).values()} == {Verdict.FINE}
-    assert [item.key for item in store.list_objects()] == ["predictions/note.txt"]
+    assert list(store.list_objects()) == [before]
+
+
+def test_the_right_to_publish_is_tried_on_what_is_published_alone(tmp_path: Path) -> None:
+    empty = _try_results(LocalStore(tmp_path / "empty"))["the right to publish"]
+    assert (empty.verdict, empty.told.partition(":")[0]) == (Verdict.UNTRIED, "not tried")
+    assert not (tmp_path / "empty" / "predictions").exists()
+
+    store = ReadOnlyTable(tmp_path / "results")
+    store.write_bytes("predictions/c00000001.parquet", b"kept")
+    found = _try_results(store)
+    refused = found.pop("the right to publish")
+    assert (refused.verdict, refused.exit_code) == (Verdict.WRONG, ExitCode.CREDENTIALS)
+    assert (refused.told, refused.remedy) == (
+        f"{store.uri}/predictions/c00000001.parquet: may not be put",
+        "give this job the right to",
+    )
+    assert {finding.verdict for finding in found.values()} == {Verdict.FINE}
+
+
+@pytest.mark.s3
+def test_a_store_that_would_replace_a_night_is_not_asked_to(rclone_bucket: S3Store) -> None:
+    rclone_bucket.write_bytes("predictions/c00000001.parquet", b"kept")
+    assert _try_results(rclone_bucket)["the right to publish"].verdict is Verdict.UNTRIED
+
+
+def test_another_machine_reads_what_the_driver_wrote_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "a.nii").write_bytes(b"x")
+    archive, trial = LocalStore(tmp_path / "archive"), Trial(LocalStore(tmp_path / "results"))
+    assert [name for group in check_reach(None, trial) for name, _ in group] == []  # nothing to read yet
+    trial.write_and_read()
+    before = sorted(tmp_path.rglob("*"))
+
+    def look() -> dict[str, Finding]:
+        there = pickle.loads(pickle.dumps((archive, trial)))
+        return {item.check.partition(" ")[2]: item for group in check_reach(*there) for item in examine(group)}
+
+    assert {name: item.verdict for name, item in look().items()} == dict.fromkeys(
+        ("listing the archive", "reading the archive", "reading the results", "clock"), Verdict.FINE
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+    (tmp_path / "results").rename(tmp_path / "elsewhere")  # where nothing is mounted
+    (tmp_path / "archive" / "a.nii").unlink()
+    found = look()
+    assert [item.verdict for item in found.values()] == [Verdict.WRONG, Verdict.UNTRIED] * 2
+    assert "mount that folder on every machine" in found["reading the results"].remedy
+    assert not (tmp_path / "results").exists()
 
 
 def test_no_folder_of_a_check_up_stays_on_a_disk(local: Store, tmp_path: Path) -> None:
