@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from darnet.errors import Status
+from darnet.scan import IngestedScan
 from tests import fuzz as fuzz_module
 from tests.fuzz import FINDINGS, SEEDS, Fuzzer, Tally, fuzz, make_seed, measure, read_finding
 
@@ -52,6 +54,28 @@ def test_a_source_that_another_reader_cannot_read_is_kept(
     assert read_finding(kept)
 
 
-@pytest.mark.parametrize("path", sorted(FINDINGS.glob("*.zip")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "detail", ["decoder died: SIGSEGV", "decoder gave an answer that none may give", "unexpected X"]
+)
+def test_whatever_a_crash_is_called_it_breaks_a_rule(
+    detail: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzzer = Fuzzer(tmp_path / "archive")
+    crash = IngestedScan("a", Status.ERR_DECODER_CRASH, detail)
+    monkeypatch.setattr(fuzzer, "_ingester", SimpleNamespace(ingest=lambda _: [crash]))
+    monkeypatch.setattr(fuzz_module, "FINDINGS", tmp_path / "findings")
+    fuzz(fuzzer, number=0, count=1)
+    assert [told.partition(": ")[2] for told in fuzzer.tally.findings] == [detail]
+    assert fuzzer.tally.statuses == {Status.ERR_DECODER_CRASH: 1}
+
+
+FOUND = sorted(FINDINGS.glob("*.zip"))
+
+
+def test_findings_are_kept() -> None:
+    assert FOUND, "tests/findings is gone, and what broke a rule before is tried no more"
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
 def test_what_once_broke_a_rule_breaks_none(path: Path, fuzzer: Fuzzer) -> None:
-    assert fuzzer.run(read_finding(path))
+    assert all(scan.status.is_final for scan in fuzzer.run(read_finding(path)))
