@@ -35,12 +35,12 @@ def list_sources(objects: Iterable[StoredObject]) -> Iterator[Source]:
     """
     branch: list[tuple[str, list[StoredObject]]] = []
     previous = b""
-    for item in objects:
+    for number, item in enumerate(objects, 1):
         order = encode_key(item.key)
-        if order < previous:
+        if order < previous:  # keys may name patients, and are told to nobody
             raise StorageError(
-                f"the listing is not sorted at {item.key!r}; use a store that lists by the bytes of its keys, as AWS "
-                "S3 does in general purpose buckets"
+                f"the listing is not sorted at its object {number}; use a store that lists by the bytes of its keys, "
+                "as AWS S3 does in general purpose buckets"
             )
         previous = order
         if is_stray(item.key):

@@ -117,7 +117,9 @@ class LocalStore:
     ) -> Iterator[StoredObject]:
         """List the files below a folder whose key begins with `inside`; `above` are the folders we came through."""
         modified_s, entries = 0.0, None
-        with explain_os_errors(str(folder), "list the folder"):
+        is_named = not self.is_archive or prefix.startswith(inside)  # else it may be named like a patient
+        place = str(folder) if is_named else f"{self.uri}, {inside.count('/')} folders down"
+        with explain_os_errors(place, "list the folder"):
             try:
                 found = folder.stat()
                 modified_s = found.st_mtime

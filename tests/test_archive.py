@@ -71,8 +71,10 @@ def test_sources_come_while_the_listing_still_streams() -> None:
 
 
 def test_an_unsorted_listing_is_refused() -> None:
-    with pytest.raises(StorageError, match="not sorted at 'a/1'; use a store that lists by the bytes"):
-        list(list_sources([StoredObject("b/1", 1, "v"), StoredObject("a/1", 1, "v")]))
+    """By its place: its key may name a patient."""
+    with pytest.raises(StorageError, match="not sorted at its object 2; use a store that lists by the bytes") as caught:
+        list(list_sources([StoredObject("b/1", 1, "v"), StoredObject("a-patient/1", 1, "v")]))
+    assert "a-patient" not in str(caught.value)
 
 
 def test_input_digest_changes_with_key_version_and_size_only() -> None:

@@ -1,5 +1,6 @@
 """What a disk can hold that a bucket cannot: links, pipes, odd names, and ways out of the folder."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from darnet import storage_local
 from darnet.archive import list_sources
 from darnet.config import VolumeConfig
 from darnet.errors import ScanError, Status, StorageError, UsageError
@@ -150,6 +152,28 @@ def test_any_other_place_that_may_not_be_listed_is_an_error(open_folder: Path) -
                 list(listing)
     with close_to_us(open_folder, {"closed": 0o444}), pytest.raises(StorageError, match="cannot"):
         list(store.list_objects())
+
+
+def test_of_a_folder_in_an_archive_that_cannot_be_listed_the_name_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a patient's; what a person asked for by name is told."""
+    (tmp_path / "ct" / "a-patient").mkdir(parents=True)
+    read_folder = storage_local._read_folder
+
+    def break_off(folder: Path) -> list[tuple[str, "os.DirEntry[str]"]]:
+        if folder.name == "a-patient":
+            raise OSError(errno.EIO, "Input/output error")
+        return read_folder(folder)
+
+    monkeypatch.setattr(storage_local, "_read_folder", break_off)
+    archive = LocalStore(tmp_path, is_archive=True)
+    with pytest.raises(StorageError, match=r", 2 folders down: cannot list the folder \(Input/output") as caught:
+        list(archive.list_objects())
+    assert "a-patient" not in str(caught.value)
+    for listing in (archive.list_objects("ct/a-patient/"), LocalStore(tmp_path).list_objects()):
+        with pytest.raises(StorageError, match="ct/a-patient: cannot list the folder"):
+            list(listing)
 
 
 def test_a_file_in_a_folder_that_may_not_be_entered_is_listed_and_not_read(open_folder: Path) -> None:
