@@ -32,6 +32,8 @@ READ_THREADS = 8  # Source: ours; half of the store's connections
 
 PREDICTIONS = "predictions/"
 COMMIT_KEY = re.compile(r"predictions/c(\d{8,})\.parquet")
+PLAN_KEY = re.compile(r"_runs/([^/]+)/plan\.parquet")
+MADE_AGAIN = "delete it, and what is in it is made again"
 DIGEST_CHARACTERS = 32
 DIGESTED_KEY = re.compile(rf".+-([0-9a-f]{{{DIGEST_CHARACTERS}}})\.parquet")
 
@@ -97,7 +99,7 @@ def open_parquet(store: Store, key: str) -> tuple[Any, str]:
     data = store.read_bytes(key)
     named = DIGESTED_KEY.fullmatch(key)
     if named is not None and digest_object(data) != named[1]:
-        raise StorageError(f"{store.uri}/{key}: damaged; delete it, and what is in it is made again")
+        raise StorageError(f"{store.uri}/{key}: damaged; {MADE_AGAIN}")
     return _parse_parquet(store, key, pa.BufferReader(data))
 
 
@@ -122,7 +124,22 @@ def explain_damage(store: Store, key: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise StorageError(f"{store.uri}/{key}: damaged ({error}); restore it from a copy") from error
+        raise StorageError(f"{store.uri}/{key}: damaged ({error}); {suggest_remedy(store, key)}") from error
+
+
+def suggest_remedy(store: Store, key: str) -> str:
+    """What to do about an object that cannot be read as what it is. A store may have answered with other bytes once."""
+    if planned := PLAN_KEY.fullmatch(key):
+        return f"try again, and if it stays so, {suggest_discard(store, planned[1])}"
+    if DIGESTED_KEY.fullmatch(key):
+        return MADE_AGAIN
+    return "try again, and if it stays so, restore it from a copy" if COMMIT_KEY.fullmatch(key) else "move it away"
+
+
+def suggest_discard(store: Store, run_id: str) -> str:
+    """How to go on without a run whose plan is no use any more."""
+    call = f"python -m jobs.score --results {store.uri} --discard {run_id} --reason WHY"
+    return f"say {call}, and its sources are planned anew"
 
 
 def _describe(file: Any, key: str, run_id: str, rows: Any) -> Stored:
@@ -144,9 +161,7 @@ def _parse_parquet(store: Store, key: str, source: Any) -> tuple[Any, str]:
             raise ValueError("other columns than ours")
         return file, metadata[b"run_id"].decode()
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        remedy = "move it away"
-        if COMMIT_KEY.fullmatch(key):  # perhaps a night: its store may have answered with other bytes
-            remedy = "try again, and if it stays so, restore it from a copy"
+        remedy = suggest_remedy(store, key)
         raise StorageError(f"{store.uri}/{key}: cannot be read as a results file of ours; {remedy}") from error
 
 

@@ -29,6 +29,7 @@ from darnet.publishing.objects import (
     list_parquet_keys,
     read_objects,
     stream_objects,
+    suggest_discard,
     take_rows,
     to_parquet,
 )
@@ -201,8 +202,8 @@ class RunFolder:
             keys += [unspell_key(text) for text in columns[0]]
         if digest.hexdigest() != self.read_record().plan_sha256:
             raise UsageError(
-                f"{self.store.uri}/{self._plan_key}: not the plan this run was begun with; say python -m jobs.score "
-                f"--results {self.store.uri} --discard {self.run_id} --reason WHY, and its sources are planned anew"
+                f"{self.store.uri}/{self._plan_key}: not the plan this run was begun with; "
+                f"{suggest_discard(self.store, self.run_id)}"
             )
         return keys
 

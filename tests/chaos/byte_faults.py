@@ -34,8 +34,9 @@ def wrong_plan(night: Night) -> str:
     end_group(job)
     (plan,) = night.folder.glob("_runs/*/plan.parquet")
     _flip(plan, 0.1)
-    summary = night.run(2, 4)
-    _demand("plan.parquet", summary["error"])
+    error = night.run(4)["error"]
+    _demand("plan.parquet", error)
+    _demand(f"--discard {plan.parent.name}", error)
     _run_job("score", "--results", night.uri, "--discard", plan.parent.name, "--reason", "a byte is wrong")
     night.run(0)
     return "named, then discarded"

@@ -15,14 +15,26 @@ def test_a_foreign_file_in_the_table_stops_the_run(local: Store) -> None:
         publish_rows(local, "run", make_row("a"))
 
 
-def test_only_what_is_no_night_is_to_be_moved_away(local: Store) -> None:
-    """A night whose store answered with other bytes may be sound."""
-    for key, is_night in (("predictions/c00000001.parquet", True), ("_runs/r/plan.parquet", False)):
-        local.write_bytes(key, b"not Parquet")
-        with pytest.raises(StorageError) as caught:
-            objects.read_stored(local, key)
-        assert ("move it away" in str(caught.value)) != is_night
-        assert ("try again" in str(caught.value)) == is_night
+REMEDIES = {
+    "predictions/c00000001.parquet": "try again, and if it stays so, restore it from a copy",
+    "_runs/r/plan.parquet": "try again, and if it stays so, say python -m jobs.score --results RESULTS --discard r ",
+    f"_runs/r/parts/0-{'0' * 32}.parquet": "delete it, and what is in it is made again",
+    "_runs/r/parts/x.parquet": "move it away",
+}
+
+
+@pytest.mark.parametrize(("key", "remedy"), REMEDIES.items())
+def test_each_kind_of_object_has_its_remedy(local: Store, key: str, remedy: str) -> None:
+    """Of a foreign file, and of one with a damaged page. A night whose store answered with other bytes may be sound."""
+    remedy = remedy.replace("RESULTS", local.uri)
+    local.write_bytes(key, b"not Parquet")
+    with pytest.raises(StorageError) as caught:
+        objects.read_stored(local, key)
+    assert f"; {remedy}" in str(caught.value)
+
+    with pytest.raises(StorageError, match=r"damaged \(a page\); ") as caught, objects.explain_damage(local, key):
+        raise OSError("a page")
+    assert f"; {remedy}" in str(caught.value)
 
 
 @pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
