@@ -4,10 +4,12 @@ A bundle never changes, holds no pickle, and alone rebuilds the ensemble. What i
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
+import safetensors
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -186,6 +188,7 @@ def read_bundle(store: Store) -> Bundle:
     for record in manifest.folds:
         weights.append(_read_file(store, record.file))
         _check_digest(store, record.file, weights[-1], record.sha256)
+        _check_format(store, record.file, weights[-1])
     if manifest.history_sha256 is not None:
         _check_digest(store, HISTORY_FILE, _read_file(store, HISTORY_FILE), manifest.history_sha256)
     int8 = tuple(_read_int8(store, record) for record in manifest.folds)
@@ -240,10 +243,16 @@ def load_networks(bundle: Bundle) -> list[DARNet]:
 
 
 def load_network(bundle: Bundle, place: int) -> DARNet:
-    """The network of the fold at this place, as `load_networks`."""
+    """The network of the fold at this place, as `load_networks`.
+
+    Raises: UsageError naming the file, if it holds no such network's weights.
+    """
     network = build_blueprint(bundle.manifest.settings.network).to_empty(device="cpu")
-    # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
-    network.load_state_dict(safetensors.torch.load(bundle.weights[place]), strict=True)
+    try:
+        # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
+        network.load_state_dict(safetensors.torch.load(bundle.weights[place]), strict=True)
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise _refuse_format(bundle.manifest.folds[place].file, str(error)) from error
     return network.eval()
 
 
@@ -310,6 +319,23 @@ def _check_digest(store: Store, name: str, data: bytes, sha256: str) -> None:
             f"{store.uri}/{name}: damaged, or of another model (its digest is not the one in {MANIFEST_FILE}); copy "
             "the bundle again from where it was trained"
         )
+
+
+def _check_format(store: Store, name: str, data: bytes) -> None:
+    """Demand the head of a safetensors file: its length, then what is in it as JSON. A pickle has none."""
+    try:
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except ValueError as error:
+        raise _refuse_format(f"{store.uri}/{name}", "no such head") from error
+    if not isinstance(head, dict):
+        raise _refuse_format(f"{store.uri}/{name}", "another head")
+
+
+def _refuse_format(place: str, reason: str) -> UsageError:
+    return UsageError(
+        f"{place}: not weights of this network as safetensors ({reason.splitlines()[0]}), though its digest is right; "
+        f"whoever wrote {MANIFEST_FILE} meant other bytes: use no such bundle, and copy or train one again"
+    )
 
 
 def _read_file(store: Store, name: str) -> bytes:

@@ -3,19 +3,23 @@
 import copy
 import functools
 import hashlib
+import io
 import json
 import os
+import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from darnet import config
-from darnet.bundle import Bundle, BundleSettings, find_bundles, load_networks, name_model, read_bundle
+from darnet.bundle import Bundle, BundleSettings, digest_model, find_bundles, load_networks, name_model, read_bundle
 from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing, write_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import StorageError, UsageError
@@ -200,6 +204,57 @@ def test_one_flipped_bit_of_a_weight_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UsageError, match=r"fold2.safetensors: damaged"):
         _read(tmp_path / "bundle")
+
+
+class Forged:
+    """Where it is unpacked, `note` runs there."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return note, ("unpacked",)
+
+
+NOTES: list[str] = []
+
+
+def note(text: str) -> str:
+    NOTES.append(text)
+    return text
+
+
+def _pickle_weights() -> bytes:
+    """As torch saves them, a zip with a pickle inside."""
+    sink = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("write", "is_read"),
+    [
+        (lambda: pickle.dumps(Forged()), False),
+        (_pickle_weights, False),
+        (lambda: struct.pack("<Q", 2) + b"{}surplus", True),
+        (lambda: safetensors.torch.save({"weight": torch.zeros(3)}), True),  # of another network
+    ],
+)
+def test_other_bytes_behind_right_digests_are_refused_by_name(
+    tmp_path: Path, write: Callable[[], bytes], is_read: bool
+) -> None:
+    """Of whoever can write a bundle, and so its digests; what only loading finds out is refused there."""
+    bundle = _write(tmp_path / "bundle")
+    data = write()
+    folds = list(bundle.manifest.folds)
+    folds[1] = folds[1].model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+    model_sha256 = digest_model(bundle.manifest.settings, bundle.manifest.classes, folds)
+    manifest = bundle.manifest.model_copy(update={"folds": tuple(folds), "model_sha256": model_sha256})
+    for name, content in (("fold1.safetensors", data), ("bundle.json", manifest.model_dump_json().encode())):
+        (tmp_path / "bundle" / name).unlink()
+        (tmp_path / "bundle" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"fold1.safetensors: not weights of this network as safetensors .*again"):
+        load_networks(_read(tmp_path / "bundle"))
+    if is_read:
+        assert _read(tmp_path / "bundle").weights[1] == data
+    assert NOTES == []
 
 
 @pytest.mark.parametrize(
