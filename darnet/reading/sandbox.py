@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import pickle
+import re
 import resource
 import selectors
 import signal
@@ -30,7 +31,8 @@ MAX_ANSWER_BYTES = 1 << 30  # Source: ours; 512 x 512 x 512 voxels and their lun
 # What every answer may be made by: what a ScanError is, and arrays of numbers, as pickle's protocol 5 makes them.
 KINDS: tuple[Any, ...] = (ScanError, Status, np.dtype, np.zeros(1).__reduce_ex__(5)[0])
 
-SECRETS = ("AWS_", "DARNET_", "MLFLOW_", "RAY_")  # of the environment; hostile bytes may take over a decoder
+# Of the environment, all that a child gets: hostile bytes may take a decoder over, and other names may hold secrets.
+GIVEN = re.compile(r"PATH|HOME|LANG|LC_\w+|TMPDIR|LD_LIBRARY_PATH|PYTHON\w*|\w+_NUM_THREADS")
 _LENGTH = struct.Struct("<Q")
 _ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
@@ -87,7 +89,7 @@ class Sandbox:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", _ENTRY, self.target, str(self.memory_bytes)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(SECRETS)}
+        environment = {name: value for name, value in os.environ.items() if GIVEN.fullmatch(name)}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0)
 

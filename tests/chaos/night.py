@@ -32,7 +32,7 @@ from tests.night_jobs import finish_job, start_job, write_archive
 
 NUM_CHESTS = 3
 LAST_SOURCE = "two"  # of the archive, in the order of its keys
-MARK = "CHAOS_NIGHT"  # in the environment of a job and of all that it starts
+MARK = "PYTHON_CHAOS_NIGHT"  # in the environment of a job and all that it starts; decoders get Python's names alone
 END_S = 30.0
 WAIT_S = 240.0
 # What a clock, a run's name or a store's own versions change; all else must be the same to the last bit.

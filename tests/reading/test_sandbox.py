@@ -149,11 +149,13 @@ def test_a_hang_ends_at_the_time_limit_and_leaves_no_child() -> None:
 
 
 def test_the_child_knows_none_of_its_owners_secrets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_SECRET_ACCESS_KEY", "DARNET_PSEUDONYM_KEY", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "secret")
+    secrets = "AWS_SECRET_ACCESS_KEY DARNET_PSEUDONYM_KEY RAY_AUTH_TOKEN HTTPS_PROXY HF_TOKEN PATH_TOKEN DSN".split()
+    for name in (*secrets, "LANG", "LC_ALL", "PYTHONHASHSEED", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     names = sandbox.call("environment")
-    assert "PATH" in names
-    assert [name for name in names if name.startswith(("AWS_", "DARNET_", "RAY_"))] == []
+    assert {"PATH", "LANG", "LC_ALL", "PYTHONHASHSEED", "PYTHONPATH", "OMP_NUM_THREADS"} <= set(names)
+    others = [name for name in names if not name.startswith(("LC_", "PYTHON")) and not name.endswith("_NUM_THREADS")]
+    assert set(others) <= {"PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH"}
 
 
 @pytest.mark.parametrize("order", ["forge", "forge an error", "lie"])
