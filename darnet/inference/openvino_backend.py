@@ -6,6 +6,8 @@ The only module that knows openvino and nncf, which come with `pip install -c co
 import contextlib
 import hashlib
 import logging
+import os
+import stat
 import sys
 import tempfile
 import warnings
@@ -46,7 +48,9 @@ class OpenVINOBackend:
     forward_scans = 1
 
     def __init__(self, bundle: Bundle, config: ScoreConfig) -> None:
-        """Raises: UsageError if openvino is not installed, or this processor has no bf16 and that is asked for."""
+        """Raises: UsageError if openvino is not installed, if this processor has no bf16 and that is asked for, or if
+        others may write to the cache.
+        """
         set_num_threads(config.num_threads)
         self._request = _prepare(bundle, config).create_infer_request()
         self._num_folds = len(bundle.manifest.folds)
@@ -199,6 +203,7 @@ def _prepare(bundle: Bundle, config: ScoreConfig) -> Compiled:
     if config.precision == "bf16" and "BF16" not in here["processor"]:
         raise UsageError(f"precision bf16: this processor has none, {here['processor']}; use fp32 or int8")
     cache, key = config.cache.expanduser() / COMPILED_FOLDER, _name_compiled(bundle, config, here)
+    refuse_shared_cache(cache)
     kept = _read_compiled(cache, key, config)
     if kept is not None:
         return kept
@@ -206,6 +211,20 @@ def _prepare(bundle: Bundle, config: ScoreConfig) -> Compiled:
     compiled = compile_graph(join_graphs(graphs), config)
     _keep_compiled(cache, key, compiled)
     return compiled
+
+
+def refuse_shared_cache(cache: Path) -> None:
+    """Demand that what is compiled there is this user's own: a digest beside a file says nothing of who wrote both.
+
+    Raises: UsageError.
+    """
+    with contextlib.suppress(OSError):  # where none is yet, or none can be
+        found = cache.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise UsageError(
+                f"{cache}: others may write there, and what is compiled runs as it lies there; make it this user's own "
+                "(chown, chmod go-w), or name another place with --score.cache"
+            )
 
 
 def _make_graph(bundle: Bundle, place: int, config: ScoreConfig) -> Graph:
@@ -247,7 +266,8 @@ def _read_compiled(cache: Path, key: str, config: ScoreConfig) -> Compiled | Non
 def _keep_compiled(cache: Path, key: str, compiled: Compiled) -> None:
     """Beside a digest: of a damaged file OpenVINO would say nothing. Where there is no room we do without."""
     blob = compiled.export_model().getvalue()
-    with contextlib.suppress(StorageError):
-        store = open_store(str(cache), create=True)
+    with contextlib.suppress(StorageError, OSError):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        store = open_store(str(cache))
         store.write_bytes(f"{key}.blob", blob)
         store.write_bytes(f"{key}.sha256", hashlib.sha256(blob).hexdigest().encode())

@@ -2,10 +2,13 @@
 
 import functools
 import hashlib
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from darnet.bundle import Bundle, load_networks, read_bundle, select_model
 from darnet.config import ModelConfig, ScoreConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
+from darnet.inference import openvino_backend
 from darnet.inference.graph import ScoringGraph, fold_batch_norm, scale_voxels
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import build_network
@@ -220,6 +224,41 @@ def test_a_cache_that_cannot_be_written_stops_nothing(trained: Bundle, voxels: U
     (tmp_path / "file").write_text("no folder")
     config = ScoreConfig(backend="openvino", cache=tmp_path / "file", folds=(0,))
     assert len(_score(trained, config, voxels[:1])) == 1
+
+
+def test_a_cache_that_others_may_write_is_refused(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes a network there writes its digest too."""
+    cache = tmp_path / "compiled"
+    openvino_backend.refuse_shared_cache(cache)  # none is there yet
+    cache.mkdir()
+    for mode in (0o700, 0o755):
+        cache.chmod(mode)
+        openvino_backend.refuse_shared_cache(cache)
+    for mode in (0o775, 0o757, 0o1777):
+        cache.chmod(mode)
+        with pytest.raises(UsageError, match=r"compiled: others may write there.*chmod go-w.*--score\.cache"):
+            openvino_backend.refuse_shared_cache(cache)
+    with pytest.raises(UsageError, match="others may write there"):
+        Ensemble.from_bundle(trained, ScoreConfig(backend="openvino", cache=tmp_path))
+    cache.chmod(0o700)
+    os.chown(cache, os.geteuid() or 12345, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)  # a stranger's, though nobody else may write
+    with pytest.raises(UsageError, match="others may write there"):
+        openvino_backend.refuse_shared_cache(cache)
+
+
+def test_a_new_cache_is_its_users_own_whatever_the_mask(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        openvino_backend._keep_compiled(
+            tmp_path / "cache" / "compiled", "key", SimpleNamespace(export_model=lambda: io.BytesIO(b"x"))
+        )
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache" / "compiled" / "key.blob").read_bytes() == b"x"
+    openvino_backend.refuse_shared_cache(tmp_path / "cache" / "compiled")
 
 
 def test_without_openvino_it_is_said_what_to_install(
