@@ -23,7 +23,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	@echo "DARNet: the environment is ready"
 
 demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two nights, results in .demo
-	@echo "DARNet: running the demo, about five minutes on two cores; everything it makes goes to .demo"
+	@echo "DARNet: running the demo, about six minutes on two cores; everything it makes goes to .demo"
 	@$(BIN)/python -m jobs.demo --out .demo
 
 paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four networks of five folds, a report in .paper

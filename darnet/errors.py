@@ -147,7 +147,7 @@ class HeldError(RunError):
 
 
 class StorageError(RunError):
-    """The store cannot be reached or refuses."""
+    """The store cannot be reached, refuses, is full, or holds something damaged."""
 
     exit_code = ExitCode.STORAGE
 

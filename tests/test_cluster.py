@@ -17,6 +17,7 @@ import yaml
 from darnet.settings import ScoreSettings, read_settings
 from tests.places import ROOT
 
+README = (ROOT / "README.md").read_text()
 CLUSTER_TEXT = (ROOT / "cluster.yaml").read_text()
 NIGHTLY: dict[str, Any] = yaml.safe_load((ROOT / "jobs" / "nightly.yaml").read_text())
 JOB = NIGHTLY["spec"]["jobTemplate"]
@@ -106,6 +107,24 @@ def test_own_machines_are_counted() -> None:
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_every_node_asks_for_a_token(commands: str) -> None:
     assert all("RAY_AUTH_MODE=token" in line for line in _read_cluster()[commands] if "ray start" in line)
+
+
+def test_only_the_head_itself_reaches_the_dashboard() -> None:
+    (start,) = [line for line in _read_cluster()["head_start_ray_commands"] if "ray start" in line]
+    assert re.findall(r" --dashboard-host[= ](\S+)", start) == ["127.0.0.1"]
+
+
+def test_cron_finds_what_the_cluster_file_installs() -> None:
+    """The README's lines, against the user, the clone and the environment of the head on EC2."""
+    path, mode, line = re.findall(r"^    (PATH=.*|RAY_AUTH_MODE=.*|30 1 \* \* \* .*)$", README, re.M)
+    user, command = line.split(maxsplit=6)[5:]
+    home = f"/home/{_read_cluster()['auth']['ssh_user']}"
+    assert (f"/home/{user}", mode) == (home, "RAY_AUTH_MODE=token")
+    setup = " ".join(_read_cluster()["setup_commands"])
+    assert "~/venv/bin/pip install" in setup
+    assert path.startswith(f"PATH={home}/venv/bin:")
+    assert "darnet.git ~/darnet" in setup
+    assert command.startswith(f"cd {home}/darnet && ")
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
