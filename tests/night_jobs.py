@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.ct_fixtures import make_chest, write_chest
@@ -72,19 +73,38 @@ def count_parts(results: Path) -> int:
     return len(list(results.glob("_runs/*/parts/*.parquet")))
 
 
+UNREADABLE = -1  # in place of a number of rows, where an object of the table could not be read
+
+
 class PollingReader(threading.Thread):
     """An analyst who counts the published rows every 20 ms."""
 
     def __init__(self, results: Path) -> None:
         super().__init__(daemon=True)
         self.counts: list[int] = []
+        self.error: Exception | None = None
         self._results, self._is_over = results, threading.Event()
 
     def run(self) -> None:
-        while not self._is_over.wait(0.02):
-            files = sorted(self._results.glob("predictions/*.parquet"))
-            self.counts.append(sum(pq.read_table(path).num_rows for path in files))
+        try:
+            is_last = False
+            while not is_last:  # the last look begins after the end
+                is_last = self._is_over.wait(0.02)
+                self.counts.append(self._count())
+        except Exception as error:  # told by `stop`
+            self.error = error
 
-    def stop(self) -> None:
+    def _count(self) -> int:
+        try:
+            files = sorted(self._results.glob("predictions/*.parquet"))
+            return sum(pq.read_table(path).num_rows for path in files)
+        except (OSError, pa.ArrowException):  # a torn object: a night seen in part
+            return UNREADABLE
+
+    def stop(self) -> list[int]:
+        """What it counted. Raises: RuntimeError if it could not look on."""
         self._is_over.set()
-        self.join(timeout=10)
+        self.join(timeout=30)
+        if self.error is not None or self.is_alive():
+            raise RuntimeError(f"the reader ended after {len(self.counts)} polls: {self.error!r}")
+        return self.counts

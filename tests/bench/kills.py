@@ -37,7 +37,12 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def judge(truth: Sequence[Row], rows: Sequence[Row], seen: Sequence[int]) -> tuple[int, int, int, int]:
-    """Rows lost, rows doubled, rows with other bits, and polls that saw part of a night."""
+    """Rows lost, rows doubled, rows with other bits, and polls that saw part of a night, or could not read it.
+
+    Raises: RuntimeError if the last poll saw other rows than there are: the reader was blind.
+    """
+    if not seen or seen[-1] != len(rows):
+        raise RuntimeError(f"the reader saw {seen[-1] if seen else 'no'} rows at the end, and there are {len(rows)}")
     expected, given = {row[:2]: row for row in truth}, Counter(row[:2] for row in rows)
     other = sum(row != expected.get(row[:2]) for row in rows)
     return (
@@ -74,11 +79,10 @@ def watch(
     reader = PollingReader(results)
     reader.start()
     disturb(results)
-    time.sleep(0.1)
-    reader.stop()
-    verdict = judge(truth, read_rows(results), reader.counts)
+    seen = reader.stop()
+    verdict = judge(truth, read_rows(results), seen)
     shutil.rmtree(results)
-    return verdict, len(reader.counts)
+    return verdict, len(seen)
 
 
 def main() -> int:

@@ -65,8 +65,15 @@ def main(arguments: list[str]) -> int:
     header += ["left running", "s"]
     told = [[value for name, value in line.items() if name != "remark"] for line in lines]
     print_table("What was tried, and what was lost", header, told)
-    print(json.dumps({"faults": len(lines), "failed": [line["fault"] for line in lines if line["verdict"] == "NO"]}))
+    print(json.dumps(sum_up(names, lines)))
     return int(any(line["verdict"] == "NO" for line in lines))
+
+
+def sum_up(names: list[str], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last line: how many faults were tried, those that failed, and those of `names` that were not tried."""
+    tried = {line["fault"]: line["verdict"] for line in lines if line["verdict"] != "skipped"}
+    failed = [name for name, verdict in tried.items() if verdict == "NO"]
+    return {"faults": len(tried), "failed": failed, "skipped": [name for name in names if name not in tried]}
 
 
 def run_faults(folder: Path, names: list[str], until_s: float) -> list[dict[str, Any]]:
@@ -97,7 +104,7 @@ def run_one(name: str, disturb: Callable[[], tuple[Outcome, str]]) -> dict[str, 
         verdict, remark = "skipped", str(error)
     except Exception as error:  # what nobody thought of is a line too, and the next fault is tried
         verdict, remark = "NO", str(error) if isinstance(error, ChaosError) else repr(error)
-    counts = {count: "" if outcome is None else getattr(outcome, count) for count in COUNTS}
+    counts = {count: "" if (value := getattr(outcome, count, None)) is None else value for count in COUNTS}
     exits = "" if outcome is None else ", ".join(map(str, outcome.exits))
     line = {"fault": name, "verdict": verdict, "exit": exits, **counts, "seconds": round(time.monotonic() - started_s)}
     line["remark"] = remark

@@ -55,6 +55,7 @@ def wrong_bundle(night: Night) -> str:
 def wrong_result(night: Night) -> str:
     """In a probability of the table, which a reader without checksums takes as it is: `jobs.results check` names it."""
     night.run(0)
+    night.is_table_damaged = True
     path = night.folder / "predictions" / "c00000001.parquet"
     value = struct.pack("<d", next(filter(None, pq.read_table(path)["probability_ncp"].to_pylist())))
     with _flipped(path, path.read_bytes().index(value) + 3):

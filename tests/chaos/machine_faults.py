@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from datetime import date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from darnet.archive import EVERYTHING
@@ -36,8 +37,8 @@ def full_results(night: Night) -> str:
             raise ChaosError(f"left {leftovers}: {summary['error']}")
         ballast.unlink()
         resumed = night.resume()
-        kept = shutil.copytree(disk, night.site.folder / "kept")
-    shutil.copytree(kept, night.folder, dirs_exist_ok=True)
+        kept = Path(shutil.copytree(disk, night.site.folder / "kept"))
+    kept.rename(night.folder)  # at once: copied there, objects would be seen in part
     return f"{num_parts} parts were staged; {resumed} sources resumed"
 
 

@@ -28,7 +28,7 @@ from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.conftest import run_s3_server
 from tests.fault_proxy import FaultProxy, run_fault_proxy
-from tests.night_jobs import finish_job, start_job, write_archive
+from tests.night_jobs import UNREADABLE, finish_job, start_job, write_archive
 
 NUM_CHESTS = 3
 LAST_SOURCE = "two"  # of the archive, in the order of its keys
@@ -68,14 +68,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a night lost, of `due` rows; all counts but `due` and `polls` should be 0. `exits` are the jobs' codes."""
+    """What a night lost, of `due` rows; all counts but `due` and `polls` should be 0, or are None: not looked for.
+
+    `exits` are the jobs' codes.
+    """
 
     due: int
-    lost: int
-    doubled: int
+    lost: int | None
+    doubled: int | None
     other: int
-    partial: int
-    polls: int
+    partial: int | None
+    polls: int | None
     left_running: int
     exits: tuple[int, ...] = field(default=(), compare=False)
 
@@ -124,6 +127,7 @@ class Night:
     """One table of results and the jobs that write it, on the disk or in the failing store.
 
     `truth` is what it must end in; sources of `guests` are beside it, and the fault itself judges their rows.
+    `is_table_damaged` is set by a fault that damages an object of the table, and mends it.
     """
 
     site: Site
@@ -133,6 +137,7 @@ class Night:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     truth: Truth = field(default_factory=dict)
     guests: set[str] = field(default_factory=set)
+    is_table_damaged: bool = False
     exits: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -255,27 +260,35 @@ class TableReader(threading.Thread):
     def __init__(self, results: Store) -> None:
         super().__init__(daemon=True)
         self.counts: list[int] = []
+        self.refusal = ""  # the last reason why the table could not be read
         self.error: Exception | None = None
         self._results, self._is_over = results, threading.Event()
 
     def run(self) -> None:
         try:
-            while not self._is_over.wait(0.05):
-                with contextlib.suppress(StorageError):  # a damaged object is not read at all
-                    self.counts.append(read_rows(self._results, latest=False).num_rows)
+            is_last = False
+            while not is_last:  # the last look begins after the last job
+                is_last = self._is_over.wait(0.05)
+                self.counts.append(self._count())
         except Exception as error:  # told by `stop`
             self.error = error
 
+    def _count(self) -> int:
+        try:
+            return read_rows(self._results, latest=False).num_rows
+        except StorageError as error:
+            self.refusal = str(error)
+            return UNREADABLE
+
     def end(self) -> None:
-        """Look no more."""
+        """Look once more, and then no more."""
         self._is_over.set()
-        self.join(timeout=30)
+        self.join(timeout=END_S)
 
     def stop(self) -> list[int]:
-        """What it counted; the last look is after the last job. Raises: ChaosError if it could not read on."""
-        time.sleep(0.3)
+        """What it counted. Raises: ChaosError if it could not look on."""
         self.end()
-        if self.error is not None or not self.counts:
+        if self.error is not None or self.is_alive():
             raise ChaosError(f"the reader ended after {len(self.counts)} polls: {self.error!r}")
         return self.counts
 
@@ -296,13 +309,18 @@ def watch(night: Night, disturb: Callable[[Night], str]) -> tuple[Outcome, str]:
         raise
     finally:
         night.site.proxy.release()
-    return judge(night, reader.stop()), remark
+    outcome = judge(night, reader.stop())
+    if outcome.partial:
+        print(f"{night.name}: {outcome.partial} polls saw part of a night; {reader.refusal}", file=sys.stderr)
+    return outcome, remark
 
 
 def judge(night: Night, counts: list[int]) -> Outcome:
     """Hold what was published against the quiet night, and what a reader saw against the table's whole objects.
 
-    Raises: ChaosError if the table is not sound, or has rows of what is not in the archive.
+    A table that could not be read is one seen in part, unless the fault is a damaged object, which must not be read.
+    Raises: ChaosError if the table is not sound, or has rows of what is not in the archive, or if the reader's last
+        look, after the last job, did not see it whole.
     """
     results, truth = night.results, night.truth
     rows = read_rows(results, latest=False)
@@ -316,6 +334,10 @@ def judge(night: Night, counts: list[int]) -> Outcome:
     for number in range(1, len(list_commits(results)) + 1):
         whole += rows["commit"].to_pylist().count(number)
         sums.add(whole)
+    if not counts or counts[-1] != whole:
+        raise ChaosError(f"the reader's last look saw {counts[-1] if counts else 'no'} rows of {whole}")
+    if night.is_table_damaged:
+        sums.add(UNREADABLE)
     return Outcome(
         due=len(truth),
         lost=len(truth.keys() - final.keys()),

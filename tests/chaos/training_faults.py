@@ -69,7 +69,7 @@ class Training:
         return kept
 
     def finish(self, job: "subprocess.Popen[str]") -> Outcome:
-        """Raises: ChaosError unless it ends with 0. A row is a fold here."""
+        """Raises: ChaosError unless it ends with 0. A row is a fold here, and nobody reads a table."""
         summary = json.loads(job.communicate(timeout=400)[0].splitlines()[-1])
         if summary["exit_code"]:
             raise ChaosError(str(summary))
@@ -80,7 +80,9 @@ class Training:
             any(not torch.equal(fold.state[name], tensor) for name, tensor in trained.state_dict().items())
             for fold, trained in pairs
         )
-        return Outcome(len(expected), 0, 0, other, 0, 0, count_left(self.mark), (summary["exit_code"],))
+        nothing = dict.fromkeys(("lost", "doubled", "partial", "polls"))
+        left = count_left(self.mark)
+        return Outcome(due=len(expected), other=other, left_running=left, exits=(summary["exit_code"],), **nothing)
 
 
 @contextmanager
