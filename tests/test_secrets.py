@@ -149,6 +149,9 @@ def test_marked_strings_are_nowhere(scan_id: str, short_folder: Path, tmp_path: 
         assert refused["exit_code"] == 2
         assert "--scan-id hmac" in told
         return
+    (page,) = results.glob("_runs/*/nightly.html")
+    assert FOLDER.lower() in page.read_text().lower()
+    assert f"{FILE} ".lower() not in page.read_text().lower(), "the page names a slice's file"
     # Results hold the scans' own keys in the archive, of which a volume file's name is one, and nothing else of these.
     kept = {name: {str(row[name]) for row in rows} for name in rows[0]}
     assert {name for name, values in kept.items() if FILE in str(values)} <= {"source", "scan_id"}
