@@ -252,7 +252,7 @@ def load_network(bundle: Bundle, place: int) -> DARNet:
         # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
         network.load_state_dict(safetensors.torch.load(bundle.weights[place]), strict=True)
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
-        raise _refuse_format(bundle.manifest.folds[place].file, str(error)) from error
+        raise _refuse_format(bundle.manifest.folds[place].file, str(error).partition("\n")[0]) from error
     return network.eval()
 
 
@@ -333,7 +333,7 @@ def _check_format(store: Store, name: str, data: bytes) -> None:
 
 def _refuse_format(place: str, reason: str) -> UsageError:
     return UsageError(
-        f"{place}: not weights of this network as safetensors ({reason.splitlines()[0]}), though its digest is right; "
+        f"{place}: not weights of this network as safetensors ({reason}), though its digest is right; "
         f"whoever wrote {MANIFEST_FILE} meant other bytes: use no such bundle, and copy or train one again"
     )
 
