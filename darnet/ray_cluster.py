@@ -180,17 +180,22 @@ def ask_every_node(question: Callable[[], AnswerT]) -> Iterator[tuple[str, Answe
 
 def _ask(question: Callable[[], AnswerT]) -> Iterator[tuple[dict[str, Any], list[AnswerT]]]:
     """Each node with its answer, or with none. Several nodes may have one address."""
-    ask = ray.remote(num_cpus=0)(question)
-    asked = [
-        (node, ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote())
-        for node in list_nodes()
-    ]
+    ask: Any = ray.remote(num_cpus=0)(_answer)
+    asked = []
+    for node in list_nodes():
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked.append((node, ask.options(scheduling_strategy=place).remote(question)))
     for node, answer in asked:
         try:
             answers = [ray.get(answer)]
         except RayError:
             answers = []
         yield node, answers
+
+
+def _answer(question: Callable[[], AnswerT]) -> AnswerT:
+    """What runs on a node: Ray itself takes plain functions alone, and no partial ones."""
+    return question()
 
 
 def read_mark() -> str | UsageError | None:

@@ -1,5 +1,6 @@
 """What a cluster must agree to before anything is scored: who may reach it, and one secret of pseudonyms."""
 
+import functools
 import json
 import pickle
 import subprocess
@@ -135,6 +136,13 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     refused = find_failure("", "10.0.0.1", "10.0.0.2")
     assert isinstance(refused, UsageError)
     assert str(refused).startswith("node 10.0.0.2 needs no token, in a cluster of 2 machines; set RAY_AUTH_MODE=token")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_question_may_bring_what_it_is_about() -> None:
+    from darnet.ray_cluster import ask_every_node
+
+    assert [answer for _, answer in ask_every_node(functools.partial(int, "7"))] == [7]
 
 
 def test_who_does_not_answer_is_named_unless_it_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:

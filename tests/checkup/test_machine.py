@@ -103,11 +103,17 @@ def test_one_changed_byte_of_a_bundle_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("address", "num_checks"), [("", 29), pytest.param("127.0.0.1:6379", 33, marks=pytest.mark.slow)]
+)
 def test_the_job_tries_everything_that_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    address: str, num_checks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Alone, and on the machines of a cluster, which read both places."""
     from jobs import doctor
 
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
     write_random_bundle(tmp_path / "bundle")
     (tmp_path / "archive" / "ct").mkdir(parents=True)
     (tmp_path / "archive" / "ct" / "1.dcm").write_bytes(b"x" * 100)
@@ -115,5 +121,5 @@ def test_the_job_tries_everything_that_is_named(
     monkeypatch.setattr(sys, "argv", ["doctor", *places, "--results", str(tmp_path / "results")])
     assert doctor.main() == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["checks"] == len(summary["findings"]) == 29
+    assert summary["checks"] == len(summary["findings"]) == num_checks
     assert set(summary["verdicts"]) <= {"fine", "mind", "untried"}  # the last, as the table is empty
