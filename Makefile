@@ -38,6 +38,7 @@ test: $(ENVIRONMENT) ## style, types and all tests but the slow ones
 	@$(MAKE) --no-print-directory -j 2 lint test-quick
 	@echo "DARNet: tests that start Ray"
 	@$(BIN)/python -m pytest -q -m 'ray and not slow'
+	@$(BIN)/python -m tests.chaos --quick --only lost_acknowledgement
 
 test-quick: $(ENVIRONMENT) # two processes of one thread each
 	@echo "DARNet: tests without Ray, two at a time"

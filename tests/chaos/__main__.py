@@ -1,6 +1,7 @@
 """Everything that can go wrong with a night or a training, one thing after another: what was tried, what was lost.
 
-`make chaos` runs all of it; `python -m tests.chaos --only weather,conflict` some, `--list` names them.
+`make chaos` runs all of it; `python -m tests.chaos --only weather,conflict` some, `--list` names them. `make test` ends
+with one of them, `--quick`.
 """
 
 import argparse
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
     """1 if anything was lost, or was not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names of faults, with commas between them")
+    parser.add_argument("--quick", action="store_true", help="hold nights against one process, not a quiet night")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no fault after so many")
     parser.add_argument("--list", action="store_true", help="name the faults and end")
     chosen = parser.parse_args(arguments)
@@ -60,7 +62,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"{fault.__name__}: {fault.__doc__}" for fault in (*REMOTE, *LOCAL, *TRAINING)))
         return 0 if chosen.list else 2
     with tempfile.TemporaryDirectory(prefix="darnet-chaos-") as folder:
-        lines = run_faults(Path(folder), names, time.monotonic() + 60 * chosen.minutes)
+        lines = run_faults(Path(folder), names, time.monotonic() + 60 * chosen.minutes, is_quick=chosen.quick)
     header = ["fault", "as it must be", "exit", "rows due", "lost", "doubled", "other bits", "polls in part", "polls"]
     header += ["left running", "s"]
     told = [[value for name, value in line.items() if name != "remark"] for line in lines]
@@ -76,7 +78,7 @@ def sum_up(names: list[str], lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"faults": len(tried), "failed": failed, "skipped": [name for name in names if name not in tried]}
 
 
-def run_faults(folder: Path, names: list[str], until_s: float) -> list[dict[str, Any]]:
+def run_faults(folder: Path, names: list[str], until_s: float, *, is_quick: bool) -> list[dict[str, Any]]:
     """A line of the table a fault, each also printed as it ends."""
     lines = []
     with contextlib.ExitStack() as stack:
@@ -87,7 +89,7 @@ def run_faults(folder: Path, names: list[str], until_s: float) -> list[dict[str,
             if name in TRAININGS:
                 lines.append(run_one(name, functools.partial(TRAININGS[name], folder / name)))
                 continue
-            site = site or stack.enter_context(prepare_site(folder))
+            site = site or stack.enter_context(prepare_site(folder, is_quick=is_quick))
             fault, is_remote = NIGHTS[name]
             lines.append(run_one(name, functools.partial(watch, Night(site, name, is_remote), fault)))
     return lines

@@ -13,22 +13,30 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import boto3.session
 from botocore.config import Config
 
+from darnet import __version__
+from darnet.archive import list_sources
+from darnet.bundle import read_model
+from darnet.config import ScoreConfig
 from darnet.errors import StorageError
+from darnet.ingest import Ingester, Road
 from darnet.publishing.check import check_table
 from darnet.publishing.objects import list_commits
 from darnet.publishing.rows import SCHEMA
 from darnet.results import read_rows
+from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.conftest import run_s3_server
 from tests.fault_proxy import FaultProxy, run_fault_proxy
 from tests.night_jobs import UNREADABLE, finish_job, start_job, write_archive
+from tests.results_fixtures import publish_rows
 
 NUM_CHESTS = 3
 LAST_SOURCE = "two"  # of the archive, in the order of its keys
@@ -89,17 +97,39 @@ class Outcome:
 
 
 @contextmanager
-def prepare_site(folder: Path) -> Iterator[Site]:
-    """Write archive and bundle, start the S3 server with the proxy before it, and run the quiet night."""
+def prepare_site(folder: Path, *, is_quick: bool = False) -> Iterator[Site]:
+    """Write archive and bundle, start the S3 server with the proxy before it, and run the quiet night.
+
+    If `is_quick`, this process alone takes that night's place.
+    """
     with run_s3_server(folder) as make_bucket, run_fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         site = Site(folder, make_bucket(), proxy)
         write_archive(site.archive, NUM_CHESTS)
         write_random_bundle(Path(site.model))
         upload(str(site.archive), f"{site.bucket}/ct")
         quiet = Night(site, "quiet", is_remote=False)
-        quiet.run(0)
+        if is_quick:
+            score_alone(open_store(quiet.archive), open_store(site.model), quiet.results)
+        else:
+            quiet.run(0)
         site.truth.update(collect_facts(quiet.results))
         yield site
+
+
+def score_alone(archive: Store, model: Store, results: Store) -> None:
+    """Publish what a night would, without a cluster: one source after another is read and scored here."""
+    config = ScoreConfig()
+    bundle = read_model(model, config)
+    ensemble = Ensemble.from_bundle(bundle, config, "cpu")
+    ingester = Ingester(archive, Road(bundle.manifest.settings.volume, config.decode))
+    run, rows = RunFacts("alone", date(2026, 1, 1), bundle.manifest, __version__), []
+    for source in list_sources(archive.list_objects()):
+        for scan in ingester.ingest(source):
+            scores = [] if scan.volume is None else ensemble.score(scan.volume.voxels[None])
+            score = next(iter(scores), None)
+            rows.append(make_row(run, source.key, source.input_sha256, scan, score, datetime.now(UTC)))
+    ingester.close()
+    publish_rows(results, run.run_id, *rows)
 
 
 def upload(folder: str, uri: str, **settings: Any) -> None:
