@@ -5,6 +5,7 @@ The driver plans, collects, verifies and publishes; decoding and the networks ru
 
 import functools
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
@@ -29,7 +30,6 @@ from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
 from darnet.ray_cluster import (
     agree_on_secret,
     connect,
-    count_resource,
     decode_planned,
     iterate_blocks,
     list_nodes,
@@ -40,7 +40,7 @@ from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store
 from darnet.terminal import show_progress
-from darnet.training_plan import read_room, reserve_cpus
+from darnet.training_plan import choose_gpus, plan_actors, read_room
 
 
 class ScoringActor:
@@ -220,21 +220,21 @@ def score_planned(
 
     Workers `read` sources by their places in the plan.
 
-    Raises: RunError if the cluster has too few GPUs for the actors; UsageError as `agree_on_secret`, `reserve_cpus`.
+    Raises: UsageError as `agree_on_secret`, `plan_actors`.
     """
-    num_gpus = count_resource("GPU") if config.backend == "torch" else 0
-    if 0 < num_gpus < config.num_actors:
-        raise RunError(f"{config.num_actors} model actors need a GPU each, the cluster has {num_gpus:g}")
-    room, has_gpus = read_room(list_nodes()), num_gpus > 0
+    room = read_room(list_nodes())
+    has_gpus = config.backend == "torch" and choose_gpus(room, "auto")
+    plan = plan_actors(room, config.num_actors, config.num_threads, has_gpus=has_gpus)
+    print(plan.title, file=sys.stderr)
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
     return decode_planned(places, read, archive, road, config.batch_size).map_batches(
         ScoringActor,
-        fn_constructor_args=(model, run, config, "cuda" if num_gpus else "cpu", images),
+        fn_constructor_args=(model, run, config, "cuda" if plan.has_gpus else "cpu", images),
         batch_size=config.batch_size,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=config.num_actors),
-        num_gpus=1 if num_gpus else None,
-        num_cpus=reserve_cpus(room, config.num_actors, config.num_threads, has_gpus=has_gpus),
+        num_gpus=1 if plan.has_gpus else None,
+        num_cpus=plan.num_cpus,
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,9 +91,15 @@ class ClusterRoom:
 
     def count_places(self, *, has_gpus: bool, is_grown: bool) -> int:
         """How many workers fit, node by node; grown, with the nodes that give the most room."""
-        room = sum(_count_places(node, has_gpus) for node in self.nodes)
-        more = sorted((_count_places(node, has_gpus) for node in self.more or ()), reverse=True)
-        return room + (sum(more[: self.num_more]) if is_grown else 0)
+        return self._count(lambda node: _count_places(node, has_gpus), is_grown=is_grown)
+
+    def count_gpus(self, *, is_grown: bool) -> int:
+        """How many GPUs there are; grown, with the nodes that have the most."""
+        return self._count(lambda node: int(node.get("GPU", 0.0)), is_grown=is_grown)
+
+    def _count(self, count: Callable[[Mapping[str, float]], int], *, is_grown: bool) -> int:
+        more = sorted(map(count, self.more or ()), reverse=True)
+        return sum(map(count, self.nodes)) + (sum(more[: self.num_more]) if is_grown else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,16 @@ class GangPlan:
     def resources_per_worker(self) -> dict[str, float]:
         """As Ray names them."""
         return {"CPU": WORKER_CPUS, **({"GPU": 1} if self.has_gpus else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class ActorPlan:
+    """What Ray counts for each model actor of a night: `num_cpus`, and a GPU where the networks run on GPUs."""
+
+    num_cpus: float
+    has_gpus: bool
+    title: str
+    """For people."""
 
 
 def choose_networks(settings: TrainSettings, volume: VolumeConfig) -> list[ModelConfig]:
@@ -243,6 +259,26 @@ def _describe_lack(room: ClusterRoom, workers: int, places: int, has_gpus: bool)
     )
 
 
+def plan_actors(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool) -> ActorPlan:
+    """Place the model actors of a night: on GPUs one each, which those wait for that an autoscaler must add first.
+
+    Raises: UsageError naming what the cluster lacks, and as `reserve_cpus`; an impossible request would wait for ever.
+    """
+    now, most = (room.count_gpus(is_grown=is_grown) for is_grown in (False, True))
+    if has_gpus and room.more is not None and most < num_actors:
+        grown = " with all nodes that its autoscaler may add" if room.more else ""
+        raise UsageError(
+            f"score.num_actors {num_actors}: each takes a GPU, and the cluster has {most} GPUs{grown}; give fewer "
+            "actors, or let the cluster have more nodes with GPUs (max_workers of cluster.yaml)"
+        )
+    title = f"scoring on {'GPUs' if has_gpus else 'CPUs'}"
+    if has_gpus and now < num_actors:
+        title += (
+            f": there are {now} now for {num_actors} model actors; the others wait for nodes that an autoscaler adds"
+        )
+    return ActorPlan(reserve_cpus(room, num_actors, num_threads, has_gpus=has_gpus), has_gpus, title)
+
+
 def reserve_cpus(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool) -> float:
     """CPUs that Ray counts for each model actor: those of its threads, or what leaves one to decode on every node.
 
@@ -273,7 +309,8 @@ def _list_more(room: ClusterRoom, num_actors: int, *, has_gpus: bool) -> list[Ma
         return node.get("GPU", 0.0) if has_gpus else 0.0, _count_cpus(node)
 
     if room.more is None:
-        return [max(room.nodes, key=rank)] * num_actors
+        best = max(room.nodes, key=rank)
+        return [best if not has_gpus or best.get("GPU", 0.0) else {**best, "GPU": 1.0}] * num_actors
     return sorted(room.more, key=rank, reverse=True)[: room.num_more]
 
 

@@ -25,6 +25,7 @@ from darnet.training_plan import (
     match_network,
     name_run,
     place_runs,
+    plan_actors,
     plan_gangs,
     read_room,
     reserve_cpus,
@@ -306,6 +307,30 @@ def test_actors_wait_for_nodes_that_an_autoscaler_adds_rather_than_share_one() -
     grown = [ClusterRoom([node], [node] * 8, 7), ClusterRoom([node], None)]  # None: nobody knows what it may add
     assert [reserve_cpus(room, 4, 8, has_gpus=False) for room in grown] == [pytest.approx(15 / 2 - 0.01)] * 2
     assert reserve_cpus(ClusterRoom([node], [node] * 8, 0), 4, 8, has_gpus=False) == pytest.approx(15 / 4 - 0.01)
+
+
+def test_actors_wait_for_gpus_that_an_autoscaler_may_add(tmp_path: Path, grown: Callable[..., ClusterRoom]) -> None:
+    plan = plan_actors(grown("head", "gpu"), 8, 1, has_gpus=True)
+    assert (plan.has_gpus, plan.num_cpus) == (True, 0.99)
+    assert "there are 1 now for 8 model actors; the others wait" in plan.title
+    assert plan_actors(grown("head", "gpu"), 1, 1, has_gpus=True).title == "scoring on GPUs"
+    reclaimed = plan_actors(grown("head", "decode"), 8, 1, has_gpus=True)  # the only spot machine
+    assert "there are 0 now for 8" in reclaimed.title
+    of_kuberay = read_room([describe_node("workers", {"CPU": 16})], tmp_path / "missing")  # nobody knows what may come
+    assert plan_actors(of_kuberay, 8, 1, has_gpus=True).num_cpus == 0.99
+    # More actors than CPUs, on a node that has a GPU for each.
+    assert plan_actors(ClusterRoom([{"CPU": 4, "GPU": 8}]), 8, 1, has_gpus=True).num_cpus < 3 / 8
+
+
+def test_more_gpus_than_an_autoscaler_may_ever_add_are_refused(grown: Callable[..., ClusterRoom]) -> None:
+    told = r"score.num_actors 9: each takes a GPU, .* has 8 GPUs with all nodes that its autoscaler may add; give fewer"
+    with pytest.raises(UsageError, match=told):
+        plan_actors(grown("head", "gpu"), 9, 1, has_gpus=True)
+    with pytest.raises(UsageError, match=r"has 3 GPUs .* more nodes with GPUs \(max_workers of cluster.yaml\)"):
+        plan_actors(grown("head", "gpu", "decode", max_workers=4), 4, 1, has_gpus=True)
+    with pytest.raises(UsageError, match="has 2 GPUs; give fewer"):
+        plan_actors(ClusterRoom([{"CPU": 64, "GPU": 2}]), 3, 1, has_gpus=True)
+    assert plan_actors(ClusterRoom([{"CPU": 64, "GPU": 2}]), 3, 1, has_gpus=False).title == "scoring on CPUs"
 
 
 def test_actors_that_could_never_run_are_refused() -> None:
