@@ -228,12 +228,16 @@ class ScoreConfig(GateConfig):
     """Threads of one model actor on a CPU, on a machine of its own as many as it has CPUs; part of what makes numbers
     repeatable."""
     num_actors: int = Field(1, ge=1)
-    """Model actors, one GPU each where the cluster has GPUs."""
+    """Model actors, one GPU each where they run on GPUs."""
     part_scans: int = Field(64, ge=1)
     """Scans whose rows are staged together, and a few more, as a source is staged whole. A kill loses those of whole
     sources that are not yet staged, fewer than these, and what the cluster is then decoding or scoring."""
     backend: Literal["torch", "openvino"] = "torch"
     """What runs the networks: `torch` on GPUs and CPUs, or `openvino`, faster on CPUs; needs darnet[cpu]."""
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", exclude=True)
+    """What a night's networks run on: `gpu`, which is waited for where an autoscaler may add it and refused where there
+    can be none; `auto`: GPUs if a node has any when the run begins, else CPUs. A run is finished on what it was begun
+    on. In no digest of a model: its numbers agree to rounding. Evaluation follows `train.device`. Source: ours."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """Numbers the networks are run in; another than fp32 is another model. `int8` needs backend openvino and a bundle
     of jobs.quantize; `bf16` is fast where the processor has it (amx_bf16, or avx512_bf16)."""
@@ -252,6 +256,8 @@ class ScoreConfig(GateConfig):
             raise ValueError("precision int8 needs backend openvino")
         if self.compile and self.backend != "torch":
             raise ValueError("compile needs backend torch: openvino compiles by itself")
+        if self.device == "gpu" and self.backend != "torch":
+            raise ValueError("device gpu needs backend torch: openvino runs on CPUs here")
         if len(set(self.folds)) < len(self.folds):
             raise ValueError(f"folds {self.folds}: name each once")
         return self

@@ -71,7 +71,10 @@ def connect() -> None:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
         refuse_open_cluster(list_addresses(), lambda: ask_every_node(asks_for_token))
     if ray.cluster_resources().get("CPU", 0) < 2:
-        raise UsageError("the cluster has fewer than 2 CPUs: decoding and the network need one each")
+        raise UsageError(
+            "the cluster has fewer than 2 CPUs, and decoding and the network need one each; if it is still starting, "
+            "or its spot machines were reclaimed, start the same command again when a worker is up (`ray status`)"
+        )
     for name in ("ray.data", "ray.data._internal.progress"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -8,6 +8,7 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -26,7 +27,7 @@ from darnet.publishing.commit import check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night
-from darnet.publishing.runs import RunFolder, Work, find_unfinished, name_part
+from darnet.publishing.runs import RunFolder, Work, find_unfinished, list_open_runs, name_part
 from darnet.ray_cluster import (
     agree_on_secret,
     connect,
@@ -40,7 +41,7 @@ from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store
 from darnet.terminal import show_progress
-from darnet.training_plan import choose_gpus, plan_actors, read_room
+from darnet.training_plan import place_networks, plan_actors, read_room
 
 
 class ScoringActor:
@@ -97,10 +98,12 @@ def score_archive(
     if images is not None:
         images.check(results)
     bundle = read_model(model, config)
-    work = describe_work(archive, bundle, config, names, moved_from)
+    work, choose = describe_work(archive, bundle, config, names, moved_from), functools.partial(choose_device, config)
+    if list_open_runs(results):
+        work = replace(work, device=choose())
     finish = functools.partial(finish_run, archive, model, bundle, config, images)
     runs = [finish(folder) for folder in find_unfinished(results, work)]
-    plan = plan_night(archive, results, work, night or _now().date(), selection)
+    plan = plan_night(archive, results, work, night or _now().date(), selection, choose)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}
@@ -121,6 +124,7 @@ def preview_archive(
     """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
     refuse_if_held(results)
     work = describe_work(archive, read_model(model, config), config, names, moved_from)
+    work = replace(work, device=_name_device(config))  # a preview asks no cluster
     return preview_night(archive, results, work, selection, _now)
 
 
@@ -129,10 +133,29 @@ def describe_work(
 ) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
     manifest = bundle.manifest
-    # These change no row. The backend does, in its last digits: one run is finished under one backend.
+    # These change no row. Backend and device do, in its last digits: one run is finished under one backend, on one kind
+    # of device. The latter may depend on the cluster: `choose_device`.
     settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache"})
     origin = Origin.here(archive.uri, names, moved_from)
     return Work(origin, manifest.model_sha256, manifest.preprocessing_version, digest_json(settings))
+
+
+def choose_device(config: ScoreConfig) -> str:
+    """What the networks of a run that begins now run on, "cpu" or "gpu"; the cluster is asked where it matters.
+
+    Raises: UsageError as `connect` and `place_networks`.
+    """
+    if _name_device(config) == "cpu":
+        return "cpu"
+    connect()
+    return place_networks(read_room(list_nodes()), config.device)
+
+
+def _name_device(config: ScoreConfig) -> str:
+    """What the settings alone say of the device: "" where it depends on the cluster."""
+    if config.backend != "torch":
+        return "cpu"
+    return "" if config.device == "auto" else config.device
 
 
 def finish_run(
@@ -152,10 +175,19 @@ def finish_run(
     names, staged = record.work.origin.recall_names(), folder.list_staged_sources()
     missing = [place for place, key in enumerate(planned) if names.name_source(key) not in staged]
     del staged
+    device = record.work.device or choose_device(config)
     if missing:
         connect()
         dataset = score_planned(
-            archive, model, run, config, missing, folder.read_sources, images, hides_keys=bool(names.scheme)
+            archive,
+            model,
+            run,
+            config,
+            missing,
+            folder.read_sources,
+            images,
+            has_gpus=device == "gpu",
+            hides_keys=bool(names.scheme),
         )
         stage_rows(dataset, folder, len(missing), config.part_scans)
     num_planned, rows = len(planned), folder.read_parts()
@@ -173,6 +205,7 @@ def finish_run(
         "night": record.night.isoformat(),
         "planned_sources": num_planned,
         "resumed_sources": num_planned - len(missing),
+        "device": device,
         "scans": rows.num_rows,
         "statuses": outlook.statuses,
         "tried_in_vain": int(outlook.is_repeat.sum()),
@@ -214,18 +247,17 @@ def score_planned(
     read: Callable[[Sequence[int]], list[Source]],
     images: CamImages | None = None,
     *,
+    has_gpus: bool = False,
     hides_keys: bool = False,
 ) -> Dataset:
-    """The lazy road on the cluster: decode on CPUs, networks in actors on GPUs, or on CPUs where there are none.
+    """The lazy road on the cluster: decode on CPUs, networks in actors with a GPU each, or on CPUs.
 
     Workers `read` sources by their places in the plan.
 
     Raises: UsageError as `agree_on_secret`, `plan_actors`.
     """
-    room = read_room(list_nodes())
-    has_gpus = config.backend == "torch" and choose_gpus(room, "auto")
-    plan = plan_actors(room, config.num_actors, config.num_threads, has_gpus=has_gpus)
-    print(plan.title, file=sys.stderr)
+    plan = plan_actors(read_room(list_nodes()), config.num_actors, config.num_threads, has_gpus=has_gpus)
+    print(f"score.device is {config.device}: {plan.title}", file=sys.stderr)
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
     return decode_planned(places, read, archive, road, config.batch_size).map_batches(
         ScoringActor,

@@ -239,8 +239,21 @@ def plan_gangs(
 
 
 def choose_gpus(room: ClusterRoom, device: Literal["auto", "cpu", "gpu"]) -> bool:
-    """Whether the networks run on GPUs there, by `train.device`."""
+    """Whether the networks run on GPUs there, by `train.device` or `score.device`."""
     return device == "gpu" or (device == "auto" and any(node.get("GPU", 0) > 0 for node in room.nodes))
+
+
+def place_networks(room: ClusterRoom, device: Literal["auto", "cpu", "gpu"]) -> Literal["cpu", "gpu"]:
+    """What the networks of a night run on, by `score.device`.
+
+    Raises: UsageError if that is gpu, and there is no GPU that an autoscaler could not add either.
+    """
+    if device == "gpu" and room.more is not None and not room.count_gpus(is_grown=True):
+        raise UsageError(
+            "score.device is gpu, and the cluster has no GPU and no autoscaler that may add one; give it nodes with "
+            "GPUs (cluster.yaml), or say --score.device cpu"
+        )
+    return "gpu" if choose_gpus(room, device) else "cpu"
 
 
 def _count_places(node: Mapping[str, float], has_gpus: bool) -> int:
@@ -273,9 +286,7 @@ def plan_actors(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpu
         )
     title = f"scoring on {'GPUs' if has_gpus else 'CPUs'}"
     if has_gpus and now < num_actors:
-        title += (
-            f": there are {now} now for {num_actors} model actors; the others wait for nodes that an autoscaler adds"
-        )
+        title += f": {now} of {num_actors} model actors find one now; the others wait for nodes that an autoscaler adds"
     return ActorPlan(reserve_cpus(room, num_actors, num_threads, has_gpus=has_gpus), has_gpus, title)
 
 

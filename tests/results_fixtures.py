@@ -24,7 +24,7 @@ from darnet.storage import Store
 
 MODEL = "m" * 64
 ORIGIN = Origin("/archive")
-WORK = Work(ORIGIN, MODEL, "1-abc", "s" * 64)
+WORK = Work(ORIGIN, MODEL, "1-abc", "s" * 64, "cpu")
 ODD_KEYS = [
     "a b/ü",
     "日本\U0001f600",

@@ -167,6 +167,7 @@ def test_the_night_runs_a_command_that_the_job_understands() -> None:
     assert (python, flag, module) == ("python", "-m", "jobs.score")
     settings = read_settings(ScoreSettings, flags, "x")
     assert settings.archive.startswith("s3://")
+    assert settings.score.device == "gpu"  # or a night that begins before a GPU is up would run on CPUs
     assert settings.settle_s == 1800  # a scan that is still arriving waits for the next night
 
 

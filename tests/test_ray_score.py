@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,12 @@ def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) ->
 def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
     write_archive(archive, 3)
+    stores = open_store(str(archive)), open_store(model), open_store(str(results), create=True)
+    with pytest.raises(UsageError, match=r"score\.device is gpu, and the cluster has no GPU"):
+        score_archive(*stores, CONFIG.model_copy(update={"device": "gpu"}), NIGHT)
+    assert find_unfinished(stores[2], describe_work(stores[0], read_bundle(stores[1]), CONFIG)) == []
     first = _score(archive, model, results)
-    assert first["published"] == 1
+    assert (first["published"], first["device"]) == (1, "cpu")
     assert first["statuses"] == {"OK": 5, "BAD_MISSING_SLICE": 1}
     assert first["planned_sources"] == 5
 
@@ -390,7 +395,7 @@ def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Pat
 def _begin_night(archive: Path, model: str, results: Path) -> str:
     """What a job killed right after planning leaves; the run's id."""
     store, bundle = LocalStore(archive), read_bundle(open_store(model))
-    work = describe_work(store, bundle, CONFIG)
+    work = replace(describe_work(store, bundle, CONFIG), device="cpu")
     folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING).folder
     assert folder is not None
     return folder.run_id

@@ -24,6 +24,7 @@ from darnet.training_plan import (
     match_division,
     match_network,
     name_run,
+    place_networks,
     place_runs,
     plan_actors,
     plan_gangs,
@@ -312,14 +313,26 @@ def test_actors_wait_for_nodes_that_an_autoscaler_adds_rather_than_share_one() -
 def test_actors_wait_for_gpus_that_an_autoscaler_may_add(tmp_path: Path, grown: Callable[..., ClusterRoom]) -> None:
     plan = plan_actors(grown("head", "gpu"), 8, 1, has_gpus=True)
     assert (plan.has_gpus, plan.num_cpus) == (True, 0.99)
-    assert "there are 1 now for 8 model actors; the others wait" in plan.title
+    assert "1 of 8 model actors find one now; the others wait" in plan.title
     assert plan_actors(grown("head", "gpu"), 1, 1, has_gpus=True).title == "scoring on GPUs"
     reclaimed = plan_actors(grown("head", "decode"), 8, 1, has_gpus=True)  # the only spot machine
-    assert "there are 0 now for 8" in reclaimed.title
+    assert "0 of 8 model actors" in reclaimed.title
     of_kuberay = read_room([describe_node("workers", {"CPU": 16})], tmp_path / "missing")  # nobody knows what may come
     assert plan_actors(of_kuberay, 8, 1, has_gpus=True).num_cpus == 0.99
     # More actors than CPUs, on a node that has a GPU for each.
     assert plan_actors(ClusterRoom([{"CPU": 4, "GPU": 8}]), 8, 1, has_gpus=True).num_cpus < 3 / 8
+
+
+def test_a_night_on_gpus_is_refused_only_where_none_can_come(tmp_path: Path, grown: Callable[..., ClusterRoom]) -> None:
+    cpus, both = ClusterRoom([{"CPU": 4}]), ClusterRoom([{"CPU": 4}, {"CPU": 4, "GPU": 1}])
+    assert [place_networks(cpus, device) for device in ("auto", "cpu")] == ["cpu", "cpu"]
+    assert [place_networks(both, device) for device in ("auto", "cpu", "gpu")] == ["gpu", "cpu", "gpu"]
+    reclaimed = grown("head", "decode")
+    of_kuberay = read_room([describe_node("workers", {"CPU": 16})], tmp_path / "missing")
+    assert [place_networks(room, "gpu") for room in (reclaimed, of_kuberay)] == ["gpu", "gpu"]
+    assert place_networks(reclaimed, "auto") == "cpu"
+    with pytest.raises(UsageError, match=r"score\.device is gpu, and the cluster has no GPU .* --score\.device cpu"):
+        place_networks(cpus, "gpu")
 
 
 def test_more_gpus_than_an_autoscaler_may_ever_add_are_refused(grown: Callable[..., ClusterRoom]) -> None:

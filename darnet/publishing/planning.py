@@ -79,12 +79,21 @@ class Plan:
     survey: Survey
 
 
-def plan_night(archive: Store, results: Store, work: Work, night: date, selection: Selection) -> Plan:
+def plan_night(
+    archive: Store,
+    results: Store,
+    work: Work,
+    night: date,
+    selection: Selection,
+    choose_device: Callable[[], str] = lambda: "",
+) -> Plan:
     """Begin the run of what is selected and not settled, in the archive's order; a run of the same work goes on.
+
+    Where the work names no device, `choose_device` is asked for one, once there is something to plan.
 
     All times are of the results store's clock, so that runs of several machines can be told which came first.
 
-    Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters.
+    Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters; as `choose_device`.
     """
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)  # first: see Listing
     started_at, survey = results.read_clock(), Survey()
@@ -92,6 +101,7 @@ def plan_night(archive: Store, results: Store, work: Work, night: date, selectio
     first = next(planned, None)
     if first is None:
         return Plan(None, survey)
+    work = replace(work, device=work.device or choose_device())
 
     def make_record(plan_sha256: str) -> RunRecord:
         listing = Listing(keys.last_commit, started_at, results.read_clock())

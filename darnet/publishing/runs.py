@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -55,12 +55,16 @@ class PlannedSource:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run shares with the one that may finish it: origin, model, and the digest of the settings of scoring."""
+    """What a run shares with the one that may finish it: origin, model, and the digest of the settings of scoring.
+
+    `device` ("cpu" or "gpu") is what its networks run on, "" where that is not known yet: last digits depend on it.
+    """
 
     origin: Origin
     model_sha256: str
     preprocessing_version: str
     settings_sha256: str
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,12 @@ class RunRecord:
     @property
     def parameters(self) -> dict[str, Any]:
         """What makes it this run, as JSON can hold it."""
+        work = asdict(self.work)
+        if not self.work.device:
+            del work["device"]
         return {
             "night": self.night.isoformat(),
-            **asdict(self.work),
+            **work,
             "selection": dict(self.selection),
             "plan_sha256": self.plan_sha256,
             "last_commit": self.listing.last_commit,
@@ -108,7 +115,8 @@ class RunRecord:
         told = json.loads(data)
         times = (datetime.fromisoformat(told[name]) for name in ("listed_from", "listed_until"))
         origin = Origin(**told["origin"])
-        work = Work(origin, told["model_sha256"], told["preprocessing_version"], told["settings_sha256"])
+        model_sha256, preprocessing_version = told["model_sha256"], told["preprocessing_version"]
+        work = Work(origin, model_sha256, preprocessing_version, told["settings_sha256"], told.get("device", ""))
         listing = Listing(told["last_commit"], *times)
         night = date.fromisoformat(told["night"])
         return cls(night, work, told["selection"], told["plan_sha256"], listing, told.get("attempt", 0))
@@ -151,7 +159,7 @@ class RunFolder:
         """
         if not self._put(self.locate(RECORD), record.to_json()):
             found = self.read_record().parameters
-            if wrong := sorted(name for name, value in record.parameters.items() if found[name] != value):
+            if wrong := sorted(name for name, value in record.parameters.items() if found.get(name) != value):
                 raise UsageError(
                     f"{self.store.uri}/{self.locate(RECORD)}: another run of this name is here, with another "
                     f"{', '.join(wrong)}; move the folder away, or score for another --night"
@@ -311,16 +319,25 @@ def list_run_files(store: Store) -> dict[str, set[str]]:
     return found
 
 
+def list_open_runs(store: Store) -> list[RunFolder]:
+    """Runs of whatever work that were begun, and of which nothing in their folders says that they are over."""
+    over = {HELD, ENDED, DISCARDED}
+    files = sorted(list_run_files(store).items())
+    return [RunFolder(store, run_id) for run_id, names in files if {RECORD, PLAN} <= names and not over & names]
+
+
 def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
-    """Runs of this work that were begun and not brought to an end, the oldest first.
+    """Runs of this work, on any device if that is not known yet, that were begun and not brought to an end, the oldest
+    first.
 
     Raises: UsageError if the record of one is of another run, or if the table takes no rows of this work's origin.
     """
-    files = list_run_files(store)
-    over = {HELD, ENDED, DISCARDED}
-    open_runs = [run_id for run_id, names in files.items() if {RECORD, PLAN} <= names and not over & names]
-    begun = [(folder, folder.read_record()) for folder in (RunFolder(store, run_id) for run_id in sorted(open_runs))]
-    ours = [(folder, record) for folder, record in begun if record.work == work]
+    begun = [(folder, folder.read_record()) for folder in list_open_runs(store)]
+    ours = [
+        (folder, record)
+        for folder, record in begun
+        if record.work == replace(work, device=work.device or record.work.device)
+    ]
     if not ours:
         return []
     table = stream_objects(store, list_commit_objects(store), [])

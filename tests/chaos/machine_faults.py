@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class _WrongClock:
 
 def _finish_two_plans(night: Night, shift: timedelta) -> str:
     archive, bundle = open_store(night.archive), read_bundle(open_store(night.model))
-    work = describe_work(archive, bundle, ScoreConfig())
+    work = replace(describe_work(archive, bundle, ScoreConfig()), device="cpu")
     wrong: Any = _WrongClock(night.results, shift)
     plans = [plan_night(archive, wrong, work, NIGHT, EVERYTHING)]
     plans += [plan_night(archive, night.results, work, NIGHT + DAY, EVERYTHING)]

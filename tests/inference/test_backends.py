@@ -325,6 +325,7 @@ def test_what_is_said_night_by_night_has_short_flags() -> None:
     assert read_settings(ScoreSettings, [*places, "--score.folds", "1"], "x").score.folds == (1,)
     for wrong, complaint in (
         (["--folds", "1,1"], "name each once"),
+        (["--backend", "openvino", "--score.device", "gpu"], "device gpu needs backend torch"),
         (["--precision", "int8"], "needs backend openvino"),
     ):
         with pytest.raises(UsageError, match=complaint):

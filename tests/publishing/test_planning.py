@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,23 @@ def test_a_run_holds_its_plan_and_what_it_was_made_of(store: Store) -> None:
     assert (record.run_id, record.work, record.night) == (folder.run_id, WORK, NIGHT)
     assert record.listing.last_commit == 2
     assert record.selection == {"prefixes": ["a", "b", "c"], "since": None, "glob": "*", "settle_s": 5}
+
+
+def test_a_run_keeps_the_device_that_is_chosen_once_there_is_something_to_score(local: Store) -> None:
+    """A night with nothing new asks no cluster."""
+    asked: list[str] = []
+
+    def choose() -> str:
+        asked.append("gpu")
+        return "gpu"
+
+    unplaced, archive = replace(WORK, device=""), ListedStore(list_slices("a"))
+    folder = plan_night(archive, local, unplaced, NIGHT, EVERYTHING, choose).folder  # type: ignore[arg-type]
+    assert folder is not None
+    assert folder.read_record().work == replace(WORK, device="gpu")
+    publish_sources(local, *list_sources(list_slices("a")))
+    assert plan_night(archive, local, unplaced, NIGHT, EVERYTHING, choose).folder is None  # type: ignore[arg-type]
+    assert asked == ["gpu"]
 
 
 def test_a_listing_lies_between_what_was_written_before_and_after_it(store: Store) -> None:

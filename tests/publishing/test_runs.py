@@ -90,7 +90,7 @@ def test_the_same_work_has_the_same_id_and_any_other_another(local: Store) -> No
     works = [replace(WORK, **{field: "other"}) for field in Work.__dataclass_fields__]
     others = [name("a"), name("b", "a"), name("a", "b", version="2"), name("a", "b", night=2)]
     others += [name("a", "b", work=work) for work in works]
-    assert len({base, *others}) == 1 + 4 + 4
+    assert len({base, *others}) == 1 + 4 + 5
     assert base.startswith("20300101-")
 
 
@@ -140,6 +140,18 @@ def test_runs_of_the_same_work_that_never_ended_are_finished_first(store: Store)
     for field in Origin.__dataclass_fields__:
         begin_run(store, make_source("a"), work=replace(WORK, origin=replace(ORIGIN, **{field: "other"})))
     assert find_ids(store) == [first.run_id, later.run_id]
+
+
+def test_a_run_is_finished_on_the_kind_of_device_it_was_begun_on(local: Store) -> None:
+    """A preview, which asks no cluster, finds it whatever that is."""
+    on_gpus = begin_run(local, make_source("a"), work=replace(WORK, device="gpu"))
+    older = begin_run(local, make_source("b"), work=replace(WORK, device=""))  # begun before runs had devices
+    assert json.loads(local.read_bytes(on_gpus.locate("run.json")))["device"] == "gpu"
+    assert "device" not in json.loads(local.read_bytes(older.locate("run.json")))
+    assert older.read_record().work == replace(WORK, device="")
+    assert find_ids(local) == []
+    assert find_ids(local, replace(WORK, device="gpu")) == [on_gpus.run_id]
+    assert set(find_ids(local, replace(WORK, device=""))) == {on_gpus.run_id, older.run_id}
 
 
 def test_what_ended_is_not_finished_again(store: Store) -> None:
