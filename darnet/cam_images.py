@@ -37,11 +37,16 @@ class CamImages:
     store: Store
     choice: CamChoice
 
-    def check(self, results: Store) -> None:
-        """Say at once, and not at the end of a night, that the place cannot be reached, or is the results'.
+    def check(self, archive: Store, results: Store) -> None:
+        """Say at once, and not at the end of a night, that the place cannot be reached, or is archive's or results'.
 
         Raises: UsageError, StorageError, CredentialsError.
         """
+        if f"{self.store.uri}/".startswith(f"{archive.uri}/"):
+            raise UsageError(
+                f"--cam-images {self.store.uri} lies in --archive {archive.uri}, and the next night would score the "
+                "pictures; give them a separate prefix"
+            )
         if f"{self.store.uri}/".startswith(f"{results.uri}/"):
             raise UsageError(
                 f"--cam-images {self.store.uri} lies in --results {results.uri}, whose readers would see the pictures; "

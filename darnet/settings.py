@@ -176,8 +176,8 @@ class ScoreSettings(Settings):
     dry_run: bool = False
     """Say what would be scored and why, and write nothing anywhere."""
     cam_images: str = ""
-    """Where pictures of CT and class map are kept, apart from the results: a folder or s3://bucket/prefix. Default:
-    none are made."""
+    """Where pictures of CT and class map are kept, apart from archive and results: a folder or s3://bucket/prefix.
+    Default: none are made, and the night's page shows none."""
     cam_choice: CamChoice = CamChoice()
     accept: str | None = None
     """In place of scoring: publish this run, which a quality gate held. Needs reason; archive and model do not."""

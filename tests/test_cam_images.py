@@ -189,22 +189,33 @@ def test_a_store_without_room_costs_the_pictures_and_is_told(tmp_path: Path) -> 
     gone = CamImages(LocalStore(tmp_path / "gone"), CamChoice())
     assert "no such folder" in gone.describe("run", rows)["error"]
     with pytest.raises(RunError):
-        gone.check(LocalStore(tmp_path / "results"))
+        gone.check(LocalStore(tmp_path / "archive"), LocalStore(tmp_path / "results"))
 
 
 @pytest.mark.parametrize(
-    ("place", "is_refused"),
-    [("s3://a/results", True), ("s3://a/results/cam", True), ("s3://a/results-cam", False), ("s3://a", False)],
+    ("place", "complaint"),
+    [
+        ("s3://a/results", "lies in --results"),
+        ("s3://a/results/cam", "lies in --results"),
+        ("s3://a/ct", "lies in --archive .* the next night would score"),
+        ("s3://a/ct/cam", "lies in --archive .* the next night would score"),
+        ("s3://a/results-cam", ""),
+        ("s3://a/ct-cam", ""),
+        ("s3://a", ""),
+    ],
 )
-def test_pictures_do_not_lie_in_the_results(place: str, is_refused: bool, tmp_path: Path) -> None:
+def test_pictures_lie_neither_in_the_results_nor_in_the_archive(place: str, complaint: str, tmp_path: Path) -> None:
     """What lists the pictures' place is a folder here; only its address counts."""
 
     class Named(LocalStore):
         uri = place
 
-    images = CamImages(Named(tmp_path), CamChoice())
-    if not is_refused:
-        images.check(open_store("s3://a/results"))
+    images, stores = (
+        CamImages(Named(tmp_path), CamChoice()),
+        [open_store(f"s3://a/{name}") for name in ("ct", "results")],
+    )
+    if not complaint:
+        images.check(*stores)
         return
-    with pytest.raises(UsageError, match="a separate prefix"):
-        images.check(open_store("s3://a/results"))
+    with pytest.raises(UsageError, match=f"{complaint}.*; give them a separate prefix"):
+        images.check(*stores)
