@@ -168,6 +168,9 @@ def test_the_night_runs_a_command_that_the_job_understands() -> None:
     settings = read_settings(ScoreSettings, flags, "x")
     assert settings.archive.startswith("s3://")
     assert settings.score.device == "gpu"  # or a night that begins before a GPU is up would run on CPUs
+    places = (settings.archive, settings.results)
+    assert not [place for place in places if f"{settings.cam_images}/".startswith(f"{place}/")]
+    assert settings.cam_images  # or the night's page has no pictures
     assert settings.settle_s == 1800  # a scan that is still arriving waits for the next night
 
 
