@@ -19,15 +19,15 @@ from darnet import __version__
 from darnet.archive import EVERYTHING, Selection
 from darnet.bundle import Bundle, read_model
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
-from darnet.config import ScoreConfig, digest_json
+from darnet.config import GateConfig, ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.origin import Origin
-from darnet.publishing.planning import plan_night, preview_night
-from darnet.publishing.runs import RunFolder, Work, find_unfinished, list_open_runs, name_part
+from darnet.publishing.planning import plan_night, preview_night, warn_of_others
+from darnet.publishing.runs import RunFolder, Work, list_open_runs, name_part, sort_unfinished
 from darnet.ray_cluster import (
     agree_on_secret,
     connect,
@@ -102,11 +102,18 @@ def score_archive(
     if list_open_runs(results):
         work = replace(work, device=choose())
     finish = functools.partial(finish_run, archive, model, bundle, config, images)
-    runs = [finish(folder) for folder in find_unfinished(results, work)]
+    unfinished, others = sort_unfinished(results, work)
+    warn_of_others(results, others)
+    runs = [finish(folder) for folder in unfinished]
     plan = plan_night(archive, results, work, night or _now().date(), selection, choose)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
-    summary = {"model": bundle.manifest.model_name, **plan.survey.describe(), "published": None}
+    summary = {
+        "model": bundle.manifest.model_name,
+        **plan.survey.describe(),
+        "left_behind_runs": others,
+        "published": None,
+    }
     if not runs:
         return summary | {"message": "nothing new in the archive: nothing to score, nothing published"}
     return summary | runs[-1] | {"finished_first": runs[:-1]}
@@ -131,11 +138,14 @@ def preview_archive(
 def describe_work(
     archive: Store, bundle: Bundle, config: ScoreConfig, names: KeyNames = OPEN_KEYS, moved_from: str = ""
 ) -> Work:
-    """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it."""
+    """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it.
+
+    Gates are not: they decide whether rows are published, and a night may be finished under others than it began with.
+    """
     manifest = bundle.manifest
     # These change no row. Backend and device do, in its last digits: one run is finished under one backend, on one kind
     # of device. The latter may depend on the cluster: `choose_device`.
-    settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache"})
+    settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache", *GateConfig.model_fields})
     origin = Origin.here(archive.uri, names, moved_from)
     return Work(origin, manifest.model_sha256, manifest.preprocessing_version, digest_json(settings))
 

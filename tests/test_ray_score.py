@@ -29,7 +29,7 @@ from darnet.errors import CredentialsError, HeldError, ObjectMissing, UsageError
 from darnet.page import NOTICE
 from darnet.publishing.hold import decide_hold, refuse_if_held
 from darnet.publishing.planning import plan_night
-from darnet.publishing.runs import RunFolder, find_unfinished
+from darnet.publishing.runs import RunFolder, Work, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_score import (
@@ -399,6 +399,25 @@ def _begin_night(archive: Path, model: str, results: Path) -> str:
     folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING).folder
     assert folder is not None
     return folder.run_id
+
+
+def test_only_what_changes_a_row_is_part_of_what_a_run_is(model: str, tmp_path: Path) -> None:
+    """A night that a driver left behind goes on with more actors, or under gates that a person has moved meanwhile."""
+    archive, bundle = LocalStore(tmp_path), read_bundle(open_store(model))
+
+    def describe(**changes: Any) -> Work:
+        return describe_work(archive, bundle, CONFIG.model_copy(update=changes))
+
+    for change in (
+        {"gate_psi": 0.5},
+        {"gate_min_scans": 1},
+        {"gate_err_share": 0.5},
+        {"num_actors": 2},
+        {"part_scans": 9},
+    ):
+        assert describe(**change) == describe()
+    for change in ({"batch_size": 2}, {"decode": DecodeConfig(max_slices=20)}, {"backend": "openvino"}):
+        assert describe(**change) != describe()
 
 
 @pytest.mark.slow

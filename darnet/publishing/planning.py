@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
@@ -20,7 +20,7 @@ from darnet.archive import Selection, batch_by, list_sources
 from darnet.errors import UsageError
 from darnet.publishing.objects import Listing
 from darnet.publishing.rows import Reason
-from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, find_unfinished, write_plan
+from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, sort_unfinished, write_plan
 from darnet.publishing.scored_keys import ScoredKeys, read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store
@@ -129,7 +129,8 @@ def preview_night(
 
     What an unfinished run holds is counted too: it would be scored in the same call.
     """
-    unfinished = [folder.run_id for folder in find_unfinished(results, work)]
+    unfinished, others = sort_unfinished(results, work)
+    warn_of_others(results, others)
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)
     survey = Survey()
     shown: list[tuple[object, ...]] = []
@@ -147,7 +148,8 @@ def preview_night(
         print_table(title, ["source", "why", "objects", "MB"], shown)
     return {
         "dry_run": True,
-        "unfinished_runs": unfinished,
+        "unfinished_runs": [folder.run_id for folder in unfinished],
+        "left_behind_runs": others,
         **counts,
         "empty_prefixes": empty,
         "reasons": reasons,
@@ -208,6 +210,17 @@ def _warn(survey: Survey) -> None:
         )
     for prefix in survey.empty_prefixes:
         print(f"prefix {prefix!r} selects nothing; is it right?", file=sys.stderr)
+
+
+def warn_of_others(results: Store, others: Mapping[str, str]) -> None:
+    """Tell people of unfinished runs that nobody goes on with, as `sort_unfinished` finds them."""
+    for run_id, difference in others.items():
+        print(
+            f"run {run_id} is unfinished and left as it is: it has {difference}. Its own command finishes it, unless "
+            "that still runs; or drop it: "
+            f"python -m jobs.score --results {results.uri} --discard {run_id} --reason WHY",
+            file=sys.stderr,
+        )
 
 
 class _Listing:

@@ -332,16 +332,23 @@ def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
 
     Raises: UsageError if the record of one is of another run, or if the table takes no rows of this work's origin.
     """
+    return sort_unfinished(store, work)[0]
+
+
+def sort_unfinished(store: Store, work: Work) -> tuple[list[RunFolder], dict[str, str]]:
+    """As `find_unfinished`, and beside these the runs of other work by their ids, with what they have otherwise.
+
+    Those are nobody's to finish but who began them.
+    Raises: as `find_unfinished`.
+    """
     begun = [(folder, folder.read_record()) for folder in list_open_runs(store)]
-    ours = [
-        (folder, record)
-        for folder, record in begun
-        if record.work == replace(work, device=work.device or record.work.device)
-    ]
-    if not ours:
-        return []
+    if not begun:
+        return [], {}
+    differences = {folder.run_id: _spell_difference(record.work, work) for folder, record in begun}
+    ours = [(folder, record) for folder, record in begun if not differences[folder.run_id]]
     table = stream_objects(store, list_commit_objects(store), [])
-    published = {stored.run_id for stored in demand_origin(table, work.origin)}
+    published = {stored.run_id for stored in (demand_origin(table, work.origin) if ours else table)}
+    others = {run_id: told for run_id, told in differences.items() if told and run_id not in published}
     for folder, record in ours:
         if record.run_id != folder.run_id:
             raise UsageError(
@@ -349,7 +356,20 @@ def find_unfinished(store: Store, work: Work) -> list[RunFolder]:
                 f"Move {RUNS}{folder.run_id} away, and its sources are planned anew"
             )
     ours.sort(key=lambda item: item[1].listing.started_at)
-    return [folder for folder, _ in ours if folder.run_id not in published]
+    return [folder for folder, _ in ours if folder.run_id not in published], others
+
+
+def _spell_difference(theirs: Work, ours: Work) -> str:
+    """What another run's work has otherwise, "" if nothing; a device that is not known yet is none of it."""
+    ours = replace(ours, device=ours.device or theirs.device)
+    words = {
+        "origin": "another archive, secret or way of names",
+        "model_sha256": "another model",
+        "preprocessing_version": "another preprocessing",
+        "settings_sha256": "other settings (score.*)",
+        "device": f"another device ({theirs.device or 'unknown'})",
+    }
+    return ", ".join(told for name, told in words.items() if getattr(theirs, name) != getattr(ours, name))
 
 
 def name_part(sources: Iterable[str]) -> str:

@@ -355,14 +355,17 @@ def test_a_preview_counts_and_shows_and_writes_nothing(tmp_path: Path, capsys: p
     publish_sources(results, b, status="ERR_TIMEOUT")
     publish_sources(results, d, model_sha256="n" * 64)
     publish_rows(results, "last", make_row("c", input_sha256="j" * 64))
-    begun = begin_run(results, b)
+    begun, other = begin_run(results, b), begin_run(results, a, work=replace(WORK, model_sha256="n" * 64))
     before = sorted(tmp_path.rglob("*"))
     archive = ListedStore([item if item.key[0] != "c" else StoredObject(item.key, 11, "w") for item in objects])
     summary = preview_night(archive, results, WORK, Selection(settle_s=60), lambda: MIDNIGHT)  # type: ignore[arg-type]
     assert summary["reasons"] == {"new": 1, "changed": 1, "other model": 1, "retry": 1}
     assert (summary["planned_sources"], summary["waiting_sources"], summary["listed_sources"]) == (4, 1, 6)
     assert (summary["unfinished_runs"], summary["published"]) == ([begun.run_id], None)
+    assert summary["left_behind_runs"] == {other.run_id: "another model"}
     shown = capsys.readouterr().err
+    assert f"run {other.run_id} is unfinished and left as it is: it has another model" in shown
+    assert f"--discard {other.run_id}" in shown
     told = [line.split()[1:-2] for line in shown.splitlines() if line.startswith("│ ") and line.split()[1] in "abcdef"]
     assert [" ".join(words).split(" │ ")[:2] for words in told] == [
         ["b", "retry"],

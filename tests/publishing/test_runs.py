@@ -14,7 +14,7 @@ from darnet.errors import ObjectMissing, RunError, Status, StorageError, UsageEr
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import Reason, spell_key
-from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part
+from darnet.publishing.runs import PlannedSource, RunFolder, Work, find_unfinished, name_part, sort_unfinished
 from darnet.publishing.scored_keys import read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store, open_store
@@ -152,6 +152,26 @@ def test_a_run_is_finished_on_the_kind_of_device_it_was_begun_on(local: Store) -
     assert find_ids(local) == []
     assert find_ids(local, replace(WORK, device="gpu")) == [on_gpus.run_id]
     assert set(find_ids(local, replace(WORK, device=""))) == {on_gpus.run_id, older.run_id}
+
+
+def test_runs_of_other_work_are_named_with_what_they_have_otherwise(local: Store) -> None:
+    own, published = (
+        begin_run(local, make_source("a")),
+        begin_run(local, make_source("b"), work=replace(WORK, device="gpu")),
+    )
+    publish_rows(local, published.run_id, make_row("b"))
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"origin": replace(ORIGIN, archive="/elsewhere")}, "another archive, secret or way of names"),
+        ({"model_sha256": "n"}, "another model"),
+        ({"preprocessing_version": "2-abc", "device": "gpu"}, "another preprocessing, another device (gpu)"),
+        ({"settings_sha256": "t"}, "other settings (score.*)"),
+        ({"device": ""}, "another device (unknown)"),
+    ]
+    expected = {
+        begin_run(local, make_source("a"), work=replace(WORK, **change)).run_id: told for change, told in changes
+    }
+    assert sort_unfinished(local, WORK) == ([own], expected)
+    assert sort_unfinished(local, replace(WORK, model_sha256="o"))[0] == []
 
 
 def test_what_ended_is_not_finished_again(store: Store) -> None:
