@@ -16,15 +16,21 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from darnet.publishing.objects import NOTICE, list_commit_objects, read_objects, stream_objects
+from darnet.publishing.objects import (
+    NOTICE,
+    list_commit_objects,
+    read_commit_number,
+    read_objects,
+    stream_objects,
+)
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
 from darnet.storage import Store, open_store
 
 # What `read_predictions` does, for analysts at a DuckDB prompt, who put their place for RESULTS; the README shows it.
 LATEST_SQL = """\
 CREATE VIEW predictions AS FROM read_parquet('RESULTS/predictions/*.parquet');
-CREATE MACRO latest(day := DATE '9999-12-31') AS TABLE
-WITH rows AS (FROM predictions WHERE night <= day),
+CREATE MACRO latest(day := DATE '9999-12-31', last_commit := 99999999) AS TABLE
+WITH rows AS (FROM predictions WHERE night <= day AND commit <= last_commit),
 newest AS (
     SELECT source, max(commit) AS newest_commit, arg_max(input_sha256, commit) AS input_sha256,
            arg_max(model_sha256, commit) AS model_sha256,
@@ -37,25 +43,30 @@ ORDER BY source, scan_id;
 """
 
 
-def read_predictions(uri: str, latest: bool = True, as_of: date | None = None) -> pd.DataFrame:
+def read_predictions(
+    uri: str, latest: bool = True, as_of: date | None = None, last_commit: int | None = None
+) -> pd.DataFrame:
     """The results table as a frame: one row for each (source, scan_id) as last scored, or every row ever published.
 
     Latest means, for each source, the bytes, model and preprocessing of its newest commit: of these the final rows,
     and the ERR rows of that commit only, since the source was tried again as a whole. For DuckDB the same is
-    `LATEST_SQL`. With `as_of`, the rows of later nights do not count.
+    `LATEST_SQL`. With `as_of`, the rows of later nights do not count; those of a night published later do. With
+    `last_commit`, the rows of objects of higher numbers do not: such an answer never changes.
 
     Raises: StorageError, CredentialsError; a table without any object is an empty frame.
     """
-    frame: pd.DataFrame = read_rows(open_store(uri), latest, as_of).to_pandas()
+    frame: pd.DataFrame = read_rows(open_store(uri), latest, as_of, last_commit).to_pandas()
     return frame
 
 
-def read_rows(store: Store, latest: bool = True, as_of: date | None = None) -> Any:
+def read_rows(store: Store, latest: bool = True, as_of: date | None = None, last_commit: int | None = None) -> Any:
     """What `read_predictions` reads, as an Arrow table.
 
     Rows are chosen by their keys; of other columns no row is kept that does not count.
     """
     items = list_commit_objects(store)
+    if last_commit is not None:
+        items = [item for item in items if read_commit_number(item.key) <= last_commit]
     if not items or (not latest and as_of is None):
         return pa.concat_tables([SCHEMA.empty_table(), *_take_rows(store, [(item.key, None) for item in items])])
     keys, counts = [SCHEMA.empty_table().select(KEY_COLUMNS)], Counter[str]()

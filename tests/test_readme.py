@@ -32,6 +32,12 @@ ANSWERS: dict[str, list[tuple[Any, ...]]] = {
         ("ct/0003", "OK", "CP"),
         ("ct/0004", "BAD_TILT", None),
     ],
+    "As of a commit": [
+        (SCAN, "ERR_TIMEOUT", None),
+        ("ct/0002", "OK", "NCP"),
+        ("ct/0003", "OK", "CP"),
+        ("ct/0004", "BAD_TILT", None),
+    ],
     "The history of one scan": [
         (DAY_1, "ERR_TIMEOUT", "what happened", "1", None, None),
         (DAY_2, "OK", "", "2", "NCP", 0.7),

@@ -104,6 +104,31 @@ def test_frame_and_duckdb_agree_on_what_counted_on_any_day(
             )
 
 
+def test_up_to_a_commit_nothing_changes_while_a_night_of_an_earlier_date_is_published(local: Store) -> None:
+    """As of its date, that night counts: it was held, and accepted after the next one."""
+    publish_rows(local, "one", make_row("a", "ERR_TIMEOUT", night=1), make_row("b", night=1))
+    publish_rows(local, "three", make_row("c", night=3))
+    columns = ["scan_id", "status"]
+
+    def read() -> list[list[tuple[str, str]]]:
+        with duckdb.connect() as connection:
+            connection.execute(LATEST_SQL.replace("RESULTS", local.uri))
+            asked = ("day := DATE '2030-01-02'", "last_commit := 2", "day := DATE '2030-01-02', last_commit := 2")
+            queried = [connection.sql(f"SELECT scan_id, status FROM latest({told})").fetchall() for told in asked]
+        day = date(2030, 1, 2)
+        settings: list[dict[str, Any]] = [{"as_of": day}, {"last_commit": 2}, {"as_of": day, "last_commit": 2}]
+        frames = [read_predictions(local.uri, **setting)[columns] for setting in settings]
+        assert [list(frame.itertuples(index=False, name=None)) for frame in frames] == queried
+        return queried
+
+    first = [("a", "ERR_TIMEOUT"), ("b", "OK")]
+    assert read() == [first, [*first, ("c", "OK")], first]
+    publish_rows(local, "two", make_row("a", night=2))
+    assert read() == [[("a", "OK"), ("b", "OK")], [*first, ("c", "OK")], first]
+    assert len(read_predictions(local.uri, latest=False, last_commit=1)) == 2
+    assert read_predictions(local.uri, last_commit=0).empty
+
+
 @dataclass(frozen=True)
 class WatchedStore(LocalStore):
     """Notes what Arrow holds when an object is read."""
