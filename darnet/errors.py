@@ -52,8 +52,9 @@ class Status(StrEnum):
         return not self.value.startswith("ERR_")
 
 
-# Trouble of the store, of a right, a key or a disk says nothing of the scan, however long it lasts: a person puts
-# it right, and the scan must be scored then. Only what decoding a scan runs into is the scan's own, and may be final.
+# Trouble of the store, of a right, a key, a disk or a machine says nothing of the scan, however long it lasts: a person
+# puts it right, and the scan must be scored then. Only what decoding a scan runs into is the scan's own, and may be
+# final.
 NEVER_GIVEN_UP = frozenset(
     {Status.ERR_STORAGE, Status.ERR_DENIED, Status.ERR_ARCHIVED, Status.ERR_GONE, Status.ERR_INPUT_CHANGED}
 )
@@ -80,7 +81,7 @@ STATUS_MEANINGS: Mapping[Status, str] = {
     Status.BAD_LIMIT: "larger than the stated limits",
     Status.BAD_ZIP: "encrypted, damaged or hostile zip",
     Status.BAD_GAVE_UP: "the same ERR of decoding on the same bytes for the third night",
-    Status.ERR_STORAGE: "could not be fetched, or no room to decode it; tried every night",
+    Status.ERR_STORAGE: "could not be fetched, or its machine had no room or no decoder for it; tried every night",
     Status.ERR_DENIED: "we may not read it: give this job the right to; tried every night",
     Status.ERR_ARCHIVED: "in a storage class for archives: restore it; tried every night",
     Status.ERR_GONE: "deleted between plan and read",

@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import pickle
+import platform
 import re
 import resource
 import selectors
@@ -53,12 +54,19 @@ class Sandbox:
     def call(self, *arguments: Any) -> Any:
         """The function's return value; arguments and value travel by pickle.
 
-        Raises: ScanError: ERR_TIMEOUT, ERR_DECODER_CRASH, ERR_MEMORY; and what the function raises of Python's own
-            exceptions and of `kinds`. Any other answer is ERR_DECODER_CRASH too.
+        Raises: ScanError: ERR_TIMEOUT, ERR_DECODER_CRASH, ERR_MEMORY, and ERR_STORAGE where no child can be started;
+            OSError; and what the function raises of Python's own exceptions and of `kinds`. Any other answer is
+            ERR_DECODER_CRASH too.
         """
+        if self._child is not None and self._child.poll() is not None:  # it died between two scans, of neither
+            self.close()
         if self._child is None:
             self._child = self._start()
-            self._receive(START_TIMEOUT_S, "starting the decoder")  # at no scan's cost
+            try:
+                self._receive(START_TIMEOUT_S, "starting")
+            except ScanError as error:  # which no scan had a part in
+                trouble = f"no decoder can be started on the machine {platform.node()}: {error.detail}"
+                raise ScanError(Status.ERR_STORAGE, trouble) from None
         try:
             assert self._child.stdin is not None
             _write(self._child.stdin, (arguments, self.timeout_s))

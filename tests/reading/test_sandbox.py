@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from darnet.errors import ScanError, Status
+from darnet.errors import NEVER_GIVEN_UP, ScanError, Status
 from darnet.reading import sandbox as sandbox_module
 from darnet.reading.sandbox import Sandbox
 from tests.places import ROOT
@@ -109,10 +109,27 @@ def test_the_time_to_start_a_child_is_no_scans() -> None:
     sandbox.close()
 
 
-def test_a_child_that_cannot_start_is_an_error_of_the_scan() -> None:
-    with pytest.raises(ScanError, match="exit status 1") as caught:
-        Sandbox("tests.reading.test_sandbox:no_such_function", MEMORY_BYTES, timeout_s=20).call("fine")
-    assert caught.value.status is Status.ERR_DECODER_CRASH
+@pytest.mark.parametrize(
+    ("function", "limit_s", "told"),
+    [("no_such_function", 60, "decoder died: exit status 1"), ("act", 0.001, "starting took more than 0.001 s")],
+)
+def test_a_child_that_cannot_start_is_trouble_of_the_machine_and_never_the_scans(
+    function: str, limit_s: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a broken node would make good scans final after three nights."""
+    monkeypatch.setattr(sandbox_module, "START_TIMEOUT_S", limit_s)
+    sandbox = Sandbox(f"tests.reading.test_sandbox:{function}", MEMORY_BYTES, timeout_s=20)
+    with pytest.raises(ScanError, match=f"no decoder can be started on the machine .*: {told}") as caught:
+        sandbox.call("fine")
+    assert caught.value.status in NEVER_GIVEN_UP
+
+
+def test_a_child_that_died_between_two_scans_costs_neither(sandbox: Sandbox) -> None:
+    child = sandbox.call("fine")[1]
+    os.kill(child, signal.SIGKILL)
+    while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert sandbox.call("fine")[1] != child
 
 
 def test_a_child_that_hangs_does_not_outlive_its_owner_for_long() -> None:
