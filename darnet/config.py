@@ -187,7 +187,8 @@ class DecodeConfig(Section):
     max_scan_bytes: int = Field(1 << 30, ge=1)
     """More decoded bytes a scan than this are `BAD_LIMIT`, judged from headers before any pixel is read."""
     timeout_s: float = Field(300.0, gt=0)
-    """Wall-clock seconds one source may take to decode."""
+    """Wall-clock seconds of one call of the child: all headers of a source, or one of its scans. All threads together
+    may take as many of processors, times `num_threads`, and 30 more."""
     memory_bytes: int = Field(4 << 30, ge=1 << 28)
     """Address space the decoding child may use."""
     num_threads: int = Field(1, ge=1, exclude=True)  # it changes no row, so it is in no digest

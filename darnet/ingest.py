@@ -51,6 +51,7 @@ from darnet.staging import EXCERPTS, Excerpts, Staging
 from darnet.storage import Store
 from darnet.volume import list_contributions, make_standard_volume
 
+CPU_MARGIN_S = 30.0  # Source: ours; what threads that libraries start beside those that decode may take of a call
 DOUBTFUL = frozenset({Status.ERR_DECODER_CRASH, Status.ERR_MEMORY})  # what a wrong bit of an excerpt may be behind
 
 
@@ -147,7 +148,8 @@ ANSWER_KINDS = (
 
 def make_sandbox(limits: DecodeConfig) -> Sandbox:
     """A child that decodes under these limits."""
-    return Sandbox("darnet.ingest:run_step", limits.memory_bytes, limits.timeout_s, ANSWER_KINDS)
+    cpu_s = limits.num_threads * limits.timeout_s + CPU_MARGIN_S
+    return Sandbox("darnet.ingest:run_step", limits.memory_bytes, limits.timeout_s, ANSWER_KINDS, cpu_s)
 
 
 class Ingester:

@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import importlib
 import io
+import math
 import os
 import pickle
 import platform
@@ -42,13 +43,15 @@ _ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1
 class Sandbox:
     """Calls `target` ("package.module:function") in a child process, started at the first call and kept.
 
-    `kinds` are the classes that an answer may be made of besides plain values, arrays and exceptions.
+    A call may take `timeout_s` seconds of a clock and `cpu_s` of processors, of all its threads together. `kinds` are
+    the classes that an answer may be made of besides plain values, arrays and exceptions.
     """
 
     target: str
     memory_bytes: int
     timeout_s: float
     kinds: tuple[type, ...] = ()
+    cpu_s: float = math.inf
     _child: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
 
     def call(self, *arguments: Any) -> Any:
@@ -69,7 +72,7 @@ class Sandbox:
                 raise ScanError(Status.ERR_STORAGE, trouble) from None
         try:
             assert self._child.stdin is not None
-            _write(self._child.stdin, (arguments, self.timeout_s))
+            _write(self._child.stdin, (arguments, self.timeout_s, self.cpu_s))
         except BrokenPipeError:
             raise self._explain_death() from None
         is_fine, value = self._receive(self.timeout_s, "decoding")
@@ -167,8 +170,8 @@ def serve(target: str, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _write(answers, (True, None))
     while head := requests.read(_LENGTH.size):
-        arguments, timeout_s = pickle.loads(requests.read(_LENGTH.unpack(head)[0]))
-        _limit_time(timeout_s)
+        arguments, timeout_s, cpu_s = pickle.loads(requests.read(_LENGTH.unpack(head)[0]))
+        _limit_time(timeout_s, cpu_s)
         try:
             answer = True, function(*arguments)
         except Exception as error:  # travels to the owner, who raises it there
@@ -178,12 +181,16 @@ def serve(target: str, memory_bytes: int) -> None:
         _write(answers, answer)
 
 
-def _limit_time(timeout_s: float) -> None:
-    """A hang must end even if the owner is gone; in native code only the system can end it. Later than the owner."""
+def _limit_time(timeout_s: float, cpu_s: float) -> None:
+    """A hang must end even if the owner is gone, which would end it earlier; in native code only the system can.
+
+    So must what takes more processors than it may, of which a clock says nothing.
+    """
     signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + 4 * timeout_s) + 1, hard))
+    if cpu_s < math.inf:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + cpu_s), hard))
 
 
 def _write(pipe: IO[bytes], value: Any) -> None:

@@ -49,6 +49,8 @@ def act(order: str) -> object:
         os._exit(3)
     if order == "hang":
         time.sleep(60)
+    while order == "spin":
+        pass
     if order == "eat":
         return bytearray(4 * MEMORY_BYTES)[0]
     if order == "scan error":
@@ -163,6 +165,17 @@ def test_a_hang_ends_at_the_time_limit_and_leaves_no_child() -> None:
     assert caught.value.status is Status.ERR_TIMEOUT
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_what_takes_too_much_of_processors_is_ended_by_the_system(sandbox: Sandbox) -> None:
+    """Long before the clock's limit; each call has its own."""
+    sandbox.cpu_s = 0.3
+    for _ in range(2):
+        assert sandbox.call("fine")[0] == "fine"
+    with pytest.raises(ScanError, match="decoder used up its processor time") as caught:
+        sandbox.call("spin")
+    assert caught.value.status is Status.ERR_TIMEOUT
+    assert sandbox.call("fine")[0] == "fine"
 
 
 def test_the_child_knows_none_of_its_owners_secrets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
