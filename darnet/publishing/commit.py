@@ -121,13 +121,15 @@ def publish(
     listing: Listing,
     origin: Origin,
     pause: Callable[[float], None] = time.sleep,
+    confirm: Callable[[], object] = lambda: None,
 ) -> int | None:
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
     Rows that another run made final meanwhile are left out, those of sources of which it made other bytes final that it
     listed later, and those of trouble that is never given up and was the last word already; the third night of the same
     ERR of decoding becomes BAD_GAVE_UP.
-    A run that was published before, but never heard of it, gets its number and publishes nothing.
+    A run that was published before, but never heard of it, gets its number and publishes nothing. `confirm` is called
+    last before a number is claimed, and what it raises keeps the run out of the table.
 
     Raises: RunError if the rows are not of this run, its origin, one model and one preprocessing; UsageError if a run
         of this origin may not add to the table; StorageError, CredentialsError.
@@ -153,6 +155,7 @@ def publish(
             return None
         key = make_commit_key(number)
         with _write_object(rows, settled, number, description) as path:
+            confirm()
             holder = _claim(store, key, path, run_id, pause)
         if holder == run_id:
             return number

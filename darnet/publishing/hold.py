@@ -70,8 +70,9 @@ def publish_run(folder: RunFolder, rows: StagedRows, record: RunRecord) -> int |
 
     Raises: RunError if the run was discarded; as `publish`.
     """
-    folder.refuse_if_discarded()  # last: its driver may have scored on when a person decided
-    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin)
+    refuse = folder.refuse_if_discarded  # a person may decide while its driver scores, and while it gathers the rows
+    refuse()
+    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin, confirm=refuse)
     folder.write_end(number)
     return number
 

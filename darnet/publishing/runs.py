@@ -71,7 +71,8 @@ class Work:
 class RunRecord:
     """The parameters of a run, kept as `run.json`. The times of listing are not part of what it is.
 
-    `attempt` counts the runs of these parameters that ended before and left the table as it was: they tried in vain.
+    `attempt` counts the runs of these parameters that ended before and left the table as it was: they tried in vain, or
+    were discarded.
     """
 
     night: date
@@ -154,7 +155,6 @@ class RunFolder:
     def begin(self, record: RunRecord, plan: Path) -> None:
         """Fix what this run is and what it scores, in this order; a plan that is there already stays.
 
-        What a person discarded of a run of this name goes first, in case that was killed half-way.
         Raises: UsageError if a run of this name and other parameters is there.
         """
         if not self._put(self.locate(RECORD), record.to_json()):
@@ -164,19 +164,7 @@ class RunFolder:
                     f"{self.store.uri}/{self.locate(RECORD)}: another run of this name is here, with another "
                     f"{', '.join(wrong)}; move the folder away, or score for another --night"
                 )
-        self._clear_discarded()
         self._put(self._plan_key, plan)
-
-    def _clear_discarded(self) -> None:
-        """Make room for a run that was discarded and is begun again; the decision stays, under a name of its own."""
-        try:
-            decision = self.store.read_bytes(self.locate(DISCARDED))
-        except ObjectMissing:
-            return
-        self.delete_work()
-        kept = DISCARDED.replace(".", f"-{hashlib.sha256(decision).hexdigest()[:8]}.")
-        self.store.write_bytes(self.locate(kept), decision)
-        self.store.delete(self.locate(DISCARDED))
 
     def _put(self, key: str, data: bytes | Path) -> bool:
         """Whether this call, and nobody before, made this object. Twice after a lost answer: it may say no wrongly."""
@@ -253,9 +241,16 @@ class RunFolder:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run was brought to an end."""
+        """Whether the run was brought to an end, or discarded: its name is taken for good.
+
+        A driver of it may live on and stage what it scores; a run of the same work must not find that.
+        """
+        return self._has(ENDED) or self._has(DISCARDED)
+
+    def _has(self, name: str) -> bool:
+        key = self.locate(name)
         with suppress(FolderMissing):
-            return any(item.key == self.locate(ENDED) for item in self.store.list_objects(self.locate(ENDED)))
+            return any(item.key == key for item in self.store.list_objects(key))
         return False
 
     def write_end(self, published: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from darnet.publishing.hold import (
     refuse_if_held,
     review_run,
 )
-from darnet.publishing.runs import RunFolder, find_unfinished
+from darnet.publishing.runs import RunFolder, find_unfinished, list_run_files
 from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
+from darnet.scan import StoredObject
 from darnet.settings import ScoreSettings
 from darnet.storage import Store, open_store
 from tests.results_fixtures import (
@@ -192,17 +194,17 @@ def test_a_discard_killed_at_any_step_is_carried_out_again(local: Store, num_wri
     assert find_unfinished(local, WORK) == []
 
 
-def test_a_discarded_run_begun_again_starts_afresh_and_keeps_the_decision(local: Store) -> None:
-    """The discard is killed after its first write; the same night plans the same sources."""
+def test_a_discarded_run_is_not_begun_again(local: Store) -> None:
+    """The discard is killed after its first write, and a driver that planned the same before begins its run then."""
     folder = begin_run(local, make_source("a"))
     folder.write_part("p", [make_row("a", run_id=folder.run_id)])
     with pytest.raises(KeyboardInterrupt):
         decide(KillingStore(local, 1), "discard", folder.run_id)
     assert begin_run(local, make_source("a")).run_id == folder.run_id
-    assert [found.run_id for found in find_unfinished(local, WORK)] == [folder.run_id]
-    assert folder.list_staged_sources() == set()
-    (kept,) = [item.key for item in local.list_objects(folder.locate("DISCARDED"))]
-    assert json.loads(local.read_bytes(kept))["reason"] == "looked at it"
+    assert find_unfinished(local, WORK) == []
+    with pytest.raises(RunError, match="start the job again, which plans its sources anew"):
+        folder.refuse_if_discarded()
+    assert json.loads(local.read_bytes(folder.locate("DISCARDED.json")))["reason"] == "looked at it"
 
 
 def test_a_published_run_cannot_be_discarded(local: Store) -> None:
@@ -233,7 +235,33 @@ def test_a_live_driver_neither_publishes_nor_holds_what_a_person_discarded(store
         with pytest.raises(RunError, match=r"run3/DISCARDED\.json: .*start the job again"):
             go_on()
     assert (list_commit_numbers(store), list_held_runs(store)) == ([1, 2], [])
-    assert not folder.is_over
+    assert "ENDED.json" not in list_run_files(store)[folder.run_id]
+
+
+class DecidingStore:
+    """A real store whose user discards a run when its driver has begun to read the table."""
+
+    def __init__(self, real: Store, run_id: str) -> None:
+        self._real, self._run_id = real, run_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        if prefix.startswith("predictions/") and self._run_id:
+            run_id, self._run_id = self._run_id, ""
+            decide(self._real, "discard", run_id)
+        return self._real.list_objects(prefix)
+
+
+def test_what_is_discarded_while_its_rows_are_gathered_is_not_published(local: Store) -> None:
+    folder = begin_run(local, make_source("a"))
+    rows = stage([make_row("a", run_id=folder.run_id)])
+    deciding: Any = DecidingStore(local, folder.run_id)
+    with pytest.raises(RunError, match="was discarded while it was being scored"):
+        publish_run(RunFolder(deciding, folder.run_id), rows, folder.read_record())
+    assert list_commit_numbers(local) == []
+    assert "ENDED.json" not in list_run_files(local)[folder.run_id]
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[]", b'{"run_id": "run3"}', b'{"run_id": "a", "breaches": [1]}', b"\xff"])

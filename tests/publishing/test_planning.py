@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from darnet.archive import EVERYTHING, Selection, list_sources
-from darnet.errors import StorageError, UsageError
+from darnet.errors import RunError, StorageError, UsageError
 from darnet.publishing.objects import Listing, list_commits
 from darnet.publishing.planning import LOOKUP_OBJECTS, Survey, plan_night, preview_night, survey_archive
 from darnet.publishing.rows import Reason
@@ -320,6 +320,22 @@ def test_a_run_that_ended_in_vain_is_not_gone_on_from(store: Store) -> None:
     assert second.run_id != first.run_id
     assert second.read_record().run_id == second.run_id
     assert plan(archive, store) == second
+
+
+def test_after_a_discard_the_same_night_is_a_run_that_an_old_driver_cannot_reach(store: Store) -> None:
+    archive = ListedStore(list_slices("a"))
+    old = plan(archive, store)
+    assert old is not None
+    store.write_bytes(old.locate("DISCARDED.json"), b"{}")
+    old.delete_work()
+    new = plan(archive, store)
+    assert new is not None
+    assert new.run_id != old.run_id
+    old.write_part("p", [make_row("a", run_id=old.run_id)])  # its driver lives on
+    assert new.list_staged_sources() == set()
+    assert plan(archive, store) == new
+    with pytest.raises(RunError, match="discarded"):
+        old.refuse_if_discarded()
 
 
 def test_the_same_night_again_is_the_same_run(local: Store) -> None:
