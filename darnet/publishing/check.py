@@ -22,7 +22,7 @@ from darnet.publishing.objects import (
     stream_objects,
 )
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
-from darnet.publishing.runs import ENDED, RECORD, RUNS, RunFolder, list_run_files
+from darnet.publishing.runs import DISCARDED, ENDED, RECORD, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
 from darnet.settings import ResultsSettings
 from darnet.storage import Store, open_store, transfer_all
@@ -153,14 +153,14 @@ def _count(faults: Sequence[str]) -> str:
 def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
     """Remove plan and parts of the runs that at least `keep_commits` later objects follow; reports and decisions stay.
 
-    So goes the work of runs that ended with nothing to publish. Other work that was never published is left alone and
-    counted: it may be a run in progress.
+    So goes the work of runs that ended with nothing to publish, or were discarded. Other work that was never published
+    is left alone and counted: it may be a run in progress, which may end and be published while this goes on.
     """
+    found, files = _list_runs_with_work(store), list_run_files(store)  # before the table, that knows what ended by now
     objects = list_commit_objects(store)
     num_later = {item.key: index for index, item in enumerate(reversed(objects))}
     published = {stored.run_id: num_later[stored.key] for stored in stream_objects(store, objects, [])}
-    found = _list_runs_with_work(store)
-    is_ended = {run_id: ENDED in names for run_id, names in list_run_files(store).items()}
+    is_ended = {run_id: bool({ENDED, DISCARDED} & names) for run_id, names in files.items()}
     over = [
         run_id
         for run_id in found

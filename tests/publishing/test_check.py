@@ -5,6 +5,7 @@ import io
 import json
 import random
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from darnet.publishing.check import care_for_results, check_table, clean_runs
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
+from darnet.scan import StoredObject
 from darnet.settings import ResultsSettings
 from darnet.storage import Store
 from darnet.storage_local import LocalStore
@@ -197,6 +199,37 @@ def test_the_work_of_a_run_that_had_nothing_to_publish_is_removed(
     summary, _ = run(capsys, "clean", "--results", local.uri)
     assert (summary["cleaned_runs"], summary["unpublished_runs"]) == (1, [])
     assert not has_plan(RunFolder(local, "late"))
+
+
+class EndingStore:
+    """A real store in which a run is published and ends once its table has been listed."""
+
+    def __init__(self, real: Store) -> None:
+        self._real, self._is_over = real, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        yield from list(self._real.list_objects(prefix))
+        if prefix.startswith("predictions/") and not self._is_over:
+            self._is_over = True
+            RunFolder(self._real, "late").write_end(publish_rows(self._real, "late", make_row("b")))
+
+
+def test_a_run_that_ends_while_the_table_is_cleaned_keeps_its_work(local: Store) -> None:
+    publish_rows(local, "r1", make_row("a"))
+    begin_run(local, make_source("b"), run_id="late")
+    assert clean_runs(EndingStore(local), 28)["removed_objects"] == 0  # type: ignore[arg-type]
+    assert has_plan(RunFolder(local, "late"))
+
+
+def test_what_a_live_driver_staged_of_a_discarded_run_is_removed(local: Store) -> None:
+    publish_rows(local, "r1", make_row("a"))
+    folder = begin_run(local, make_source("b"))
+    local.write_bytes(folder.locate("DISCARDED.json"), b"{}")
+    folder.write_part("p", [make_row("b", run_id=folder.run_id)])
+    assert clean_runs(local, 28) == {"cleaned_runs": 1, "removed_objects": 2, "unpublished_runs": []}
 
 
 def test_latest_is_one_row_a_scan_in_both_formats(
