@@ -24,6 +24,7 @@ from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, so
 from darnet.publishing.scored_keys import ScoredKeys, read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store
+from darnet.storage_local import explain_os_errors
 from darnet.terminal import print_table
 
 LIST_THREADS = 8  # Source: ours; half of the store's connections
@@ -94,6 +95,7 @@ def plan_night(
     All times are of the results store's clock, so that runs of several machines can be told which came first.
 
     Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters; as `choose_device`.
+        StorageError, also where there is no room for the plan on this machine.
     """
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)  # first: see Listing
     started_at, survey = results.read_clock(), Survey()
@@ -110,7 +112,8 @@ def plan_night(
             record = replace(record, attempt=record.attempt + 1)
         return record
 
-    with tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
+    place = tempfile.gettempdir()
+    with explain_os_errors(place, "write a plan"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
         path = Path(temporary) / "plan.parquet"
         record = write_plan(chain([first], planned), path, make_record)
         folder = RunFolder(results, record.run_id)

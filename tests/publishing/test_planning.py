@@ -1,6 +1,7 @@
 """A night plans what is selected and not settled, in the archive's order, without ever holding the archive."""
 
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from darnet.scan import Source, StoredObject
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
 from tests.results_fixtures import MODEL, ORIGIN, WORK, begin_run, make_row, publish_rows, read_plan
+from tests.small_disk import MountRefused, mount_small_disk
 
 NIGHT = date(2030, 1, 1)
 MIDNIGHT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -345,6 +347,22 @@ def test_the_same_night_again_is_the_same_run(local: Store) -> None:
     changed = plan(ListedStore(list_slices("a", "c")), local)
     assert first == again
     assert len({folder.run_id for folder in (first, next_night, other, changed) if folder}) == 4
+
+
+def test_a_full_temporary_disk_is_named(local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of 5,000 names that do not compress, on 32 KiB; and no disk at all."""
+    rng = random.Random(0)
+    names = sorted(rng.randbytes(24).hex() for _ in range(5_000))
+    archive = ListedStore([StoredObject(f"{name}.nii", 10, "v") for name in names])
+    try:
+        with mount_small_disk(tmp_path / "disk", 32) as disk:
+            for place in (disk, disk / "gone"):
+                monkeypatch.setattr(tempfile, "tempdir", str(place))
+                with pytest.raises(StorageError, match=f"{place}: cannot write a plan .*; check rights, space"):
+                    plan(archive, local)
+    except MountRefused as refused:
+        pytest.skip(str(refused))
+    assert list(local.list_objects("_runs/")) == []
 
 
 def test_what_is_published_during_the_listing_is_not_known_to_the_plan(local: Store) -> None:
