@@ -4,11 +4,12 @@ Planning never holds the listing: prefixes stream side by side, and what is not 
 """
 
 import gc
+import queue
 import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
@@ -29,7 +30,7 @@ from darnet.terminal import print_table
 
 LIST_THREADS = 8  # Source: ours; half of the store's connections
 LOOKUP_OBJECTS = 4_096  # Source: ours; a few pages of a listing, 2 MB
-DRAWN_SOURCES = 32  # Source: ours; of 300 slices each, 3 MB
+AHEAD_LOOKUPS = 4  # Source: ours; found of each prefix before its turn comes: some 60 MB of 8 prefixes
 PREVIEW_SOURCES = 20
 
 
@@ -169,27 +170,31 @@ def survey_archive(
 ) -> Iterator[PlannedSource]:
     """The sources to score, in the archive's order, while the prefixes are listed side by side.
 
+    A prefix whose turn has not come is listed on, until it has found what `AHEAD_LOOKUPS` lookups may; what is settled
+    is none of that.
     Raises: UsageError if nothing at all was listed: a mistyped prefix of a bucket lists as empty; StorageError.
     """
     is_over = threading.Event()
     waiting = iter(selection.list_prefixes())
-    ahead: deque[tuple[_Listing, Future[list[PlannedSource]]]] = deque()
+    ahead: deque[tuple[_Listing, Future[None]]] = deque()
     gc.freeze()  # else the collector walks through all of torch for every page: a third of the time
     with ThreadPoolExecutor(LIST_THREADS) as pool:
         try:
             while True:
                 for prefix in islice(waiting, LIST_THREADS - len(ahead)):
                     listing = _Listing(archive, prefix, keys, selection, now_s, is_over)
-                    ahead.append((listing, pool.submit(listing.draw)))
+                    ahead.append((listing, pool.submit(listing.run)))
                 if not ahead:
                     break
-                listing, drawn = ahead.popleft()
-                while found := drawn.result():
-                    drawn = pool.submit(listing.draw)
-                    yield from found
+                listing, end = ahead[0]
+                yield from listing.read()
+                end.result()
                 survey.add(listing.survey)
+                ahead.popleft()
         finally:
             is_over.set()
+            for listing, _ in ahead:
+                listing.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             gc.unfreeze()
     within = f" below {' or '.join(selection.prefixes)}" if selection.prefixes else ""
@@ -227,7 +232,7 @@ def warn_of_others(results: Store, others: Mapping[str, str]) -> None:
 
 
 class _Listing:
-    """One prefix on its way to planned sources, a few at a time, each time by whichever thread is free."""
+    """One prefix on its way to planned sources: one thread lists, and another reads what it finds."""
 
     def __init__(
         self,
@@ -241,26 +246,47 @@ class _Listing:
         asked_for = [asked for asked in dict.fromkeys(selection.prefixes) if asked.startswith(prefix)]
         self.survey = Survey(empty_prefixes=asked_for)
         self._keys, self._selection, self._now_s = keys, selection, now_s
-        sources = list_sources(archive.list_objects(prefix))
-        self._planned = self._plan(takewhile(lambda _: not is_over.is_set(), sources))
+        self._sources, self._is_over = list_sources(archive.list_objects(prefix)), is_over
+        self._found: queue.SimpleQueue[list[PlannedSource]] = queue.SimpleQueue()  # an empty one is the last
+        self._room = threading.Semaphore(AHEAD_LOOKUPS)
 
-    def draw(self) -> list[PlannedSource]:
-        """The next ones; none when the prefix is through."""
-        return list(islice(self._planned, DRAWN_SOURCES))
+    def run(self) -> None:
+        """List to the end, as far ahead of the reader as there is room."""
+        try:
+            sources = takewhile(lambda _: not self._is_over.is_set(), self._sources)
+            for batch in batch_by(self._select(sources), lambda source: len(source.objects), LOOKUP_OBJECTS):
+                if found := self._plan(batch):
+                    self._room.acquire()
+                    if self._is_over.is_set():
+                        return
+                    self._found.put(found)
+        finally:
+            self._found.put([])
 
-    def _plan(self, sources: Iterator[Source]) -> Iterator[PlannedSource]:
-        for batch in batch_by(self._select(sources), lambda source: len(source.objects), LOOKUP_OBJECTS):
-            for source, reason in zip(batch, self._keys.find_reasons(batch), strict=True):
-                if reason is None:
-                    continue
-                if self._selection.is_arriving(source, self._now_s):
-                    self.survey.waiting += 1
-                    continue
-                if self._selection.is_misdated(source, self._now_s):
-                    self.survey.misdated += 1
-                    self.survey.example = self.survey.example or self._keys.names.name_source(source.key)
-                self.survey.reasons[reason] += 1
-                yield PlannedSource(source, reason)
+    def read(self) -> Iterator[PlannedSource]:
+        """What is found, as it comes."""
+        while found := self._found.get():
+            self._room.release()
+            yield from found
+
+    def stop(self) -> None:
+        """Let `run` come to its end where it waits for room, once all is over."""
+        self._room.release()
+
+    def _plan(self, batch: Sequence[Source]) -> list[PlannedSource]:
+        planned = []
+        for source, reason in zip(batch, self._keys.find_reasons(batch), strict=True):
+            if reason is None:
+                continue
+            if self._selection.is_arriving(source, self._now_s):
+                self.survey.waiting += 1
+                continue
+            if self._selection.is_misdated(source, self._now_s):
+                self.survey.misdated += 1
+                self.survey.example = self.survey.example or self._keys.names.name_source(source.key)
+            self.survey.reasons[reason] += 1
+            planned.append(PlannedSource(source, reason))
+        return planned
 
     def _select(self, sources: Iterator[Source]) -> Iterator[Source]:
         for source in sources:

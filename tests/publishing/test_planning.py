@@ -3,6 +3,7 @@
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -13,8 +14,9 @@ import pytest
 
 from darnet.archive import EVERYTHING, Selection, list_sources
 from darnet.errors import RunError, StorageError, UsageError
+from darnet.publishing import planning
 from darnet.publishing.objects import Listing, list_commits
-from darnet.publishing.planning import LOOKUP_OBJECTS, Survey, plan_night, preview_night, survey_archive
+from darnet.publishing.planning import AHEAD_LOOKUPS, LOOKUP_OBJECTS, Survey, plan_night, preview_night, survey_archive
 from darnet.publishing.rows import Reason
 from darnet.publishing.runs import PlannedSource, RunFolder
 from darnet.publishing.scored_keys import read_scored_keys
@@ -137,9 +139,33 @@ def test_sources_come_while_the_listing_still_streams(local: Store) -> None:
     keys = read_scored_keys(local, MODEL, "1-abc", ORIGIN)
     found = survey_archive(ListedStore(stream), keys, EVERYTHING, MIDNIGHT_S, Survey())  # type: ignore[arg-type]
     assert next(found).source.key == "ct/00000000.nii"
-    assert len(asked) <= LOOKUP_OBJECTS
+    most = (AHEAD_LOOKUPS + 2) * LOOKUP_OBJECTS  # one lookup is being read, and one waits for room
+    deadline_s = time.monotonic() + 30
+    while len(asked) < most and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert most <= len(asked) <= most + 1
     found.close()
-    assert len(asked) <= 2 * LOOKUP_OBJECTS
+    assert len(asked) <= most + 1
+
+
+def test_a_prefix_is_listed_on_while_another_blocks(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answers on only when the second is through, which has several times what one lookup takes."""
+    monkeypatch.setattr(planning, "LOOKUP_OBJECTS", 50)
+    is_through = threading.Event()
+
+    class BlockingStore(ListedStore):
+        def list_objects(self, prefix: str = "") -> Iterator[StoredObject]:
+            for number, item in enumerate(super().list_objects(prefix)):
+                assert prefix != "a" or number < 60 or is_through.wait(5), "the second prefix is not listed on"
+                yield item
+            if prefix == "b":
+                is_through.set()
+
+    objects = [StoredObject(f"{prefix}/{number:03d}.nii", 1, "v") for prefix in "ab" for number in range(200)]
+    planned, counted = survey(BlockingStore(objects), local, Selection(("a", "b")))
+    assert list_keys(planned) == [item.key for item in objects]
+    assert counted.selected == 400
 
 
 def test_trouble_in_one_listing_ends_planning(local: Store) -> None:
