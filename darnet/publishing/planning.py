@@ -3,13 +3,14 @@
 Planning never holds the listing: prefixes stream side by side, and what is not settled goes to a file as it is found.
 """
 
+import contextlib
 import gc
 import queue
 import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
@@ -100,25 +101,26 @@ def plan_night(
     """
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)  # first: see Listing
     started_at, survey = results.read_clock(), Survey()
-    planned = survey_archive(archive, keys, selection, started_at.timestamp(), survey)
-    first = next(planned, None)
-    if first is None:
-        return Plan(None, survey)
-    work = replace(work, device=work.device or choose_device())
 
     def make_record(plan_sha256: str) -> RunRecord:
         listing = Listing(keys.last_commit, started_at, results.read_clock())
-        record = RunRecord(night, work, selection.describe(), plan_sha256, listing)
+        record = RunRecord(night, chosen, selection.describe(), plan_sha256, listing)
         while RunFolder(results, record.run_id).is_over:
             record = replace(record, attempt=record.attempt + 1)
         return record
 
     place = tempfile.gettempdir()
-    with explain_os_errors(place, "write a plan"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
-        path = Path(temporary) / "plan.parquet"
-        record = write_plan(chain([first], planned), path, make_record)
-        folder = RunFolder(results, record.run_id)
-        folder.begin(record, path)
+    # Closed whatever happens: an error keeps this frame, and threads that list ahead would wait for room for ever.
+    with contextlib.closing(survey_archive(archive, keys, selection, started_at.timestamp(), survey)) as planned:
+        first = next(planned, None)
+        if first is None:
+            return Plan(None, survey)
+        chosen = replace(work, device=work.device or choose_device())
+        with explain_os_errors(place, "write a plan"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
+            path = Path(temporary) / "plan.parquet"
+            record = write_plan(chain([first], planned), path, make_record)
+            folder = RunFolder(results, record.run_id)
+            folder.begin(record, path)
     return Plan(folder, survey)
 
 
@@ -138,12 +140,11 @@ def preview_night(
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)
     survey = Survey()
     shown: list[tuple[object, ...]] = []
-    for planned in survey_archive(archive, keys, selection, clock().timestamp(), survey):
-        if len(shown) < PREVIEW_SOURCES:
-            source = planned.source
-            shown.append(
-                (keys.names.name_source(source.key), str(planned.reason), len(source.objects), source.num_bytes / 1e6)
-            )
+    with contextlib.closing(survey_archive(archive, keys, selection, clock().timestamp(), survey)) as planned:
+        for source, reason in ((item.source, item.reason) for item in planned):
+            if len(shown) < PREVIEW_SOURCES:
+                name = keys.names.name_source(source.key)
+                shown.append((name, str(reason), len(source.objects), source.num_bytes / 1e6))
     counts = survey.describe()
     reasons, empty = counts.pop("reasons"), counts.pop("empty_prefixes")
     print_table("What a night would do", ["", "sources"], [*_spell_counts(counts), *reasons.items()])
@@ -167,7 +168,7 @@ def _spell_counts(counts: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def survey_archive(
     archive: Store, keys: ScoredKeys, selection: Selection, now_s: float, survey: Survey
-) -> Iterator[PlannedSource]:
+) -> Generator[PlannedSource, None, None]:
     """The sources to score, in the archive's order, while the prefixes are listed side by side.
 
     A prefix whose turn has not come is listed on, until it has found what `AHEAD_LOOKUPS` lookups may; what is settled
@@ -225,7 +226,7 @@ def warn_of_others(results: Store, others: Mapping[str, str]) -> None:
     for run_id, difference in others.items():
         print(
             f"run {run_id} is unfinished and left as it is: it has {difference}. Its own command finishes it, unless "
-            "that still runs; or drop it: "
+            "that still runs, with --score.device if that is the difference; or drop it: "
             f"python -m jobs.score --results {results.uri} --discard {run_id} --reason WHY",
             file=sys.stderr,
         )

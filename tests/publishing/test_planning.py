@@ -168,6 +168,23 @@ def test_a_prefix_is_listed_on_while_another_blocks(local: Store, monkeypatch: p
     assert counted.selected == 400
 
 
+def test_an_error_behind_the_listing_leaves_no_thread_that_waits(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would wait for it at its end, for ever."""
+    monkeypatch.setattr(planning, "LOOKUP_OBJECTS", 5)
+    archive = ListedStore([StoredObject(f"{number:04d}.nii", 1, "v") for number in range(500)])
+    before = set(threading.enumerate())
+
+    def fail() -> str:
+        raise RuntimeError("another Python answers")
+
+    with pytest.raises(RuntimeError, match="another Python") as caught:
+        plan_night(archive, local, replace(WORK, device=""), NIGHT, EVERYTHING, fail)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert set(threading.enumerate()) <= before
+    del caught  # which kept every frame until now
+
+
 def test_trouble_in_one_listing_ends_planning(local: Store) -> None:
     def fail(prefix: str) -> None:
         if prefix == "b":
