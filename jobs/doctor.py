@@ -15,7 +15,7 @@ from darnet.storage import open_store
 def work(settings: DoctorSettings) -> dict[str, Any]:
     """Try everything that is named; the cluster and its machines always."""
     model = open_store(settings.model) if settings.model else None
-    archive = open_store(settings.archive) if settings.archive else None
+    archive = open_store(settings.archive, is_archive=True) if settings.archive else None
     trial = Trial(open_store(settings.results, create=True)) if settings.results else None
     findings = [finding for group in check_cluster() for finding in examine(group)]
     if model is not None:
@@ -24,9 +24,11 @@ def work(settings: DoctorSettings) -> dict[str, Any]:
         findings += examine(check_archive(archive))
     if trial is not None:
         findings += [finding for group in check_results(trial) for finding in examine(group)]
-    findings += examine_machines(archive, model, trial, settings.score)
-    if trial is not None:
-        findings += examine(check_removal(trial))
+    try:
+        findings += examine_machines(archive, model, trial, settings.score)
+    finally:
+        if trial is not None:
+            findings += examine(check_removal(trial))
     return report_findings(findings)
 
 

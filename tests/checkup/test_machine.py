@@ -103,9 +103,7 @@ def test_one_changed_byte_of_a_bundle_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(
-    ("address", "num_checks"), [("", 29), pytest.param("127.0.0.1:6379", 33, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("address", "num_checks"), [("", 29), ("127.0.0.1:6379", 33)])
 def test_the_job_tries_everything_that_is_named(
     address: str, num_checks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
