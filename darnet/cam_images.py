@@ -37,12 +37,15 @@ class CamImages:
     store: Store
     choice: CamChoice
 
-    def check(self, archive: Store, results: Store) -> None:
+    def check(self, archive: Store, results: Store, prefixes: Sequence[str] = ("",)) -> None:
         """Say at once, and not at the end of a night, that the place cannot be reached, or is archive's or results'.
 
+        Of an archive counts what lies below the `prefixes` that a night lists.
         Raises: UsageError, StorageError, CredentialsError.
         """
-        if f"{self.store.uri}/".startswith(f"{archive.uri}/"):
+        place = f"{self.store.uri}/"
+        listed = [f"{archive.uri}/{prefix}" for prefix in prefixes or ("",)]
+        if any(place.startswith(prefix) for prefix in listed):
             raise UsageError(
                 f"--cam-images {self.store.uri} lies in --archive {archive.uri}, and the next night would score the "
                 "pictures; give them a separate prefix"

@@ -96,7 +96,7 @@ def score_archive(
     """
     refuse_if_held(results)
     if images is not None:
-        images.check(archive, results)
+        images.check(archive, results, selection.list_prefixes())
     bundle = read_model(model, config)
     work, choose = describe_work(archive, bundle, config, names, moved_from), functools.partial(choose_device, config)
     if list_open_runs(results):

@@ -219,3 +219,12 @@ def test_pictures_lie_neither_in_the_results_nor_in_the_archive(place: str, comp
         return
     with pytest.raises(UsageError, match=f"{complaint}.*; give them a separate prefix"):
         images.check(*stores)
+
+
+def test_pictures_may_lie_in_an_archive_beside_the_prefixes_that_are_scored(tmp_path: Path) -> None:
+    images, results = CamImages(LocalStore(tmp_path / "pictures"), CamChoice()), LocalStore(tmp_path / "results")
+    (tmp_path / "pictures").mkdir()
+    images.check(LocalStore(tmp_path), results, ["ct/"])
+    for prefixes in (["ct/", "pic"], [""], ["pictures/"]):
+        with pytest.raises(UsageError, match="lies in --archive"):
+            images.check(LocalStore(tmp_path), results, prefixes)
