@@ -126,7 +126,8 @@ def _refuse_leak(frame: pd.DataFrame) -> None:
         raise UsageError(
             f"column cohort: {len(leaking)} patients are in both cohorts, as {leaking[0]} with {told}: what a network "
             "learns of them flatters its test. Correct the column; or leave it out, and patients are dealt; or name it "
-            "paper_cohort and set cohorts.division to paper, which keeps such a leak and tells of it"
+            "paper_cohort and set cohorts.division to paper, which keeps such a leak and tells of it, keeps discarded "
+            "scans too, and deals the folds anew"
         )
 
 

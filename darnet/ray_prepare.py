@@ -45,6 +45,15 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
             of what a bad hour left. The folder declares no volumes then, also where it did before.
     """
     left_out = find_left_out(cohort, settings.cohorts)
+    config, num_folds = settings.cohorts, settings.train.num_folds
+    divide = functools.partial(
+        divide_cohort,
+        num_folds=num_folds,
+        seed=config.seed,
+        division=config.division,
+        test_fraction=config.test_fraction,
+    )
+    divide(cohort[left_out == ""])  # what no scan can mend is told before all are decoded
     sources = match_cohort(cohort[left_out == ""], list_sources(archive.list_objects()))
     reversed_sources = frozenset(sources[scan_id].key for scan_id in find_reversed(cohort) if scan_id in sources)
     road = Road(settings.volume, settings.score.decode, reversed_sources=reversed_sources)
@@ -73,11 +82,12 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     _refuse_unfinished(excluded["status"], f"{volumes.uri}/{EXCLUDED_FILE}")
     if not is_usable.any():
         raise UsageError(f"no scan of the cohort is usable; {volumes.uri}/{EXCLUDED_FILE} says why for each")
-    usable, config, num_folds = frame[is_usable], settings.cohorts, settings.train.num_folds
-    divided = divide_cohort(
-        usable, num_folds=num_folds, seed=config.seed, division=config.division, test_fraction=config.test_fraction
-    )
-    division = record_division(usable, config, num_folds=num_folds)
+    try:
+        divided = divide(frame[is_usable])
+        division = record_division(frame[is_usable], config, num_folds=num_folds)
+    except UsageError:
+        volumes.delete(VOLUMES_FILE)
+        raise
     counts = dict(Counter(map(str, excluded["status"])))
     write_facts(volumes, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {

@@ -98,7 +98,7 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 9
     assert read_index(tmp_path / "volumes").cohort_sha256 == index.cohort_sha256
 
-    absent = read_cohort("table.csv", b"scan_id,patient_id,diagnosis,paper_cohort\nnone,p,CP,train\n")
+    absent = cohort.assign(scan_id="not-" + cohort["scan_id"])
     with pytest.raises(UsageError, match="no scan of the cohort is usable"):
         prepare_volumes(open_store(settings.archive), absent, volumes, settings)
     with pytest.raises(UsageError, match=r"volumes\.json"):  # its neighbour excluded.csv is of this table
