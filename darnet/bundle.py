@@ -252,7 +252,7 @@ def load_network(bundle: Bundle, place: int) -> DARNet:
         # Copied, not assigned: a tensor inside the file's bytes may be aligned so that sums differ in the last bits.
         network.load_state_dict(safetensors.torch.load(bundle.weights[place]), strict=True)
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
-        raise _refuse_format(bundle.manifest.folds[place].file, str(error).partition("\n")[0]) from error
+        raise _refuse_format(bundle.manifest.folds[place].file, " ".join(str(error).split())[:400]) from error
     return network.eval()
 
 

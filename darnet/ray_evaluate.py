@@ -41,29 +41,33 @@ def place_evaluation(settings: EvaluateSettings, room: ClusterRoom) -> EvaluateS
 
 
 def evaluate_in_task(settings: EvaluateSettings, num_gpus: int) -> dict[str, Any]:
-    """Evaluate in a task of the cluster; volumes and a local `out` must be where every node sees them.
+    """Evaluate in a task of the cluster; volumes, a local `out` and a local `truth` must be where every node sees them.
 
-    What it has for people is printed here when it is done.
+    What it has for people is printed here when it ends.
     Raises: RunError of every kind, also where the cluster gives the task up.
     """
     print_heading("evaluating on a node of the cluster")
     try:
-        summary, told = ray.get(ray.remote(num_gpus=num_gpus)(_evaluate_unseen).remote(settings))
-    except RayTaskError as error:
-        if isinstance(error.cause, RunError):
-            raise error.cause from error
+        outcome, told = ray.get(ray.remote(num_gpus=num_gpus)(_evaluate_unseen).remote(settings))
+    except RayTaskError:
         raise
     except RayError as error:
         raise RunError(
             f"the cluster gave up the evaluation ({error}); the same command begins it again, and trains nothing"
         ) from error
     print(told, file=sys.stderr, end="")
-    result: dict[str, Any] = summary
-    return result
+    if isinstance(outcome, RunError):
+        raise outcome
+    summary: dict[str, Any] = outcome
+    return summary
 
 
-def _evaluate_unseen(settings: EvaluateSettings) -> tuple[dict[str, Any], str]:
-    """The summary, and what was printed where nobody looks."""
+def _evaluate_unseen(settings: EvaluateSettings) -> tuple[dict[str, Any] | RunError, str]:
+    """The summary, or why there is none, and what was printed where nobody looks."""
+    outcome: dict[str, Any] | RunError
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        summary = run_evaluation(settings)
-    return summary, told.getvalue()
+        try:
+            outcome = run_evaluation(settings)
+        except RunError as error:
+            outcome = error
+    return outcome, told.getvalue()

@@ -270,6 +270,8 @@ class EvaluateSettings(CachingSettings):
             raise ValueError("model and volumes belong together; give both, or predictions")
         if self.truth is not None and self.model is None:
             raise ValueError("truth needs model: a predictions table has no activation maps")
+        if self.truth is not None and self.compare is not None:
+            raise ValueError("truth and compare: measure maps in one call, and compare tables in another")
         if (self.predictions is None) == (self.model is None):
             raise ValueError("give either predictions, or model and volumes")
         return self
@@ -300,7 +302,8 @@ class PaperSettings(CachingSettings):
     """Place for volumes, audit, bundles and report: a folder that every node of the cluster sees, or
     s3://bucket/prefix."""
     truth: str | None = None
-    """Folder or s3://bucket/prefix of lesion masks, as jobs.phantoms writes them, if any are known."""
+    """Folder that every node sees, or s3://bucket/prefix, of lesion masks, as jobs.phantoms writes them, if any are
+    known."""
     seeds: tuple[int, ...] = (0,)
     """Train every network with each of these, such as 0,1,2, on the same folds; several leave bundles in
     `bundles/seed<k>`. A difference of networks can be shown of three or more. They stand in place of train.seed."""

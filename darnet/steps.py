@@ -36,10 +36,19 @@ class Step:
         return any(True for _ in self.out.list_objects(self.first or self.proof))
 
 
-def run_steps(steps: Sequence[Step]) -> dict[str, Mapping[str, Any]]:
-    """Do what is not complete, in order; returns what each said that was done, by title."""
+def run_steps(steps: Sequence[Step], claim: bytes | None = None) -> dict[str, Mapping[str, Any]]:
+    """Do what is not complete, in order; returns what each said that was done, by title.
+
+    `claim` is what `claim_folder` noted.
+    Raises: UsageError if another job has claimed the place with other settings meanwhile.
+    """
     done = {}
     for number, step in enumerate(steps, 1):
+        if claim is not None and step.out.read_bytes(SETTINGS_FILE) != claim:
+            raise UsageError(
+                f"{step.out.uri}/{SETTINGS_FILE}: another job has begun here with other settings since; let one "
+                "of them end, or give each a folder of its own"
+            )
         if has_object(step.out, step.proof):
             print_heading(f"{number}  {step.title}: complete already ({step.out.uri}/{step.proof})")
             continue
@@ -48,10 +57,10 @@ def run_steps(steps: Sequence[Step]) -> dict[str, Mapping[str, Any]]:
     return done
 
 
-def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes], steps: Sequence[Step]) -> None:
+def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes], steps: Sequence[Step]) -> bytes:
     """Note the settings that `out` is made with, and what its input files held, so that a resumed job cannot mix two
-    studies. `inputs` are by the setting that names the file. Until the first of the steps that it belongs to has begun,
-    another value takes a setting's noted place.
+    studies; returns the note. `inputs` are by the setting that names the file. Until a step that rests on it has begun,
+    another value takes a setting's noted place: every step rests on its own settings and on those of the steps before.
 
     Raises: UsageError naming what differs, and the step that is begun with it.
     """
@@ -60,19 +69,23 @@ def claim_folder(out: Store, settings: Settings, inputs: Mapping[str, bytes], st
     told = {name: value for name, value in told.items() if not _is_below(name, UNNOTED)}
     data = (json.dumps(told, indent=2) + "\n").encode()
     if out.put_if_absent(SETTINGS_FILE, data):
-        return
+        return data
     noted = out.read_bytes(SETTINGS_FILE)
-    begun = json.loads(noted)
+    begun = _flatten(json.loads(noted))
     differs = [name for name in sorted(begun | told) if begun.get(name) != told.get(name)]
+    fixed: list[str] = []
     for step in steps:
-        if (fixed := [name for name in differs if _is_below(name, step.settings)]) and step.has_begun:
+        fixed += [name for name in differs if _is_below(name, step.settings) and name not in fixed]
+        if fixed and step.has_begun:
             later = ", ".join(each.first or each.proof for each in steps[steps.index(step) :] if each.has_begun)
             raise UsageError(
                 f"{out.uri}/{SETTINGS_FILE}: {step.title} began with other settings ({', '.join(fixed)}; _sha256: the "
-                f"content of a file); name another folder, use those, or delete what is made with them there: {later}"
+                f"content of a file); name another folder, use those, or delete what rests on them: all there that "
+                f"begins with {later}"
             )
     if noted != data:
         out.write_bytes(SETTINGS_FILE, data)
+    return data
 
 
 def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

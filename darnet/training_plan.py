@@ -372,8 +372,8 @@ def claim_runs(runs: Store, names: Sequence[str], code: str) -> None:
         first, *more = others
         raise UsageError(
             f"{runs.uri}: code version {others[first]} began {len(others)} of these {len(names)} folds, and this is "
-            f"{code}: go on with that code; or delete {first}{f' and {len(more)} more' if more else ''} there, or name "
-            "another place for checkpoints, and this code trains them from the start"
+            f"{code}: go on with that code; or delete {first}{f' and {len(more)} more' if more else ''} there, or give "
+            "jobs.train another --runs, and this code trains them from the start"
         )
     for name in names:
         runs.child(name).write_bytes(CODE_FILE, code.encode())

@@ -25,15 +25,20 @@ def open_volumes(uri: str, cache: Path, cohort_sha256: str = "") -> VolumesIndex
             if the folder declares another cohort than the one of this digest.
     """
     store = open_store(uri)
-    if cohort_sha256 and (found := read_table(store).cohort_sha256) != cohort_sha256:
-        raise UsageError(
-            f"{uri}: prepared anew since this training began (cohort {found[:12]}, not {cohort_sha256[:12]}): prepare "
-            "the first cohort there again and go on, or train anew with this one"
-        )
+    _refuse_other(uri, read_table(store).cohort_sha256, cohort_sha256)  # before 13 GB are copied
     here = store.local_path(VOLUMES_FILE)
     index = read_index(copy_volumes(store, cache.expanduser()) if here is None else here.parent)
+    _refuse_other(uri, index.cohort_sha256, cohort_sha256)
     _check_digests(index)
     return index
+
+
+def _refuse_other(uri: str, found: str, wanted: str) -> None:
+    if wanted and found != wanted:
+        raise UsageError(
+            f"{uri}: prepared anew since this training began (cohort {found[:12]}, not {wanted[:12]}): prepare the "
+            "first cohort there again and go on, or train anew with this one"
+        )
 
 
 def copy_volumes(store: Store, cache: Path) -> Path:

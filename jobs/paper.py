@@ -8,6 +8,7 @@ import jobs.train
 from darnet.bundle import NETWORK_NAMES
 from darnet.dataset import read_table
 from darnet.evaluation.evaluate import read_known_truths
+from darnet.evaluation.truth import refuse_empty
 from darnet.job import run_job
 from darnet.ray_cluster import connect
 from darnet.ray_evaluate import evaluate_on_cluster
@@ -29,12 +30,13 @@ def work(settings: PaperSettings) -> dict[str, Any]:
     _, table = read_file(settings.cohort, "cohort table")
     steps = list_steps(settings, store)
     training, evaluation = steps[-2:]
+    if settings.truth is not None:
+        refuse_empty(open_store(settings.truth))
     if not has_object(store, training.proof):  # hours of other work come before it
         connect()
         num_folds = len(settings.seeds) * len(NETWORK_NAMES) * settings.train.num_folds
         plan_training(settings.train, settings.workers, num_folds)
-    claim_folder(store, settings, {"cohort": table}, steps)
-    done = run_steps(steps)
+    done = run_steps(steps, claim_folder(store, settings, {"cohort": table}, steps))
     report = {"out": store.uri, "done": list(done), "report": f"{store.uri}/report/report.html"}
     return {**done.get(evaluation.title, {}), **report}
 
@@ -61,7 +63,7 @@ def list_steps(settings: PaperSettings, store: Store) -> list[Step]:
     return [
         Step("volumes and folds", store, "volumes/volumes.json", lambda: jobs.prepare.work(prepare), COHORT),
         Step("audit of the cohort", store, "audit/excluded.csv", lambda: jobs.prepare.work(audit)),
-        Step("training", store, f"bundles/{last}/bundle.json", train_networks, TRAINING, first="bundles/"),
+        Step("training", store, f"bundles/{last}/bundle.json", train_networks, TRAINING, first="bundles"),
         Step("evaluation", store, "report/report.html", lambda: evaluate_on_cluster(evaluate), EVALUATION),
     ]
 

@@ -12,6 +12,7 @@ import pytest
 import darnet.ray_train
 import jobs.paper
 from darnet.errors import UsageError
+from darnet.scan import DIAGNOSES
 from darnet.settings import PaperSettings
 from darnet.storage import has_object, open_store
 from tests.places import ROOT
@@ -74,11 +75,12 @@ def test_one_command_makes_the_report_and_resumes_where_it_was_stopped(
     assert study.read_bytes("bundles/seed1/darnet-da/bundle.json") == bundle
 
 
-def start(folder: Path, *scan_ids: str, **changed: Any) -> None:
-    """A study of scans that are not in the archive."""
+def start(folder: Path, name: str, **changed: Any) -> None:
+    """A study of 36 patients whose scans, all named so, are not in the archive."""
     (folder / "archive").mkdir(exist_ok=True)
     table = folder / "cohort.csv"
-    table.write_text("scan_id,patient_id,diagnosis\n" + "".join(f"{name},{name},CP\n" for name in scan_ids))
+    rows = [f"{name}{number},p{number},{DIAGNOSES[number % 3]}\n" for number in range(36)]
+    table.write_text("scan_id,patient_id,diagnosis\n" + "".join(rows))
     places = {"archive": str(folder / "archive"), "cohort": str(table), "out": str(folder / "study")}
     jobs.paper.work(PaperSettings.model_validate(places | changed))
 
@@ -93,12 +95,12 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("room")
 def test_a_study_without_volumes_takes_another_table_and_one_with_them_does_not(tmp_path: Path) -> None:
-    for scan_ids in (("a", "b"), ("a",)):
+    for name in ("a", "b"):
         with pytest.raises(UsageError, match="no scan of the cohort is usable"):
-            start(tmp_path, *scan_ids)
+            start(tmp_path, name)
     (tmp_path / "study" / "volumes" / "volumes.json").touch()
     with pytest.raises(UsageError, match=r"volumes and folds began with other settings \(cohort_sha256;"):
-        start(tmp_path, "b")
+        start(tmp_path, "c")
 
 
 @pytest.mark.ray
@@ -125,6 +127,10 @@ def test_a_wrong_place_of_the_truth_is_told_of_before_training(tmp_path: Path) -
     make_volumes(tmp_path / "study" / "volumes", num_train=8, num_folds=2, num_test=3)
     (tmp_path / "study" / "audit").mkdir()
     (tmp_path / "study" / "audit" / "excluded.csv").touch()
-    (tmp_path / "truth").mkdir()
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    with pytest.raises(UsageError, match="truth: nothing is here"):
+        start(tmp_path, "a", truth=str(truth))
+    (truth / "of-another-scan.npz").touch()
     with pytest.raises(UsageError, match="no truth of any test scan"):
-        start(tmp_path, "a", truth=str(tmp_path / "truth"))
+        start(tmp_path, "a", truth=str(truth))

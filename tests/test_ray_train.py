@@ -47,7 +47,7 @@ from darnet.ray_train import (
     write_bundles,
 )
 from darnet.settings import TrainSettings
-from darnet.storage import open_store
+from darnet.storage import Store, open_store
 from darnet.terminal import Meter
 from darnet.tracking import Tracker
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
@@ -377,6 +377,10 @@ def start_job(*arguments: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, start_new_session=True)
 
 
+def read_snapshots(runs: Store) -> list[bytes]:
+    return [runs.read_bytes(item.key) for item in runs.list_objects() if item.key.endswith("snapshot.json")]
+
+
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow
@@ -392,7 +396,7 @@ def test_a_killed_job_resumes_from_a_bucket_and_ends_in_the_bits_of_an_undisturb
     arguments = [*places, *train, "--network.base-channels", "4", "--networks", "plain,ca"]
 
     job = start_job(*arguments)
-    while not any(item.key.endswith("state.pt") for item in runs.list_objects()):
+    while not any(b"checkpoint_dir_name" in data for data in read_snapshots(runs)):  # what Ray resumes from
         assert job.poll() is None
         time.sleep(0.2)
     os.killpg(job.pid, signal.SIGKILL)

@@ -40,13 +40,14 @@ def test_what_is_complete_is_not_made_again(store: Store) -> None:
 FIRST = ("archive", "cohort_sha256", "score.decode", "train.num_folds")
 
 
-def claim(store: Store, *arguments: str, table: bytes = b"a table") -> None:
-    """The folder of a study in two steps, of which the second trains."""
+def claim(store: Store, *arguments: str, table: bytes = b"a table") -> bytes:
+    """The folder of a study in three steps, of which the second trains."""
     steps = [
         Step("volumes", store, "volumes.json", dict, FIRST),
-        Step("training", store, "bundles/last", dict, ("train", "seeds"), first="bundles/"),
+        Step("training", store, "bundles/last", dict, ("train", "seeds"), first="bundles"),
+        Step("evaluation", store, "report.html", dict, ("replicates",)),
     ]
-    claim_folder(store, read_settings(PaperSettings, [*PLACES, *arguments], "x"), {"cohort": table}, steps)
+    return claim_folder(store, read_settings(PaperSettings, [*PLACES, *arguments], "x"), {"cohort": table}, steps)
 
 
 def test_what_nothing_rests_on_yet_can_be_given_anew(store: Store) -> None:
@@ -64,10 +65,10 @@ def test_what_nothing_rests_on_yet_can_be_given_anew(store: Store) -> None:
     [
         (
             ["--train.epochs", "3"],
-            r"training began with other settings \(train\.epochs;.*use those, or delete .*: bundles/$",
+            r"training began with other settings \(train\.epochs;.*use those, or delete .* begins with bundles$",
         ),
         (["--seeds", "1"], r"training began with other settings \(seeds;"),
-        (["--train.num-folds", "3"], r"volumes began .* \(train\.num_folds;.*: volumes\.json, bundles/$"),
+        (["--train.num-folds", "3"], r"volumes began .* \(train\.num_folds;.* begins with volumes\.json, bundles$"),
         (["--archive", "elsewhere"], r"volumes began .* \(archive;"),
     ],
 )
@@ -79,6 +80,34 @@ def test_what_something_rests_on_cannot(store: Store, changed: list[str], told: 
     with pytest.raises(UsageError, match=told):
         claim(store, *changed)
     assert store.read_bytes(SETTINGS_FILE) == noted
+
+
+@pytest.mark.parametrize("left", ["bundles.runs/fold0/state.pt", "bundles/last", "report.html"])
+def test_what_later_steps_left_is_not_taken_for_that_of_new_settings(store: Store, left: str) -> None:
+    """Also where what lies between was deleted, and where a training has only begun."""
+    claim(store)
+    store.write_bytes(left, b"{}")
+    with pytest.raises(UsageError, match=rf"\(train\.epochs;.* begins with {left.partition('/')[0].partition('.')[0]}"):
+        claim(store, "--train.epochs", "3")
+    with pytest.raises(UsageError, match=r"\(archive;"):
+        claim(store, "--archive", "elsewhere")
+    store.delete(left)
+    claim(store, "--archive", "elsewhere", "--train.epochs", "3")
+
+
+def test_a_job_whose_place_was_claimed_anew_stops_before_its_next_step(store: Store) -> None:
+    first = claim(store)
+    made: list[str] = []
+
+    def intrude() -> dict[str, Any]:
+        made.append("one")
+        claim(store, "--train.epochs", "3")
+        return {}
+
+    steps = [Step("one", store, "one", intrude), Step("two", store, "two", lambda: made.append("two") or {})]
+    with pytest.raises(UsageError, match="another job has begun here with other settings"):
+        run_steps(steps, first)
+    assert made == ["one"]
 
 
 def test_another_table_under_the_same_name_is_refused(store: Store) -> None:

@@ -65,6 +65,12 @@ def read_truths(store: Store, scan_ids: Iterable[str], shape: tuple[int, int, in
     return found
 
 
+def refuse_empty(store: Store) -> None:
+    """Raises: UsageError where nothing is; StorageError."""
+    if not any(True for _ in store.list_objects()):
+        raise UsageError(f"{store.uri}: nothing is here; name the folder of lesion masks that belongs to this archive")
+
+
 def name_truth(scan_id: str) -> str:
     """A file name that any scan_id fits in."""
     return f"{hashlib.sha256(scan_id.encode()).hexdigest()[:16]}.npz"

@@ -222,8 +222,8 @@ def refuse_shared_cache(cache: Path) -> None:
         found = cache.stat()
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UsageError(
-                f"{cache}: others may write there, and what is compiled runs as it lies there; make it this user's own "
-                "(chown, chmod go-w), or name another place with --score.cache"
+                f"{cache}: others may write there, and what is compiled runs as it lies there; delete it, and it "
+                "is made anew as this user's own; or name another place with --score.cache"
             )
 
 
