@@ -1,4 +1,4 @@
-"""Volumes in object storage, as files of the machine that trains on them: an address enters, a local index leaves.
+"""Volumes of another machine, as files of the one that trains on them: an address enters, a local index leaves.
 
 Each node copies a volumes folder once, whichever of its workers comes first; what it opens is checked by digest.
 """
@@ -17,9 +17,14 @@ from darnet.errors import StorageError, UsageError
 from darnet.storage import Store, open_store, transfer_all
 from darnet.storage_local import explain_os_errors
 
+MOUNTS = Path("/proc/self/mounts")
+# Memory-mapping them reads over the network in every epoch, page by page. Source: Linux's names of their drivers
+NETWORK_FILESYSTEMS = frozenset("nfs nfs4 cifs smb3 ceph lustre gpfs beegfs glusterfs afs orangefs fuse".split())
+
 
 def open_volumes(uri: str, cache: Path, cohort_sha256: str = "") -> VolumesIndex:
-    """The volumes folder where it is local, else this node's copy below `cache`, which is made if there is none.
+    """The volumes folder where it lies on a disk of this machine, else this node's copy below `cache`, which is made if
+    there is none: of a bucket, or of a folder that comes over the network.
 
     Raises: UsageError and StorageError as `read_index`; StorageError naming an array whose digest is wrong; UsageError
             if the folder declares another cohort than the one of this digest.
@@ -27,7 +32,10 @@ def open_volumes(uri: str, cache: Path, cohort_sha256: str = "") -> VolumesIndex
     store = open_store(uri)
     _refuse_other(uri, read_table(store).cohort_sha256, cohort_sha256)  # before 13 GB are copied
     here = store.local_path(VOLUMES_FILE)
-    index = read_index(copy_volumes(store, cache.expanduser()) if here is None else here.parent)
+    if here is None or is_on_network(here.parent, _read_mounts()):
+        index = read_index(copy_volumes(store, cache.expanduser()))
+    else:
+        index = read_index(here.parent)
     _refuse_other(uri, index.cohort_sha256, cohort_sha256)
     _check_digests(index)
     return index
@@ -39,6 +47,19 @@ def _refuse_other(uri: str, found: str, wanted: str) -> None:
             f"{uri}: prepared anew since this training began (cohort {found[:12]}, not {wanted[:12]}): prepare the "
             "first cohort there again and go on, or train anew with this one"
         )
+
+
+def _read_mounts() -> str:
+    return MOUNTS.read_text() if MOUNTS.is_file() else ""
+
+
+def is_on_network(folder: Path, mounts: str) -> bool:
+    """Whether a folder is another machine's, by the table of what is mounted where, as Linux has it in `MOUNTS`."""
+    place = folder.resolve()
+    rows = [line.split() for line in mounts.splitlines()]
+    above = {Path(row[1].encode().decode("unicode_escape")): row[2] for row in rows if len(row) > 2}
+    kind = next((above[path] for path in (place, *place.parents) if path in above), "")
+    return kind.partition(".")[0] in NETWORK_FILESYSTEMS
 
 
 def copy_volumes(store: Store, cache: Path) -> Path:

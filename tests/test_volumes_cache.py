@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from darnet import volumes_cache
 from darnet.dataset import read_index
 from darnet.errors import StorageError
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
-from darnet.volumes_cache import copy_volumes, open_volumes
+from darnet.volumes_cache import copy_volumes, is_on_network, open_volumes
 from tests.volumes_fixtures import DIVISION, EXCLUDED, make_volumes
 
 
@@ -62,6 +63,40 @@ def test_a_local_folder_is_used_as_it_is(tmp_path: Path) -> None:
     made = make_volumes(tmp_path / "made", 6, 2)
     assert open_volumes(str(made.folder), tmp_path / "cache").folder == made.folder
     assert not (tmp_path / "cache").exists()
+
+
+MOUNT_TABLE = """\
+/dev/nvme0n1 / ext4 rw 0 0
+nas:/export /mnt/nas nfs4 rw 0 0
+nas:/export /mnt/two\\040words nfs rw 0 0
+bucket /mnt/bucket fuse.s3fs rw 0 0
+/dev/sdb1 /mnt/nas/disk xfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "is_far"),
+    [
+        ("/data/volumes", False),
+        ("/mnt/nas", True),
+        ("/mnt/nas/study/volumes", True),
+        ("/mnt/nas2/volumes", False),
+        ("/mnt/nas/disk/volumes", False),
+        ("/mnt/two words/volumes", True),
+        ("/mnt/bucket/volumes", True),
+    ],
+)
+def test_a_folder_that_comes_over_the_network_is_told_by_its_mount(folder: str, is_far: bool) -> None:
+    assert is_on_network(Path(folder), MOUNT_TABLE) is is_far
+
+
+def test_a_folder_that_comes_over_the_network_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(open_store(str(tmp_path / "volumes")), tmp_path)
+    (tmp_path / "mounts").write_text(f"/dev/sda / ext4 rw 0 0\nnas:/x {tmp_path / 'volumes'} nfs rw 0 0\n")
+    monkeypatch.setattr(volumes_cache, "MOUNTS", tmp_path / "mounts")
+    index = open_volumes(str(tmp_path / "volumes"), tmp_path / "cache")
+    assert index.folder.parent == tmp_path / "cache"
+    assert len(index.frame) > 0
 
 
 def flip_last_bit(path: Path) -> None:
