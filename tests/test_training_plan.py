@@ -196,7 +196,7 @@ def test_folds_that_other_code_began_are_refused_and_both_codes_named(store: Sto
     claim_runs(store, ["plain-fold0", "plain-fold1", "plain-fold2"], "0.1.0+a")
     told = (
         r"code version 0\.1\.0\+a began 2 of these 3 folds, and this is 0\.1\.0\+b: go on with that code; "
-        "or delete plain-fold0 and 1 more there, or name another place"
+        "or delete plain-fold0 and 1 more there, or give jobs.train another --runs"
     )
     for _ in range(2):  # a refusal notes nothing
         with pytest.raises(UsageError, match=told):
