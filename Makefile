@@ -5,6 +5,9 @@ BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
+# The environment is installed without byte code: whoever imports a module first compiles it, for all processes after.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo paper-smoke test test-quick test-slow bench-resampling walk-publishing bench-loading bench-fetching
 .PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks
 .PHONY: chaos fuzz licences advisories
