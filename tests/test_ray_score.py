@@ -487,6 +487,7 @@ def test_a_raised_limit_reopens_nothing_in_the_same_table(model: str, tmp_path: 
     assert score_archive(*stores, tables[1], CONFIG, NIGHT)["statuses"] == {"OK": 1}
 
 
+@pytest.mark.slow
 def test_a_killed_job_loses_no_row_and_doubles_none(model: str, tmp_path: Path) -> None:
     archive, results = tmp_path / "archive", tmp_path / "results"
     write_archive(archive, 30)
