@@ -19,11 +19,11 @@ STRAY_SUFFIXES = frozenset(
     " .sha256 .svg .tmp .toml .tsv .txt .xls .xlsx .xml .yaml .yml".split()
 )
 STRAY_NAMES = frozenset(
-    "authors changelog changes checksums citation copying dicomdir licence license lockfile makefile manifest notice"
-    " readme version".split()
+    "authors changelog changes checksums citation dicomdir lockfile makefile manifest notice version".split()
 )
 FUTURE_S = 86_400.0  # Source: ours; more than any mistaken time zone (14 hours), and over by the next night
 STRAY_STEMS = ("thumb", "preview")
+STRAY_BEGINNINGS = ("copying", "copyright", "licence", "license", "readme", "_success")
 
 
 def list_sources(objects: Iterable[StoredObject]) -> Iterator[Source]:
@@ -64,8 +64,8 @@ def is_stray(key: str) -> bool:
     if not name or name.startswith((".", "__macosx")) or "__MACOSX/" in key:
         return True
     stem, dot, suffix = name.rpartition(".")  # a million times a night: PurePosixPath takes five times as long
-    if not suffix or not dot:
-        return name.startswith(STRAY_STEMS) or name in STRAY_NAMES
+    if not suffix or not dot or suffix.isdigit():  # a version or a UID ends in a number
+        return name.startswith((*STRAY_STEMS, *STRAY_BEGINNINGS)) or name in STRAY_NAMES
     return f".{suffix}" in STRAY_SUFFIXES or stem.startswith(STRAY_STEMS)
 
 

@@ -73,7 +73,7 @@ class ModelConfig(Section):
     base_channels: int = Field(64, ge=1)
     """Channels of the first stage; later stages have 2, 4, 8 times as many. Source: ResNet18, paper ref. 8."""
     num_classes: int = Field(3, ge=2)
-    """Source: paper Table 1."""
+    """Diagnoses: CP, NCP and Normal. Source: paper Table 1."""
 
 
 class AugmentConfig(Section):
@@ -99,7 +99,7 @@ class TrainConfig(Section):
     batch_size: int = Field(4, ge=1)
     """Scans a step over all workers together. Source: paper sec. 4.2."""
     num_folds: int = Field(5, ge=2)
-    """Source: paper sec. 4.1."""
+    """Folds of the cross-validation, each a network of the ensemble. Source: paper sec. 4.1."""
     head_init_std: float = Field(0.01, gt=0)
     """Standard deviation of the head's first weights; with more, a short training leaves its plateau sooner.
     Source: authors' code."""

@@ -3,6 +3,7 @@
 DICOM slices come as Hounsfield units (the rescale is applied here, once), slice images as 8-bit display values.
 """
 
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -233,7 +234,8 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
         raise ScanError(Status.BAD_PIXELS, f"{len(size)} dimensions of {components} values; a scan has 3 of 1")
     if 2 * size[0] * size[1] * size[2] > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
-    if not all(0.01 < value < 100 for value in spacing_mm[:3]):
+    finest, middle, coarsest = sorted(spacing_mm[:3])  # the coarsest may be that of slices, which has no limit
+    if not (0.01 < finest and middle < 100 and math.isfinite(coarsest)):
         raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
 
 

@@ -129,8 +129,8 @@ class FoundScan:
         """The same with the keys of patient and series in its facts, in place of what they are made of."""
         facts = replace(
             self.facts,
-            patient_key=pseudonymise(self.patient_id, "patient", pseudonym_key),
-            series_key=pseudonymise(self.series_uid, "series", pseudonym_key),
+            patient_key=pseudonymise(self.patient_id, pseudonym_key),
+            series_key=pseudonymise(self.series_uid, pseudonym_key),
         )
         return replace(self, facts=facts, patient_id="", series_uid="")
 

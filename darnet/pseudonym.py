@@ -27,11 +27,11 @@ def read_secret(environment: Mapping[str, str] = os.environ) -> bytes | None:
     return secret or None
 
 
-def pseudonymise(value: str, kind: str, secret: bytes | None) -> str | None:
-    """HMAC-SHA256 of an identifier in hex; None without a secret or a value."""
+def pseudonymise(value: str, secret: bytes | None) -> str | None:
+    """HMAC-SHA256 of an identifier's UTF-8 in hex; None without a secret or a value."""
     if secret is None or not value:
         return None
-    return hmac.new(secret, f"{kind}\0{value}".encode("utf-8", "surrogateescape"), sha256).hexdigest()
+    return hmac.new(secret, value.encode("utf-8", "surrogateescape"), sha256).hexdigest()
 
 
 def mark_secret(secret: bytes | None) -> str | None:
@@ -55,11 +55,11 @@ class KeyNames:
 
     def name_source(self, key: str) -> str:
         """The table's `source`."""
-        return key if self.secret is None else f"{self.scheme}{pseudonymise(key, 'source', self.secret)}"
+        return key if self.secret is None else f"{self.scheme}{pseudonymise(key, self.secret)}"
 
     def name_scan(self, scan_id: str) -> str:
         """The table's `scan_id`."""
-        return scan_id if self.secret is None else f"{self.scheme}{pseudonymise(scan_id, 'scan', self.secret)}"
+        return scan_id if self.secret is None else f"{self.scheme}{pseudonymise(scan_id, self.secret)}"
 
 
 OPEN_KEYS = KeyNames()

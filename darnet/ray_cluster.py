@@ -112,11 +112,16 @@ def refuse_open_cluster(addresses: Set[str], ask: Callable[[], Iterable[tuple[st
         )
 
 
-def refuse_open_node(addresses: Set[str]) -> None:
-    """Demand a token of this node where there are several machines. Raises: UsageError where it wants none."""
-    if len(addresses) > 1 and not asks_for_token():
+def refuse_open_node() -> None:
+    """Demand a token of the node this worker runs on, which may have joined in mid-run.
+
+    Raises: UsageError where it wants none and is not the only machine.
+    """
+    if not ray.is_initialized() or asks_for_token():
+        return
+    if (num_machines := len(list_addresses())) > 1:
         node = ray.util.get_node_ip_address()
-        raise UsageError(f"node {node} needs no token, in a cluster of {len(addresses)} machines; {AUTH_REMEDY}")
+        raise UsageError(f"node {node} needs no token, in a cluster of {num_machines} machines; {AUTH_REMEDY}")
 
 
 def asks_for_token() -> bool:
@@ -319,11 +324,9 @@ def _keep_ingester(store: Store, road: Road) -> tuple[Ingester, KeyNames]:
 
     The secret comes from this node's own environment.
 
-    Raises: UsageError if the node, which may have joined in mid-run, asks for no token and is not the only machine, or
-        has not the secret of the road's mark.
+    Raises: UsageError as `refuse_open_node`, and if the node has not the secret of the road's mark.
     """
-    if ray.is_initialized():
-        refuse_open_node(list_addresses())
+    refuse_open_node()
     if road.secret_mark is None:
         return Ingester(store, road), OPEN_KEYS
     secret = read_secret()

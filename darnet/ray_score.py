@@ -34,6 +34,7 @@ from darnet.ray_cluster import (
     decode_planned,
     iterate_blocks,
     list_nodes,
+    refuse_open_node,
     unpack_scan,
 )
 from darnet.ray_metrics import ScanCounters
@@ -50,7 +51,8 @@ class ScoringActor:
     def __init__(
         self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
     ) -> None:
-        """Raises: RunError if the bundle is another one by now than the run was planned with."""
+        """Raises: RunError if the bundle is another one by now than the run was planned with; as `refuse_open_node`."""
+        refuse_open_node()
         bundle = read_model(model, config)
         if bundle.manifest != run.model:
             raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")

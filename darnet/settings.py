@@ -6,11 +6,13 @@ An unknown key is an error that names it.
 import argparse
 import os
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    BeforeValidator,
     Field,
     ValidationError,
     field_validator,
@@ -36,8 +38,20 @@ from darnet.config import (
     VolumeConfig,
 )
 from darnet.errors import UsageError
+from darnet.pseudonym import PSEUDONYM_VARIABLE
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
+
+VARIABLE_PREFIX = "DARNET_"
+
+
+def _refuse_address(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(f"{value}: give a local folder; this job writes nowhere else")
+    return value
+
+
+LocalFolder = Annotated[Path, BeforeValidator(_refuse_address)]
 
 
 class Settings(BaseSettings):
@@ -46,7 +60,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        env_prefix="DARNET_",
+        env_prefix=VARIABLE_PREFIX,
         env_nested_delimiter="__",
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -280,8 +294,8 @@ class EvaluateSettings(CachingSettings):
 class PhantomsSettings(Settings):
     """An archive of phantoms with cohort table and truth, to try the paper's evaluation on."""
 
-    out: Path
-    """Folder for archive, cohort.csv and truth; must not hold them yet."""
+    out: LocalFolder
+    """Local folder for archive, cohort.csv and truth; must not hold them yet."""
     train_scans: int = Field(20, ge=1)
     """Scans of each diagnosis in the training cohort."""
     test_scans: int = Field(12, ge=1)
@@ -329,8 +343,8 @@ class PaperSettings(CachingSettings):
 class DemoSettings(Settings):
     """The whole road on phantoms, on one machine without any service."""
 
-    out: Path = Path(".demo")
-    """Folder for everything the demo makes; emptied first."""
+    out: LocalFolder = Path(".demo")
+    """Local folder for everything the demo makes; emptied first."""
     volume: VolumeConfig = VolumeConfig(shape=(18, 88, 120), crop="body", window_hu=(-1000.0, -200.0))
     """Small, and in a window of lung and ground glass alone: a few minutes of training see nothing fainter."""
     network: ModelConfig = ModelConfig(base_channels=8)
@@ -348,9 +362,13 @@ def read_settings(settings_class: type[SettingsT], arguments: list[str], prog: s
 
     Raises: UsageError naming every wrong or unknown key; SystemExit(0) after `--help`.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _refuse_unknown_variables(os.environ)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config", type=Path, default=None)
-    config: Path | None = early.parse_known_args(arguments)[0].config
+    try:
+        config: Path | None = early.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise UsageError(f"settings are wrong:\n  {error}") from error
     if config is None and os.environ.get("DARNET_CONFIG"):
         config = Path(os.environ["DARNET_CONFIG"])
     if config is not None and not config.is_file():
@@ -371,6 +389,20 @@ def read_settings(settings_class: type[SettingsT], arguments: list[str], prog: s
         return Sourced()
     except (ValidationError, SettingsError, ValueError) as error:
         raise UsageError(f"settings are wrong:\n{_describe(error)}") from error
+
+
+def _refuse_unknown_variables(environment: Iterable[str]) -> None:
+    """Refuse a variable that no job has a setting for: a misspelt one would be left out in silence.
+
+    Raises: UsageError naming it.
+    """
+    known, jobs = {PSEUDONYM_VARIABLE}, [Settings]
+    for job in jobs:  # grows while it is read
+        jobs += job.__subclasses__()
+        known |= {f"{VARIABLE_PREFIX}{field}".upper() for field in job.model_fields}
+    variables = [name for name in environment if name.upper().startswith(VARIABLE_PREFIX)]
+    if unknown := [name for name in variables if name.upper().partition("__")[0] not in known]:
+        raise UsageError(f"settings are wrong: no job has a setting for the variable {', '.join(sorted(unknown))}")
 
 
 def _describe(error: Exception) -> str:

@@ -56,7 +56,10 @@ def test_names_that_slices_have_are_not_stray(key: str) -> None:
     assert not is_stray(key)
 
 
-@pytest.mark.parametrize("key", ["a/x.TXT", "a/.x.dcm", "a/", "a/__MACOSX/1.dcm", "a/b/preview1", "a/b/thumb.1.dcm"])
+@pytest.mark.parametrize(
+    "key",
+    ["a/x.TXT", "a/.x.dcm", "a/", "a/__MACOSX/1.dcm", "a/b/preview1", "a/b/thumb.1.dcm", "a/LICENSE-2.0", "a/_SUCCESS"],
+)
 def test_names_that_no_slice_has_are_stray(key: str) -> None:
     assert is_stray(key)
 

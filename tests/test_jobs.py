@@ -11,7 +11,7 @@ from darnet.archive import EVERYTHING, Selection
 from darnet.config import fingerprint
 from darnet.errors import CredentialsError, RunError, StorageError, UsageError
 from darnet.job import run_job
-from darnet.settings import PrepareSettings, ScoreSettings, Settings, read_settings
+from darnet.settings import DemoSettings, PhantomsSettings, PrepareSettings, ScoreSettings, Settings, read_settings
 
 PLACES = ["--archive", "a", "--model", "m", "--results", "r"]
 
@@ -65,6 +65,36 @@ def test_unknown_keys_of_a_file_are_named(tmp_path: Path, capsys: pytest.Capture
     assert "score.batchsize" in told
     assert "nonsense" in told
     assert "no such file" in _run(capsys, [*PLACES, "--config", str(tmp_path / "absent.toml")])[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("DARNET_NONSENSE", "DARNET_NONSENSE"),
+        ("DARNET_SCORES__BATCH_SIZE", "DARNET_SCORES__BATCH_SIZE"),
+        ("DARNET_SCORE__BATCHSIZE", "score.batchsize"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_named(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARNET_PSEUDONYM_KEY", "k" * 32)
+    monkeypatch.setenv("DARNET_REPLICATES", "3000")  # another job's
+    assert read_settings(ScoreSettings, PLACES, "x").archive == "a"
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(UsageError, match=told):
+        read_settings(ScoreSettings, PLACES, "x")
+
+
+@pytest.mark.parametrize("job", [PhantomsSettings, DemoSettings])
+def test_a_job_that_writes_only_here_refuses_a_bucket(job: type[Settings]) -> None:
+    """As a path it would be a folder called s3:."""
+    with pytest.raises(UsageError, match=r"out: .*s3://b/x: give a local folder"):
+        read_settings(job, ["--out", "s3://b/x"], "x")
+
+
+def test_a_flag_without_its_value_ends_with_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    code, summary, told = _run(capsys, [*PLACES, "--config"])
+    assert (code, summary["exit_code"]) == (2, 2)
+    assert "--config: expected one argument" in told
 
 
 def test_flags_override_the_environment_and_that_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

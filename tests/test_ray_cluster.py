@@ -6,17 +6,19 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from darnet.archive import list_sources
-from darnet.config import DecodeConfig, VolumeConfig
+from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.errors import ExitCode, RunError, Status, UsageError
 from darnet.ingest import Road
 from darnet.pseudonym import PSEUDONYM_VARIABLE
 from darnet.scan import IngestedScan
+from darnet.score import RunFacts
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import write_chest
@@ -112,8 +114,9 @@ def test_several_machines_need_a_token_each(
 def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was not there when the cluster was; the refusal is the row that ends the job."""
+    """It was not there when the cluster was; the refusal is the row, or the network's error, that ends the job."""
     from darnet import ray_cluster
+    from darnet.ray_score import ScoringActor
 
     store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(8, 16, 16)), DecodeConfig())
     write_chest(tmp_path / "archive" / "chest")
@@ -134,7 +137,11 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     assert find_failure("token", "10.0.0.1", "10.0.0.2") is None
     refused = find_failure("", "10.0.0.1", "10.0.0.2")
     assert isinstance(refused, UsageError)
-    assert str(refused).startswith("node 10.0.0.2 needs no token, in a cluster of 2 machines; set RAY_AUTH_MODE=token")
+    told = "node 10.0.0.2 needs no token, in a cluster of 2 machines; set RAY_AUTH_MODE=token"
+    assert str(refused).startswith(told)
+    manifest = write_random_bundle(tmp_path / "model").manifest
+    with pytest.raises(UsageError, match=told):
+        ScoringActor(LocalStore(tmp_path / "model"), RunFacts("run", date(2026, 1, 1), manifest, "0"), ScoreConfig(), "cpu")
 
 
 @pytest.mark.usefixtures("ray_cluster")

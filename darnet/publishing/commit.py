@@ -122,6 +122,7 @@ def publish(
     origin: Origin,
     pause: Callable[[float], None] = time.sleep,
     confirm: Callable[[], object] = lambda: None,
+    facts: Mapping[str, str] | None = None,
 ) -> int | None:
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
@@ -129,7 +130,8 @@ def publish(
     listed later, and those of trouble that is never given up and was the last word already; the third night of the same
     ERR of decoding becomes BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing. `confirm` is called
-    last before a number is claimed, and what it raises keeps the run out of the table.
+    last before a number is claimed, and what it raises keeps the run out of the table. `facts` go into the object's
+    metadata, for people.
 
     Raises: RunError if the rows are not of this run, its origin, one model and one preprocessing; UsageError if a run
         of this origin may not add to the table; StorageError, CredentialsError.
@@ -147,7 +149,7 @@ def publish(
             return stored.commit
         known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
-    keys, description = _place(rows), describe_commit(run_id, listing.ended_at, origin)
+    keys, description = _place(rows), describe_commit(run_id, listing.ended_at, origin, facts or {})
     while True:
         past = pa.concat_tables(known)
         settled = _drop_repeats(_settle(_drop_superseded(keys, past), past), past)

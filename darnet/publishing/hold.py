@@ -72,7 +72,8 @@ def publish_run(folder: RunFolder, rows: StagedRows, record: RunRecord) -> int |
     """
     refuse = folder.refuse_if_discarded  # a person may decide while its driver scores, and while it gathers the rows
     refuse()
-    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin, confirm=refuse)
+    facts = {"settings_sha256": record.work.settings_sha256, "device": record.work.device}
+    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin, confirm=refuse, facts=facts)
     folder.write_end(number)
     return number
 

@@ -81,9 +81,9 @@ def open_writer(sink: Any, schema: Any, description: Mapping[str, str]) -> Any:
     return pq.ParquetWriter(sink, schema.with_metadata(description), compression="zstd", write_page_checksum=True)
 
 
-def describe_commit(run_id: str, listed_until: datetime, origin: Origin) -> dict[str, str]:
-    """What an object of the table says of its run in its metadata."""
-    return describe_file(run_id) | {LISTED_UNTIL: listed_until.isoformat()} | origin.to_metadata()
+def describe_commit(run_id: str, listed_until: datetime, origin: Origin, facts: Mapping[str, str]) -> dict[str, str]:
+    """What an object of the table says of its run in its metadata; `facts` are for people, and no program's."""
+    return {**facts, **describe_file(run_id), LISTED_UNTIL: listed_until.isoformat(), **origin.to_metadata()}
 
 
 def describe_file(run_id: str) -> dict[str, str]:

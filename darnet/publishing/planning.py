@@ -5,6 +5,7 @@ Planning never holds the listing: prefixes stream side by side, and what is not 
 
 import contextlib
 import gc
+import json
 import queue
 import sys
 import tempfile
@@ -32,7 +33,6 @@ from darnet.terminal import print_table
 LIST_THREADS = 8  # Source: ours; half of the store's connections
 LOOKUP_OBJECTS = 4_096  # Source: ours; a few pages of a listing, 2 MB
 AHEAD_LOOKUPS = 4  # Source: ours; found of each prefix before its turn comes: some 60 MB of 8 prefixes
-PREVIEW_SOURCES = 20
 
 
 @dataclass
@@ -131,26 +131,26 @@ def preview_night(
     selection: Selection,
     clock: Callable[[], datetime],
 ) -> dict[str, Any]:
-    """Show on stderr what would be scored and why; the counts for a summary. Writes nothing.
+    """Say on stdout what would be scored and why, a line of JSON each, and the counts on stderr and for a summary.
 
-    What an unfinished run holds is counted too: it would be scored in the same call.
+    Writes nothing. What an unfinished run holds is said too: it would be scored in the same call.
     """
     unfinished, others = sort_unfinished(results, work)
     warn_of_others(results, others)
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)
     survey = Survey()
-    shown: list[tuple[object, ...]] = []
     with contextlib.closing(survey_archive(archive, keys, selection, clock().timestamp(), survey)) as planned:
-        for source, reason in ((item.source, item.reason) for item in planned):
-            if len(shown) < PREVIEW_SOURCES:
-                name = keys.names.name_source(source.key)
-                shown.append((name, str(reason), len(source.objects), source.num_bytes / 1e6))
+        for item in planned:
+            line = {
+                "source": keys.names.name_source(item.source.key),
+                "reason": str(item.reason),
+                "objects": len(item.source.objects),
+                "bytes": item.source.num_bytes,
+            }
+            print(json.dumps(line))
     counts = survey.describe()
     reasons, empty = counts.pop("reasons"), counts.pop("empty_prefixes")
     print_table("What a night would do", ["", "sources"], [*_spell_counts(counts), *reasons.items()])
-    if shown:
-        title = f"The first {len(shown)} of {counts['planned_sources']} sources to score"
-        print_table(title, ["source", "why", "objects", "MB"], shown)
     return {
         "dry_run": True,
         "unfinished_runs": [folder.run_id for folder in unfinished],

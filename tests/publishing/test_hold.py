@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from darnet.config import GateConfig
@@ -21,6 +23,7 @@ from darnet.publishing.hold import (
     refuse_if_held,
     review_run,
 )
+from darnet.publishing.objects import make_commit_key
 from darnet.publishing.runs import RunFolder, find_unfinished, list_run_files
 from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
@@ -222,6 +225,13 @@ def test_a_held_run_that_another_driver_published_is_accepted_and_not_discarded(
     assert list_held_runs(local) == [folder.run_id]
     assert decide(local, "accept", folder.run_id)["published"] == 3
     assert (list_commit_numbers(local), list_held_runs(local)) == ([1, 2, 3], [])
+
+
+def test_an_object_says_which_settings_and_device_made_it(local: Store) -> None:
+    folder, rows = stage_night(local, 1, "OK")
+    assert publish_run(folder, rows, folder.read_record()) == 1
+    stored = pq.read_metadata(pa.BufferReader(local.read_bytes(make_commit_key(1)))).metadata
+    assert (stored[b"settings_sha256"], stored[b"device"]) == (b"s" * 64, b"cpu")
 
 
 def test_a_live_driver_neither_publishes_nor_holds_what_a_person_discarded(store: Store) -> None:

@@ -1,5 +1,6 @@
 """A night plans what is selected and not settled, in the archive's order, without ever holding the archive."""
 
+import json
 import random
 import tempfile
 import threading
@@ -424,7 +425,7 @@ def test_what_is_published_during_the_listing_is_not_known_to_the_plan(local: St
 # A preview
 
 
-def test_a_preview_counts_and_shows_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_counts_and_says_all_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = open_store(str(tmp_path / "results"))
     objects = [*list_slices("a", "b", "c", "d", "e"), *list_slices("f", age_s=1)]
     a, b, c, d, *_ = list_sources(objects)
@@ -440,15 +441,14 @@ def test_a_preview_counts_and_shows_and_writes_nothing(tmp_path: Path, capsys: p
     assert (summary["planned_sources"], summary["waiting_sources"], summary["listed_sources"]) == (4, 1, 6)
     assert (summary["unfinished_runs"], summary["published"]) == ([begun.run_id], None)
     assert summary["left_behind_runs"] == {other.run_id: "another model"}
-    shown = capsys.readouterr().err
-    assert f"run {other.run_id} is unfinished and left as it is: it has another model" in shown
-    assert f"--discard {other.run_id}" in shown
-    told = [line.split()[1:-2] for line in shown.splitlines() if line.startswith("│ ") and line.split()[1] in "abcdef"]
-    assert [" ".join(words).split(" │ ")[:2] for words in told] == [
-        ["b", "retry"],
-        ["c", "changed"],
-        ["d", "other model"],
-        ["e", "new"],
+    told = capsys.readouterr()
+    assert f"run {other.run_id} is unfinished and left as it is: it has another model" in told.err
+    assert f"--discard {other.run_id}" in told.err
+    assert [json.loads(line) for line in told.out.splitlines()] == [
+        {"source": "b", "reason": "retry", "objects": 2, "bytes": 20},
+        {"source": "c", "reason": "changed", "objects": 2, "bytes": 22},
+        {"source": "d", "reason": "other model", "objects": 2, "bytes": 20},
+        {"source": "e", "reason": "new", "objects": 2, "bytes": 20},
     ]
     assert sorted(tmp_path.rglob("*")) == before
 
