@@ -235,7 +235,7 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
     if 2 * size[0] * size[1] * size[2] > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
     finest, middle, coarsest = sorted(spacing_mm[:3])  # the coarsest may be that of slices, which has no limit
-    if not (0.01 < finest and middle < 100 and math.isfinite(coarsest)):
+    if not (finest > 0.01 and middle < 100 and math.isfinite(coarsest)):
         raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
 
 

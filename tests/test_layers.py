@@ -10,9 +10,9 @@ import pytest
 from tests.places import ROOT
 
 ROWS = (
-    "errors config scan",
+    "errors config pseudonym scan",
     "archive auditing.shortcuts augment cam code_version evaluation.paper history lung metrics model page "
-    "phantoms.canvas pseudonym publishing.rows ray_metrics reading.excerpt reading.pixel_length reading.plain_header "
+    "phantoms.canvas publishing.rows ray_metrics reading.excerpt reading.pixel_length reading.plain_header "
     "reading.sandbox reading.stored_pixels reading.volume_file report settings storage_local store tables terminal "
     "threads volume",
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "

@@ -139,9 +139,9 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     assert isinstance(refused, UsageError)
     told = "node 10.0.0.2 needs no token, in a cluster of 2 machines; set RAY_AUTH_MODE=token"
     assert str(refused).startswith(told)
-    manifest = write_random_bundle(tmp_path / "model").manifest
+    run = RunFacts("run", date(2026, 1, 1), write_random_bundle(tmp_path / "model").manifest, "0")
     with pytest.raises(UsageError, match=told):
-        ScoringActor(LocalStore(tmp_path / "model"), RunFacts("run", date(2026, 1, 1), manifest, "0"), ScoreConfig(), "cpu")
+        ScoringActor(LocalStore(tmp_path / "model"), run, ScoreConfig(), "cpu")
 
 
 @pytest.mark.usefixtures("ray_cluster")
