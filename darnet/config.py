@@ -120,6 +120,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass in place of keeping its maps: less memory, a third more time and
     the same numbers. Source: ours."""
+    channels_last_3d: bool = True
+    """Train in the memory layout that small 3D convolutions are fastest in. It changes last digits alone. Source:
+    ours."""
     compile: bool = False
     """Train with torch.compile: minutes at the start, then faster steps. Source: ours."""
     sync_batchnorm: bool = False

@@ -166,6 +166,7 @@ def test_every_training_setting_changes_the_fingerprint() -> None:
         "temperature_scaling": True,
         "amp": True,
         "gradient_checkpointing": True,
+        "channels_last_3d": False,
         "compile": True,
         "sync_batchnorm": True,
         "head_init_std": 0.1,

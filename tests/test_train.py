@@ -474,6 +474,18 @@ def test_gradient_checkpointing_ends_in_the_same_bits(
     assert result.history == whole[0].history
 
 
+def test_the_layout_of_a_network_is_a_setting_that_changes_last_digits_alone(
+    index: VolumesIndex, whole: tuple[FoldResult, list[bytes]]
+) -> None:
+    built = build_network(NETWORK, seed=0)
+    assert not all(parameter.is_contiguous() for parameter in built.parameters())
+    network = equip_network(built, QUICK.model_copy(update={"channels_last_3d": False}), ALONE.device)
+    assert all(parameter.is_contiguous() for parameter in network.parameters())
+    result = fit_fold(network, index, 0, QUICK, lambda *_: None)
+    expected = whole[0].history[0]["train_loss"]
+    assert result.history[0]["train_loss"] == pytest.approx(expected, rel=1e-3)
+
+
 # Stored output of our own code, the only one: a change that is not meant to alter numbers must not alter these.
 LOSS_TRACE = [1.0910714, 1.0847386, 1.1096232, 1.0550747, 1.1126966]
 
