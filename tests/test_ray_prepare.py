@@ -45,6 +45,7 @@ def write_archive(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+@pytest.mark.slow
 def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     table = write_archive(tmp_path / "archive").to_csv(index=False)
     settings = PrepareSettings.model_validate(

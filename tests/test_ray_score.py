@@ -156,6 +156,7 @@ def test_some_folds_are_another_model_and_another_backend_is_the_same(model: str
         assert row["probability_ncp"] == pytest.approx(folds.mean(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_night_of_spoiled_scans_is_held_until_it_is_accepted(model: str, tmp_path: Path) -> None:
     write_chest(tmp_path / "archive" / "good")

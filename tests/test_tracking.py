@@ -212,7 +212,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingServer]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("retries", "attempts"), [(None, 3), ("0", 1)])
+@pytest.mark.parametrize(("retries", "attempts"), [pytest.param(None, 3, marks=pytest.mark.slow), ("0", 1)])
 def test_a_server_that_falls_silent_is_waited_for_once(
     server: TrackingServer,
     retries: str | None,
