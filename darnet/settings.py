@@ -91,7 +91,7 @@ class CachingSettings(Settings):
     """What the jobs share that read volumes."""
 
     cache: Path = Path("~/.cache/darnet")
-    """Where each node keeps its own copy of volumes that lie on S3."""
+    """Where each node keeps its own copy of volumes that lie on S3 or in a folder that comes over the network."""
 
 
 class PrepareSettings(CachingSettings):
@@ -104,7 +104,7 @@ class PrepareSettings(CachingSettings):
     volumes: str = ""
     """Folder or s3://bucket/prefix for the standard volumes; an audit reads what is there, or does without."""
     audit: bool = False
-    """Write audit.json, audit.html and division.csv to `out` instead of preparing volumes."""
+    """Write audit.json, audit.html, division.csv and excluded.csv to `out` instead of preparing volumes."""
     out: str = ""
     """Folder or s3://bucket/prefix for the audit."""
 
