@@ -19,7 +19,8 @@ from tests.places import ROOT
 
 README = (ROOT / "README.md").read_text()
 CLUSTER_TEXT = (ROOT / "cluster.yaml").read_text()
-NIGHTLY: dict[str, Any] = yaml.safe_load((ROOT / "jobs" / "nightly.yaml").read_text())
+NIGHTLY_TEXT = (ROOT / "jobs" / "nightly.yaml").read_text()
+NIGHTLY: dict[str, Any] = yaml.safe_load(NIGHTLY_TEXT)
 JOB = NIGHTLY["spec"]["jobTemplate"]
 WORKERS = {group["groupName"]: group for group in JOB["rayClusterSpec"]["workerGroupSpecs"]}
 
@@ -67,10 +68,22 @@ def _read_cluster() -> dict[str, Any]:
 
 def _read_own_machines() -> dict[str, Any]:
     """The cluster file with its last comment in place of what the comment says it replaces."""
-    block = re.split(r"^#\n", CLUSTER_TEXT, flags=re.M)[-1]
     replaced = ("max_workers", "provider", "auth", "available_node_types", "head_node_type")
-    document = {key: value for key, value in _read_cluster().items() if key not in replaced}
-    return document | yaml.safe_load(re.sub(r"^# ?", "", block, flags=re.M))
+    return {key: value for key, value in _read_cluster().items() if key not in replaced} | _read_comment(-1)
+
+
+def _read_with_keys() -> dict[str, Any]:
+    """The cluster file with the comment about keys in place of the same lines."""
+    lines = _read_comment(-2)
+    assert set(lines) == {"file_mounts", "head_start_ray_commands", "worker_start_ray_commands"}
+    return _read_cluster() | lines
+
+
+def _read_comment(place: int) -> dict[str, Any]:
+    """What one of the file's closing comments says, as YAML."""
+    block = re.split(r"^#\n", CLUSTER_TEXT, flags=re.M)[place].partition("\n\n")[0]
+    document: dict[str, Any] = yaml.safe_load(re.sub(r"^# ?", "", block, flags=re.M))
+    return document
 
 
 def _assert_fields(given: dict[str, Any], fields: tuple[dict[str, type], dict[str, type]]) -> None:
@@ -79,7 +92,7 @@ def _assert_fields(given: dict[str, Any], fields: tuple[dict[str, type], dict[st
     assert {name for name, value in given.items() if type(value) is not (required | optional)[name]} == set()
 
 
-@pytest.mark.parametrize("read", [_read_cluster, _read_own_machines])
+@pytest.mark.parametrize("read", [_read_cluster, _read_own_machines, _read_with_keys])
 def test_cluster_file_follows_rays_schema(read: Any) -> None:
     spec = find_spec("ray")
     assert spec is not None
@@ -98,19 +111,43 @@ def test_the_head_does_no_work_and_other_nodes_are_spot() -> None:
     assert _read_cluster()["max_workers"] >= nodes["decode"]["max_workers"] + nodes["gpu"]["max_workers"]
 
 
+def test_every_type_of_node_names_its_image() -> None:
+    """Ray's own default is an Ubuntu without the Python that the setup commands call."""
+    assert all("ImageId" in kind["node_config"] for kind in _read_cluster()["available_node_types"].values())
+
+
+def test_a_node_that_is_added_later_gets_the_same_code(tmp_path: Path) -> None:
+    """The clone of the setup commands, from a repository whose branch has gone on since the tag was set; twice."""
+    (clone,) = [line for line in _read_cluster()["setup_commands"] if "git clone" in line]
+    origin = tmp_path / "origin"
+    commit = f"git -C {origin} -c user.name=a -c user.email=a commit -q --allow-empty -m"
+    tag = f"git -C {origin} tag v0.1.0"
+    for line in (f"git init -q {origin}", f"{commit} old", f"{commit} then", tag, f"{commit} later"):
+        subprocess.run(shlex.split(line), check=True)
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    line = clone.replace("https://git.example.org/radiology/darnet.git", origin.as_uri())
+    for _ in range(2):
+        subprocess.run(["bash", "-c", line], env=environment, check=True, capture_output=True)
+        told = ["git", "-C", str(tmp_path / "darnet"), "log", "-1", "--format=%s"]
+        assert subprocess.run(told, check=True, capture_output=True, text=True).stdout == "then\n"
+    assert version("darnet") == "0.1.0"  # what the tag is named by
+
+
 def test_own_machines_are_counted() -> None:
     document = _read_own_machines()
     assert document["provider"]["type"] == "local"
     assert document["max_workers"] == len(document["provider"]["worker_ips"])
 
 
+@pytest.mark.parametrize("read", [_read_cluster, _read_with_keys])
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_every_node_asks_for_a_token(commands: str) -> None:
-    assert all("RAY_AUTH_MODE=token" in line for line in _read_cluster()[commands] if "ray start" in line)
+def test_every_node_asks_for_a_token(commands: str, read: Any) -> None:
+    assert all("RAY_AUTH_MODE=token" in line for line in read()[commands] if "ray start" in line)
 
 
-def test_only_the_head_itself_reaches_the_dashboard() -> None:
-    (start,) = [line for line in _read_cluster()["head_start_ray_commands"] if "ray start" in line]
+@pytest.mark.parametrize("read", [_read_cluster, _read_with_keys])
+def test_only_the_head_itself_reaches_the_dashboard(read: Any) -> None:
+    (start,) = [line for line in read()["head_start_ray_commands"] if "ray start" in line]
     assert re.findall(r" --dashboard-host[= ](\S+)", start) == ["127.0.0.1"]
 
 
@@ -127,20 +164,22 @@ def test_cron_finds_what_the_cluster_file_installs() -> None:
     assert command.startswith(f"cd {home}/darnet && ")
 
 
+@pytest.mark.parametrize(("read", "key"), [(_read_cluster, ""), (_read_with_keys, "secret")])
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_jobs_of_the_cluster_run_under_the_installed_python(commands: str, tmp_path: Path) -> None:
-    """Each command in a home of its own, in which `ray` says which `python` a job that it starts would find."""
+def test_jobs_of_the_cluster_run_under_the_installed_python(commands: str, read: Any, key: str, tmp_path: Path) -> None:
+    """Each command in a home of its own, in which `ray` says which `python` and key a job that it starts would find."""
+    (tmp_path / ".darnet-key").write_text("secret\n")
     programs = tmp_path / "venv" / "bin"
     programs.mkdir(parents=True)
-    for name, text in (("ray", 'echo "$1 $(command -v python)"'), ("python", "")):
+    for name, text in (("ray", 'echo "$1 $(command -v python) $DARNET_PSEUDONYM_KEY"'), ("python", "")):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.10"}
     told = [
         subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=True).stdout
-        for line in _read_cluster()[commands]
+        for line in read()[commands]
     ]
-    assert told[-1] == f"start {programs / 'python'}\n"
+    assert told[-1] == f"start {programs / 'python'} {key}\n"
 
 
 def test_the_night_has_kuberays_fields() -> None:
@@ -168,10 +207,16 @@ def test_the_night_runs_a_command_that_the_job_understands() -> None:
     settings = read_settings(ScoreSettings, flags, "x")
     assert settings.archive.startswith("s3://")
     assert settings.score.device == "gpu"  # or a night that begins before a GPU is up would run on CPUs
-    places = (settings.archive, settings.results)
-    assert not [place for place in places if f"{settings.cam_images}/".startswith(f"{place}/")]
-    assert settings.cam_images  # or the night's page has no pictures
+    assert not settings.cam_images  # they show patients: who wants them asks for them
     assert settings.settle_s == 1800  # a scan that is still arriving waits for the next night
+
+
+def test_the_pictures_that_a_comment_offers_lie_apart() -> None:
+    (offered,) = re.findall(r"^# +(--cam-images .*)$", NIGHTLY_TEXT, re.M)
+    settings = read_settings(ScoreSettings, [*shlex.split(JOB["entrypoint"])[3:], *shlex.split(offered)], "x")
+    places = (settings.archive, settings.results)
+    assert settings.cam_images
+    assert not [place for place in places if f"{settings.cam_images}/".startswith(f"{place}/")]
 
 
 def test_the_night_tries_again_on_a_new_cluster_and_only_there() -> None:
@@ -184,6 +229,22 @@ def test_the_nights_cluster_is_the_pinned_ray_behind_a_token() -> None:
     cluster = JOB["rayClusterSpec"]
     assert cluster["rayVersion"] == version("ray")
     assert cluster["authOptions"] == {"mode": "token"}
+
+
+def test_the_nights_image_holds_the_pinned_packages() -> None:
+    """Each line of the Dockerfile is an instruction; what it copies is here, and pip keeps to the constraints."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "jobs" / "Dockerfile").read_text(), flags=re.M)
+    lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+    assert {line[0] for line in lines} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER"}
+    assert lines[0] == ["FROM", "python:3.11-slim"]
+    copied = [name for line in lines if line[0] == "COPY" for name in line[1:-1]]
+    assert {"constraints.txt", "pyproject.toml", "darnet", "jobs"} == set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    (install,) = [line for line in lines if line[:3] == ["RUN", "pip", "install"]]
+    assert install[-3:] == ["-c", "constraints.txt", "."]
+    assert f"ray=={JOB['rayClusterSpec']['rayVersion']} " in (ROOT / "constraints.txt").read_text()
+    assert [line for line in lines if line[0] == "USER"] == [["USER", "ray"]]
+    assert _find_container(JOB["rayClusterSpec"]["headGroupSpec"])["image"].endswith(f":{version('darnet')}")
 
 
 def test_no_work_lands_on_the_nights_head_and_one_gpu_group_is_up() -> None:
