@@ -180,7 +180,7 @@ class CohortConfig(Section):
 class DecodeConfig(Section):
     """Limits of one source's decoding, done in a child process. Source: ours, from the largest chest CT seen.
 
-    A row that they decided is final like any other: another limit does not score it again (README, A night).
+    A row that they decided is final like any other: another limit does not score it again (docs/night.md).
     """
 
     min_slices: int = Field(10, ge=1)

@@ -161,7 +161,17 @@ def test_cron_finds_what_the_cluster_file_installs() -> None:
     assert "~/venv/bin/pip install" in setup
     assert path.startswith(f"PATH={home}/venv/bin:")
     assert "darnet.git ~/darnet" in setup
-    assert command.startswith(f"cd {home}/darnet && ")
+    script, *flags = shlex.split(command)
+    assert script == f"{home}/darnet/jobs/night.sh"
+    assert os.access(ROOT / "jobs" / "night.sh", os.X_OK)
+    assert "%" not in line  # cron would make a line's end of it
+    settings = read_settings(ScoreSettings, flags, "x")
+    assert (settings.score.device, settings.settle_s) == ("gpu", 1800)
+
+
+def test_the_recipe_makes_a_token_before_the_cluster_copies_it() -> None:
+    recipe = README.partition("## On a cluster")[2]
+    assert 0 < recipe.index("ray get-auth-token --generate") < recipe.index("ray up cluster.yaml")
 
 
 @pytest.mark.parametrize(("read", "key"), [(_read_cluster, ""), (_read_with_keys, "secret")])

@@ -478,7 +478,7 @@ def test_a_decision_makes_no_place_for_results(verb: str, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_raised_limit_reopens_nothing_in_the_same_table(model: str, tmp_path: Path) -> None:
-    """What the README says of limits: the key of a final row has none, and a table of its own scores such a scan."""
+    """What docs/night.md says of limits: the key of a final row has none, and a table of its own scores such a scan."""
     write_chest(tmp_path / "archive" / "a")
     stores = open_store(str(tmp_path / "archive")), open_store(model)
     tables = [open_store(str(tmp_path / name), create=True) for name in ("results", "large")]

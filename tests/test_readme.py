@@ -1,4 +1,4 @@
-"""The README keeps its promises: what it says to analysts runs as it stands, and what it names is there."""
+"""README and docs keep their promises: what they say to analysts runs as it stands, and what they name is there."""
 
 import json
 import re
@@ -18,13 +18,14 @@ from darnet.storage import Store
 from tests.places import ROOT
 from tests.results_fixtures import make_row, publish_rows
 
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README, PANDAS, HOUSE = (DOCUMENTS[ROOT / name] for name in ("README.md", "docs/pandas.md", "docs/house.md"))
 SQL = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", PANDAS, re.DOTALL)
 DAY_1, DAY_2 = pd.Timestamp(2030, 1, 1), pd.Timestamp(2030, 1, 2)
 SCAN = "ct/0001#0a1b2c3d"
 
-# Both answers to each question, in the README's order, worked out by hand from `publish_two_nights`.
+# Both answers to each question, in the documents' order, worked out by hand from `publish_two_nights`.
 ANSWERS: dict[str, list[tuple[Any, ...]]] = {
     "As of a date": [
         (SCAN, "ERR_TIMEOUT", None),
@@ -83,7 +84,8 @@ def assert_answers(given: list[tuple[Any, ...]], expected: list[tuple[Any, ...]]
 
 def test_each_question_is_answered_in_sql_and_pandas() -> None:
     assert len(SQL) == len(PYTHON) == len(ANSWERS) + 1
-    assert all(f"**{question}" in README for question in ANSWERS)
+    for text in (README, PANDAS):
+        assert re.findall(r"^\*\*([^*]+?)\.?\*\*", text[text.index("**As of") :], re.M) == list(ANSWERS)
 
 
 def test_the_sql_of_the_latest_is_the_tested_one_to_the_letter() -> None:
@@ -101,7 +103,7 @@ def test_the_sql_of_the_readme_answers_as_a_hand_does(local: Store) -> None:
             assert_answers(list_answer(connection.sql(query).df()), expected)
 
 
-def test_the_pandas_of_the_readme_answers_as_a_hand_does(local: Store) -> None:
+def test_the_pandas_of_the_documents_answers_as_a_hand_does(local: Store) -> None:
     publish_two_nights(local)
     names: dict[str, Any] = {}
     exec(PYTHON[0].replace("s3://hospital/darnet", local.uri), names)
@@ -140,16 +142,18 @@ def _list_rights(policy: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def list_commands() -> Iterator[tuple[str, list[str], bool]]:
-    """Each job that the README starts, its arguments, and whether these are all it needs."""
-    blocks = re.findall(r"^    (.*)$", re.sub(r"\\\n *", "", README), re.M)
-    spans = re.findall(r"`([^`]*)`", re.sub(r"^( {4}|```).*$", "", README, flags=re.M))
+    """Each job that the documents start, its arguments, and whether these are all it needs."""
+    blocks, spans = [], []
+    for text in DOCUMENTS.values():
+        blocks += re.findall(r"^    (.*)$", re.sub(r"\\\n *", "", text), re.M)
+        spans += re.findall(r"`([^`]*)`", re.sub(r"^( {4}|```).*$", "", text, flags=re.M))
     for is_block, text in [*((True, line) for line in blocks), *((False, span) for span in spans)]:
         if (found := re.search(r"(?:python -m )?jobs\.(\w+)((?: |\n)[^#&]*)", text)) and found[1] != "X":
             arguments = shlex.split(found[2])
             yield found[1], [part for part in arguments if part != "..."], is_block and "..." not in arguments
 
 
-def test_every_command_of_the_readme_is_one_that_its_job_understands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_documents_is_one_that_its_job_understands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     commands = list(list_commands())
     assert len(commands) > 30
@@ -170,14 +174,15 @@ def refuse(job: str, arguments: list[str]) -> list[str]:
     return []
 
 
-def test_every_flag_the_readme_names_is_one_of_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_that_is_named_is_one_of_a_job(capsys: pytest.CaptureFixture[str]) -> None:
     of_others = {"--load_fast", "--runtime-env"}  # TensorBoard's, and that of `ray job submit`
     for path in sorted((ROOT / "jobs").glob("[a-z]*.py")):
         with pytest.raises(SystemExit):
             refuse(path.stem, ["--help"])
     flags = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
     assert "--score.compile" in flags
-    assert set(re.findall(r"`(--[a-z][\w.-]*)", README)) - flags == of_others
+    named = {flag for text in DOCUMENTS.values() for flag in re.findall(r"`(--[a-z][\w.-]*)", text)}
+    assert named - flags == of_others
 
 
 def test_the_columns_are_documented_as_they_are() -> None:
@@ -185,14 +190,32 @@ def test_the_columns_are_documented_as_they_are() -> None:
 
 
 def test_every_file_and_job_that_is_named_exists() -> None:
-    text = README + (ROOT / "docs" / "what-was-seen.md").read_text()
-    for name in re.findall(r"`((?:jobs|darnet|docs|tests)/[\w/-]+\.\w+)", text):
+    text = "\n".join(DOCUMENTS.values())
+    named = re.findall(r"`((?:jobs|darnet|docs|tests)/[\w/-]+\.\w+)", text)
+    assert "jobs/night.sh" in named
+    for name in named:
         assert (ROOT / name).is_file(), name
     for job in set(re.findall(r"jobs\.(\w+)", text)) - {"X"}:
         assert (ROOT / "jobs" / f"{job}.py").is_file(), job
 
 
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    """By a heading's anchor as GitHub makes it."""
+    links = [
+        (path, link)
+        for path, text in DOCUMENTS.items()
+        for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text)
+    ]
+    assert len(links) > 30
+    for path, (target, picture) in links:
+        name, _, anchor = (target or picture).partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.is_file(), (path, target)
+        headings = re.findall(r"^#+ (.*)$", DOCUMENTS.get(file, ""), re.M)
+        assert anchor in ["", *(re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings)], target
+
+
 def test_the_house_table_names_every_module() -> None:
-    house = README.partition("## The house")[2].partition("|---|---|")[2]
+    house = HOUSE.partition("|---|---|")[2].partition("\n## ")[0]
     modules = [path.relative_to(ROOT / "darnet") for path in (ROOT / "darnet").rglob("*.py") if path.stem != "__init__"]
     assert sorted(re.findall(r"`([\w.]+)`", house)) == sorted(".".join(path.with_suffix("").parts) for path in modules)
