@@ -29,6 +29,7 @@ from darnet.training_plan import DECODE_CPUS
 AnswerT = TypeVar("AnswerT")
 SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
+RECORD_BYTES = 1000  # of a row beside its voxels and mask, as Ray counts them. Source: ours; 750 to 1,100 were seen
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
 AUTH_REMEDY = (
     "set RAY_AUTH_MODE=token for `ray start` on every node and for this job, and share the token that "
@@ -251,10 +252,18 @@ def _decode(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    voxels = int(np.prod(road.volume.shape))
-    context.target_max_block_size = batch_size * (voxels + voxels // 8 + 4096)
+    context.target_max_block_size = size_block(road.volume, batch_size)
     decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
     return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
+
+
+def size_block(volume: VolumeConfig, batch_size: int) -> int:
+    """Bytes to be named to Ray, so that a block has the rows of a batch: it ends one with the row that exceeds them.
+
+    Half a row less than a batch is as far from a row too few as from one too many. Source: Ray's BlockOutputBuffer.
+    """
+    voxels = int(np.prod(volume.shape))
+    return int((batch_size - 0.5) * (voxels + voxels // 8 + RECORD_BYTES))
 
 
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:

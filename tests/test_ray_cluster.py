@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import date
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,34 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     assert isinstance(refused, UsageError)
     told = "node 10.0.0.2 needs no token, in a cluster of 2 machines; set RAY_AUTH_MODE=token"
     assert str(refused).startswith(told)
-    run = RunFacts("run", date(2026, 1, 1), write_random_bundle(tmp_path / "model").manifest, "0")
+    manifest = write_random_bundle(tmp_path / "model").manifest
+    run = RunFacts("run", date(2026, 1, 1), manifest, "0")
     with pytest.raises(UsageError, match=told):
         ScoringActor(LocalStore(tmp_path / "model"), run, ScoreConfig(), "cpu")
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 32), VolumeConfig().shape])
+def test_a_block_has_the_rows_of_a_batch(
+    shape: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the buffer in which Ray gathers what a worker yields, be it scans or what is said of those refused."""
+    from ray.data._internal.output_buffer import BlockOutputBuffer, OutputBlockSizeOption
+
+    from darnet.ray_cluster import decode_row, size_block
+
+    monkeypatch.setattr("ray.data._internal.size_estimator._ray_initialized", True)  # it would start a cluster
+    write_chest(tmp_path / "chest")
+    write_chest(tmp_path / "gap")[7].unlink()
+    store, road = LocalStore(tmp_path), Road(VolumeConfig(shape=shape), DecodeConfig())
+    sources = [{"source": pickle.dumps(source)} for source in list_sources(store.list_objects())]
+    rows = [row for source in sources for row in decode_row(source, store, road)]
+    for batch_size in (1, 2, 3, 4, 8):
+        buffer = BlockOutputBuffer(OutputBlockSizeOption.of(size_block(road.volume, batch_size)))
+        num_rows = []
+        for row in islice(cycle(rows), 25):
+            buffer.add(row)
+            num_rows += [block.num_rows for block in buffer.iter_ready_blocks()]
+        assert num_rows == [batch_size] * (25 // batch_size)
 
 
 @pytest.mark.usefixtures("ray_cluster")
