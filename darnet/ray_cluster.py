@@ -19,12 +19,12 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet.config import VolumeConfig
+from darnet.cpus import DECODE_CPUS
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Ingester, Road
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
-from darnet.training_plan import DECODE_CPUS
 
 AnswerT = TypeVar("AnswerT")
 SOURCES_PER_BLOCK = 8

@@ -20,6 +20,7 @@ from darnet.cohort import (
     match_cohort,
     record_division,
 )
+from darnet.cpus import DECODE_CPUS
 from darnet.dataset import VOLUMES_FILE, write_array, write_facts, write_index
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Road
@@ -29,7 +30,6 @@ from darnet.scan import Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store
 from darnet.terminal import print_heading, show_progress
-from darnet.training_plan import DECODE_CPUS
 
 EXCLUDED_FILE = "excluded.csv"
 NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"

@@ -14,17 +14,12 @@ from typing import Any, Literal
 
 from darnet.bundle import name_model
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig, fingerprint
+from darnet.cpus import CPU_MARGIN, DECODE_CPUS, WORKER_CPUS
 from darnet.dataset import VolumesTable
 from darnet.errors import ObjectMissing, UsageError
 from darnet.settings import TrainSettings
 from darnet.storage import Store
 
-# CPUs of a worker: more would not make it faster, and whole nodes could stay half empty; folds that share one train
-# slower together than one after another. Source: ours, by the demo
-WORKER_CPUS = 1
-DECODE_CPUS = 1.0  # of a source that is read, for scoring and for preparing
-# Less than DECODE_CPUS, or Ray fuses a model actor of one CPU with decoding and the two never overlap.
-CPU_MARGIN = 0.01
 GROUP_LABEL = "ray.io/node-group"  # on nodes that `ray up` and KubeRay start, of which an autoscaler may add more
 CODE_FILE = "code_version"  # in a run's folder, beside its checkpoints
 CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's file on the head, as JSON

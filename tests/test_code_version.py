@@ -14,6 +14,7 @@ NEUTRAL = {
     "bundle": "names networks, and keeps weights by their digest",
     "cohort": "divides; the division is in the cohort's digest",
     "config": "settings are digested by value",
+    "cpus": "what Ray counts",
     "errors": "names of what can go wrong",
     "history": "metrics for people",
     "pseudonym": "keys that no record keeps",

@@ -11,7 +11,7 @@ from tests.places import ROOT
 
 ROWS = (
     "errors config pseudonym scan",
-    "archive auditing.shortcuts augment cam code_version evaluation.paper history lung metrics model page "
+    "archive auditing.shortcuts augment cam code_version cpus evaluation.paper history lung metrics model page "
     "phantoms.canvas publishing.rows ray_metrics reading.excerpt reading.pixel_length reading.plain_header "
     "reading.sandbox reading.stored_pixels reading.volume_file report settings storage_local store tables terminal "
     "threads volume",
@@ -98,6 +98,16 @@ def test_importing_does_nothing_and_needs_no_ray_below_its_row(tmp_path: Path) -
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_decodes_imports_no_torch() -> None:
+    """What it is sent names functions of these modules; a node has such a process a CPU."""
+    code = (
+        "import sys\nimport darnet.ray_cluster, darnet.publishing.runs\n"
+        "found = {'torch', 'safetensors', 'openvino'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_job_is_longer_than_a_page() -> None:
