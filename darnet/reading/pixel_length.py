@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import pydicom
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    AllTransferSyntaxes,
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    UncompressedTransferSyntaxes,
+)
 
 from darnet.errors import ScanError, Status
+
+NATIVE = frozenset(UncompressedTransferSyntaxes)
+ENCAPSULATED = frozenset(AllTransferSyntaxes) - NATIVE  # of what is neither, private or retired, a decoder judges
 
 
 class Header(Protocol):
@@ -33,7 +41,7 @@ def find_damage(dataset: Header, path: Path, body: BinaryIO) -> ScanError | None
 
     `path` is as long as the file. A deflated data set has no visible end: it is inflated whole instead.
     """
-    syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
+    syntax = str(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax == DeflatedExplicitVRLittleEndian:
         length = len(pydicom.dcmread(path).get("PixelData") or b"")
         return _compare_length(dataset, length, length)
@@ -49,7 +57,11 @@ def find_damage(dataset: Header, path: Path, body: BinaryIO) -> ScanError | None
     else:
         (length,) = struct.unpack(order + "4xI", body.read(8))
     if length == 0xFFFFFFFF:
+        if syntax in NATIVE:
+            return ScanError(Status.BAD_PIXELS, "fragments of pixels in a transfer syntax that has none")
         return _follow_fragments(body, end_bytes)
+    if syntax in ENCAPSULATED:
+        return ScanError(Status.BAD_PIXELS, "pixels in one piece in a transfer syntax of fragments")
     return _compare_length(dataset, length, end_bytes - body.tell())
 
 

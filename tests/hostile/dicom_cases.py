@@ -18,6 +18,7 @@ from pydicom.tag import Tag
 from pydicom.uid import (
     ComprehensiveSRStorage,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLSLossless,
@@ -34,6 +35,7 @@ from tests.hostile.case import Case, Write, cut, deflate_bomb, make_abdomen
 from tests.poison_fixtures import PIXEL_DATA, insert, split
 
 DEPTH = 5000
+UNDEFINED = "1.2.840.10008.1.2.7"  # as a transfer syntax
 BOMB_BYTES = 3 << 29
 Edit = Callable[[int, FileDataset], None]
 
@@ -166,10 +168,22 @@ def break_chain(_: int, dataset: FileDataset) -> None:
     dataset.PixelData = bytes(data)
 
 
-def rename_syntax(paths: list[Path]) -> None:
-    """A transfer syntax that nobody has defined, in place of the plainest one."""
+def rename_syntax(paths: list[Path], old: str = ExplicitVRLittleEndian, new: str = UNDEFINED) -> None:
+    """Another transfer syntax in the header, of as many characters; the pixels stay."""
+    assert len(old) == len(new)
     for path in paths:
-        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.7\0"))
+        path.write_bytes(path.read_bytes().replace(f"{old}\0".encode(), f"{new}\0".encode()))
+
+
+def fragment_native(place: Path) -> None:
+    """Plain pixels in a chain of fragments, in the plainest transfer syntax."""
+
+    def pack(_: int, dataset: FileDataset) -> None:
+        dataset.PixelData = encapsulate([dataset.PixelData])
+        dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+        dataset.file_meta.TransferSyntaxUID = RLELossless
+
+    rename_syntax(write_chest(place, edit=pack), RLELossless, ExplicitVRLittleEndian)
 
 
 def grow_codestream(index: int, dataset: FileDataset) -> None:
@@ -457,6 +471,10 @@ PACKED = {
     ),
     "offset table of half a number": Case(
         compressed(JPEGLSLossless, replace_offsets(b"\0\0")), Status.BAD_PIXELS, "022.dcm: "
+    ),
+    "fragments of native pixels": Case(fragment_native, Status.BAD_PIXELS, "000.dcm: fragments of pixels"),
+    "native pixels of a slice named RLE": Case(
+        spoil(lambda paths: rename_syntax(paths[:1], new=RLELossless)), Status.BAD_PIXELS, "000.dcm: pixels in one"
     ),
     "unknown transfer syntax": Case(spoil(rename_syntax), Status.BAD_PIXELS, "000.dcm: "),
     "video": Case(
