@@ -183,7 +183,7 @@ def read_bundle(store: Store) -> Bundle:
 
     Raises: UsageError naming the file that is missing, damaged or changed, and what to do; StorageError.
     """
-    manifest = _parse_manifest(_read_file(store, MANIFEST_FILE), f"{store.uri}/{MANIFEST_FILE}")
+    manifest = _read_manifest(store)
     weights = []
     for record in manifest.folds:
         weights.append(_read_file(store, record.file))
@@ -200,6 +200,14 @@ def read_model(store: Store, config: ScoreConfig) -> Bundle:
     return select_model(read_bundle(store), config)
 
 
+def read_manifest(store: Store, config: ScoreConfig) -> BundleManifest:
+    """The manifest of `read_model`, for who plans: whoever loads the weights holds them against it.
+
+    Raises: UsageError as `read_model`, for what the manifest alone can tell; StorageError.
+    """
+    return _select(_read_manifest(store), config)[0]
+
+
 def select_model(bundle: Bundle, config: ScoreConfig) -> Bundle:
     """The bundle with the folds and the precision that are asked for, and with a `model_sha256` of their own.
 
@@ -208,18 +216,9 @@ def select_model(bundle: Bundle, config: ScoreConfig) -> Bundle:
     GPU and CPU do: that is the same model, and a night on another machine scores nothing again.
     Raises: UsageError for a fold that the bundle has not, or has not in INT8.
     """
-    manifest = bundle.manifest
-    missing = sorted(set(config.folds) - {record.number for record in manifest.folds})
-    if missing:
-        numbers = ", ".join(str(record.number) for record in manifest.folds)
-        raise UsageError(f"folds {', '.join(map(str, missing))}: not in the model bundle, whose folds are {numbers}")
-    places = [place for place, record in enumerate(manifest.folds) if not config.folds or record.number in config.folds]
-    if len(places) == len(manifest.folds) and config.precision == "fp32":
-        return bundle
-    folds = tuple(manifest.folds[place] for place in places)
-    chosen = {"folds": folds, **_name_selection(manifest, folds, config)}
+    manifest, places = _select(bundle.manifest, config)
     int8 = tuple(bundle.int8[place] for place in places) if bundle.int8 else ()
-    return Bundle(manifest.model_copy(update=chosen), tuple(bundle.weights[place] for place in places), int8)
+    return Bundle(manifest, tuple(bundle.weights[place] for place in places), int8)
 
 
 def find_bundles(store: Store) -> list[Store]:
@@ -278,6 +277,23 @@ def build_blueprint(network: ModelConfig) -> DARNet:
     """The network without memory for its weights."""
     with torch.device("meta"):
         return DARNet(network)
+
+
+def _read_manifest(store: Store) -> BundleManifest:
+    return _parse_manifest(_read_file(store, MANIFEST_FILE), f"{store.uri}/{MANIFEST_FILE}")
+
+
+def _select(manifest: BundleManifest, config: ScoreConfig) -> tuple[BundleManifest, list[int]]:
+    """What the settings choose, as `select_model`, and the places of its folds."""
+    missing = sorted(set(config.folds) - {record.number for record in manifest.folds})
+    if missing:
+        numbers = ", ".join(str(record.number) for record in manifest.folds)
+        raise UsageError(f"folds {', '.join(map(str, missing))}: not in the model bundle, whose folds are {numbers}")
+    places = [place for place, record in enumerate(manifest.folds) if not config.folds or record.number in config.folds]
+    if len(places) == len(manifest.folds) and config.precision == "fp32":
+        return manifest, places
+    folds = tuple(manifest.folds[place] for place in places)
+    return manifest.model_copy(update={"folds": folds, **_name_selection(manifest, folds, config)}), places
 
 
 def _name_selection(manifest: BundleManifest, folds: Sequence[FoldRecord], config: ScoreConfig) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from darnet import __version__
 from darnet.archive import EVERYTHING, Selection
-from darnet.bundle import Bundle, read_model
+from darnet.bundle import BundleManifest, read_manifest, read_model
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.config import GateConfig, ScoreConfig, digest_json
 from darnet.errors import RunError, Status
@@ -46,21 +46,27 @@ from darnet.training_plan import place_networks, plan_actors, read_room
 
 
 class ScoringActor:
-    """A cluster actor that holds the ensemble and turns decoded scans into results rows."""
+    """A cluster actor that holds the ensemble and turns decoded scans into results rows.
+
+    A bundle that it refuses stops the job when that reaches the driver: raised here, Ray would strip it of its type.
+    """
 
     def __init__(
         self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
     ) -> None:
-        """Raises: RunError if the bundle is another one by now than the run was planned with; as `refuse_open_node`."""
+        """Raises: UsageError as `refuse_open_node`."""
         refuse_open_node()
-        bundle = read_model(model, config)
-        if bundle.manifest != run.model:
-            raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
         self._run, self._images = run, images
-        self._ensemble = Ensemble.from_bundle(bundle, config, device)
+        self._ensemble: Ensemble | RunError
+        try:
+            self._ensemble = _load_ensemble(model, run, config, device)
+        except RunError as error:
+            self._ensemble = error
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out."""
+        if isinstance(refusal := self._ensemble, RunError):
+            return {"row": [pickle.dumps(("", 1, refusal))]}
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
@@ -75,6 +81,14 @@ class ScoringActor:
                 self._images.write(row, item.scan.volume, cam)
             rows.append(pickle.dumps((item.source_key, item.num_scans, item.failure or row)))
         return {"row": rows}
+
+
+def _load_ensemble(model: Store, run: RunFacts, config: ScoreConfig, device: str) -> Ensemble:
+    """Raises: RunError if the bundle is another one by now than the run was planned with; as `read_model`."""
+    bundle = read_model(model, config)
+    if bundle.manifest != run.model:
+        raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
+    return Ensemble.from_bundle(bundle, config, device)
 
 
 def score_archive(
@@ -99,11 +113,11 @@ def score_archive(
     refuse_if_held(results)
     if images is not None:
         images.check(archive, results, selection.list_prefixes())
-    bundle = read_model(model, config)
-    work, choose = describe_work(archive, bundle, config, names, moved_from), functools.partial(choose_device, config)
+    manifest = read_manifest(model, config)
+    work, choose = describe_work(archive, manifest, config, names, moved_from), functools.partial(choose_device, config)
     if list_open_runs(results):
         work = replace(work, device=choose())
-    finish = functools.partial(finish_run, archive, model, bundle, config, images)
+    finish = functools.partial(finish_run, archive, model, manifest, config, images)
     unfinished, others = sort_unfinished(results, work)
     warn_of_others(results, others)
     runs = [finish(folder) for folder in unfinished]
@@ -111,7 +125,7 @@ def score_archive(
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {
-        "model": bundle.manifest.model_name,
+        "model": manifest.model_name,
         **plan.survey.describe(),
         "left_behind_runs": others,
         "published": None,
@@ -132,19 +146,18 @@ def preview_archive(
 ) -> dict[str, Any]:
     """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
     refuse_if_held(results)
-    work = describe_work(archive, read_model(model, config), config, names, moved_from)
+    work = describe_work(archive, read_manifest(model, config), config, names, moved_from)
     work = replace(work, device=_name_device(config))  # a preview asks no cluster
     return preview_night(archive, results, work, selection, _now)
 
 
 def describe_work(
-    archive: Store, bundle: Bundle, config: ScoreConfig, names: KeyNames = OPEN_KEYS, moved_from: str = ""
+    archive: Store, manifest: BundleManifest, config: ScoreConfig, names: KeyNames = OPEN_KEYS, moved_from: str = ""
 ) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it.
 
     Gates are not: they decide whether rows are published, and a night may be finished under others than it began with.
     """
-    manifest = bundle.manifest
     # These change no row. Backend and device do, in its last digits: one run is finished under one backend, on one kind
     # of device. The latter may depend on the cluster: `choose_device`.
     settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache", *GateConfig.model_fields})
@@ -173,7 +186,7 @@ def _name_device(config: ScoreConfig) -> str:
 def finish_run(
     archive: Store,
     model: Store,
-    bundle: Bundle,
+    manifest: BundleManifest,
     config: ScoreConfig,
     images: CamImages | None,
     folder: RunFolder,
@@ -183,7 +196,7 @@ def finish_run(
     Raises: as `score_archive`.
     """
     record, planned = folder.read_record(), folder.list_planned_sources()
-    run = RunFacts(folder.run_id, record.night, bundle.manifest, __version__)
+    run = RunFacts(folder.run_id, record.night, manifest, __version__)
     names, staged = record.work.origin.recall_names(), folder.list_staged_sources()
     missing = [place for place, key in enumerate(planned) if names.name_source(key) not in staged]
     del staged

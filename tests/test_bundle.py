@@ -19,9 +19,19 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from darnet import config
-from darnet.bundle import Bundle, BundleSettings, digest_model, find_bundles, load_networks, name_model, read_bundle
+from darnet.bundle import (
+    Bundle,
+    BundleSettings,
+    digest_model,
+    find_bundles,
+    load_networks,
+    name_model,
+    read_bundle,
+    read_manifest,
+    read_model,
+)
 from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing, write_bundle
-from darnet.config import ModelConfig, TrainConfig, VolumeConfig
+from darnet.config import ModelConfig, ScoreConfig, TrainConfig, VolumeConfig
 from darnet.errors import StorageError, UsageError
 from darnet.model import DARNet, build_network
 from darnet.scan import DIAGNOSES
@@ -284,6 +294,21 @@ def test_an_edited_manifest_is_refused_by_name(tmp_path: Path, change: Callable[
     _edit(tmp_path / "bundle", change)
     with pytest.raises(UsageError, match=r"bundle.json: .*again"):
         _read(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("settings", [ScoreConfig(), ScoreConfig(folds=(2, 0)), ScoreConfig(precision="bf16")])
+def test_a_manifest_is_read_without_the_weights(settings: ScoreConfig, tmp_path: Path) -> None:
+    _write(tmp_path / "bundle")
+    store = open_store(str(tmp_path / "bundle"))
+    manifest = read_model(store, settings).manifest
+    for path in (tmp_path / "bundle").glob("*.safetensors"):
+        path.unlink()
+    assert read_manifest(store, settings) == manifest
+    with pytest.raises(UsageError, match="folds 7: not in the model bundle"):
+        read_manifest(store, ScoreConfig(folds=(7,)))
+    _edit(tmp_path / "bundle", lambda told: told["folds"].reverse())
+    with pytest.raises(UsageError, match=r"bundle.json: .*again"):
+        read_manifest(store, settings)
 
 
 def test_a_bundle_trained_on_other_preprocessing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from ray.data import Dataset
 
 import jobs.score
 from darnet.archive import EVERYTHING, list_sources
-from darnet.bundle import read_bundle
+from darnet.bundle import read_manifest
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, ObjectMissing, UsageError
 from darnet.page import NOTICE
@@ -33,6 +33,7 @@ from darnet.publishing.runs import RunFolder, Work, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_score import (
+    ScoringActor,
     collect_sources,
     describe_work,
     finish_run,
@@ -51,7 +52,7 @@ from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import SERIES_UID, make_chest, write_chest
 from tests.night_jobs import PollingReader, count_parts, finish_job, start_job, write_archive
 from tests.places import ROOT
-from tests.results_fixtures import make_row
+from tests.results_fixtures import flip_bit, make_row
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
@@ -97,7 +98,7 @@ def _list_operators(dataset: Dataset) -> list[str]:
 def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) -> None:
     write_chest(tmp_path / "archive" / "a")
     archive = open_store(str(tmp_path / "archive"))
-    run = RunFacts("r", NIGHT, read_bundle(open_store(model)).manifest, "0")
+    run = RunFacts("r", NIGHT, read_manifest(open_store(model), CONFIG), "0")
     sources = list(list_sources(archive.list_objects()))
     dataset = score_planned(archive, open_store(model), run, CONFIG, [0], lambda _: sources)
     names = _list_operators(dataset)
@@ -112,7 +113,7 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
     stores = open_store(str(archive)), open_store(model), open_store(str(results), create=True)
     with pytest.raises(UsageError, match=r"score\.device is gpu, and the cluster has no GPU"):
         score_archive(*stores, CONFIG.model_copy(update={"device": "gpu"}), NIGHT)
-    assert find_unfinished(stores[2], describe_work(stores[0], read_bundle(stores[1]), CONFIG)) == []
+    assert find_unfinished(stores[2], describe_work(stores[0], read_manifest(stores[1], CONFIG), CONFIG)) == []
     first = _score(archive, model, results)
     assert (first["published"], first["device"]) == (1, "cpu")
     assert first["statuses"] == {"OK": 5, "BAD_MISSING_SLICE": 1}
@@ -192,7 +193,7 @@ def test_a_late_driver_of_a_published_run_holds_nothing_back(model: str, tmp_pat
     (part,) = [path.stem for path in (tmp_path / "results" / "_runs" / run_id / "parts").iterdir()]
     (source,) = folder.list_planned_sources()
     folder.write_part(part, [make_row(source, "ERR_STORAGE", run_id=run_id)])
-    late = finish_run(archive, open_store(model), read_bundle(open_store(model)), config, None, folder)
+    late = finish_run(archive, open_store(model), read_manifest(open_store(model), config), config, None, folder)
     assert (late["published"], late["gates"]) == (2, "judged by another driver")
     refuse_if_held(results)
 
@@ -347,10 +348,24 @@ def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: st
     """As where the results lie on a disk that only the driver sees."""
     write_chest(tmp_path / "archive" / "a")
     archive, results = open_store(str(tmp_path / "archive")), RunFolder(open_store(str(tmp_path / "elsewhere")), "run")
-    run = RunFacts("r", NIGHT, read_bundle(open_store(model)).manifest, "0")
+    run = RunFacts("r", NIGHT, read_manifest(open_store(model), CONFIG), "0")
     dataset = score_planned(archive, open_store(model), run, CONFIG, [0], results.read_sources)
     with pytest.raises(ObjectMissing, match="every node must see"):
         next(collect_sources(dataset))
+
+
+def test_a_bundle_that_an_actor_refuses_stops_the_job_with_that_error(tmp_path: Path) -> None:
+    """One wrong byte: the driver reads no weights."""
+    manifest = write_random_bundle(tmp_path).manifest
+    path = tmp_path / "fold3.safetensors"
+    path.write_bytes(flip_bit(path.read_bytes(), 5000))
+
+    class Blocks:
+        def iter_batches(self, **_: Any) -> Iterator[dict[str, list[bytes]]]:
+            yield ScoringActor(LocalStore(tmp_path), RunFacts("run", NIGHT, manifest, "0"), CONFIG, "cpu")({})
+
+    with pytest.raises(UsageError, match=r"fold3\.safetensors: damaged"):
+        next(collect_sources(Blocks()))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -385,18 +400,18 @@ def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_
 @pytest.mark.slow
 def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Path) -> None:
     """Limits decide final rows: parts of two settings must not end in one run."""
-    bundle, archive = read_bundle(open_store(model)), LocalStore(tmp_path)
+    manifest, archive = read_manifest(open_store(model), CONFIG), LocalStore(tmp_path)
     limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
     backend = CONFIG.model_copy(update={"backend": "openvino"})
     decode = CONFIG.decode.model_copy(update={"num_threads": 3})
     moved = CONFIG.model_copy(update={"cache": tmp_path, "part_scans": 7, "decode": decode})
-    assert len({describe_work(archive, bundle, config) for config in (CONFIG, limits, backend, CONFIG, moved)}) == 3
+    assert len({describe_work(archive, manifest, config) for config in (CONFIG, limits, backend, CONFIG, moved)}) == 3
 
 
 def _begin_night(archive: Path, model: str, results: Path) -> str:
     """What a job killed right after planning leaves; the run's id."""
-    store, bundle = LocalStore(archive), read_bundle(open_store(model))
-    work = replace(describe_work(store, bundle, CONFIG), device="cpu")
+    store, manifest = LocalStore(archive), read_manifest(open_store(model), CONFIG)
+    work = replace(describe_work(store, manifest, CONFIG), device="cpu")
     folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING).folder
     assert folder is not None
     return folder.run_id
@@ -404,10 +419,10 @@ def _begin_night(archive: Path, model: str, results: Path) -> str:
 
 def test_only_what_changes_a_row_is_part_of_what_a_run_is(model: str, tmp_path: Path) -> None:
     """A night that a driver left behind goes on with more actors, or under gates that a person has moved meanwhile."""
-    archive, bundle = LocalStore(tmp_path), read_bundle(open_store(model))
+    archive, manifest = LocalStore(tmp_path), read_manifest(open_store(model), CONFIG)
 
     def describe(**changes: Any) -> Work:
-        return describe_work(archive, bundle, CONFIG.model_copy(update=changes))
+        return describe_work(archive, manifest, CONFIG.model_copy(update=changes))
 
     for change in (
         {"gate_psi": 0.5},
@@ -449,7 +464,7 @@ def test_an_unfinished_run_is_finished_first_and_what_arrived_since_after_it(mod
         ("b", 1, "2026-01-01"),
         ("late", 2, "2026-01-02"),
     ]
-    assert find_unfinished(stores[2], describe_work(stores[0], read_bundle(stores[1]), CONFIG)) == []
+    assert find_unfinished(stores[2], describe_work(stores[0], read_manifest(stores[1], CONFIG), CONFIG)) == []
     assert score_archive(*stores, CONFIG, NIGHT)["published"] is None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from darnet.bundle import read_bundle
+from darnet.bundle import read_manifest
 from darnet.config import ScoreConfig
 from darnet.errors import ScanError, Status
 from darnet.publishing.objects import Listing, make_commit_key, to_parquet
@@ -65,7 +65,7 @@ def make_sources(num_sources: int, objects_per_source: int) -> Iterator[Source]:
 def begin_night(folder: Path, num_sources: int, objects_per_source: int) -> RunFolder:
     """A bundle, and the plan of a night."""
     write_random_bundle(folder / "bundle")
-    work = describe_work(EmptyStore(folder), read_bundle(open_store(str(folder / "bundle"))), CONFIG)
+    work = describe_work(EmptyStore(folder), read_manifest(open_store(str(folder / "bundle")), CONFIG), CONFIG)
     now = datetime.now(UTC)
     planned = (PlannedSource(source, Reason.NEW) for source in make_sources(num_sources, objects_per_source))
     record = write_plan(
@@ -108,12 +108,12 @@ def measure_here(folder: Path, *, is_staged: bool) -> dict[str, float]:
     """Score and publish the night in this process: seconds, and MB that its memory grew since it joined the cluster."""
     results, model = open_store(str(folder / "results")), open_store(str(folder / "bundle"))
     (run_id,) = list_run_files(results)
-    bundle = read_bundle(model)
+    manifest = read_manifest(model, CONFIG)
     if not is_staged:
         connect()
     before_kb = read_memory_kb("VmRSS")
     start_s = time.perf_counter()
-    summary = finish_run(EmptyStore(folder), model, bundle, CONFIG, None, RunFolder(results, run_id))
+    summary = finish_run(EmptyStore(folder), model, manifest, CONFIG, None, RunFolder(results, run_id))
     assert set(summary["statuses"]) == {"OK" if is_staged else "ERR_GONE"}, summary["statuses"]
     return {
         "planned_sources": summary["planned_sources"],

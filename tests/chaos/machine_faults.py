@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darnet.archive import EVERYTHING
-from darnet.bundle import read_bundle
+from darnet.bundle import read_manifest
 from darnet.config import ScoreConfig
 from darnet.publishing.planning import plan_night
 from darnet.ray_score import describe_work
@@ -93,8 +93,8 @@ class _WrongClock:
 
 
 def _finish_two_plans(night: Night, shift: timedelta) -> str:
-    archive, bundle = open_store(night.archive), read_bundle(open_store(night.model))
-    work = replace(describe_work(archive, bundle, ScoreConfig()), device="cpu")
+    archive, manifest = open_store(night.archive), read_manifest(open_store(night.model), ScoreConfig())
+    work = replace(describe_work(archive, manifest, ScoreConfig()), device="cpu")
     wrong: Any = _WrongClock(night.results, shift)
     plans = [plan_night(archive, wrong, work, NIGHT, EVERYTHING)]
     plans += [plan_night(archive, night.results, work, NIGHT + DAY, EVERYTHING)]
