@@ -12,7 +12,8 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -164,13 +165,22 @@ class Ingester:
         self._road = road
         self._sandbox = sandbox or make_sandbox(road.decode)
         self._excerpts = excerpts
+        self._fetcher = ThreadPoolExecutor(1, "fetch")  # one, so that a source is fetched after the one before it
+        self._ahead: _Fetch | None = None
 
-    def ingest(self, source: Source) -> list[IngestedScan]:
-        """Every scan of the source, at least one; what cannot be scored has a status that says why."""
+    def ingest(self, source: Source, following: Source | None = None) -> list[IngestedScan]:
+        """Every scan of the source, at least one; what cannot be scored has a status that says why.
+
+        Where the store is remote, `following` is fetched while this one is decoded, for the next call.
+        """
         clock = _Clock()
         try:
-            with tempfile.TemporaryDirectory(prefix="darnet-") as folder:
-                scans = self._read_twice(Staging(self._store, source, Path(folder)), clock)
+            with self._take(source) as fetch:
+                clock = fetch.clock
+                if following is not None and self._store.local_path(following.objects[0].key) is None:
+                    with suppress(OSError):  # no room for its folder now: its own call tries again, and tells
+                        self._ahead = self._begin(following)
+                scans = self._read_twice(fetch)
         except OSError as error:  # also where there is no room for the folder itself
             trouble = ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine")
             scans = [_refuse(source.key, _count_objects(source), trouble)]
@@ -179,24 +189,56 @@ class Ingester:
         fetch_s = clock.fetch_s / len(scans)
         return [replace(scan, fetch_s=fetch_s, decode_s=scan.decode_s + shared_s) for scan in scans]
 
-    def _read_twice(self, staging: Staging, clock: "_Clock") -> list[IngestedScan]:
+    def drop_ahead(self) -> None:
+        """Forget what was fetched for a next call, and delete it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.delete()
+
+    @contextmanager
+    def _take(self, source: Source) -> Iterator["_Fetch"]:
+        """A source that was begun by the call before, or is now."""
+        if self._ahead is not None and self._ahead.staging.source != source:
+            self.drop_ahead()
+        fetch, self._ahead = self._ahead or self._begin(source), None
+        try:
+            yield fetch
+        finally:
+            fetch.delete()
+
+    def _begin(self, source: Source) -> "_Fetch":
+        folder, clock = tempfile.TemporaryDirectory(prefix="darnet-"), _Clock()
+        staging = Staging(self._store, source, Path(folder.name))
+
+        def fetch() -> None:
+            with clock.time("fetch_s"):
+                staging.fetch(self._road.volume, self._excerpts)
+
+        return _Fetch(folder, staging, clock, self._fetcher.submit(fetch))
+
+    def _read_twice(self, fetch: "_Fetch") -> list[IngestedScan]:
         """Read a source by excerpts of what does not contribute, and whole if they cannot be relied on.
 
         Nothing guards an excerpt's bits: a wrong one must not condemn a scan, and no row rests on one. The slices that
         a row tells of are whole (`list_read_files`); where a scan is refused, its others are fetched too, and must have
         the bytes of their excerpts (`_hold_refusals`).
         """
-        scans = self._read(staging, clock, functools.partial(staging.fetch, self._road.volume, self._excerpts))
+        staging, clock = fetch.staging, fetch.clock
+
+        def complete() -> None:
+            with clock.time("fetch_s"):
+                staging.complete()
+
+        scans = self._read(staging, clock, fetch.done.result)
         # A wrong bit may also hang, starve or kill a decoder, and none of these is final: the next night fetches anew.
         # But a hang has cost its whole time limit and would again; the other two end soon, and are worth a second look.
         if staging.took_excerpts and not DOUBTFUL.isdisjoint(scan.status for scan in scans):
-            scans = self._read(staging, clock, staging.complete)
+            scans = self._read(staging, clock, complete)
         return scans
 
     def _read(self, staging: Staging, clock: "_Clock", fetch: Callable[[], object]) -> list[IngestedScan]:
         try:
-            with clock.time("fetch_s"):
-                fetch()
+            fetch()
             try:
                 found = self._find(staging, clock)
                 if staging.has_excerpts:
@@ -265,8 +307,25 @@ class Ingester:
         return replace(scan, decode_s=time.perf_counter() - start_s)
 
     def close(self) -> None:
-        """End the child process."""
+        """End the child process, and what is fetched."""
+        self.drop_ahead()
+        self._fetcher.shutdown()
         self._sandbox.close()
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """A source on its way to a folder of its own, in another thread; `done` holds what the store raised."""
+
+    folder: "tempfile.TemporaryDirectory[str]"
+    staging: Staging
+    clock: "_Clock"
+    done: "Future[None]"
+
+    def delete(self) -> None:
+        """Delete the folder, once nothing more comes."""
+        wait([self.done])
+        self.folder.cleanup()
 
 
 @dataclass

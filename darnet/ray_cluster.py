@@ -7,8 +7,9 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -301,20 +302,27 @@ def decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, 
 def decode_places(
     row: dict[str, Any], read: Callable[[Sequence[int]], list[Source]], store: Store, road: Road
 ) -> Iterator[dict[str, Any]]:
-    """What a worker does with some places of a plan: the rows of their sources as they come."""
+    """What a worker does with some places of a plan: the rows of their sources as they come.
+
+    While a source is decoded the next one is fetched, where the store is remote.
+    """
     try:
         sources = read(row["places"])
     except RunError as error:
         yield _pack_failure(Source("", ()), error, road)
         return
-    for source in sources:
-        yield from _decode_source(source, store, road)
+    try:
+        for source, following in zip_longest(sources, sources[1:]):
+            yield from _decode_source(source, store, road, following)
+    finally:  # of a task that nobody reads on: whatever is ahead is of no other
+        with suppress(RunError):
+            _keep_ingester(store, road)[0].drop_ahead()  # type: ignore[arg-type]
 
 
-def _decode_source(source: Source, store: Store, road: Road) -> list[dict[str, Any]]:
+def _decode_source(source: Source, store: Store, road: Road, following: Source | None = None) -> list[dict[str, Any]]:
     try:
         ingester, names = _keep_ingester(store, road)  # type: ignore[arg-type]  # every store is a frozen value
-        scans = ingester.ingest(source)
+        scans = ingester.ingest(source, following)
     except RunError as error:
         return [_pack_failure(source, error, road)]
     told = (source.key, names.name_source(source.key), source.input_sha256, len(scans))

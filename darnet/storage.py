@@ -118,7 +118,7 @@ def connect_s3(*, is_endpoint_ignored: bool = False) -> Any:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
-        max_pool_connections=TRANSFERS,
+        max_pool_connections=2 * TRANSFERS,  # of a source, and of the one that is fetched ahead
     )
     core = botocore.session.get_session()
     if is_endpoint_ignored:

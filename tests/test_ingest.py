@@ -7,10 +7,12 @@ import hmac
 import os
 import pickle
 import shutil
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from pydicom.uid import (
 
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
-from darnet.errors import Status
-from darnet.ingest import Ingester, Road, make_sandbox
+from darnet.errors import CredentialsError, ScanError, Status
+from darnet.ingest import Ingester, Road, decode_scan, make_sandbox
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Intensity, Source, StoredObject
 from darnet.storage import open_store
@@ -898,6 +900,116 @@ def test_seconds_of_all_scans_sum_up_to_no_more_than_passed(sandbox: Sandbox, tm
     assert [scan.status for scan in scans] == [Status.OK, Status.OK]
     assert scans[0].fetch_s == scans[1].fetch_s
     assert 0.5 <= sum(scan.fetch_s for scan in scans) <= sum(scan.fetch_s + scan.decode_s for scan in scans) <= passed_s
+
+
+class NotedRemote(Remote):
+    """One whose `note`, set by a test, hears of every fetch, and may refuse it."""
+
+    note: Callable[[str], object]
+
+    def fetch(self, item: StoredObject, path: Path) -> None:
+        type(self).note(item.key)
+        super().fetch(item, path)
+
+
+@pytest.fixture
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[NotedRemote, list[Source]]:
+    """Three chests in a store that is far away, and an empty folder for what is fetched."""
+    for number, name in enumerate("abc"):
+        write_chest(tmp_path / "archive" / name, make_chest() + 5 * number)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    store = NotedRemote(tmp_path / "archive")
+    return store, list(list_sources(store.list_objects()))
+
+
+def list_temporary() -> list[str]:
+    return [path.name for path in Path(tempfile.gettempdir()).glob("darnet-*")]
+
+
+class WaitingSandbox:
+    """A sandbox that decodes nothing before the next source is fetched, and tells what was by then."""
+
+    def __init__(self, sandbox: Sandbox, fetched: list[str]) -> None:
+        self._sandbox, self._fetched = sandbox, fetched
+        self.seen: list[str] = []
+
+    def call(self, step: Any, *arguments: Any) -> Any:
+        if step is decode_scan:
+            following = {"a": "b", "b": "c", "c": "c"}[arguments[0].scan_id[0]]
+            deadline_s = time.monotonic() + 30
+            while self._fetched.count(following) < len(make_chest()) and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            self.seen.append("".join(sorted(set(self._fetched))))
+        return self._sandbox.call(step, *arguments)
+
+
+def test_the_next_source_is_fetched_while_one_is_decoded(
+    far: tuple[NotedRemote, list[Source]], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone, and what comes of it is what comes of one source after another."""
+    (store, sources), fetched = far, list[str]()
+    monkeypatch.setattr(NotedRemote, "note", lambda key: fetched.append(key[0]), raising=False)
+    waiting = WaitingSandbox(sandbox, fetched)
+    ingester, found = Ingester(store, ROAD, waiting), []  # type: ignore[arg-type]
+    for source, following in zip_longest(sources, sources[1:]):
+        found += ingester.ingest(source, following)
+    assert waiting.seen == ["ab", "abc", "abc"]
+    assert len(fetched) == 3 * len(make_chest())
+    assert list_temporary() == []
+    serial = [scan for source in sources for scan in Ingester(store, ROAD, sandbox).ingest(source)]
+    for one, other in zip(found, serial, strict=True):
+        assert one.volume is not None
+        assert other.volume is not None
+        np.testing.assert_array_equal(one.volume.voxels, other.volume.voxels)
+        assert (one.scan_id, one.facts, one.fetch_s > 0) == (other.scan_id, other.facts, True)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "ended"),
+    [
+        (ScanError(Status.ERR_GONE, "gone"), Status.ERR_GONE),
+        (OSError(28, "No space left on device"), Status.ERR_STORAGE),
+        (CredentialsError("nobody enters"), "nobody enters"),
+    ],
+)
+def test_what_is_wrong_with_a_source_that_is_fetched_ahead_is_told_of_it_alone(
+    trouble: Exception,
+    ended: str,
+    far: tuple[NotedRemote, list[Source]],
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def note(key: str) -> None:
+        if key.startswith("b/"):
+            raise trouble
+
+    store, sources = far
+    monkeypatch.setattr(NotedRemote, "note", note, raising=False)
+    ingester, found = Ingester(store, ROAD, sandbox), list[str]()
+    for source, following in zip_longest(sources, sources[1:]):
+        try:
+            found += [scan.status for scan in ingester.ingest(source, following)]
+        except CredentialsError as error:
+            found.append(str(error))
+    assert found == [Status.OK, ended, Status.OK]
+    assert list_temporary() == []
+
+
+def test_what_was_fetched_for_nobody_is_deleted(
+    far: tuple[NotedRemote, list[Source]], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (a, b, c) = far
+    monkeypatch.setattr(NotedRemote, "note", lambda _: None, raising=False)
+    ingester = Ingester(store, ROAD, sandbox)
+    ingester.ingest(a, b)
+    assert len(list_temporary()) == 1
+    (scan,) = ingester.ingest(c, b)  # another than the one before said
+    assert (scan.scan_id[0], len(list_temporary())) == ("c", 1)
+    ingester.drop_ahead()
+    assert list_temporary() == []
+    ingester.ingest(a)
+    assert list_temporary() == []
 
 
 # Real scans

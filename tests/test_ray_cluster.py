@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import date
 from itertools import cycle, islice
@@ -168,6 +169,25 @@ def test_a_block_has_the_rows_of_a_batch(
             buffer.add(row)
             num_rows += [block.num_rows for block in buffer.iter_ready_blocks()]
         assert num_rows == [batch_size] * (25 // batch_size)
+
+
+def test_a_task_that_nobody_reads_on_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has fetched the source after the one whose rows were read."""
+    from darnet import ray_cluster
+    from tests.bench.memory import Remote
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for name in "abc":
+        write_chest(tmp_path / "archive" / name)
+    store, road = Remote(tmp_path / "archive"), Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig())
+    sources = list(list_sources(store.list_objects()))
+    rows = ray_cluster.decode_places({"places": [0, 1, 2]}, lambda _: sources, store, road)
+    assert ray_cluster.unpack_scan(**next(rows)).source_key == "a"
+    assert len(list((tmp_path / "temporary").glob("darnet-*"))) == 1
+    rows.close()  # type: ignore[attr-defined]
+    assert list((tmp_path / "temporary").glob("darnet-*")) == []
+    ray_cluster._keep_ingester.cache_clear()
 
 
 @pytest.mark.usefixtures("ray_cluster")
