@@ -8,7 +8,7 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -23,11 +23,12 @@ from darnet.config import GateConfig, ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
 from darnet.pseudonym import OPEN_KEYS, KeyNames
-from darnet.publishing.commit import check_rows, read_outlook
+from darnet.publishing.commit import Outlook, check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night, warn_of_others
-from darnet.publishing.runs import RunFolder, Work, list_open_runs, name_part, sort_unfinished
+from darnet.publishing.runs import RunFolder, RunRecord, Work, list_open_runs, name_part, sort_unfinished
+from darnet.publishing.staged import StagedRows
 from darnet.ray_cluster import (
     agree_on_secret,
     connect,
@@ -91,17 +92,25 @@ def _load_ensemble(model: Store, run: RunFacts, config: ScoreConfig, device: str
     return Ensemble.from_bundle(bundle, config, device)
 
 
-def score_archive(
-    archive: Store,
-    model: Store,
-    results: Store,
-    config: ScoreConfig,
-    night: date | None = None,
-    selection: Selection = EVERYTHING,
-    images: CamImages | None = None,
-    names: KeyNames = OPEN_KEYS,
-    moved_from: str = "",
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class NightRequest:
+    """What a night is asked for: places, settings of scoring, and what of the archive, under which names.
+
+    `night` is today if none is given; `moved_from` as `Origin.here` takes it.
+    """
+
+    archive: Store
+    model: Store
+    results: Store
+    config: ScoreConfig
+    night: date | None = None
+    selection: Selection = EVERYTHING
+    images: CamImages | None = None
+    names: KeyNames = OPEN_KEYS
+    moved_from: str = ""
+
+
+def score_archive(request: NightRequest) -> dict[str, Any]:
     """Score what is new or changed in the archive and publish it as one object; a summary for people and schedulers.
 
     Runs of the same archive, model and settings that were begun and not ended are finished first, each under its own
@@ -110,18 +119,19 @@ def score_archive(
     Raises: RunError of every kind, HeldError if a quality gate holds one of these runs or an earlier one; nothing of
         that run is published then.
     """
+    archive, results, selection = request.archive, request.results, request.selection
     refuse_if_held(results)
-    if images is not None:
-        images.check(archive, results, selection.list_prefixes())
-    manifest = read_manifest(model, config)
-    work, choose = describe_work(archive, manifest, config, names, moved_from), functools.partial(choose_device, config)
+    if request.images is not None:
+        request.images.check(archive, results, selection.list_prefixes())
+    manifest = read_manifest(request.model, request.config)
+    work, choose = describe_work(request, manifest), functools.partial(choose_device, request.config)
     if list_open_runs(results):
         work = replace(work, device=choose())
-    finish = functools.partial(finish_run, archive, model, manifest, config, images)
+    finish = functools.partial(finish_run, request, manifest)
     unfinished, others = sort_unfinished(results, work)
     warn_of_others(results, others)
     runs = [finish(folder) for folder in unfinished]
-    plan = plan_night(archive, results, work, night or _now().date(), selection, choose)
+    plan = plan_night(archive, results, work, request.night or _now().date(), selection, choose)
     if plan.folder is not None:
         runs.append(finish(plan.folder))
     summary = {
@@ -135,33 +145,24 @@ def score_archive(
     return summary | runs[-1] | {"finished_first": runs[:-1]}
 
 
-def preview_archive(
-    archive: Store,
-    model: Store,
-    results: Store,
-    config: ScoreConfig,
-    selection: Selection,
-    names: KeyNames = OPEN_KEYS,
-    moved_from: str = "",
-) -> dict[str, Any]:
+def preview_archive(request: NightRequest) -> dict[str, Any]:
     """What `score_archive` would do, on stderr and as a summary; nothing is scored, and nothing is written anywhere."""
-    refuse_if_held(results)
-    work = describe_work(archive, read_manifest(model, config), config, names, moved_from)
-    work = replace(work, device=_name_device(config))  # a preview asks no cluster
-    return preview_night(archive, results, work, selection, _now)
+    refuse_if_held(request.results)
+    work = describe_work(request, read_manifest(request.model, request.config))
+    work = replace(work, device=_name_device(request.config))  # a preview asks no cluster
+    return preview_night(request.archive, request.results, work, request.selection, _now)
 
 
-def describe_work(
-    archive: Store, manifest: BundleManifest, config: ScoreConfig, names: KeyNames = OPEN_KEYS, moved_from: str = ""
-) -> Work:
+def describe_work(request: NightRequest, manifest: BundleManifest) -> Work:
     """What runs must agree in so that one may finish the other. Limits decide final rows: they are among it.
 
     Gates are not: they decide whether rows are published, and a night may be finished under others than it began with.
     """
     # These change no row. Backend and device do, in its last digits: one run is finished under one backend, on one kind
     # of device. The latter may depend on the cluster: `choose_device`.
-    settings = config.model_dump(mode="json", exclude={"num_actors", "part_scans", "cache", *GateConfig.model_fields})
-    origin = Origin.here(archive.uri, names, moved_from)
+    changes_no_row = {"num_actors", "part_scans", "cache", *GateConfig.model_fields}
+    settings = request.config.model_dump(mode="json", exclude=changes_no_row)
+    origin = Origin.here(request.archive.uri, request.names, request.moved_from)
     return Work(origin, manifest.model_sha256, manifest.preprocessing_version, digest_json(settings))
 
 
@@ -183,48 +184,26 @@ def _name_device(config: ScoreConfig) -> str:
     return "" if config.device == "auto" else config.device
 
 
-def finish_run(
-    archive: Store,
-    model: Store,
-    manifest: BundleManifest,
-    config: ScoreConfig,
-    images: CamImages | None,
-    folder: RunFolder,
-) -> dict[str, Any]:
+def finish_run(request: NightRequest, manifest: BundleManifest, folder: RunFolder) -> dict[str, Any]:
     """Score what a run's plan still lacks and publish the run; its part of the summary.
 
     Raises: as `score_archive`.
     """
-    record, planned = folder.read_record(), folder.list_planned_sources()
-    run = RunFacts(folder.run_id, record.night, manifest, __version__)
-    names, staged = record.work.origin.recall_names(), folder.list_staged_sources()
-    missing = [place for place, key in enumerate(planned) if names.name_source(key) not in staged]
-    del staged
-    device = record.work.device or choose_device(config)
+    record = folder.read_record()
+    num_planned, missing = _list_missing(folder, record)
+    device = record.work.device or choose_device(request.config)
     if missing:
         connect()
+        run = RunFacts(folder.run_id, record.night, manifest, __version__)
+        hides_keys = bool(record.work.origin.recall_names().scheme)
         dataset = score_planned(
-            archive,
-            model,
-            run,
-            config,
-            missing,
-            folder.read_sources,
-            images,
-            has_gpus=device == "gpu",
-            hides_keys=bool(names.scheme),
+            request, run, missing, folder.read_sources, has_gpus=device == "gpu", hides_keys=hides_keys
         )
-        stage_rows(dataset, folder, len(missing), config.part_scans)
-    num_planned, rows = len(planned), folder.read_parts()
-    folder.refuse_if_discarded()  # which has taken parts away
-    check_rows(planned, rows, record.work.origin)
-    del planned
-    outlook, gates = read_outlook(folder.store, rows), "judged by another driver"
-    if not is_published(folder.store, folder.run_id):
-        gates = review_run(folder, rows, outlook, config, images).describe()
+        stage_rows(dataset, folder, len(missing), request.config.part_scans)
+    rows = _read_whole_rows(folder, record)
+    outlook = read_outlook(folder.store, rows)
+    gates = _judge(request, folder, rows, outlook)
     number = publish_run(folder, rows, record)
-    shown = (row for _, piece in rows.stream(IMAGE_COLUMNS) for row in piece.to_pylist())
-    pictures = {} if images is None else {"cam_images": images.describe(folder.run_id, shown)}
     return {
         "run_id": folder.run_id,
         "night": record.night.isoformat(),
@@ -237,8 +216,38 @@ def finish_run(
         "gates": gates,
         "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
         "published": number,
-        **pictures,
+        **_describe_pictures(request.images, folder, rows),
     }
+
+
+def _list_missing(folder: RunFolder, record: RunRecord) -> tuple[int, list[int]]:
+    """How many sources are planned, and the places in the plan of those without rows; their keys are not kept."""
+    planned, staged = folder.list_planned_sources(), folder.list_staged_sources()
+    name = record.work.origin.recall_names().name_source
+    return len(planned), [place for place, key in enumerate(planned) if name(key) not in staged]
+
+
+def _read_whole_rows(folder: RunFolder, record: RunRecord) -> StagedRows:
+    """The rows of a run of which every planned source has its own. Raises: RunError as `check_rows`."""
+    rows = folder.read_parts()
+    folder.refuse_if_discarded()  # which has taken parts away
+    check_rows(folder.list_planned_sources(), rows, record.work.origin)
+    return rows
+
+
+def _judge(request: NightRequest, folder: RunFolder, rows: StagedRows, outlook: Outlook) -> str:
+    """What the gates say, for the summary. Raises: HeldError as `review_run`."""
+    if is_published(folder.store, folder.run_id):
+        return "judged by another driver"
+    return review_run(folder, rows, outlook, request.config, request.images).describe()
+
+
+def _describe_pictures(images: CamImages | None, folder: RunFolder, rows: StagedRows) -> dict[str, Any]:
+    """The summary's part on class maps, where they are kept."""
+    if images is None:
+        return {}
+    shown = (row for _, piece in rows.stream(IMAGE_COLUMNS) for row in piece.to_pylist())
+    return {"cam_images": images.describe(folder.run_id, shown)}
 
 
 def _now() -> datetime:
@@ -264,13 +273,10 @@ def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_scans
 
 
 def score_planned(
-    archive: Store,
-    model: Store,
+    request: NightRequest,
     run: RunFacts,
-    config: ScoreConfig,
     places: Sequence[int],
     read: Callable[[Sequence[int]], list[Source]],
-    images: CamImages | None = None,
     *,
     has_gpus: bool = False,
     hides_keys: bool = False,
@@ -281,12 +287,13 @@ def score_planned(
 
     Raises: UsageError as `agree_on_secret`, `plan_actors`.
     """
+    config = request.config
     plan = plan_actors(read_room(list_nodes()), config.num_actors, config.num_threads, has_gpus=has_gpus)
     print(f"score.device is {config.device}: {plan.title}", file=sys.stderr)
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
-    return decode_planned(places, read, archive, road, config.batch_size).map_batches(
+    return decode_planned(places, read, request.archive, road, config.batch_size).map_batches(
         ScoringActor,
-        fn_constructor_args=(model, run, config, "cuda" if plan.has_gpus else "cpu", images),
+        fn_constructor_args=(request.model, run, config, "cuda" if plan.has_gpus else "cpu", request.images),
         batch_size=config.batch_size,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=config.num_actors),

@@ -1,6 +1,7 @@
 """python -m jobs.score: archive + bundle -> the next object of the results table."""
 
 import sys
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -10,7 +11,7 @@ from darnet.errors import UsageError
 from darnet.job import run_job
 from darnet.pseudonym import choose_names
 from darnet.publishing.hold import decide_hold
-from darnet.ray_score import preview_archive, score_archive
+from darnet.ray_score import NightRequest, preview_archive, score_archive
 from darnet.settings import ScoreSettings
 from darnet.storage import open_store
 
@@ -25,15 +26,22 @@ def work(settings: ScoreSettings) -> dict[str, Any]:
         night = None if settings.night is None else date.fromisoformat(settings.night)
     except ValueError as error:
         raise UsageError(f"--night {settings.night}: not a date, write YYYY-MM-DD") from error
-    selection = Selection(settings.prefix, settings.since, settings.glob, settings.settle_s)
-    places = open_store(settings.archive, is_archive=True), open_store(settings.model), results
-    naming = choose_names(settings.scan_id), settings.archive_moved_from
+    request = NightRequest(
+        archive=open_store(settings.archive, is_archive=True),
+        model=open_store(settings.model),
+        results=results,
+        config=settings.score,
+        night=night,
+        selection=Selection(settings.prefix, settings.since, settings.glob, settings.settle_s),
+        names=choose_names(settings.scan_id),
+        moved_from=settings.archive_moved_from,
+    )
     if settings.dry_run:
-        return preview_archive(*places, settings.score, selection, *naming)
-    images = None
+        return preview_archive(request)
     if settings.cam_images:
-        images = CamImages(open_store(settings.cam_images, create=True), settings.cam_choice)
-    return score_archive(*places, settings.score, night, selection, images, *naming)
+        pictures = CamImages(open_store(settings.cam_images, create=True), settings.cam_choice)
+        request = replace(request, images=pictures)
+    return score_archive(request)
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ from darnet.publishing.runs import RunFolder, Work, find_unfinished
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_score import (
+    NightRequest,
     ScoringActor,
     collect_sources,
     describe_work,
@@ -82,7 +83,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _score(archive: Path | str, model: str, results: Path | str) -> dict[str, Any]:
     stores = open_store(str(archive)), open_store(model), open_store(str(results), create=True)
-    return score_archive(*stores, CONFIG, NIGHT)
+    return score_archive(NightRequest(*stores, CONFIG, NIGHT))
 
 
 def _list_operators(dataset: Dataset) -> list[str]:
@@ -100,7 +101,8 @@ def test_decode_and_model_are_different_operators(model: str, tmp_path: Path) ->
     archive = open_store(str(tmp_path / "archive"))
     run = RunFacts("r", NIGHT, read_manifest(open_store(model), CONFIG), "0")
     sources = list(list_sources(archive.list_objects()))
-    dataset = score_planned(archive, open_store(model), run, CONFIG, [0], lambda _: sources)
+    request = NightRequest(archive, open_store(model), open_store(str(tmp_path / "results")), CONFIG)
+    dataset = score_planned(request, run, [0], lambda _: sources)
     names = _list_operators(dataset)
     assert [name for name in names if "FlatMap" in name and "ScoringActor" in name] == []
     assert sum("FlatMap" in name for name in names) == sum("ScoringActor" in name for name in names) == 1
@@ -112,8 +114,10 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
     write_archive(archive, 3)
     stores = open_store(str(archive)), open_store(model), open_store(str(results), create=True)
     with pytest.raises(UsageError, match=r"score\.device is gpu, and the cluster has no GPU"):
-        score_archive(*stores, CONFIG.model_copy(update={"device": "gpu"}), NIGHT)
-    assert find_unfinished(stores[2], describe_work(stores[0], read_manifest(stores[1], CONFIG), CONFIG)) == []
+        score_archive(NightRequest(*stores, CONFIG.model_copy(update={"device": "gpu"}), NIGHT))
+    assert (
+        find_unfinished(stores[2], describe_work(NightRequest(*stores, CONFIG), read_manifest(stores[1], CONFIG))) == []
+    )
     first = _score(archive, model, results)
     assert (first["published"], first["device"]) == (1, "cpu")
     assert first["statuses"] == {"OK": 5, "BAD_MISSING_SLICE": 1}
@@ -144,9 +148,9 @@ def test_some_folds_are_another_model_and_another_backend_is_the_same(model: str
     _score(archive, model, results)
     stores = open_store(str(archive)), open_store(model), open_store(str(results))
     openvino = CONFIG.model_copy(update={"backend": "openvino", "cache": tmp_path / "cache"})
-    assert score_archive(*stores, openvino, NIGHT)["published"] is None
+    assert score_archive(NightRequest(*stores, openvino, NIGHT))["published"] is None
     chosen = openvino.model_copy(update={"folds": (2, 0)})
-    assert [score_archive(*stores, chosen, NIGHT)["published"] for _ in range(2)] == [2, None]
+    assert [score_archive(NightRequest(*stores, chosen, NIGHT))["published"] for _ in range(2)] == [2, None]
     nights = (pq.read_table(path).to_pandas() for path in sorted((results / "predictions").iterdir()))
     whole, part = (rows[rows["status"] == "OK"].set_index("scan_id").sort_index() for rows in nights)
     assert set(part["model_version"]) == {"untrained folds 0,2"}
@@ -164,20 +168,20 @@ def test_a_night_of_spoiled_scans_is_held_until_it_is_accepted(model: str, tmp_p
     results = open_store(str(tmp_path / "results"), create=True)
     stores = open_store(str(tmp_path / "archive")), open_store(model), results
     config = CONFIG.model_copy(update={"gate_min_scans": 1, "gate_min_nights": 1})
-    first = score_archive(*stores, config, NIGHT)
+    first = score_archive(NightRequest(*stores, config, NIGHT))
     assert first["gates"] == "not judged: 0 earlier nights, the gates need 1"
     assert NOTICE in Path(first["report"]).read_text()
     write_chest(tmp_path / "archive" / "gap")[7].unlink()
     with pytest.raises(HeldError, match=r"share of BAD 1\.000 \(limit 0\.050\)") as caught:
-        score_archive(*stores, config, date(2026, 1, 2))
+        score_archive(NightRequest(*stores, config, date(2026, 1, 2)))
     with pytest.raises(HeldError, match=caught.value.facts["held"]):
-        score_archive(*stores, config, date(2026, 1, 3))
+        score_archive(NightRequest(*stores, config, date(2026, 1, 3)))
     assert len(read_predictions(results.uri)) == 1
 
     settings = ScoreSettings(results=results.uri, accept=caught.value.facts["held"], reason="seen")
     assert decide_hold(results, settings)["published"] == 2
     assert set(read_predictions(results.uri)["status"]) == {"OK", "BAD_MISSING_SLICE"}
-    assert score_archive(*stores, config, date(2026, 1, 3))["published"] is None
+    assert score_archive(NightRequest(*stores, config, date(2026, 1, 3)))["published"] is None
 
 
 @pytest.mark.slow
@@ -188,12 +192,16 @@ def test_a_late_driver_of_a_published_run_holds_nothing_back(model: str, tmp_pat
     config = CONFIG.model_copy(update={"gate_min_scans": 1, "gate_min_nights": 1})
     for number in (1, 2):
         write_chest(tmp_path / "archive" / f"night{number}")
-        run_id = score_archive(archive, open_store(model), results, config, date(2026, 1, number))["run_id"]
+        run_id = score_archive(NightRequest(archive, open_store(model), results, config, date(2026, 1, number)))[
+            "run_id"
+        ]
     folder = RunFolder(results, run_id)
     (part,) = [path.stem for path in (tmp_path / "results" / "_runs" / run_id / "parts").iterdir()]
     (source,) = folder.list_planned_sources()
     folder.write_part(part, [make_row(source, "ERR_STORAGE", run_id=run_id)])
-    late = finish_run(archive, open_store(model), read_manifest(open_store(model), config), config, None, folder)
+    late = finish_run(
+        NightRequest(archive, open_store(model), results, config), read_manifest(open_store(model), config), folder
+    )
     assert (late["published"], late["gates"]) == (2, "judged by another driver")
     refuse_if_held(results)
 
@@ -338,7 +346,7 @@ def test_a_store_that_lets_nobody_in_stops_the_job_with_that_error(model: str, t
     archive = LockedStore(tmp_path / "archive")
     stores = open_store(model), open_store(str(tmp_path / "results"), create=True)
     with pytest.raises(CredentialsError, match="nobody enters"):
-        score_archive(archive, *stores, CONFIG, NIGHT)
+        score_archive(NightRequest(archive, *stores, CONFIG, NIGHT))
     assert not list((tmp_path / "results").glob("predictions/*"))
 
 
@@ -347,9 +355,10 @@ def test_a_store_that_lets_nobody_in_stops_the_job_with_that_error(model: str, t
 def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: str, tmp_path: Path) -> None:
     """As where the results lie on a disk that only the driver sees."""
     write_chest(tmp_path / "archive" / "a")
-    archive, results = open_store(str(tmp_path / "archive")), RunFolder(open_store(str(tmp_path / "elsewhere")), "run")
+    archive, results = open_store(str(tmp_path / "archive")), open_store(str(tmp_path / "elsewhere"))
     run = RunFacts("r", NIGHT, read_manifest(open_store(model), CONFIG), "0")
-    dataset = score_planned(archive, open_store(model), run, CONFIG, [0], results.read_sources)
+    request = NightRequest(archive, open_store(model), results, CONFIG)
+    dataset = score_planned(request, run, [0], RunFolder(results, "run").read_sources)
     with pytest.raises(ObjectMissing, match="every node must see"):
         next(collect_sources(dataset))
 
@@ -394,35 +403,40 @@ def test_an_archive_without_a_scan_is_taken_for_a_wrong_address(model: str, tmp_
     (tmp_path / "README.txt").write_text("no scan")
     stores = LocalStore(tmp_path), open_store(model), open_store(str(tmp_path / "results"), create=True)
     with pytest.raises(UsageError, match="nothing in it looks like a scan"):
-        score_archive(*stores, CONFIG, NIGHT)
+        score_archive(NightRequest(*stores, CONFIG, NIGHT))
 
 
 @pytest.mark.slow
 def test_a_run_is_resumed_only_under_the_same_settings(model: str, tmp_path: Path) -> None:
     """Limits decide final rows: parts of two settings must not end in one run."""
-    manifest, archive = read_manifest(open_store(model), CONFIG), LocalStore(tmp_path)
+    night = NightRequest(LocalStore(tmp_path), open_store(model), LocalStore(tmp_path), CONFIG)
+    manifest = read_manifest(night.model, CONFIG)
     limits = ScoreConfig(decode=DecodeConfig(min_slices=5))
     backend = CONFIG.model_copy(update={"backend": "openvino"})
     decode = CONFIG.decode.model_copy(update={"num_threads": 3})
     moved = CONFIG.model_copy(update={"cache": tmp_path, "part_scans": 7, "decode": decode})
-    assert len({describe_work(archive, manifest, config) for config in (CONFIG, limits, backend, CONFIG, moved)}) == 3
+    assert (
+        len({describe_work(replace(night, config=each), manifest) for each in (CONFIG, limits, backend, CONFIG, moved)})
+        == 3
+    )
 
 
 def _begin_night(archive: Path, model: str, results: Path) -> str:
     """What a job killed right after planning leaves; the run's id."""
-    store, manifest = LocalStore(archive), read_manifest(open_store(model), CONFIG)
-    work = replace(describe_work(store, manifest, CONFIG), device="cpu")
-    folder = plan_night(store, open_store(str(results), create=True), work, NIGHT, EVERYTHING).folder
+    request = NightRequest(LocalStore(archive), open_store(model), open_store(str(results), create=True), CONFIG)
+    work = replace(describe_work(request, read_manifest(request.model, CONFIG)), device="cpu")
+    folder = plan_night(request.archive, request.results, work, NIGHT, EVERYTHING).folder
     assert folder is not None
     return folder.run_id
 
 
 def test_only_what_changes_a_row_is_part_of_what_a_run_is(model: str, tmp_path: Path) -> None:
     """A night that a driver left behind goes on with more actors, or under gates that a person has moved meanwhile."""
-    archive, manifest = LocalStore(tmp_path), read_manifest(open_store(model), CONFIG)
+    night = NightRequest(LocalStore(tmp_path), open_store(model), LocalStore(tmp_path), CONFIG)
+    manifest = read_manifest(night.model, CONFIG)
 
     def describe(**changes: Any) -> Work:
-        return describe_work(archive, manifest, CONFIG.model_copy(update=changes))
+        return describe_work(replace(night, config=CONFIG.model_copy(update=changes)), manifest)
 
     for change in (
         {"gate_psi": 0.5},
@@ -445,10 +459,10 @@ def test_an_unfinished_run_is_finished_first_and_what_arrived_since_after_it(mod
     begun = _begin_night(archive, model, results)
     write_chest(archive / "late", make_chest()[:, :, ::-1])
     stores = open_store(str(archive)), open_store(model), open_store(str(results))
-    preview = preview_archive(*stores, CONFIG, EVERYTHING)
+    preview = preview_archive(NightRequest(*stores, CONFIG))
     assert (preview["unfinished_runs"], preview["planned_sources"]) == ([begun], 3)
 
-    summary = score_archive(*stores, CONFIG, date(2026, 1, 2))
+    summary = score_archive(NightRequest(*stores, CONFIG, date(2026, 1, 2)))
     (first,) = summary["finished_first"]
     assert (first["run_id"], first["night"], first["planned_sources"], first["published"]) == (
         begun,
@@ -464,8 +478,10 @@ def test_an_unfinished_run_is_finished_first_and_what_arrived_since_after_it(mod
         ("b", 1, "2026-01-01"),
         ("late", 2, "2026-01-02"),
     ]
-    assert find_unfinished(stores[2], describe_work(stores[0], read_manifest(stores[1], CONFIG), CONFIG)) == []
-    assert score_archive(*stores, CONFIG, NIGHT)["published"] is None
+    assert (
+        find_unfinished(stores[2], describe_work(NightRequest(*stores, CONFIG), read_manifest(stores[1], CONFIG))) == []
+    )
+    assert score_archive(NightRequest(*stores, CONFIG, NIGHT))["published"] is None
 
 
 @pytest.mark.slow
@@ -498,9 +514,9 @@ def test_a_raised_limit_reopens_nothing_in_the_same_table(model: str, tmp_path: 
     stores = open_store(str(tmp_path / "archive")), open_store(model)
     tables = [open_store(str(tmp_path / name), create=True) for name in ("results", "large")]
     narrow = CONFIG.model_copy(update={"decode": DecodeConfig(max_slices=20)})
-    assert score_archive(*stores, tables[0], narrow, NIGHT)["statuses"] == {"BAD_LIMIT": 1}
-    assert score_archive(*stores, tables[0], CONFIG, NIGHT)["planned_sources"] == 0
-    assert score_archive(*stores, tables[1], CONFIG, NIGHT)["statuses"] == {"OK": 1}
+    assert score_archive(NightRequest(*stores, tables[0], narrow, NIGHT))["statuses"] == {"BAD_LIMIT": 1}
+    assert score_archive(NightRequest(*stores, tables[0], CONFIG, NIGHT))["planned_sources"] == 0
+    assert score_archive(NightRequest(*stores, tables[1], CONFIG, NIGHT))["statuses"] == {"OK": 1}
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from darnet.publishing.objects import Listing, make_commit_key, to_parquet
 from darnet.publishing.rows import PROBABILITIES, SCHEMA, Reason
 from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, list_run_files, write_plan
 from darnet.ray_cluster import connect
-from darnet.ray_score import describe_work, finish_run
+from darnet.ray_score import NightRequest, describe_work, finish_run
 from darnet.scan import DIAGNOSES, Source, StoredObject
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
@@ -62,16 +62,23 @@ def make_sources(num_sources: int, objects_per_source: int) -> Iterator[Source]:
         yield Source(objects[0].key.rpartition("/")[0], objects)
 
 
+def ask_for_night(folder: Path) -> NightRequest:
+    """Archive, bundle and results of this folder."""
+    results = open_store(str(folder / "results"), create=True)
+    return NightRequest(EmptyStore(folder), open_store(str(folder / "bundle")), results, CONFIG)
+
+
 def begin_night(folder: Path, num_sources: int, objects_per_source: int) -> RunFolder:
     """A bundle, and the plan of a night."""
     write_random_bundle(folder / "bundle")
-    work = describe_work(EmptyStore(folder), read_manifest(open_store(str(folder / "bundle")), CONFIG), CONFIG)
+    request = ask_for_night(folder)
+    work = describe_work(request, read_manifest(request.model, CONFIG))
     now = datetime.now(UTC)
     planned = (PlannedSource(source, Reason.NEW) for source in make_sources(num_sources, objects_per_source))
     record = write_plan(
         planned, folder / "plan", lambda digest: RunRecord(NIGHT, work, {}, digest, Listing(0, now, now))
     )
-    run = RunFolder(open_store(str(folder / "results"), create=True), record.run_id)
+    run = RunFolder(request.results, record.run_id)
     run.begin(record, folder / "plan")
     return run
 
@@ -106,14 +113,14 @@ def make_rows(keys: Sequence[str], run_id: str, rng: np.random.Generator) -> Any
 
 def measure_here(folder: Path, *, is_staged: bool) -> dict[str, float]:
     """Score and publish the night in this process: seconds, and MB that its memory grew since it joined the cluster."""
-    results, model = open_store(str(folder / "results")), open_store(str(folder / "bundle"))
-    (run_id,) = list_run_files(results)
-    manifest = read_manifest(model, CONFIG)
+    request = ask_for_night(folder)
+    (run_id,) = list_run_files(request.results)
+    manifest = read_manifest(request.model, CONFIG)
     if not is_staged:
         connect()
     before_kb = read_memory_kb("VmRSS")
     start_s = time.perf_counter()
-    summary = finish_run(EmptyStore(folder), model, manifest, CONFIG, None, RunFolder(results, run_id))
+    summary = finish_run(request, manifest, RunFolder(request.results, run_id))
     assert set(summary["statuses"]) == {"OK" if is_staged else "ERR_GONE"}, summary["statuses"]
     return {
         "planned_sources": summary["planned_sources"],

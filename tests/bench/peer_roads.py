@@ -299,7 +299,7 @@ def measure_our_road(bundle: str, archive: str, backend: str, precision: str) ->
     """
     import ray
 
-    from darnet.ray_score import score_archive
+    from darnet.ray_score import NightRequest, score_archive
     from darnet.results import read_predictions
     from darnet.storage import open_store
 
@@ -308,7 +308,8 @@ def measure_our_road(bundle: str, archive: str, backend: str, precision: str) ->
     ray.init("local", num_cpus=max(THREADS, 2), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         results = open_store(folder, create=True)
-        score_archive(open_store(archive), open_store(bundle), results, configure_score(backend, precision))
+        config = configure_score(backend, precision)
+        score_archive(NightRequest(open_store(archive), open_store(bundle), results, config))
         seconds, processor_s = time.perf_counter() - start_s, read_processors()
         rows = read_predictions(folder)
     assert (rows["status"] == "OK").all(), rows[["source", "status", "status_detail"]]

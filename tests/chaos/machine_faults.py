@@ -11,7 +11,7 @@ from darnet.archive import EVERYTHING
 from darnet.bundle import read_manifest
 from darnet.config import ScoreConfig
 from darnet.publishing.planning import plan_night
-from darnet.ray_score import describe_work
+from darnet.ray_score import NightRequest, describe_work
 from darnet.results import read_rows
 from darnet.storage import Store, open_store
 from tests.chaos.night import ChaosError, Night, list_parts
@@ -93,8 +93,9 @@ class _WrongClock:
 
 
 def _finish_two_plans(night: Night, shift: timedelta) -> str:
-    archive, manifest = open_store(night.archive), read_manifest(open_store(night.model), ScoreConfig())
-    work = replace(describe_work(archive, manifest, ScoreConfig()), device="cpu")
+    request = NightRequest(open_store(night.archive), open_store(night.model), night.results, ScoreConfig())
+    archive, manifest = request.archive, read_manifest(request.model, request.config)
+    work = replace(describe_work(request, manifest), device="cpu")
     wrong: Any = _WrongClock(night.results, shift)
     plans = [plan_night(archive, wrong, work, NIGHT, EVERYTHING)]
     plans += [plan_night(archive, night.results, work, NIGHT + DAY, EVERYTHING)]
