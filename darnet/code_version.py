@@ -20,6 +20,12 @@ PREPARING = (
     *("reading.plain_header", "reading.series", "reading.stored_pixels", "reading.volume_file", "scan", "staging"),
     "volume",
 )
+# And of a row: what `score` makes of a scan, and how it ended. Storage decides only rows that are tried again.
+SCORING = (
+    *PREPARING,
+    *("bundle", "cam", "inference.graph", "inference.openvino_backend", "inference.torch_backend", "model"),
+    *("pseudonym", "reading.sandbox", "score", "threads"),
+)
 
 
 @functools.cache
@@ -36,6 +42,15 @@ def name_preparing_code() -> str:
             which a person raises: a night must not score an archive again because a line was written otherwise.
     """
     return f"{__version__}+{digest_sources(HOME, PREPARING)[:12]}"
+
+
+@functools.cache
+def name_scoring_code() -> str:
+    """Version and digest of what decides a row of the results table, from a scan's bytes to its numbers.
+
+    Source: ours: it tells rows apart, and no night scores a scan again for it (see `name_preparing_code`).
+    """
+    return f"{__version__}+{digest_sources(HOME, SCORING)[:12]}"
 
 
 def digest_sources(home: Path, modules: Sequence[str]) -> str:

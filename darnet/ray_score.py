@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from ray.data import ActorPoolStrategy, Dataset
 
-from darnet import __version__
 from darnet.archive import EVERYTHING, Selection
 from darnet.bundle import BundleManifest, read_manifest, read_model
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
+from darnet.code_version import name_scoring_code
 from darnet.config import GateConfig, ScoreConfig, digest_json
 from darnet.errors import RunError, Status
 from darnet.ingest import Road
@@ -194,7 +194,7 @@ def finish_run(request: NightRequest, manifest: BundleManifest, folder: RunFolde
     device = record.work.device or choose_device(request.config)
     if missing:
         connect()
-        run = RunFacts(folder.run_id, record.night, manifest, __version__)
+        run = RunFacts(folder.run_id, record.night, manifest, name_scoring_code())
         hides_keys = bool(record.work.origin.recall_names().scheme)
         dataset = score_planned(
             request, run, missing, folder.read_sources, has_gpus=device == "gpu", hides_keys=hides_keys

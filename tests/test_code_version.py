@@ -6,10 +6,18 @@ from pathlib import Path
 import pytest
 
 from darnet import __version__
-from darnet.code_version import PREPARING, TRAINING, digest_sources, name_preparing_code, name_training_code
+from darnet.code_version import (
+    PREPARING,
+    SCORING,
+    TRAINING,
+    digest_sources,
+    name_preparing_code,
+    name_scoring_code,
+    name_training_code,
+)
 from tests.test_layers import FILES, list_imports
 
-# What training or preparing imports that changes no weight and no voxel, and why.
+# What training, preparing or scoring imports that changes no weight, no voxel and no final row, and why.
 NEUTRAL = {
     "bundle": "names networks, and keeps weights by their digest",
     "cohort": "divides; the division is in the cohort's digest",
@@ -66,12 +74,14 @@ def test_code_changes_the_digest(old: str, new: str, tmp_path: Path) -> None:
     assert digest(tmp_path, SOURCE.replace(old, new)) != digest(tmp_path, SOURCE)
 
 
-@pytest.mark.parametrize(("start", "decisive"), [("ray_rank", TRAINING), ("ingest", PREPARING)])
+@pytest.mark.parametrize(
+    ("starts", "decisive"), [(["ray_rank"], TRAINING), (["ingest"], PREPARING), (["ingest", "score"], SCORING)]
+)
 def test_whatever_a_result_rests_on_is_in_its_digest_or_known_to_change_nothing(
-    start: str, decisive: tuple[str, ...]
+    starts: list[str], decisive: tuple[str, ...]
 ) -> None:
     """A module that is imported from now on must be put in one of the lists."""
-    found, todo = set(), [start]
+    found, todo = set(), [*starts]
     while todo:
         module = todo.pop()
         if module not in found:
@@ -83,7 +93,7 @@ def test_whatever_a_result_rests_on_is_in_its_digest_or_known_to_change_nothing(
     assert found - set(decisive) - set(NEUTRAL) == set()
 
 
-def test_the_two_codes_are_named_by_version_and_digest() -> None:
-    names = name_training_code(), name_preparing_code()
+def test_the_three_codes_are_named_by_version_and_digest() -> None:
+    names = name_training_code(), name_preparing_code(), name_scoring_code()
     assert all(re.fullmatch(re.escape(__version__) + r"\+[0-9a-f]{12}", name) for name in names)
-    assert names[0] != names[1]
+    assert len(set(names)) == 3

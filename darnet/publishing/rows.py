@@ -46,7 +46,7 @@ SCHEMA: Any = pa.schema(
         _column("model_version", pa.string(), "Version of the bundle."),
         _column("model_sha256", pa.string(), "Digest over all of the bundle that changes a prediction."),
         _column("preprocessing_version", pa.string(), "Revision and settings between bytes and network input."),
-        _column("code_version", pa.string(), "Version of the program."),
+        _column("code_version", pa.string(), "Version of the program that scored, and digest of its sources."),
         _nullable("intensity", pa.string(), "HU, or DISPLAY for 8-bit images without physical unit."),
         _nullable("num_slices", pa.int64(), "Slices of the series."),
         _nullable("slice_spacing_mm", pa.float64(), "Distance of neighbouring slices, mm; null for images."),

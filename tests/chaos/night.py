@@ -20,9 +20,9 @@ from typing import Any
 import boto3.session
 from botocore.config import Config
 
-from darnet import __version__
 from darnet.archive import list_sources
 from darnet.bundle import read_model
+from darnet.code_version import name_scoring_code
 from darnet.config import ScoreConfig
 from darnet.errors import StorageError
 from darnet.ingest import Ingester, Road
@@ -122,7 +122,7 @@ def score_alone(archive: Store, model: Store, results: Store) -> None:
     bundle = read_model(model, config)
     ensemble = Ensemble.from_bundle(bundle, config, "cpu")
     ingester = Ingester(archive, Road(bundle.manifest.settings.volume, config.decode))
-    run, rows = RunFacts("alone", date(2026, 1, 1), bundle.manifest, __version__), []
+    run, rows = RunFacts("alone", date(2026, 1, 1), bundle.manifest, name_scoring_code()), []
     for source in list_sources(archive.list_objects()):
         for scan in ingester.ingest(source):
             scores = [] if scan.volume is None else ensemble.score(scan.volume.voxels[None])
