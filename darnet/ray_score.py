@@ -65,7 +65,10 @@ class ScoringActor:
             self._ensemble = error
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out."""
+        """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out.
+
+        One failure stands for all scans where the bundle is refused.
+        """
         if isinstance(refusal := self._ensemble, RunError):
             return {"row": [pickle.dumps(("", 1, refusal))]}
         decoded = [

@@ -365,13 +365,13 @@ def test_a_plan_that_workers_cannot_read_stops_the_job_with_that_error(model: st
 
 def test_a_bundle_that_an_actor_refuses_stops_the_job_with_that_error(tmp_path: Path) -> None:
     """One wrong byte: the driver reads no weights."""
-    manifest = write_random_bundle(tmp_path).manifest
-    path = tmp_path / "fold3.safetensors"
+    manifest = write_random_bundle(tmp_path / "model").manifest
+    path = tmp_path / "model" / "fold3.safetensors"
     path.write_bytes(flip_bit(path.read_bytes(), 5000))
 
     class Blocks:
         def iter_batches(self, **_: Any) -> Iterator[dict[str, list[bytes]]]:
-            yield ScoringActor(LocalStore(tmp_path), RunFacts("run", NIGHT, manifest, "0"), CONFIG, "cpu")({})
+            yield ScoringActor(LocalStore(tmp_path / "model"), RunFacts("run", NIGHT, manifest, "0"), CONFIG, "cpu")({})
 
     with pytest.raises(UsageError, match=r"fold3\.safetensors: damaged"):
         next(collect_sources(Blocks()))  # type: ignore[arg-type]
