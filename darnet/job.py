@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ def run_job(
 ) -> int:
     """Read the settings, do the work, print the summary as the last line of stdout, and return the exit code.
 
-    A `RunError` ends the job with its own code and a sentence on stderr; anything else is a defect and keeps its
-    traceback.
+    A `RunError` ends the job with its own code and a sentence on stderr; anything else is a defect, with its traceback
+    there. Either comes before the summary: `ray job submit` makes one stream of both.
     """
     started_s = time.monotonic()
     summary: dict[str, Any] = {"job": name}
@@ -29,9 +30,10 @@ def run_job(
         code = error.exit_code
         summary |= {**error.facts, "error": str(error)}
         print(f"jobs.{name}: {error}", file=sys.stderr)
-    except Exception as error:  # a defect: the scheduler still gets its line, the developer the traceback
-        _print_summary(summary | {"error": f"unexpected {type(error).__name__}"}, started_s, ExitCode.FAILED)
-        raise
+    except Exception as error:  # a defect: the developer gets the traceback, the scheduler still its line
+        code = ExitCode.FAILED
+        summary["error"] = f"unexpected {type(error).__name__}"
+        traceback.print_exc()
     _print_summary(summary, started_s, code)
     return int(code)
 

@@ -1,6 +1,8 @@
 """What a scheduler sees of a job: exit codes, the summary line, and errors that say what to do."""
 
+import io
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,10 +47,20 @@ def test_a_job_that_is_done_returns_zero_and_its_summary(capsys: pytest.CaptureF
 
 
 def test_a_defect_is_not_dressed_up_as_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_job("score", ScoreSettings, _fail(ZeroDivisionError()), PLACES)
-    summary = json.loads(capsys.readouterr().out)
-    assert (summary["exit_code"], summary["error"]) == (1, "unexpected ZeroDivisionError")
+    code, summary, told = _run(capsys, PLACES, _fail(ZeroDivisionError("x")))
+    assert (code, summary["exit_code"], summary["error"]) == (1, 1, "unexpected ZeroDivisionError")
+    assert told.startswith("Traceback")
+    assert told.endswith("ZeroDivisionError: x\n")
+
+
+@pytest.mark.parametrize("error", [RunError("x"), ZeroDivisionError("x")])
+def test_the_summary_is_last_where_both_streams_are_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `ray job submit`."""
+    merged = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", merged)
+    monkeypatch.setattr(sys, "stderr", merged)
+    assert run_job("score", ScoreSettings, _fail(error), PLACES) == 1
+    assert json.loads(merged.getvalue().splitlines()[-1])["exit_code"] == 1
 
 
 def test_missing_and_unknown_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
