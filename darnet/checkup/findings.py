@@ -33,10 +33,17 @@ class Finding:
 class CheckError(Exception):
     """A check's own objection: what was seen, what to do, and whether a night could still be trusted."""
 
-    def __init__(self, told: str, remedy: str, verdict: Verdict = Verdict.WRONG) -> None:
+    def __init__(
+        self,
+        told: str,
+        remedy: str,
+        verdict: Verdict = Verdict.WRONG,
+        exit_code: ExitCode = ExitCode.FAILED,
+    ) -> None:
         super().__init__(told)
         self.remedy = remedy
         self.verdict = verdict
+        self.exit_code = exit_code if verdict is Verdict.WRONG else ExitCode.DONE
 
 
 Check: TypeAlias = tuple[str, Callable[[], str]]
@@ -58,8 +65,7 @@ def _look(name: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(name, Verdict.FINE, look())
     except CheckError as error:
-        code = ExitCode.FAILED if error.verdict is Verdict.WRONG else ExitCode.DONE
-        return Finding(name, error.verdict, str(error), error.remedy, code)
+        return Finding(name, error.verdict, str(error), error.remedy, error.exit_code)
     except RunError as error:
         told, _, remedy = str(error).partition("; ")
         return Finding(name, Verdict.WRONG, told, remedy, error.exit_code)

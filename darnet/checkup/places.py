@@ -21,7 +21,7 @@ import pyarrow.fs  # type: ignore[import-untyped]
 
 from darnet.archive import is_stray, list_sources
 from darnet.checkup.findings import Check, CheckError, Verdict
-from darnet.errors import CredentialsError, FolderMissing, ObjectMissing, ScanError, Status, StorageError
+from darnet.errors import CredentialsError, ExitCode, FolderMissing, ObjectMissing, ScanError, Status, StorageError
 from darnet.publishing.hold import list_held_runs
 from darnet.publishing.objects import COMMIT_KEY, list_commit_objects, list_commits
 from darnet.publishing.runs import RUNS
@@ -276,7 +276,7 @@ def _look_at_table(results: Store) -> str:
         raise CheckError(
             f"run {held[0]} is held, so that no night is scored",
             f"look at its nightly.html, then jobs.score --accept {held[0]} or --discard {held[0]}",
-            Verdict.MIND,
+            exit_code=ExitCode.HELD,
         )
     if numbers != list(range(1, len(numbers) + 1)):
         raise CheckError(

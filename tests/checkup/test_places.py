@@ -13,7 +13,7 @@ import boto3.session
 import pytest
 from botocore.config import Config
 
-from darnet.checkup.findings import Finding, Verdict, examine
+from darnet.checkup.findings import Finding, UnfitError, Verdict, examine, report_findings
 from darnet.checkup.places import Trial, check_archive, check_reach, check_removal, check_results
 from darnet.errors import CredentialsError, ExitCode
 from darnet.scan import StoredObject
@@ -190,6 +190,18 @@ def test_a_clock_that_is_off_is_told(apart_s: float, verdict: Verdict, local: St
     trial = Trial(local, "_runs/doctor-1/", lambda: time.time() + apart_s)
     findings = examine([("write", trial.write_and_read), ("clock", trial.compare_clocks)])
     assert findings[-1].verdict is verdict
+
+
+def test_a_held_run_makes_the_place_unfit_with_the_code_of_a_held_night(local: Store) -> None:
+    local.write_bytes("_runs/run7/HELD.json", b"{}")
+    found = _try_results(local)
+    held = found["the table there"]
+    assert (held.verdict, held.told) == (Verdict.WRONG, "run run7 is held, so that no night is scored")
+    assert "--accept run7 or --discard run7" in held.remedy
+    assert [name for name, finding in found.items() if finding.verdict is Verdict.WRONG] == ["the table there"]
+    with pytest.raises(UnfitError, match="run7 is held") as caught:
+        report_findings(list(found.values()))
+    assert caught.value.exit_code is ExitCode.HELD
 
 
 def test_a_hole_in_the_table_is_told_and_stops_no_night(local: Store) -> None:
