@@ -14,6 +14,7 @@ from scipy import ndimage
 from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
+from darnet.errors import UsageError
 from darnet.ingest import Ingester, Road
 from darnet.metrics import compute_metrics
 from darnet.phantom import make_phantom
@@ -32,6 +33,31 @@ NEAR_MM = 20.0
 LAYOUTS = tuple("dicom png nii.gz jpeg2000 jpg mha jpegls zip tif rle nrrd nii".split())
 SPOILED_COPIES = ("missing-slice", "truncated", "few-slices", "two-patients")
 PROBABILITIES = [f"probability_{diagnosis.lower()}" for diagnosis in DIAGNOSES]
+MARKER = ".darnet-demo"
+
+
+def empty_folder(out: Path) -> None:
+    """Make the demo's folder, or empty the one that an earlier demo made, which its marker tells.
+
+    The marker is there before all else and stays, so that a demo killed at any moment can be started again.
+    Raises: UsageError for a file, and for a folder that holds something but no marker.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{out}: cannot be a folder, as a file is there; name another with --out") from error
+    marker = out / MARKER
+    if not marker.exists() and any(out.iterdir()):
+        raise UsageError(
+            f"{out}: holds what no demo made, and a demo would delete it; name a new or an empty folder with --out, or "
+            "empty this one"
+        )
+    marker.write_text("Made by jobs.demo. The next demo deletes all else in this folder.\n")
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != marker:
+            path.unlink()
 
 
 def plan_scans() -> list[PhantomScan]:

@@ -344,7 +344,7 @@ class DemoSettings(Settings):
     """The whole road on phantoms, on one machine without any service."""
 
     out: LocalFolder = Path(".demo")
-    """Local folder for everything the demo makes; emptied first."""
+    """Local folder for everything the demo makes: a new or an empty one, or an earlier demo's, which is emptied."""
     volume: VolumeConfig = VolumeConfig(shape=(18, 88, 120), crop="body", window_hu=(-1000.0, -200.0))
     """Small, and in a window of lung and ground glass alone: a few minutes of training see nothing fainter."""
     network: ModelConfig = ModelConfig(base_channels=8)

@@ -1,6 +1,5 @@
 """python -m jobs.demo: the whole road on phantoms, on one machine without any service."""
 
-import shutil
 import sys
 from typing import Any
 
@@ -18,7 +17,7 @@ from darnet.terminal import print_heading, print_table, show_progress
 def work(settings: DemoSettings) -> dict[str, Any]:
     """Make an archive, train on it, score it on two nights, and show the results."""
     out = settings.out
-    shutil.rmtree(out, ignore_errors=True)
+    demo.empty_folder(out)
     archive, volumes, bundle, results = (out / name for name in ("archive", "volumes", "bundle", "results"))
     scans = demo.plan_scans()
     print_heading("1  Synthetic chest CTs in every format, and some spoiled ones")
