@@ -36,6 +36,8 @@ from darnet.scan import DIAGNOSES
 from darnet.storage import Store, has_object, open_store
 from darnet.storage_local import LocalStore
 
+VERSION_DIGITS = 8  # Source: ours; the chance that any two of 1,000 bundles of a day share them is 1 in 8,600
+
 Files: TypeAlias = Mapping[str, bytes]
 """A bundle's files by name, the manifest last."""
 
@@ -79,6 +81,8 @@ def make_bundle(
     """A bundle and its files; `trained_on` and `tested_on` are the model card's Markdown on the data, and on how the
     ensemble fared on a test cohort.
 
+    `model_version`, the day of training, is followed in the bundle by the first digits of the model's digest: networks
+    and seeds trained in one job have one day.
     Raises: ValueError if a fold's weights are not of this network.
     """
     blueprint = build_blueprint(settings.network)
@@ -87,10 +91,11 @@ def make_bundle(
     weights = tuple(_serialize(trained.state) for trained in folds)
     records = tuple(_describe_fold(*fold) for fold in zip(range(len(folds)), folds, weights, strict=True))
     history = b"".join(render_history(fold, trained.history) for fold, trained in enumerate(folds))
+    model_sha256 = digest_model(settings, DIAGNOSES, records)
     manifest = BundleManifest(
         model_name=name_model(settings.network),
-        model_version=model_version,
-        model_sha256=digest_model(settings, DIAGNOSES, records),
+        model_version=f"{model_version}-{model_sha256[:VERSION_DIGITS]}",
+        model_sha256=model_sha256,
         preprocessing_version=settings.volume.preprocessing_version,
         code_version=code_version,
         cohort_sha256=cohort_sha256,

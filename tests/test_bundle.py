@@ -66,7 +66,7 @@ def _write(out: Path | str, **changes: Any) -> Bundle:
         "settings": SETTINGS,
         "folds": [_fold(seed) for seed in range(3)],
         "cohort_sha256": COHORT_SHA256,
-        "model_version": "2026-01-02-abcdef",
+        "model_version": "2026-01-02",
         "code_version": "0.1.0",
         "trained_on": "Twelve phantoms of no patient.",
     }
@@ -341,6 +341,14 @@ def test_model_sha256_changes_with_what_changes_a_prediction(
 ) -> None:
     changed = _write(tmp_path / "changed", **changes()).manifest.model_sha256
     assert changed != _write(tmp_path / "plain").manifest.model_sha256
+
+
+def test_two_bundles_of_one_day_have_versions_of_their_own(tmp_path: Path) -> None:
+    one = _write(tmp_path / "one", folds=[_fold(0)]).manifest
+    other = _write(tmp_path / "other", folds=[_fold(1)]).manifest
+    assert one.model_version == f"2026-01-02-{one.model_sha256[:8]}"
+    assert other.model_version == f"2026-01-02-{other.model_sha256[:8]}" != one.model_version
+    assert (tmp_path / "one" / "MODEL_CARD.md").read_text().startswith(f"# {one.model_name} {one.model_version}\n")
 
 
 def test_model_sha256_changes_with_the_network_settings(tmp_path: Path) -> None:

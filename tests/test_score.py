@@ -221,7 +221,7 @@ def test_every_number_of_a_row_agrees_with_a_slow_computation(bundle: Bundle, vo
         "status": "OK",
         "status_detail": "",
         "model_name": bundle.manifest.model_name,
-        "model_version": "untrained",
+        "model_version": bundle.manifest.model_version,
         "model_sha256": bundle.manifest.model_sha256,
         "preprocessing_version": bundle.manifest.preprocessing_version,
         "code_version": "0.9",

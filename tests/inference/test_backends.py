@@ -302,7 +302,7 @@ def test_a_selection_is_another_model_and_a_backend_is_not(trained: Bundle) -> N
 
 def test_the_version_of_a_selection_says_what_it_is(trained: Bundle) -> None:
     selected = select_model(trained, ScoreConfig(folds=(2, 0), precision="bf16"))
-    assert selected.manifest.model_version == "trained-briefly folds 0,2 bf16"
+    assert selected.manifest.model_version == f"{trained.manifest.model_version} folds 0,2 bf16"
     assert [record.file for record in selected.manifest.folds] == ["fold0.safetensors", "fold2.safetensors"]
 
 
