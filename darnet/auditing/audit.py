@@ -53,6 +53,7 @@ from darnet.volumes_cache import open_volumes
 
 SCAN_COLUMNS = ("scan_id", "diagnosis", "patient_id", "cohort", "fold")  # an evaluation knows the first two at least
 KEYS = ("found", "known")
+PIXEL_FINDINGS = ("slice order", "borders", "pixel duplicates")  # what only the volumes tell
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class Audit:
     division_settings: dict[str, Any]
     division_frame: pd.DataFrame
     reasons: "pd.Series[str]"
+
+    @property
+    def not_looked_at(self) -> tuple[str, ...]:
+        """What this audit cannot say anything of, without volumes."""
+        return () if "volumes" in self.looked_at else PIXEL_FINDINGS
 
 
 def audit_cohort(cohort: pd.DataFrame, settings: PrepareSettings) -> Audit:
@@ -232,6 +238,7 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
         **cohorts,
         "table": audit.name,
         "looked_at": list(audit.looked_at),
+        "not_looked_at": list(audit.not_looked_at),
         "scans": audit.num_scans,
         "patients": audit.num_patients,
         "patients_of_several_diagnoses": audit.patients_of_several_diagnoses,

@@ -1,6 +1,7 @@
 """An audit in; the files a colleague reads before training out: audit.html, audit.json, division.csv, excluded.csv."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -43,7 +44,7 @@ COHORT_WORDS = {
 
 
 def write_audit(audit: Audit, out: str) -> dict[str, Any]:
-    """Write the audit to a folder or prefix; a summary for people and schedulers."""
+    """Write the audit to a folder or prefix, and say on stderr what it did not look at; a summary for schedulers."""
     store = open_store(out, create=True)
     summary = summarise_audit(audit) | {"told": _summarise(audit)}
     store.write_bytes("audit.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -56,6 +57,8 @@ def write_audit(audit: Audit, out: str) -> dict[str, Any]:
     excluded = audit.division_frame.loc[is_left_out, list(NEEDED_COLUMNS)].assign(status=audit.reasons[is_left_out])
     excluded = excluded.assign(detail=[LeftOut(status).detail for status in excluded["status"]])
     store.write_bytes("excluded.csv", excluded.to_csv(index=False).encode())
+    if audit.not_looked_at:
+        print(_tell_unseen(audit), file=sys.stderr)
     told = ("counts", "test_patients", "patients_in_both_cohorts", "test_scans_of_those")
     strong = [item.feature for item in audit.shortcuts if is_strong(item)]
     return {
@@ -117,7 +120,14 @@ def _summarise(audit: Audit) -> str:
         sentences.append(f"{_count(len(audit.duplicates), 'group')} of scans that are one and the same.")
     if audit.order_findings:
         sentences.append(f"{_count(len(audit.order_findings), 'scan')} with slices out of order, by the images.")
+    if audit.not_looked_at:
+        sentences.append(_tell_unseen(audit))
     return "\n\n".join(sentences)
+
+
+def _tell_unseen(audit: Audit) -> str:
+    *others, last = audit.not_looked_at
+    return f"{', '.join(others).capitalize()} and {last} were not looked at: give --volumes."
 
 
 def _tell_leak(cohorts: CohortCounts) -> str:
@@ -260,7 +270,8 @@ def _describe_duplicates(audit: Audit) -> list[Section]:
         return []
     title = "The same scan more than once"
     if not audit.duplicates:
-        return [Section(title, "No two scans have the same files or the same standard volume.")]
+        ways = " or the same standard volume" if "volumes" in audit.looked_at else ""
+        return [Section(title, f"No two scans have the same files{ways}.")]
     names = ("diagnoses", "cohorts", "patients")
     across = {name: sum(len(item[name]) > 1 for item in audit.duplicates) for name in names}
     text = (
@@ -302,8 +313,8 @@ def _describe_order(audit: Audit) -> list[Section]:
 
 def _describe_limits(audit: Audit) -> Section:
     text = f"Looked at: {', '.join(audit.looked_at)}."
-    if "volumes" not in audit.looked_at:
-        text += " Pixels were not looked at; name a prepared folder with --volumes for borders, duplicates and order."
+    if audit.not_looked_at:
+        text += f" {_tell_unseen(audit)}"
     text += (
         "\n\nA property that tells the diagnosis is not always a fault: an older cohort has other scanners and other"
         " diseases. It is a reason to test on scans where it is alike in all diagnoses. That no shortcut was found does"

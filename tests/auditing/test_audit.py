@@ -376,6 +376,31 @@ def test_files_that_are_the_same_and_rows_that_mean_the_same_source_are_found(tm
     assert found["looked_at"] == ["table", "archive"]
 
 
+UNSEEN = "Slice order, borders and pixel duplicates were not looked at: give --volumes."
+
+
+@pytest.mark.parametrize("has_archive", [False, True])
+def test_an_audit_without_volumes_says_everywhere_what_it_did_not_look_at(
+    has_archive: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for scan_id in "abcdefghij":
+        (tmp_path / "archive" / scan_id).mkdir(parents=True)
+        (tmp_path / "archive" / scan_id / "1.png").write_text(scan_id)
+    found = audit_text(LEAKY, tmp_path, **{"archive": str(tmp_path / "archive")} if has_archive else {})
+    assert found["not_looked_at"] == ["slice order", "borders", "pixel duplicates"]
+    assert UNSEEN in found["told"]
+    assert capsys.readouterr().err == f"{UNSEEN}\n"
+    page = (tmp_path / "audit.html").read_text()
+    assert UNSEEN in page.partition("<h2")[0]
+    assert "standard volume" not in page
+    assert UNSEEN in describe_audit(found).text
+
+
+def test_an_audit_of_volumes_says_no_such_thing(seen: dict[str, Any]) -> None:
+    assert seen["not_looked_at"] == []
+    assert "not looked at" not in seen["page"] + seen["told"]
+
+
 def test_a_column_of_any_name_is_on_the_page_as_it_is_written(tmp_path: Path) -> None:
     """What a drawing library would take for mathematics, or has no letters for; too long; markup."""
     names = [r"dose $\frac$", "\u5242\u91cf \U0001f600", "n" * 300, "<b>&amp;", "{{ 1 }} %s {0}"]
