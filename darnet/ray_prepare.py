@@ -11,6 +11,7 @@ import pandas as pd
 
 from darnet.archive import list_sources, name_format
 from darnet.cohort import (
+    Division,
     LeftOut,
     count_cohort,
     divide_cohort,
@@ -45,27 +46,12 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
             of what a bad hour left. The folder declares no volumes then, also where it did before.
     """
     left_out = find_left_out(cohort, settings.cohorts)
-    config, num_folds = settings.cohorts, settings.train.num_folds
-    divide = functools.partial(
-        divide_cohort,
-        num_folds=num_folds,
-        seed=config.seed,
-        division=config.division,
-        test_fraction=config.test_fraction,
-    )
-    divide(cohort[left_out == ""])  # what no scan can mend is told before all are decoded
-    sources = match_cohort(cohort[left_out == ""], list_sources(archive.list_objects()))
+    used = cohort[left_out == ""]
+    _divide(used, settings)  # what no scan can mend is told before all are decoded
+    sources = match_cohort(used, list_sources(archive.list_objects()))
     reversed_sources = frozenset(sources[scan_id].key for scan_id in find_reversed(cohort) if scan_id in sources)
     road = Road(settings.volume, settings.score.decode, reversed_sources=reversed_sources)
-    records = {source.key: name_record(source, road) for source in sources.values()}
-    prepared, outdated = read_records(volumes, records)
-    if outdated:
-        print_heading(f"{len(outdated)} sources were prepared by other code than this, and are decoded again")
-    num_reused = len(prepared)
-    todo = [source for source in dict.fromkeys(sources.values()) if source.key not in prepared]
-    if todo:
-        connect()
-        prepared |= _store_sources(todo, archive, road, volumes, records)
+    prepared, num_reused = _prepare_sources(list(dict.fromkeys(sources.values())), archive, road, volumes)
     chosen = [
         _leave_out(scan_id, LeftOut(reason)) if reason else _choose(scan_id, sources.get(scan_id), prepared)
         for scan_id, reason in zip(cohort["scan_id"], left_out, strict=True)
@@ -74,20 +60,16 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     frame = cohort.assign(**columns)
     is_usable = frame["status"] == Status.OK
     excluded = frame[~is_usable]
-    table = excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(index=False)
-    is_finished = is_usable.any() and not _count_unfinished(excluded["status"])
-    if not is_finished:
-        volumes.delete(VOLUMES_FILE)  # which another table may have declared
-    volumes.write_bytes(EXCLUDED_FILE, table.encode())
-    _refuse_unfinished(excluded["status"], f"{volumes.uri}/{EXCLUDED_FILE}")
-    if not is_usable.any():
-        raise UsageError(f"no scan of the cohort is usable; {volumes.uri}/{EXCLUDED_FILE} says why for each")
+    listed = _render_excluded(excluded)
     try:
-        divided = divide(frame[is_usable])
-        division = record_division(frame[is_usable], config, num_folds=num_folds)
-    except UsageError:
+        _refuse_unfinished(excluded["status"], f"{volumes.uri}/{EXCLUDED_FILE}")
+        divided, division = _divide_usable(frame[is_usable], settings, f"{volumes.uri}/{EXCLUDED_FILE}")
+    except RunError:
+        # Another table may have declared volumes. Deleted first: no kill must leave them beside this one's list.
         volumes.delete(VOLUMES_FILE)
+        volumes.write_bytes(EXCLUDED_FILE, listed)
         raise
+    volumes.write_bytes(EXCLUDED_FILE, listed)
     counts = dict(Counter(map(str, excluded["status"])))
     write_facts(volumes, _tabulate_facts(cohort["scan_id"], chosen, sources))
     return {
@@ -102,9 +84,32 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     }
 
 
+def _divide(cohort: pd.DataFrame, settings: PrepareSettings) -> pd.DataFrame:
+    """The scans with cohort and fold. Raises: UsageError as `divide_cohort`."""
+    return divide_cohort(
+        cohort,
+        num_folds=settings.train.num_folds,
+        seed=settings.cohorts.seed,
+        division=settings.cohorts.division,
+        test_fraction=settings.cohorts.test_fraction,
+    )
+
+
+def _divide_usable(usable: pd.DataFrame, settings: PrepareSettings, place: str) -> tuple[pd.DataFrame, Division]:
+    """The usable scans with cohort and fold, and how they were divided.
+
+    Raises: UsageError if there are none, naming the place that says why; as `divide_cohort` and `record_division`.
+    """
+    if usable.empty:
+        raise UsageError(f"no scan of the cohort is usable; {place} says why for each")
+    divided = _divide(usable, settings)
+    return divided, record_division(usable, settings.cohorts, num_folds=settings.train.num_folds)
+
+
 def _refuse_unfinished(excluded: "pd.Series[str]", place: str) -> None:
     """Raises: RunError if one of these statuses is not final."""
-    if counts := _count_unfinished(excluded):
+    counts = Counter(str(status) for status in excluded if status in set(Status) and not Status(status).is_final)
+    if counts:
         told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         raise RunError(
             f"{counts.total()} scans may yet be usable ({told}; {place} names each): the same command tries these "
@@ -113,8 +118,25 @@ def _refuse_unfinished(excluded: "pd.Series[str]", place: str) -> None:
         )
 
 
-def _count_unfinished(excluded: "pd.Series[str]") -> Counter[str]:
-    return Counter(str(status) for status in excluded if status in set(Status) and not Status(status).is_final)
+def _render_excluded(excluded: pd.DataFrame) -> bytes:
+    text: str = excluded[["scan_id", "patient_id", "diagnosis", "status", "detail"]].to_csv(index=False)
+    return text.encode()
+
+
+def _prepare_sources(
+    sources: Sequence[Source], archive: Store, road: Road, volumes: Store
+) -> tuple[dict[str, list[PreparedScan]], int]:
+    """Scans by source, decoded only where the same code has not stored them; and of how many sources it had."""
+    records = {source.key: name_record(source, road) for source in sources}
+    prepared, outdated = read_records(volumes, records)
+    if outdated:
+        print_heading(f"{len(outdated)} sources were prepared by other code than this, and are decoded again")
+    num_reused = len(prepared)
+    todo = [source for source in sources if source.key not in prepared]
+    if todo:
+        connect()
+        prepared |= _store_sources(todo, archive, road, volumes, records)
+    return prepared, num_reused
 
 
 def _store_sources(
