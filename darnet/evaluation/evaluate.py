@@ -88,12 +88,14 @@ def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) 
         raise UsageError(f"--compare {settings.compare}: {settings.model} holds several networks, compared already")
     device = choose_device(settings)
     index = _open_volumes(settings)
-    truths, audit = read_known_truths(settings, index), _read_audit_of_volumes(settings, index)
+    truths = read_known_truths(settings, index)
+    audit = _read_audit_of_volumes(settings, index)
     networks = {network.name: network for network in read_networks(places, settings.score)}
     for network in networks.values():
         _check_fit(settings, network.manifest, index)
     refuse_unlike([network.manifest for network in networks.values()])
-    runs, scores = [], {}
+    runs: list[NetworkRun] = []
+    scores: dict[str, Sequence[ScanScore]] = {}
     for name, network in networks.items():
         scores[name] = _score_test(settings, network.places, network.manifest, index, device)
         runs.append(_describe_run(network, settings, scores[name], index, out, audit))

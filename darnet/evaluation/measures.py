@@ -278,15 +278,15 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
         "input_sha256": comparison.second.sha256,
         "metrics": dict(comparison.second_metrics),
         "differences": dict(comparison.differences),
-        "differences_ci95": {name: [item.low, item.high] for name, item in comparison.intervals.items()},
+        "differences_ci95": {name: _list_bounds(item) for name, item in comparison.intervals.items()},
         "auc_ncp_delong": {
             "difference": aucs.difference,
-            "ci95": [aucs.interval.low, aucs.interval.high],
+            "ci95": _list_bounds(aucs.interval),
             "p_value": aucs.p_value,
         },
         "auc_ncp_clustered": {
             "by": comparison.clustered_by,
-            "ci95": [aucs.clustered_interval.low, aucs.clustered_interval.high],
+            "ci95": _list_bounds(aucs.clustered_interval),
             "p_value": aucs.clustered_p_value,
         },
         "decisions_mcnemar": {
@@ -296,28 +296,37 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
         },
         "decisions_clustered": {"by": comparison.clustered_by, "p_value": decisions.clustered_p_value},
         "holm": {
-            name: {"p_value": p_value, "verdict": judge_p(p_value)}
-            for name, p_value in (
-                ("auc_ncp_clustered", comparison.p_auc),
-                ("decisions_clustered", comparison.p_decisions),
-            )
+            "auc_ncp_clustered": _describe_verdict(comparison.p_auc),
+            "decisions_clustered": _describe_verdict(comparison.p_decisions),
         },
-        "folds": {
-            name: {
-                "mean": item.mean,
-                "ci95": [item.interval.low, item.interval.high],
-                "num_pairs": item.num_pairs,
-                "num_seeds": item.num_seeds,
-                "p_value": item.p_value,
-                "p_value_holm": comparison.p_folds[name],
-                "least_shown": comparison.least_folds[name],
-                "verdict": judge_p(comparison.p_folds[name]),
-            }
-            for name, item in comparison.folds.items()
-        },
+        "folds": {name: _describe_folds(comparison, name) for name in comparison.folds},
     }
     cleaned: dict[str, Any] = _null_nan(described)
     return cleaned
+
+
+def _list_bounds(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def _describe_verdict(p_value: float) -> dict[str, Any]:
+    """A p value corrected by Holm, and what it shows."""
+    return {"p_value": p_value, "verdict": judge_p(p_value)}
+
+
+def _describe_folds(comparison: Comparison, metric: str) -> dict[str, Any]:
+    """The paired difference of a metric, fold by fold."""
+    difference = comparison.folds[metric]
+    return {
+        "mean": difference.mean,
+        "ci95": _list_bounds(difference.interval),
+        "num_pairs": difference.num_pairs,
+        "num_seeds": difference.num_seeds,
+        "p_value": difference.p_value,
+        "p_value_holm": comparison.p_folds[metric],
+        "least_shown": comparison.least_folds[metric],
+        "verdict": judge_p(comparison.p_folds[metric]),
+    }
 
 
 def _align(second: Predictions, first: Predictions) -> Predictions:
@@ -373,7 +382,8 @@ def _compare_folds(first: Predictions, second: Predictions, resampling: Resampli
         [compute_all_metrics(fold, first.labels) for fold in table.fold_probabilities] for table in (first, second)
     )
     variance = measure_cohort_variance(first.fold_probabilities, second.fold_probabilities, first.labels, resampling)
-    freedom, differences = max(1, min(count_clusters(first)) - 1), {}
+    freedom = max(1, min(count_clusters(first)) - 1)
+    differences: dict[str, FoldDifference] = {}
     for name in TABLE_2:
         one, other = (np.array([fold[name] for fold in folds]).reshape(num_folds, -1).T for folds in (ours, theirs))
         # (seeds, folds): models come fold by fold
