@@ -25,16 +25,7 @@ def merge_seeds(manifests: Sequence[BundleManifest]) -> BundleManifest:
                 f"{first.model_name}: {first.model_version} and {other.model_version} differ in more than train.seed "
                 "(settings or cohort); seeds can be compared of the same training only"
             )
-        if other.code_version != first.code_version:
-            raise UsageError(
-                f"{first.model_name}: {first.model_version} was trained by code version {first.code_version}, "
-                f"{other.model_version} by {other.code_version}; train every seed with the same code"
-            )
-        if _list_workers(other) != _list_workers(first):
-            raise UsageError(
-                f"{first.model_name}: {first.model_version} was trained by {_name_workers(first)} a fold, "
-                f"{other.model_version} by {_name_workers(other)}, which changes batch norm; train all alike"
-            )
+        _refuse_other_makers(first, other, f"{first.model_name}: {first.model_version}", other.model_version)
         if _list_folds(other) != _list_folds(first):
             raise UsageError(
                 f"{first.model_name}: {first.model_version} has the folds {_list_folds(first)}, {other.model_version} "
@@ -50,6 +41,20 @@ def merge_seeds(manifests: Sequence[BundleManifest]) -> BundleManifest:
         for name in ("model_version", "model_sha256", "settings_sha256")
     }
     return first.model_copy(update={"folds": folds, **joined})
+
+
+def _refuse_other_makers(first: BundleManifest, second: BundleManifest, one: str, other: str) -> None:
+    """Raises: UsageError if two bundles, called `one` and `other`, were made by other code or numbers of workers."""
+    if first.code_version != second.code_version:
+        raise UsageError(
+            f"{one} was trained by code version {first.code_version}, {other} by {second.code_version}: what differs "
+            "may be the code; train both with the same"
+        )
+    if _list_workers(first) != _list_workers(second):
+        raise UsageError(
+            f"{one} was trained by {_name_workers(first)} a fold, {other} by {_name_workers(second)}, which changes "
+            "batch norm; train both with as many (jobs.train --workers)"
+        )
 
 
 def _list_workers(manifest: BundleManifest) -> list[int]:
@@ -69,16 +74,7 @@ def refuse_unlike(manifests: Sequence[BundleManifest]) -> None:
     """Raises: UsageError naming two networks that differ in more than attention: their folds are no pairs."""
     first, *others = manifests
     for other in others:
-        if _list_workers(first) != _list_workers(other):
-            raise UsageError(
-                f"{first.model_name} was trained by {_name_workers(first)} a fold, {other.model_name} by "
-                f"{_name_workers(other)}, which changes batch norm; compare networks of as many (jobs.train --workers)"
-            )
-        if first.code_version != other.code_version:
-            raise UsageError(
-                f"{first.model_name} was trained by code version {first.code_version}, {other.model_name} by "
-                f"{other.code_version}: what differs may be the code; train both with the same"
-            )
+        _refuse_other_makers(first, other, first.model_name, other.model_name)
         ours, theirs = (_describe_training(manifest) for manifest in (first, other))
         if differs := [name for name, value in ours.items() if value != theirs[name]]:
             raise UsageError(
