@@ -10,6 +10,7 @@ import io
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -36,6 +37,7 @@ from darnet.errors import (
     StorageError,
     UsageError,
 )
+from darnet.range_reader import RangeReader
 from darnet.scan import StoredObject
 from darnet.storage_local import COPY_CHUNK_BYTES, LocalStore, explain_os_errors
 from darnet.store import Store as Store
@@ -44,7 +46,7 @@ CONNECT_TIMEOUT_S = 10.0  # Source: ours; a reachable store answers within one
 READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a dead connection
 REQUEST_ATTEMPTS = 5  # Source: ours; standard mode waits at most 20 s between two of them
 DEFAULT_REGION, ANY_REGION = "us-east-1", "aws-global"  # boto3 signs for the former where it says the latter
-BODY_ATTEMPTS = 3  # Source: ours; botocore repeats requests, but not a body that breaks off
+BODY_PAUSES_S = (0.2, 1.0)  # Source: ours; before a body that broke off is asked for again, which botocore does not do
 # Source: ours; a slice takes some ms of this process and some tens of ms of waiting (`make bench-fetching`).
 TRANSFERS = 16  # objects one process moves at once, each on a thread and a connection of its own
 
@@ -232,7 +234,7 @@ class S3Store:
             self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
 
     def open_range_reader(self, item: StoredObject) -> BinaryIO:
-        return cast(BinaryIO, _RangeReader(self, item))
+        return cast(BinaryIO, RangeReader(item.num_bytes, functools.partial(self._read_span, item.key)))
 
     def put_if_absent(self, key: str, data: bytes | Path) -> bool:
         uri = f"{self.uri}/{key}"
@@ -285,42 +287,65 @@ class S3Store:
             raise ScanError(Status.ERR_STORAGE, f"{came} of {due} bytes came")
         return is_whole
 
+    def _read_span(self, key: str, span: range) -> tuple[bytes, bool]:
+        """These bytes of an object; or all of it and True, where the store gives no spans."""
+        sink = io.BytesIO()
+        with _s3_errors(f"{self.uri}/{key}"):
+            try:
+                is_whole = self._download(key, sink, span=span)
+            except (_OtherSpan, boto_errors.ClientError, boto_errors.BotoCoreError) as error:
+                if not _is_of_span(error):
+                    raise
+                is_whole = self._download(key, sink)
+        return sink.getvalue(), is_whole
+
     def _download(
-        self,
-        key: str,
-        sink: BinaryIO,
-        planned: StoredObject | None = None,
-        *,
-        span: range | None = None,
-        attempts: int = BODY_ATTEMPTS,
+        self, key: str, sink: BinaryIO, planned: StoredObject | None = None, *, span: range | None = None
     ) -> bool:
-        """Write an object to `sink`, again from the start if the connection breaks half-way; whether all of it came.
+        """Write an object to `sink`, again from the start if its body breaks off or is not what its digest says;
+        whether all of it came.
 
         A span goes to the sink's beginning, or to its place where the object is `planned`.
         Raises: ScanError(ERR_INPUT_CHANGED) if it is another than `planned`; _OtherSpan; boto3's errors.
         """
+        for pause_s in BODY_PAUSES_S:
+            answer = self._request(key, planned, span)
+            try:
+                return self._take_body(answer, sink, planned, span)
+            except boto_errors.FlexibleChecksumError:
+                continue  # what was read wrongly may be right at once; what lies there so gets no better by waiting
+            except _BROKEN_BODY:
+                time.sleep(pause_s)
+        return self._take_body(self._request(key, planned, span), sink, planned, span)
+
+    def _request(self, key: str, planned: StoredObject | None, span: range | None) -> Mapping[str, Any]:
+        """The answer to a request for an object, its planned version or a span of it, with its body unread.
+
+        What fails here, botocore has tried again already.
+        """
         conditions = {} if planned is None else {"IfMatch": f'"{planned.version}"'}
         conditions |= {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
-        response = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
-        is_whole = span is None or "ContentRange" not in response
-        try:
-            with closing(response["Body"]) as body:
-                _check_answer(response, planned, span)
-                if span is None or planned is None or is_whole:
-                    sink.seek(0)
-                    sink.truncate()
-                else:
-                    sink.seek(span.start)
-                md5 = hashlib.md5(usedforsecurity=False)
-                while chunk := body.read(COPY_CHUNK_BYTES):
-                    md5.update(chunk)
-                    sink.write(chunk)
-                if self._is_md5(response) and md5.hexdigest() != response["ETag"].strip('"'):
-                    raise boto_errors.FlexibleChecksumError(error_msg="the bytes are not those of the ETag")
-        except _BROKEN_BODY:
-            if attempts == 1:
-                raise
-            return self._download(key, sink, planned, span=span, attempts=attempts - 1)
+        answer: Mapping[str, Any] = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
+        return answer
+
+    def _take_body(
+        self, answer: Mapping[str, Any], sink: BinaryIO, planned: StoredObject | None, span: range | None
+    ) -> bool:
+        """Write an answer's body to `sink`, as `_download` says; whether it is the whole object."""
+        is_whole = span is None or "ContentRange" not in answer
+        with closing(answer["Body"]) as body:
+            _check_answer(answer, planned, span)
+            if span is None or planned is None or is_whole:
+                sink.seek(0)
+                sink.truncate()
+            else:
+                sink.seek(span.start)
+            md5 = hashlib.md5(usedforsecurity=False)
+            while chunk := body.read(COPY_CHUNK_BYTES):
+                md5.update(chunk)
+                sink.write(chunk)
+        if self._is_md5(answer) and md5.hexdigest() != answer["ETag"].strip('"'):
+            raise boto_errors.FlexibleChecksumError(error_msg="the bytes are not those of the ETag")
         return is_whole
 
     def _is_md5(self, response: Mapping[str, Any]) -> bool:
@@ -342,8 +367,7 @@ class _OtherSpan(Exception):  # noqa: N818
 
 def _is_of_span(error: Exception) -> bool:
     """Whether the whole object may come where a span did not: other bytes came, no such ones, or a whole's checksum."""
-    is_outside = isinstance(error, boto_errors.ClientError) and _http_status(error) == 416
-    return is_outside or isinstance(error, _OtherSpan | boto_errors.FlexibleChecksumError)
+    return _http_status(error) == 416 or isinstance(error, _OtherSpan | boto_errors.FlexibleChecksumError)
 
 
 def _check_answer(response: Mapping[str, Any], planned: StoredObject | None, span: range | None) -> None:
@@ -361,59 +385,10 @@ def _check_answer(response: Mapping[str, Any], planned: StoredObject | None, spa
         raise ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
 
 
-class _RangeReader(io.RawIOBase):
-    """An object of S3 as a file without memory: each read is a request.
-
-    But a store that ignores what it is asked for sends the whole object for each: that is kept after the first.
-    """
-
-    def __init__(self, store: S3Store, item: StoredObject) -> None:
-        self._store, self._item, self._place = store, item, 0
-        self._whole: bytes | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._item.num_bytes}[whence]
-        self._place = start + offset
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._item.num_bytes if size < 0 else min(self._place + size, self._item.num_bytes)
-        if end <= self._place:
-            return b""
-        span = range(self._place, end)
-        data = self._fetch(span) if self._whole is None else self._whole[span.start : span.stop]
-        self._place += len(data)
-        return data
-
-    def _fetch(self, span: range) -> bytes:
-        key, sink = self._item.key, io.BytesIO()
-        with _s3_errors(f"{self._store.uri}/{key}"):
-            try:
-                is_whole = self._store._download(key, sink, span=span)
-            except (_OtherSpan, boto_errors.ClientError, boto_errors.BotoCoreError) as error:
-                if not _is_of_span(error):
-                    raise
-                is_whole = self._store._download(key, sink)
-        if not is_whole:
-            return sink.getvalue()
-        self._whole = sink.getvalue()
-        return self._whole[span.start : span.stop]
-
-
 _BROKEN_BODY = (
     boto_errors.IncompleteReadError,
     boto_errors.ResponseStreamingError,
     boto_errors.ReadTimeoutError,
-    boto_errors.FlexibleChecksumError,
 )
 # Even a refused connection may be the repetition of a request that was carried out.
 _NO_ANSWER = (boto_errors.HTTPClientError, boto_errors.ConnectionError)
@@ -444,8 +419,16 @@ def _code(error: Exception) -> str:
     return type(error).__name__
 
 
-def _http_status(error: boto_errors.ClientError) -> int:
+def _http_status(error: Exception) -> int:
+    """The status of the store's answer; 0 where there was none."""
+    if not isinstance(error, boto_errors.ClientError):
+        return 0
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _is_unknown_identity(error: Exception) -> bool:
+    """Whether every other request would fail the same way: we say nobody, or somebody whom the store does not know."""
+    return isinstance(error, _NO_IDENTITY) or _code(error) in _REFUSED_IDENTITY or _http_status(error) == 401
 
 
 def _is_uncertain(error: boto_errors.ClientError) -> bool:
@@ -456,9 +439,8 @@ def _is_uncertain(error: boto_errors.ClientError) -> bool:
 
 def _explain(error: Exception, uri: str) -> RunError:
     """What a boto3 error means to whoever started the job, and what to do about it."""
-    code = _code(error)
-    status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
-    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status in (401, 403):
+    code, status = _code(error), _http_status(error)
+    if _is_unknown_identity(error) or status == 403:
         remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
         if code == "RequestTimeTooSkewed":
             remedy = f"set the clock of {os.uname().nodename}"
@@ -478,9 +460,8 @@ def _explain(error: Exception, uri: str) -> RunError:
 
 def _explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
-    code = _code(error)
-    status = _http_status(error) if isinstance(error, boto_errors.ClientError) else 0
-    if isinstance(error, _NO_IDENTITY) or code in _REFUSED_IDENTITY or status == 401:
+    code, status = _code(error), _http_status(error)
+    if _is_unknown_identity(error):
         return _explain(error, uri)
     if code == "InvalidObjectState":
         return ScanError(Status.ERR_ARCHIVED, f"in a storage class for archives ({code}); restore it")

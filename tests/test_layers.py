@@ -12,11 +12,12 @@ from tests.places import ROOT
 ROWS = (
     "errors config pseudonym scan",
     "archive auditing.shortcuts augment cam code_version cpus evaluation.paper history lung metrics model page "
-    "phantoms.canvas publishing.rows ray_metrics reading.excerpt reading.pixel_length reading.plain_header "
+    "phantoms.canvas publishing.rows range_reader ray_metrics reading.excerpt reading.pixel_length "
+    "reading.plain_header "
     "reading.sandbox reading.stored_pixels reading.volume_file report settings storage_local store tables terminal "
     "threads volume",
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
-    "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally reading.dicom "
+    "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
     "reading.slice_order storage",
     "bundle cam_images dataset decode evaluation.measures evaluation.truth inference.torch_backend phantom "
     "phantoms.decoys publishing.gates publishing.objects reading.series steps",

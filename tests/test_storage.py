@@ -32,6 +32,7 @@ from darnet.errors import (
 )
 from darnet.scan import StoredObject
 from darnet.storage import (
+    BODY_PAUSES_S,
     TRANSFERS,
     S3Endpoint,
     S3Store,
@@ -545,9 +546,11 @@ def test_a_broken_transfer_starts_again(tmp_path: Path) -> None:
 
 def test_a_transfer_that_keeps_breaking_is_a_storage_row(tmp_path: Path) -> None:
     store = answer_with_bodies(*[BreakingBody(b"01234567") for _ in range(3)])
+    started_s = time.monotonic()
     with pytest.raises(ScanError) as caught:
         store.fetch(StoredObject("a", 8, "tag"), tmp_path / "copy")
     assert caught.value.status is Status.ERR_STORAGE
+    assert time.monotonic() - started_s >= sum(BODY_PAUSES_S)  # a connection that breaks is given time to come back
 
 
 def test_an_answer_without_a_length_that_ends_early_is_a_storage_row(tmp_path: Path) -> None:
