@@ -59,7 +59,7 @@ class SliceHeader:
     bits_allocated: int
     has_sound_bits: bool
     pixel_spacing_mm: tuple[float, ...] | None
-    slope: float
+    has_sound_rescale: bool
     has_rescale: bool
     position_mm: tuple[float, ...] | None
     orientation: tuple[float, ...] | None
@@ -175,7 +175,7 @@ def _describe(dataset: Header, file: StagedFile, body: BinaryIO) -> SliceHeader:
         bits_allocated=int(_number(dataset, "BitsAllocated", 0.0)),
         has_sound_bits=_has_sound_bits(dataset),
         pixel_spacing_mm=_numbers(dataset, "PixelSpacing", 2),
-        slope=_number(dataset, "RescaleSlope", 1.0) + 0 * _number(dataset, "RescaleIntercept", 0.0),
+        has_sound_rescale=_has_sound_rescale(dataset),
         has_rescale="RescaleSlope" in dataset and "RescaleIntercept" in dataset,
         position_mm=_numbers(dataset, "ImagePositionPatient", 3),
         orientation=orientation,
@@ -203,6 +203,12 @@ def _numbers(dataset: Header, tag: str, count: int) -> tuple[float, ...] | None:
     """Exactly `count` finite numbers, or None."""
     values = tuple(float(value) for value in _values(dataset.get(tag)))
     return values if len(values) == count and all(math.isfinite(value) for value in values) else None
+
+
+def _has_sound_rescale(dataset: Header) -> bool:
+    """Whether stored values can be turned into Hounsfield units: slope and intercept are finite, the slope not 0."""
+    slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
+    return math.isfinite(slope) and math.isfinite(intercept) and slope != 0
 
 
 def _has_sound_bits(dataset: Header) -> bool:
@@ -306,7 +312,7 @@ def _check_header(header: SliceHeader) -> None:
         raise ScanError(Status.BAD_HEADER, "ImagePositionPatient is absurd")
     if header.pixel_spacing_mm is None or not all(0.01 < value < 10 for value in header.pixel_spacing_mm):
         raise ScanError(Status.BAD_HEADER, "PixelSpacing is missing or absurd")
-    if not math.isfinite(header.slope) or header.slope == 0:
+    if not header.has_sound_rescale:
         raise ScanError(Status.BAD_HEADER, "RescaleSlope is 0, or it or RescaleIntercept is no number")
     row, column = np.array(header.orientation[:3]), np.array(header.orientation[3:])
     lengths = np.linalg.norm(row), np.linalg.norm(column)
