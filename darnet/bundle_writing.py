@@ -57,17 +57,6 @@ class TrainedFold:
     history: History = ()
 
 
-def write_bundle(out: str, **facts: Any) -> Bundle:
-    """Make one bundle and publish it; `facts` are those of `make_bundle`.
-
-    Raises: as `make_bundle` and `publish_bundles`.
-    """
-    refuse_existing(out)
-    bundle, files = make_bundle(**facts)
-    publish_bundles(out, [("", files)])
-    return bundle
-
-
 def make_bundle(
     *,
     settings: BundleSettings,

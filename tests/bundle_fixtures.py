@@ -1,16 +1,25 @@
-"""A bundle of five untrained tiny networks whose opinions differ."""
+"""Bundles for tests: any that is written here, and one of five untrained tiny networks whose opinions differ."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from darnet.bundle import NETWORKS, Bundle, BundleSettings, name_model
-from darnet.bundle_writing import TrainedFold, write_bundle
+from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.model import build_network
 
 SHAPE = (16, 32, 32)
+
+
+def write_bundle(out: str, **facts: Any) -> Bundle:
+    """Make one bundle and publish it, as a training does; `facts` are those of `make_bundle`."""
+    refuse_existing(out)
+    bundle, files = make_bundle(**facts)
+    publish_bundles(out, [("", files)])
+    return bundle
 
 
 def write_random_bundle(

@@ -7,12 +7,13 @@ import pandas as pd
 import torch
 
 from darnet.bundle import Bundle, BundleSettings
-from darnet.bundle_writing import TrainedFold, write_bundle
+from darnet.bundle_writing import TrainedFold
 from darnet.cohort import Division
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumeDataset, VolumesIndex, read_index, write_array, write_index
 from darnet.model import DARNet, build_network
 from darnet.storage import open_store
+from tests.bundle_fixtures import write_bundle
 
 VOLUME = VolumeConfig(shape=(16, 32, 32))
 NETWORK = ModelConfig(volume_shape=VOLUME.shape, base_channels=4)

@@ -30,12 +30,13 @@ from darnet.bundle import (
     read_manifest,
     read_model,
 )
-from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing, write_bundle
+from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig, VolumeConfig
 from darnet.errors import StorageError, UsageError
 from darnet.model import DARNet, build_network
 from darnet.scan import DIAGNOSES
 from darnet.storage import Store, open_store
+from tests.bundle_fixtures import write_bundle
 
 SHAPE = (8, 16, 16)
 NETWORK = ModelConfig(volume_shape=SHAPE, base_channels=2)

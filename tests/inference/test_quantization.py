@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from darnet.bundle import Bundle, BundleSettings, Int8Record, load_networks, read_bundle, select_model
-from darnet.bundle_writing import TrainedFold, write_bundle
+from darnet.bundle_writing import TrainedFold
 from darnet.config import ScoreConfig, TrainConfig
 from darnet.dataset import VolumesIndex, read_voxels
 from darnet.errors import HeldError, UsageError
@@ -22,6 +22,7 @@ from darnet.scan import Uint8Array
 from darnet.score import Ensemble
 from darnet.storage import open_store
 from jobs import quantize
+from tests.bundle_fixtures import write_bundle
 from tests.inference_fixtures import NETWORK, TEMPERATURES, VOLUME
 
 pytestmark = pytest.mark.slow
