@@ -43,7 +43,7 @@ from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, build_network
 from darnet.ray_checkpoint import place_checkpoints, read_state
-from darnet.ray_cluster import count_resource, list_nodes
+from darnet.ray_cluster import list_nodes
 from darnet.ray_rank import train_ray_rank
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
@@ -56,6 +56,7 @@ from darnet.training_plan import (
     GangPlan,
     Places,
     Training,
+    choose_gpus,
     choose_trainings,
     claim_runs,
     match_division,
@@ -139,8 +140,7 @@ def measure_networks(
     """
     if not (table.frame["cohort"] == "test").any():
         return [NO_TEST] * len(trainings)
-    device = trainings[0].config.device
-    has_gpu = device == "gpu" or (device == "auto" and count_resource("GPU") > 0)
+    has_gpu = choose_gpus(read_room(list_nodes()), trainings[0].config.device)
     measure = ray.remote(num_cpus=1, num_gpus=int(has_gpu))(_measure_network)
     print_heading("measuring on the test cohort")
     try:
