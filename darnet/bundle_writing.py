@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import safetensors.torch
 from torch import Tensor
 
+from darnet import NOTICE
 from darnet.bundle import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -191,6 +192,7 @@ def render_model_card(manifest: BundleManifest, trained_on: str, tested_on: str)
     settings = manifest.settings
     switch = {True: "on", False: "off"}
     return MODEL_CARD.format(
+        notice=NOTICE,
         manifest=manifest,
         settings=settings,
         train=settings.train,
@@ -285,7 +287,7 @@ on scans of the fold's training, what it changes on validation scans, against th
 MODEL_CARD = """\
 # {manifest.model_name} {manifest.model_version}
 
-**Research use only. Not a medical device: no decision about a patient may rest on it.**
+**{notice}**
 
 An ensemble of {num_folds} networks that sorts a chest CT scan into three classes; the mean of their probabilities is
 the ensemble's. The network follows Shi et al., "Dual-Attention Residual Network for Automatic Diagnosis of COVID-19".

@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-NOTICE = "Research use only. Not a medical device: no decision about a patient may rest on it."
+from darnet import NOTICE
+
 UNDEFINED = "undefined"
 
 # Okabe and Ito's palette, told apart by colour-blind readers and on grey paper in this order. Source: ours.

@@ -12,9 +12,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from darnet import RESEARCH_USE
 from darnet.scan import BoolArray, CropBox, FloatArray, Uint8Array
 
-NOTICE = "Research use only"
 INK, PAPER = "#e8e8e8", "#111418"
 CAM_COLOURS = "inferno"
 
@@ -46,7 +46,7 @@ def draw_cam_figure(panels: Sequence[CamPanel], heading: str, path: Path) -> Non
     """
     figure = Figure(figsize=(9.4, 3.2 * len(panels) + 0.9), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{heading}\n{NOTICE}", color=INK, fontsize=12)
+    figure.suptitle(f"{heading}\n{RESEARCH_USE}", color=INK, fontsize=12)
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
         _draw_slice(row[0], panel, panel.title)
@@ -67,7 +67,7 @@ def draw_case_figure(cases: Sequence[Sequence[CamPanel]], heading: str) -> Figur
     height = 2.6 * first.pixel_aspect * first.image.shape[0] / first.image.shape[1] + 0.45
     figure = Figure(figsize=(2.6 * num_columns + 0.9, height * len(cases) + 0.7), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{heading}\n{NOTICE}", color=INK, fontsize=12)
+    figure.suptitle(f"{heading}\n{RESEARCH_USE}", color=INK, fontsize=12)
     axes = figure.subplots(len(cases), num_columns, squeeze=False)
     for row, panels in zip(axes, cases, strict=True):
         _draw_slice(row[0], panels[0], panels[0].title)

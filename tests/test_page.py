@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from darnet.page import NOTICE, Bar, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
+from darnet import NOTICE
+from darnet.page import Bar, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 VOID = {"meta", "img", "br"}

@@ -22,11 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.data import Dataset
 
 import jobs.score
+from darnet import NOTICE
 from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_manifest
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, ObjectMissing, UsageError
-from darnet.page import NOTICE
 from darnet.publishing.hold import decide_hold, refuse_if_held
 from darnet.publishing.planning import plan_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from darnet import RESEARCH_USE
 from darnet.archive import list_sources
 from darnet.auditing.features import (
     Duplicate,
@@ -253,7 +254,7 @@ def summarise_audit(audit: Audit) -> dict[str, Any]:
         "unread_columns": audit.unread_columns,
         "duplicates": audit.duplicates,
         "slice_order": {"counts": audit.order_counts, "findings": [asdict(item) for item in audit.order_findings]},
-        "notice": "Research use only",
+        "notice": RESEARCH_USE,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from darnet import NOTICE
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import (
     AucDifference,
@@ -34,7 +35,6 @@ from darnet.evaluation.intervals import (
 )
 from darnet.evaluation.predictions import LABELS, Predictions
 from darnet.metrics import ECE_BINS, TABLE_2, compute_all_metrics, count_confusion
-from darnet.page import NOTICE
 from darnet.scan import BoolArray, FloatArray
 
 FALSE_RATES = np.linspace(0, 1, 101)  # where the ROC band is measured

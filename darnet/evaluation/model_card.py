@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from darnet import RESEARCH_USE
 from darnet.cohort import COHORTS, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
@@ -75,7 +76,7 @@ def describe_test(evaluation: Evaluation) -> str:
     return "\n\n".join(
         [
             f"{len(evaluation.predictions.scan_ids)} scans of {evaluation.predictions.num_patients} patients, measured "
-            f"when training ended; intervals from {evaluation.num_replicates} bootstrap replicates. Research use only.",
+            f"when training ended; intervals from {evaluation.num_replicates} bootstrap replicates. {RESEARCH_USE}.",
             _render_table([head, *rows]),
             *(f"- {warning}" for warning in warnings),
         ]

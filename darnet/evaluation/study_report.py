@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from darnet import NOTICE
 from darnet.charts import draw_histories, draw_rocs
 from darnet.evaluation.intervals import MIN_SEEDS, judge_p
 from darnet.evaluation.maps_report import (
@@ -44,7 +45,7 @@ from darnet.evaluation.tabulate import (
     tabulate_metrics,
 )
 from darnet.metrics import NCP_LABEL, TABLE_2, trace_roc
-from darnet.page import NOTICE, Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
+from darnet.page import Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.report import draw_case_figure
 
 HISTORY_PICTURES = (

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from darnet import RESEARCH_USE
 from darnet.errors import FolderMissing, StorageError, UsageError
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA
@@ -24,7 +25,7 @@ from darnet.storage import Store
 
 SCHEMA_VERSION = "1"
 LISTED_UNTIL = "listed_until"
-NOTICE = "research use only"
+NOTICE = RESEARCH_USE.lower()  # as every object of a table has had it
 ROW_GROUP_ROWS = 16_384  # Source: ours; about 8 MB of rows: a writer holds as many, a reader of few columns skips well
 WHOLE_BYTES = 1 << 20  # Source: ours; up to here one request for all is quicker than several for a few columns
 PIECE_ROWS = 8_192  # Source: ours; a few MB of key columns and of what Python makes of them

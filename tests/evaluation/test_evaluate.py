@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from darnet import NOTICE
 from darnet.auditing.audit import audit_cohort
 from darnet.auditing.record import read_audit
 from darnet.auditing.report import write_audit
@@ -21,7 +22,6 @@ from darnet.dataset import write_index
 from darnet.errors import UsageError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
-from darnet.page import NOTICE
 from darnet.settings import EvaluateSettings, PrepareSettings
 from darnet.storage import open_store
 from tests.browser_fixtures import draw_screen, list_requests, read_dom

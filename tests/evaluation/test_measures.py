@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import roc_auc_score
 
+from darnet import NOTICE
 from darnet.errors import UsageError
 from darnet.evaluation.measures import (
     Comparison,
@@ -32,7 +33,7 @@ from darnet.evaluation.predictions import Predictions, read_predictions_table
 from darnet.evaluation.report import render_report
 from darnet.evaluation.tabulate import render_csv, render_tables_tex, render_tex
 from darnet.metrics import TABLE_2, compute_all_metrics
-from darnet.page import NOTICE, HtmlTable
+from darnet.page import HtmlTable
 from tests.places import SHARED
 
 ORIGIN = Origin("some model", "Nothing is known of its training.", {"model_version": "7"})

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 
+from darnet import NOTICE
 from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
@@ -27,7 +28,6 @@ from darnet.evaluation.study_maps import choose_cases
 from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
 from darnet.model import DARNet, count_parameters
-from darnet.page import NOTICE
 from darnet.settings import EvaluateSettings
 from darnet.storage import open_store
 from tests.browser_fixtures import draw_screen, list_requests, read_dom

@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
+from darnet import NOTICE
 from darnet.config import ScoreConfig
 from darnet.errors import STATUS_MEANINGS, Status
-from darnet.page import NOTICE, HtmlFigure
+from darnet.page import HtmlFigure
 from darnet.publishing.gates import judge
 from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
 from darnet.publishing.rows import make_table
