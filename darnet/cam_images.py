@@ -16,7 +16,7 @@ from darnet.cam import find_peak
 from darnet.config import CamChoice
 from darnet.errors import RunError, UsageError
 from darnet.page import HtmlFigure
-from darnet.publishing.rows import PROBABILITIES, spell_key
+from darnet.publishing.rows import PROBABILITIES, name_probability, spell_key
 from darnet.scan import FloatArray, StandardVolume, Uint8Array
 from darnet.storage import Store
 
@@ -91,7 +91,7 @@ def is_chosen(row: Mapping[str, Any], choice: CamChoice) -> bool:
     if row["cam_peak_slice"] is None or row["prediction"] not in choice.predictions:
         return False
     low, high = choice.probability
-    if not low <= row[f"probability_{row['prediction'].lower()}"] <= high:
+    if not low <= row[name_probability(row["prediction"])] <= high:
         return False
     draw = hashlib.sha256(row["scan_id"].encode()).digest()[:8]
     return int.from_bytes(draw) < choice.share * 2**64
@@ -148,7 +148,7 @@ def make_thumbnail(picture: bytes) -> bytes:
 
 
 def _describe(row: Mapping[str, Any]) -> str:
-    probability = row[f"probability_{row['prediction'].lower()}"]
+    probability = row[name_probability(row["prediction"])]
     return (
         f"{row['scan_id']}: slice {int(row['cam_peak_slice'])} (the first is 0), bare and under the map of "
         f"{row['prediction']}, probability {probability:.4f}. The patient's right is on the left."

@@ -13,14 +13,13 @@ import pandas as pd
 
 from darnet.config import CohortConfig, Section, TrainConfig
 from darnet.errors import UsageError
-from darnet.scan import DIAGNOSES, FloatArray, Source
+from darnet.scan import LABELS, FloatArray, Source
 from darnet.tables import Rule, list_id_rules, read_table, refuse_rows, to_text
 
 NUM_FOLDS = TrainConfig().num_folds
 NEEDED_COLUMNS = ("scan_id", "patient_id", "diagnosis")
 COHORTS = ("train", "test")
 COHORT_COLUMNS = ("cohort", "paper_cohort")
-LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)
 # Findings about a scan that a table may bring: 1, 0, or empty where nobody looked. Source: the lists about CC-CCII.
 FLAG_COLUMNS = ("lung_masked", "duplicate_or_noise_slices", "audited", "discard")
 WHOLE_COLUMNS = (*FLAG_COLUMNS, "fold")  # numbers that a Parquet table may hold as bools, or as floats for their gaps

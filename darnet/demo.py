@@ -22,6 +22,7 @@ from darnet.phantoms.archive import SHAPE, PhantomScan, WindowHU, build_phantom,
 from darnet.phantoms.canvas import Phantom
 from darnet.phantoms.decoys import make_abdomen, make_head
 from darnet.phantoms.files import WINDOW_HU, write_dicom
+from darnet.publishing.rows import PROBABILITIES, name_probability
 from darnet.report import CamPanel, draw_cam_figure
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, StandardVolume
 from darnet.score import Ensemble, ScanScore
@@ -32,7 +33,6 @@ NUM_TRAIN, NUM_TEST = 30, 8  # scans of each diagnosis
 NEAR_MM = 20.0
 LAYOUTS = tuple("dicom png nii.gz jpeg2000 jpg mha jpegls zip tif rle nrrd nii".split())
 SPOILED_COPIES = ("missing-slice", "truncated", "few-slices", "two-patients")
-PROBABILITIES = [f"probability_{diagnosis.lower()}" for diagnosis in DIAGNOSES]
 MARKER = ".darnet-demo"
 
 
@@ -160,7 +160,7 @@ def draw_demo(predictions: pd.DataFrame, scans: Sequence[PhantomScan], archive: 
     ensemble = Ensemble.from_bundle(model, config)
     ingester = Ingester(store, Road(settings.volume, config.decode))
     for diagnosis in DIAGNOSES:
-        probability, peak = rows[f"probability_{diagnosis.lower()}"].astype(float), rows["cam_peak_slice"]
+        probability, peak = rows[name_probability(diagnosis)].astype(float), rows["cam_peak_slice"]
         test = [scan for scan in scans if (scan.cohort, scan.diagnosis) == ("test", diagnosis)]
         scan = max(test, key=lambda scan: probability[scan.source_key])
         (source,) = list_sources(store.list_objects(scan.source_key))

@@ -5,7 +5,7 @@ from typing import Any
 
 from ray.util.metrics import Counter
 
-STAGES = ("fetch", "decode", "model")
+from darnet.publishing.rows import SECONDS, STAGES
 
 
 class ScanCounters:
@@ -21,8 +21,8 @@ class ScanCounters:
         for row in rows:
             self._scans.inc(1, {"status": row["status"]})
             _add(self._bytes, row["num_bytes"], {})
-            for stage in STAGES:
-                _add(self._seconds, row[f"{stage}_s"], {"stage": stage})
+            for stage, column in zip(STAGES, SECONDS, strict=True):
+                _add(self._seconds, row[column], {"stage": stage})
 
 
 def _add(counter: Counter, amount: float | None, tags: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ class Diagnosis(StrEnum):
 
 
 DIAGNOSES: tuple[Diagnosis, ...] = tuple(Diagnosis)
+LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)  # as tables spell them
 
 
 class Intensity(StrEnum):

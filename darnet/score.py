@@ -19,6 +19,7 @@ from darnet.config import ScoreConfig
 from darnet.inference.graph import Backend
 from darnet.inference.openvino_backend import OpenVINOBackend
 from darnet.inference.torch_backend import TorchBackend
+from darnet.publishing.rows import PROBABILITIES
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, IngestedScan, StandardVolume, Uint8Array
 
 
@@ -198,9 +199,8 @@ def _score_columns(scan: IngestedScan, score: ScanScore | None) -> dict[str, Any
     ncp = DIAGNOSES.index(Diagnosis.NCP)
     cam = CamStatistics() if score is None else measure_score(scan, score)
     columns: dict[str, Any] = {name: getattr(cam, name) for name in CamStatistics.__slots__}
-    for diagnosis in DIAGNOSES:
-        index = DIAGNOSES.index(diagnosis)
-        columns[f"probability_{diagnosis.lower()}"] = None if score is None else float(score.probability[index])
+    for index, name in enumerate(PROBABILITIES):
+        columns[name] = None if score is None else float(score.probability[index])
     columns["prediction"] = None if score is None else str(score.prediction)
     columns["fold_probability_ncp"] = None if score is None else score.fold_probability[:, ncp].tolist()
     columns["fold_std_ncp"] = None if score is None else float(score.fold_probability[:, ncp].std())

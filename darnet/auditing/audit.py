@@ -29,7 +29,6 @@ from darnet.auditing.features import (
 from darnet.auditing.shortcuts import Feature, Shortcut, find_shortcuts
 from darnet.cohort import (
     FLAG_COLUMNS,
-    LABELS,
     ORDER_DEFECTS,
     LeftOut,
     count_cohort,
@@ -47,7 +46,7 @@ from darnet.config import digest_json
 from darnet.dataset import VolumesIndex, read_facts
 from darnet.errors import UsageError
 from darnet.reading.slice_order import SliceOrder
-from darnet.scan import Source
+from darnet.scan import LABELS, Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store, open_store
 from darnet.volumes_cache import open_volumes

@@ -8,10 +8,11 @@ from typing import Any
 
 from darnet.auditing.audit import Audit, CohortCounts, summarise_audit
 from darnet.auditing.shortcuts import Shortcut
-from darnet.cohort import LABELS, NEEDED_COLUMNS, LeftOut
+from darnet.cohort import NEEDED_COLUMNS, LeftOut
 from darnet.errors import UsageError
 from darnet.page import COLOURS, Bar, Cell, HtmlTable, Section, render_page
 from darnet.reading.slice_order import SliceOrder
+from darnet.scan import LABELS
 from darnet.storage import open_store
 
 STRONG_FROM = 0.6  # lower bound of an AUC from which a sentence, not a table row alone, tells of a shortcut

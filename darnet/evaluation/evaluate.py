@@ -29,7 +29,7 @@ from darnet.evaluation.measures import (
     resample_predictions,
 )
 from darnet.evaluation.networks import StoredNetwork, load_members, read_networks, score_cohort
-from darnet.evaluation.predictions import LABELS, PROBABILITIES, Predictions, read_predictions_table
+from darnet.evaluation.predictions import PROBABILITIES, Predictions, read_predictions_table
 from darnet.evaluation.report import render_report, round_headlines
 from darnet.evaluation.seeds import refuse_unlike
 from darnet.evaluation.study import NetworkRun, describe_study, make_study
@@ -38,7 +38,7 @@ from darnet.evaluation.study_report import draw_cases, render_study, render_stud
 from darnet.evaluation.tabulate import format_interval, format_metric, render_csv, render_tex
 from darnet.evaluation.truth import Truth, read_truths
 from darnet.page import Section, figure_to_png
-from darnet.scan import Intensity
+from darnet.scan import LABELS, Intensity
 from darnet.score import ScanScore
 from darnet.settings import EvaluateSettings
 from darnet.storage import Store, open_store, read_file

@@ -6,6 +6,7 @@ import pandas as pd
 
 from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, Estimate, MapStudy, count_needed_patients
 from darnet.evaluation.intervals import MIN_SEEDS
+from darnet.evaluation.paper import DEPTH_PAIRS
 from darnet.evaluation.study import Study
 from darnet.evaluation.tabulate import format_difference, format_interval, format_metric, format_p
 from darnet.page import Cell, HtmlTable, Section
@@ -21,7 +22,6 @@ MEASURED = (
     f"both, and need {MIN_SEEDS} training seeds. Phantoms’ lesions are simple: what holds on them "
     "need not hold in patients."
 )
-DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))
 
 
 def describe_measured_maps(study: Study) -> list[Section]:

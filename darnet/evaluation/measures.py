@@ -33,9 +33,9 @@ from darnet.evaluation.intervals import (
     measure_cohort_variance,
     resample_scans,
 )
-from darnet.evaluation.predictions import LABELS, Predictions
+from darnet.evaluation.predictions import Predictions
 from darnet.metrics import ECE_BINS, TABLE_2, compute_all_metrics, count_confusion
-from darnet.scan import BoolArray, FloatArray
+from darnet.scan import LABELS, BoolArray, FloatArray
 
 FALSE_RATES = np.linspace(0, 1, 101)  # where the ROC band is measured
 FEW_CLUSTERS = 30  # patients or scans of a class. Source: ours; below, percentile intervals are known to be too narrow

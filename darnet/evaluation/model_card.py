@@ -12,8 +12,9 @@ from darnet.cohort import COHORTS, describe_division, describe_excluded, has_lea
 from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
 from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
-from darnet.evaluation.predictions import LABELS, Predictions
+from darnet.evaluation.predictions import Predictions
 from darnet.evaluation.tabulate import format_interval, format_metric
+from darnet.scan import LABELS
 from darnet.score import Ensemble
 
 NO_TEST = "The volumes hold no test cohort: nothing was measured on scans that training has not seen."

@@ -29,6 +29,8 @@ class PrintedMetric:
 NETWORKS = ("ResNet18", "CA", "DA", "DA+CA")
 MODEL_NAMES = dict(zip(("darnet-plain", "darnet-ca", "darnet-da", "darnet-da-ca"), NETWORKS, strict=True))
 """What the paper calls each of our models."""
+DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))
+"""What depth attention adds, without and with channel attention. Source: sec. 4.4 and 4.5"""
 PARAMETERS = dict(zip(NETWORKS, (33.15, 33.24, 35.24, 35.15), strict=True))
 """Millions, as printed: DA and DA+CA the wrong way round."""
 _PRINTED = {

@@ -14,10 +14,9 @@ import pandas as pd
 
 from darnet.errors import UsageError
 from darnet.metrics import LabelArray
-from darnet.scan import DIAGNOSES, FloatArray
+from darnet.scan import LABELS, FloatArray
 from darnet.tables import Rule, list_id_rules, read_table, refuse_rows, to_text
 
-LABELS = tuple(str(diagnosis) for diagnosis in DIAGNOSES)
 PROBABILITIES = tuple(f"prob_{name.lower()}" for name in LABELS)
 NEEDED_COLUMNS = ("scan_id", "label", *PROBABILITIES)
 OPTIONAL_COLUMNS = ("fold", "seed", "patient_id")

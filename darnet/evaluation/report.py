@@ -12,7 +12,6 @@ from darnet.charts import FEW_IN_BIN, draw_confusion, draw_distributions, draw_r
 from darnet.evaluation.intervals import judge_p
 from darnet.evaluation.measures import Comparison, Evaluation, Origin, find_warnings
 from darnet.evaluation.paper import NUM_TEST_SCANS
-from darnet.evaluation.predictions import LABELS
 from darnet.evaluation.tabulate import (
     format_difference,
     format_interval,
@@ -28,6 +27,7 @@ from darnet.evaluation.tabulate import (
 )
 from darnet.metrics import ECE_BINS, NCP_LABEL, TABLE_2, measure_reliability, trace_roc
 from darnet.page import Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
+from darnet.scan import LABELS
 
 LIMITS = """\
 These numbers say how often the model agreed with the labels of this cohort, and how far chance may have moved that. \

@@ -25,6 +25,7 @@ from darnet.evaluation.cam_truth import (
     tabulate_measures,
 )
 from darnet.evaluation.intervals import resample_scans
+from darnet.evaluation.paper import DEPTH_PAIRS
 from darnet.evaluation.study import Study
 from darnet.evaluation.truth import Truth
 from darnet.model import DARNet
@@ -35,8 +36,7 @@ from darnet.score import ScanScore
 NUM_CASES = 3  # Source: paper Fig. 2: mild, moderate, severe
 NUM_REDRAWN = 12  # scans of the sanity check: it asks whether maps change at all, and costs a forward pass a fold
 REDRAW_SEED = 1_000_000  # far from the seeds that networks are trained from
-# What depth attention adds, without and with channel attention, and what both add. Source: paper sec. 4.4 and 4.5
-MAP_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"), ("DA+CA", "ResNet18"))
+MAP_PAIRS = (*DEPTH_PAIRS, ("DA+CA", "ResNet18"))  # what both attentions add. Source: paper sec. 4.4 and 4.5
 
 
 @dataclass(frozen=True, eq=False, slots=True)

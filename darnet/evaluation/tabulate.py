@@ -12,9 +12,10 @@ from darnet import NOTICE
 from darnet.evaluation.intervals import MIN_SEEDS, Interval, judge_p
 from darnet.evaluation.measures import Comparison, Evaluation
 from darnet.evaluation.paper import CITATION, NETWORKS, TABLE_3
-from darnet.evaluation.predictions import LABELS, Predictions
+from darnet.evaluation.predictions import Predictions
 from darnet.metrics import ECE_BINS, TABLE_2
 from darnet.page import UNDEFINED, Cell, HtmlTable, lay_out_table
+from darnet.scan import LABELS
 
 MEANINGS = {
     "accuracy_3class": "share of scans called rightly, three classes",

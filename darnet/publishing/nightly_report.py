@@ -12,14 +12,13 @@ from darnet.charts import draw_nights, draw_shift
 from darnet.errors import STATUS_MEANINGS, Status
 from darnet.page import Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.publishing.gates import Measure, Verdict
-from darnet.publishing.rows import PROBABILITIES, SCHEMA
+from darnet.publishing.rows import PROBABILITIES, SCHEMA, SECONDS
 from darnet.publishing.tally import TALLY_COLUMNS, Tally
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray
 
-STAGES = ["fetch_s", "decode_s", "model_s"]
 NIGHT_COLUMNS = [
     *TALLY_COLUMNS,
-    *STAGES,
+    *SECONDS,
     *["run_id", "scan_id", "input_sha256", "status_detail", "model_name", "model_version", "num_bytes"],
     *["fold_std_ncp", "cam_in_lung_fraction", "cam_peak_slice"],
 ]
@@ -40,7 +39,7 @@ class Night:
     def __init__(self) -> None:
         self.tally, self.num_bytes = Tally(), 0
         self.first: dict[str, Any] = {}
-        self._seconds: dict[str, list[FloatArray]] = {stage: [] for stage in STAGES}
+        self._seconds: dict[str, list[FloatArray]] = {stage: [] for stage in SECONDS}
         self._listed = SCHEMA.empty_table().select(NIGHT_COLUMNS)
 
     def add(self, rows: Any) -> None:
@@ -198,7 +197,7 @@ def _describe_stages(tonight: Night) -> Section:
 
 def _choose_slowest(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Of each stage that any row went through, the first of those that took longest."""
-    return {stage: rows.loc[[rows[stage].idxmax()]] for stage in STAGES if rows[stage].notna().any()}
+    return {stage: rows.loc[[rows[stage].idxmax()]] for stage in SECONDS if rows[stage].notna().any()}
 
 
 def _describe_scans(tonight: Night, pictures: Mapping[str, HtmlFigure]) -> Section:

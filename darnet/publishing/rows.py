@@ -84,8 +84,17 @@ SCHEMA: Any = pa.schema(
 SCAN_KEY = ["source", "scan_id", "input_sha256"]
 SOURCE_KEY = ["source", "input_sha256"]
 MODEL_KEY = ["model_sha256", "preprocessing_version"]
-PROBABILITIES = [f"probability_{diagnosis.lower()}" for diagnosis in DIAGNOSES]
+STAGES = ("fetch", "decode", "model")  # what a scan's time is spent on, each in a column of seconds
+SECONDS = [f"{stage}_s" for stage in STAGES]
 KEY_COLUMNS = [*SCAN_KEY, *MODEL_KEY, "status", "night", "commit"]
+
+
+def name_probability(diagnosis: str) -> str:
+    """The column that has a diagnosis's probability."""
+    return f"probability_{diagnosis.lower()}"
+
+
+PROBABILITIES = [name_probability(diagnosis) for diagnosis in DIAGNOSES]
 
 
 class Reason(StrEnum):
