@@ -47,7 +47,10 @@ class Store(Protocol):
         """Where the object lies on this machine's disk, if it does."""
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        """Create or replace an object; readers see the old or the new one, never a part."""
+        """Create or replace an object; readers see the old or the new one, never a part.
+
+        Raises: StorageError, CredentialsError.
+        """
 
     def open_range_reader(self, item: StoredObject) -> BinaryIO:
         """The object as a seekable file that fetches what is asked of it and nothing else.
@@ -63,7 +66,10 @@ class Store(Protocol):
         """
 
     def delete(self, key: str) -> None:
-        """Remove an object; a missing one is fine."""
+        """Remove an object; a missing one is fine.
+
+        Raises: StorageError, CredentialsError.
+        """
 
     def read_clock(self) -> datetime:
         """The store's own time, which is one for all who write to it; on S3 in whole seconds. Leaves nothing behind.

@@ -160,6 +160,12 @@ def _shrink_slices(
 
 
 def _shrink_slice(stack: SliceStack, box: CropBox, config: VolumeConfig, source: int) -> SmallSlice:
+    """One slice, windowed and cropped.
+
+    Shape:  (rows, columns) of the stack -> (H, W) of `config.shape`.
+    Units:  HU or display values in, [0, 1] out.
+    Raises: ScanError from its decoding.
+    """
     pixels = stack.read_slice(source)
     small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), config.shape[1:])
     darkest, brightest = float(pixels.min()), float(pixels.max())
@@ -201,7 +207,11 @@ def _resize(pixels: FloatArray, shape: tuple[int, int]) -> FloatArray:
 
 
 def _find_body(pixels: FloatArray, intensity: Intensity) -> BoolArray:
-    """The largest connected part of one slice that is not air, couch and clothes cut off by an opening."""
+    """The largest connected part of one slice that is not air, couch and clothes cut off by an opening.
+
+    Shape:  (rows, columns) -> same; nowhere true where there is no such part.
+    Units:  HU, or display values, of which those above their mean are no air.
+    """
     threshold = BODY_HU if intensity is Intensity.HU else float(pixels.mean())
     tissue: BoolArray = ndimage.binary_opening(pixels > threshold, iterations=max(1, pixels.shape[1] // 128))
     labels, num_parts = ndimage.label(tissue)

@@ -155,6 +155,7 @@ def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
 
     So goes the work of runs that ended with nothing to publish, or were discarded. Other work that was never published
     is left alone and counted: it may be a run in progress, which may end and be published while this goes on.
+    Raises: StorageError, CredentialsError; what was removed until then stays so, and the same call goes on.
     """
     found, files = _list_runs_with_work(store), list_run_files(store)  # before the table, that knows what ended by now
     objects = list_commit_objects(store)

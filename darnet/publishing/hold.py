@@ -79,7 +79,10 @@ def publish_run(folder: RunFolder, rows: StagedRows, record: RunRecord) -> int |
 
 
 def read_earlier_nights(store: Store, night: date, num_nights: int) -> Tally:
-    """What gates and page need of the last nights before this one that are in the table."""
+    """What gates and page need of the last nights before this one that are in the table.
+
+    Raises: StorageError, CredentialsError.
+    """
     earlier = Tally()
     for stored in stream_objects(store, list_commit_objects(store)[::-1], TALLY_COLUMNS):  # a commit is of one night
         if not stored.rows.num_rows or (dated := stored.rows["night"][0].as_py()) >= night:
