@@ -23,7 +23,7 @@ from darnet.publishing.objects import (
     read_objects,
     stream_objects,
 )
-from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, is_among, is_error
+from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCHEMA, SOURCE_KEY, Keys, Rows, is_among, is_error
 from darnet.storage import Store, open_store
 
 # What `read_predictions` does, for analysts at a DuckDB prompt, who put their place for RESULTS; the README shows it.
@@ -59,7 +59,7 @@ def read_predictions(
     return frame
 
 
-def read_rows(store: Store, latest: bool = True, as_of: date | None = None, last_commit: int | None = None) -> Any:
+def read_rows(store: Store, latest: bool = True, as_of: date | None = None, last_commit: int | None = None) -> Rows:
     """What `read_predictions` reads, as an Arrow table.
 
     Rows are chosen by their keys; of other columns no row is kept that does not count.
@@ -91,7 +91,7 @@ def read_rows(store: Store, latest: bool = True, as_of: date | None = None, last
     return rows.take(pa.array(np.searchsorted(chosen, places)))
 
 
-def _take_rows(store: Store, wanted: Sequence[tuple[str, NDArray[np.int64] | None]]) -> Iterator[Any]:
+def _take_rows(store: Store, wanted: Sequence[tuple[str, NDArray[np.int64] | None]]) -> Iterator[Rows]:
     """Of objects, by their keys, the rows at these places, or all."""
     objects = read_objects(store, [key for key, _ in wanted])
     for stored, (_, places) in zip(objects, wanted, strict=True):
@@ -115,7 +115,7 @@ def export_latest(store: Store, name: str) -> tuple[bytes, int]:
     return frame.assign(notice=NOTICE).to_csv(index=False).encode(), table.num_rows
 
 
-def _find_latest(table: Any) -> Any:
+def _find_latest(table: Keys) -> Any:
     """Indices of the latest rows, ordered by source and scan."""
     keys = table.select(KEY_COLUMNS).to_pandas()
     is_newest = keys["commit"] == keys.groupby("source")["commit"].transform("max")

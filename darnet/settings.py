@@ -209,7 +209,7 @@ class ScoreSettings(Settings):
 
     @field_validator("since")
     @classmethod
-    def _place(cls, since: datetime | None) -> datetime | None:
+    def _assume_utc(cls, since: datetime | None) -> datetime | None:
         return since.replace(tzinfo=UTC) if since is not None and since.tzinfo is None else since
 
     @model_validator(mode="after")

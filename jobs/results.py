@@ -3,13 +3,13 @@
 import sys
 
 from darnet.job import run_job
-from darnet.publishing.check import care_for_results
+from darnet.publishing.check import run_verb
 from darnet.settings import ResultsSettings
 
 
 def main() -> int:
     """Run the job and return its exit code."""
-    return run_job("results", ResultsSettings, care_for_results, sys.argv[1:])
+    return run_job("results", ResultsSettings, run_verb, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from darnet.publishing.objects import (
     read_commit_number,
     stream_objects,
 )
-from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA
+from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA, Keys
 from darnet.publishing.runs import DISCARDED, ENDED, RECORD, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
 from darnet.settings import ResultsSettings
@@ -30,7 +30,7 @@ from darnet.storage import Store, open_store, transfer_all
 NUM_NAMED = 5  # Source: ours; faults told in full, of which one usually explains the rest
 
 
-def care_for_results(settings: ResultsSettings) -> dict[str, Any]:
+def run_verb(settings: ResultsSettings) -> dict[str, Any]:
     """Check, clean, copy or document a results table; returns the job's summary.
 
     Raises: UsageError if there is no table; RunError if the check finds it damaged; StorageError.
@@ -125,7 +125,7 @@ def _check_object(stored: Stored) -> list[str]:
     return faults
 
 
-def _find_doubles(final: Any) -> list[str]:
+def _find_doubles(final: Keys) -> list[str]:
     counted = final.group_by([*SCAN_KEY, *MODEL_KEY]).aggregate([([], "count_all"), ("commit", "max")])
     doubles = counted.filter(pc.greater(counted["count_all"], 1))
     return [
@@ -141,11 +141,12 @@ def _report_check(store: Store, out: str | None) -> dict[str, Any]:
     for fault in faults:
         print(f"wrong: {fault}", file=sys.stderr)
     if faults:
-        raise RunError(f"{store.uri}: {_count(faults)}; restore the named objects from a copy")
+        raise RunError(f"{store.uri}: {_name_faults(faults)}; restore the named objects from a copy")
     return {"objects": len(digests), "held": list_held_runs(store)}
 
 
-def _count(faults: Sequence[str]) -> str:
+def _name_faults(faults: Sequence[str]) -> str:
+    """The first faults in full, and how many more there are."""
     more = f" and {len(faults) - NUM_NAMED} more" if len(faults) > NUM_NAMED else ""
     return "; ".join(faults[:NUM_NAMED]) + more
 
@@ -157,7 +158,8 @@ def clean_runs(store: Store, keep_commits: int) -> dict[str, Any]:
     is left alone and counted: it may be a run in progress, which may end and be published while this goes on.
     Raises: StorageError, CredentialsError; what was removed until then stays so, and the same call goes on.
     """
-    found, files = _list_runs_with_work(store), list_run_files(store)  # before the table, that knows what ended by now
+    found = _list_runs_with_work(store)
+    files = list_run_files(store)  # before the table, that knows what ended by now
     objects = list_commit_objects(store)
     num_later = {item.key: index for index, item in enumerate(reversed(objects))}
     published = {stored.run_id: num_later[stored.key] for stored in stream_objects(store, objects, [])}

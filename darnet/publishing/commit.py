@@ -40,6 +40,9 @@ from darnet.publishing.rows import (
     SCAN_KEY,
     SCHEMA,
     SOURCE_KEY,
+    Keys,
+    PlacedKeys,
+    Rows,
     is_among,
     is_error,
     select_model,
@@ -149,7 +152,8 @@ def publish(
             return stored.commit
         known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
-    keys, description = _place(rows), describe_commit(run_id, listing.ended_at, origin, facts or {})
+    keys = _add_places(rows)
+    description = describe_commit(run_id, listing.ended_at, origin, facts or {})
     while True:
         past = pa.concat_tables(known)
         settled = _drop_repeats(_settle(_drop_superseded(keys, past), past), past)
@@ -167,7 +171,7 @@ def publish(
 
 
 @contextmanager
-def _write_object(rows: StagedRows, settled: Any, number: int, description: Mapping[str, str]) -> Iterator[Path]:
+def _write_object(rows: StagedRows, settled: PlacedKeys, number: int, description: Mapping[str, str]) -> Iterator[Path]:
     """The settled rows as a local file, numbered, in an order that does not depend on who finished first.
 
     No more than one row group is held: rows are dealt out to a file for each as they come, and sorted there. So many
@@ -191,7 +195,7 @@ def _write_object(rows: StagedRows, settled: Any, number: int, description: Mapp
         yield path
 
 
-def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Any]], files: Sequence[Path]) -> None:
+def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Rows]], files: Sequence[Path]) -> None:
     """Write each row to the file of its number, or nowhere if there is none."""
     with ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_file(str(file), SCHEMA)) for file in files]
@@ -226,13 +230,13 @@ def read_outlook(store: Store, rows: StagedRows) -> Outlook:
         past = pa.concat_tables(known)
         before, columns = past.to_pandas(), [*SCAN_KEY, "status"]
         is_repeat = is_among(rows.keys.select(columns).to_pandas(), before[is_error(before)], columns)
-        settled = _settle(_place(rows), past)
+        settled = _settle(_add_places(rows), past)
         is_given_up[settled[PLACE].to_numpy()] = settled[IS_GIVEN_UP].to_numpy()
     counts = Counter(give_up(rows.keys.select(["status"]), is_given_up)["status"].to_pylist())
     return Outlook(is_repeat, is_given_up, dict(counts.most_common()))
 
 
-def _place(rows: StagedRows) -> Any:
+def _add_places(rows: StagedRows) -> PlacedKeys:
     """Keys of a run's rows with their places; none is given up yet."""
     keys = rows.keys.append_column(PLACE, pa.array(np.arange(rows.num_rows)))
     return keys.append_column(IS_GIVEN_UP, pa.array(np.zeros(rows.num_rows, np.bool_)))
@@ -256,7 +260,7 @@ def _claim(store: Store, key: str, path: Path, run_id: str, pause: Callable[[flo
     raise StorageError(f"{store.uri}/{key}: no clear answer to {PUT_ATTEMPTS} puts; start the same run again later")
 
 
-def _select_related(stored: Stored, rows: StagedRows, listing: Listing) -> Any:
+def _select_related(stored: Stored, rows: StagedRows, listing: Listing) -> Keys:
     """Of another commit, the rows that concern our sources under our model and preprocessing, and if it is later.
 
     Later is a commit that our plan did not know, of a run that did not end its listing before ours began. If both
@@ -269,13 +273,13 @@ def _select_related(stored: Stored, rows: StagedRows, listing: Listing) -> Any:
     return related.append_column(IS_LATER, pa.array([is_later] * related.num_rows, pa.bool_()))
 
 
-def _select_ours(stored: Stored, rows: StagedRows) -> Any:
+def _select_ours(stored: Stored, rows: StagedRows) -> Keys:
     (model_sha256,), (preprocessing_version,) = (rows.run_key[name] for name in MODEL_KEY)
     ours = stored.rows.filter(pc.is_in(stored.rows["source"], rows.keys["source"]))
     return select_model(ours, model_sha256, preprocessing_version)
 
 
-def _drop_superseded(keys: Any, known: Any) -> Any:
+def _drop_superseded(keys: PlacedKeys, known: Keys) -> PlacedKeys:
     """Keys of our rows without those of sources that changed: a later run made other bytes of theirs final."""
     past = known.filter(known[IS_LATER]).to_pandas()
     later = past[~is_error(past)]
@@ -286,7 +290,7 @@ def _drop_superseded(keys: Any, known: Any) -> Any:
     return keys.filter(pa.array(~mine["source"].isin(changed)))
 
 
-def _settle(keys: Any, known: Any) -> Any:
+def _settle(keys: PlacedKeys, known: Keys) -> PlacedKeys:
     """Keys of our rows without what is final already, and with the last ERR of too many marked to be final."""
     if not known.num_rows or not keys.num_rows:
         return keys
@@ -297,16 +301,16 @@ def _settle(keys: Any, known: Any) -> Any:
     return kept.append_column(IS_GIVEN_UP, pa.array(_count_nights(mine[~is_settled], past) >= GIVE_UP_NIGHTS))
 
 
-def _drop_repeats(keys: Any, known: Any) -> Any:
+def _drop_repeats(keys: PlacedKeys, known: Keys) -> PlacedKeys:
     return keys.filter(pa.array(~_are_repeats(keys, known))) if _has_lasting(keys) else keys
 
 
-def _has_lasting(keys: Any) -> bool:
+def _has_lasting(keys: PlacedKeys) -> bool:
     """Whether any of these rows is of trouble that is never given up."""
     return not NEVER_GIVEN_UP.isdisjoint(keys["status"].unique().to_pylist())
 
 
-def _are_repeats(keys: Any, known: Any) -> BoolArray:
+def _are_repeats(keys: PlacedKeys, known: Keys) -> BoolArray:
     """Which of our rows are of sources whose newest commit holds these ERR rows, never given up, and no others.
 
     That commit tells of all of a source that is not final. To publish them every night would fill the table; the errors
@@ -346,7 +350,7 @@ def _count_nights(mine: pd.DataFrame, past: pd.DataFrame) -> Any:
     return mine.merge(counts, how="left", on=columns)["num_nights"].fillna(0).to_numpy()
 
 
-def give_up(rows: Any, is_last: BoolArray) -> Any:
+def give_up(rows: Rows, is_last: BoolArray) -> Rows:
     """Rows, or some columns of them, with the last ERR of too many turned final."""
     if not is_last.any():
         return rows
@@ -360,7 +364,7 @@ def give_up(rows: Any, is_last: BoolArray) -> Any:
     return rows
 
 
-def _finish(rows: Any, number: int) -> Any:
+def _finish(rows: Rows, number: int) -> Rows:
     """Rows of one group as published."""
     numbered = rows.set_column(
         SCHEMA.get_field_index("commit"), SCHEMA.field("commit"), pa.array(np.full(rows.num_rows, number))

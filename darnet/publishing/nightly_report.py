@@ -12,7 +12,7 @@ from darnet.charts import draw_nights, draw_shift
 from darnet.errors import STATUS_MEANINGS, Status
 from darnet.page import Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.publishing.gates import Measure, Verdict
-from darnet.publishing.rows import PROBABILITIES, SCHEMA, SECONDS
+from darnet.publishing.rows import PROBABILITIES, SCHEMA, SECONDS, Rows
 from darnet.publishing.tally import TALLY_COLUMNS, Tally
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray
 
@@ -42,7 +42,7 @@ class Night:
         self._seconds: dict[str, list[FloatArray]] = {stage: [] for stage in SECONDS}
         self._listed = SCHEMA.empty_table().select(NIGHT_COLUMNS)
 
-    def add(self, rows: Any) -> None:
+    def add(self, rows: Rows) -> None:
         """Take in rows with NIGHT_COLUMNS."""
         self.tally.add(rows)
         self.num_bytes += pc.sum(rows["num_bytes"]).as_py() or 0

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from darnet import RESEARCH_USE
 from darnet.errors import FolderMissing, StorageError, UsageError
 from darnet.publishing.origin import Origin
-from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA
+from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA, Rows
 from darnet.scan import StoredObject
 from darnet.storage import Store
 
@@ -60,7 +60,7 @@ class Stored:
     run_id: str
     listed_until: datetime | None
     origin: Origin | None
-    rows: Any
+    rows: Rows
 
     @property
     def commit(self) -> int:
@@ -143,7 +143,7 @@ def suggest_discard(store: Store, run_id: str) -> str:
     return f"say {call}, and its sources are planned anew"
 
 
-def _describe(file: Any, key: str, run_id: str, rows: Any) -> Stored:
+def _describe(file: Any, key: str, run_id: str, rows: Rows) -> Stored:
     metadata = file.metadata.metadata
     told = metadata.get(LISTED_UNTIL.encode())
     listed_until = None if told is None else datetime.fromisoformat(told.decode())
@@ -222,7 +222,7 @@ def demand_origin(table: Iterable[Stored], origin: Origin) -> Iterator[Stored]:
     origin.refuse_archive(newest)
 
 
-def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Any:
+def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Rows:
     """Rows of an object by their places in it, in the object's order; of the others, no more than lie in their groups.
 
     Raises: ObjectMissing; StorageError, as `read_stored`.
@@ -240,7 +240,7 @@ def take_rows(store: Store, item: StoredObject, places: Sequence[int]) -> Any:
             )
 
 
-def _read_batch(store: Store, key: str, batches: Iterator[Any]) -> Any:
+def _read_batch(store: Store, key: str, batches: Iterator[Any]) -> Rows | None:
     """The next batch as a table; None when there is none."""
     with explain_damage(store, key):
         batch = next(batches, None)

@@ -100,7 +100,8 @@ def plan_night(
         StorageError, also where there is no room for the plan on this machine.
     """
     keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)  # first: see Listing
-    started_at, survey = results.read_clock(), Survey()
+    started_at = results.read_clock()
+    survey = Survey()
 
     def make_record(plan_sha256: str) -> RunRecord:
         listing = Listing(keys.last_commit, started_at, results.read_clock())

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -89,6 +89,17 @@ SECONDS = [f"{stage}_s" for stage in STAGES]
 KEY_COLUMNS = [*SCAN_KEY, *MODEL_KEY, "status", "night", "commit"]
 
 
+# pyarrow has no types that mypy could check, so these say to people alone what a table holds.
+Rows: TypeAlias = Any
+"""Arrow table with columns of `SCHEMA`, one row a scan: all of them, or those that were asked for."""
+Keys: TypeAlias = Any
+"""Arrow table with `KEY_COLUMNS`: source, scan_id, input_sha256, model_sha256, preprocessing_version, status, night and
+commit. Those of other runs' commits may have `is_later` (bool) besides: the commit's run listed the archive later."""
+PlacedKeys: TypeAlias = Any
+"""Arrow table of a run's own rows: source, scan_id, input_sha256, status and night (`staged.ROW_KEY`), `place` (int64),
+the row's number in the run, and `is_given_up` (bool): its ERR is one night too many."""
+
+
 def name_probability(diagnosis: str) -> str:
     """The column that has a diagnosis's probability."""
     return f"probability_{diagnosis.lower()}"
@@ -119,7 +130,7 @@ PLAN_SCHEMA: Any = pa.schema(
 )
 
 
-def make_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+def make_table(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """Rows as an Arrow table of exactly `SCHEMA`. `commit` is 0 until `publish` sets it, and may be left out.
 
     Raises: RunError naming a column that is unknown, missing, of another type, or null where it may not be.
@@ -157,13 +168,13 @@ def unspell_key(text: str) -> str:
     return re.sub(r"\\x([0-9a-f]{2})", lambda found: os.fsdecode(bytes.fromhex(found[1])), text)
 
 
-def select_model(rows: Any, model_sha256: str, preprocessing_version: str) -> Any:
-    """Of an Arrow table, the rows under one model and preprocessing."""
+def select_model(rows: Rows, model_sha256: str, preprocessing_version: str) -> Rows:
+    """The rows under one model and preprocessing; they have `MODEL_KEY` at least."""
     return rows.filter(is_of_model(rows, model_sha256, preprocessing_version))
 
 
-def is_of_model(rows: Any, model_sha256: str, preprocessing_version: str) -> Any:
-    """Whether each row of an Arrow table is under one model and preprocessing."""
+def is_of_model(rows: Rows, model_sha256: str, preprocessing_version: str) -> Any:
+    """An Arrow column: whether each row is under one model and preprocessing."""
     is_model = pc.equal(rows["model_sha256"], model_sha256)
     return pc.and_(is_model, pc.equal(rows["preprocessing_version"], preprocessing_version))
 

@@ -1,7 +1,6 @@
 """What reads a run's staged parts goes in; its rows come out piece by piece, each source once and whole."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from darnet.archive import batch_by
 from darnet.publishing.objects import PIECE_ROWS
-from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, SCHEMA, is_error
+from darnet.publishing.rows import MODEL_KEY, SCAN_KEY, SCHEMA, Rows, is_error
 from darnet.scan import BoolArray
 
 ROW_KEY = [*SCAN_KEY, "status", "night"]
@@ -24,7 +23,7 @@ class StagedRows:
     counts once and whole: the part without an ERR row of it counts, if there is one, else the first.
     """
 
-    def __init__(self, read: Callable[[list[str]], Iterator[Any]]) -> None:
+    def __init__(self, read: Callable[[list[str]], Iterator[Rows]]) -> None:
         """`read` yields some columns of each part, always the same parts in the same order."""
         self._read = read
         parts, taken = [SCHEMA.empty_table().select(ROW_KEY)], [dict[str, set[str]]()]
@@ -42,7 +41,7 @@ class StagedRows:
         """How many rows count."""
         return int(self.keys.num_rows)
 
-    def stream(self, columns: list[str] = SCHEMA.names) -> Iterator[tuple[slice, Any]]:
+    def stream(self, columns: list[str] = SCHEMA.names) -> Iterator[tuple[slice, Rows]]:
         """Some columns of the rows in pieces of about `PIECE_ROWS`, each with its place in `keys`; no source is split.
 
         Raises: StorageError of a part that is gone or damaged.
@@ -56,7 +55,7 @@ class StagedRows:
             num_counted += len(counted)
 
 
-def _choose_rows(parts: list[Any]) -> BoolArray:
+def _choose_rows(parts: list[Rows]) -> BoolArray:
     """Whether each row counts: it lies in the part that its source is taken from."""
     frame = pa.concat_tables(parts).select(["source", "status"]).to_pandas()
     frame["part"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])

@@ -9,7 +9,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from darnet.errors import Status
-from darnet.publishing.rows import PROBABILITIES
+from darnet.publishing.rows import PROBABILITIES, Rows
 from darnet.scan import FloatArray
 
 NAMES = ["manufacturer", "intensity"]
@@ -30,7 +30,7 @@ class Tally:
         self.names: dict[str, Counter[str]] = {name: Counter() for name in NAMES}
         self._numbers: dict[str, list[FloatArray]] = {name: [] for name in NUMBERS}
 
-    def add(self, rows: Any) -> None:
+    def add(self, rows: Rows) -> None:
         """Count in rows with TALLY_COLUMNS."""
         self.nights.update(_count(rows["night"]))
         self.statuses.update(_count(rows["status"]))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from darnet.job import run_job
-from darnet.publishing.check import care_for_results, check_table, clean_runs
+from darnet.publishing.check import check_table, clean_runs, run_verb
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
@@ -29,7 +29,7 @@ from tests.results_fixtures import begin_run, flip_bit, has_plan, make_row, make
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
     """The job's summary and what it printed before."""
-    code = run_job("results", ResultsSettings, care_for_results, list(arguments))
+    code = run_job("results", ResultsSettings, run_verb, list(arguments))
     *printed, last = capsys.readouterr().out.splitlines()
     summary = json.loads(last)
     assert summary["exit_code"] == code
