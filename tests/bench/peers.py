@@ -38,14 +38,20 @@ from darnet.scan import Diagnosis
 from darnet.storage import open_store
 from darnet.terminal import print_table
 from tests.bench import planning
+from tests.bench.peer_roads import THREADS
 from tests.bench.resampling import list_series
 from tests.places import ROOT
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS = ("torch==2.13.0", "monai", "itk", "torchio", "SimpleITK", "scikit-image", "Pillow", "safetensors")
-ROAD_SCANS = 12  # of the road that all take
-LONGER, SHORTER = 36, 4  # a second length of ours, for what a scan more costs: longer if quick, or minutes would pass
+# Scans of the road that all take, and of a second night of ours, for what a scan more costs; of each series as many.
+# Source: ours: with 13 s a scan eager, 8 in OpenVINO and 4 in INT8 on two cores, and 15 s to start and end, a round is
+# MONAI 165 s, ours 120 + 40 (fp32) and 70 + 30 (INT8), floors 80: three rounds are 25 minutes.
+ROAD_SCANS, SHORTER, MOST_SERIES = 12, 3, 6
+STEADY = 0.9  # of the bare network, that each scan more must reach
 FLOOR, STAGES, ONE_MORE = "a scan's floor", "a scan beside the network", "one scan more"
+PROFILE, BARE = "where a scan's time goes", "the bare network"
+PROFILE_STAGES = ("bytes", "decode", "lungs", "child", "network", "statistics")  # `bytes` are read within `decode`
 # What a scan is called, how many slices it has, and its transfer syntax. Source: ours, like the real series at hand.
 PHANTOMS = (("275 slices JPEG-LS", 275, JPEGLSLossless), ("98 slices JPEG 2000", 98, JPEG2000Lossless))
 IMAGES = "300 slices PNG"
@@ -119,7 +125,10 @@ def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
 
 
 def add_ratios(rows: Sequence[Row], figure: str = "seconds") -> list[Row]:
-    """How many times as fast each of our rows is as every peer on the same thing; `times_first` of first readings."""
+    """How many times as fast each of our rows is as every peer on the same thing; `times_first` of first readings.
+
+    Of a scan more also as the bare network, of which it is a share.
+    """
     return [
         row
         | {"times": _divide(rows, row, figure)}
@@ -132,7 +141,8 @@ def _divide(rows: Sequence[Row], ours: Row, figure: str) -> dict[str, float]:
     if not ours["road"].startswith("ours"):
         return {}
     peers = [row for row in rows if row["what"] == ours["what"] and not row["road"].startswith("ours")]
-    return {row["road"]: row[figure] / ours[figure] for row in peers}
+    bare = {BARE: ours["bare_s"] / ours[figure]} if "bare_s" in ours else {}
+    return {row["road"]: row[figure] / ours[figure] for row in peers} | bare
 
 
 def build_peers() -> None:
@@ -235,14 +245,25 @@ def plan_network(bundle: Path) -> Iterator[Way]:
         yield Way("network", "a forward pass", f"ours, {backend} {precision}", command, goals)
 
 
+def choose_lengths(num_series: int) -> tuple[int, int]:
+    """Scans of the road's two nights: at least `ROAD_SCANS` and `SHORTER`, both of every series as often.
+
+    Else the scans that one night has more would be a lighter or a heavier mix than those that all roads take.
+    """
+    shorter = -(-SHORTER // num_series) * num_series
+    return -(-ROAD_SCANS // shorter) * shorter, shorter
+
+
 def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     """The floors, the network alone first, which leaves it compiled: then reading alone and the bytes alone.
 
-    Then twelve scans, the same ones again if there are fewer, through MONAI's loader and through a night of ours, by
-    each backend with a goal or bf16; and a night of another length.
+    Then twelve scans or a few more, the same ones again if there are fewer, through MONAI's loader and through a night
+    of ours, by each backend with a goal or bf16; and a shorter night of ours.
     """
-    archives = {count: lay_archive(scans, count, out) for count in (ROAD_SCANS, LONGER, SHORTER)}
-    place, weights = str(archives[ROAD_SCANS]), str(bundle / "fold0.safetensors")
+    scans = dict(list(scans.items())[:MOST_SERIES])
+    longer, shorter = choose_lengths(len(scans))
+    archives = {count: lay_archive(scans, count, out) for count in (longer, shorter)}
+    place, weights = str(archives[longer]), str(bundle / "fold0.safetensors")
     backends = [backend for backend in list_backends() if backend[0] != "torch"]
     for backend, precision, *_ in backends:
         alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
@@ -250,11 +271,11 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     for kind in ("reading", "bytes"):
         yield Way("road", FLOOR, f"ours, {kind} alone", take(sys.executable, "floor", kind, place))
     yield Way("road", STAGES, "ours, on one thread", take(sys.executable, "stages", "ours", place))
-    yield Way("road", name_road(ROAD_SCANS), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
+    yield Way("road", name_road(longer), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
     for backend, precision, _, least in backends:
-        for count in (ROAD_SCANS, SHORTER if precision == "fp32" else LONGER):
+        for count in (longer, shorter):
             command = take(sys.executable, "road", "ours", str(bundle), str(archives[count]), backend, precision)
-            goals = {"monai": least} if least and count == ROAD_SCANS else {}
+            goals = {"monai": least} if least and count == longer else {}
             yield Way("road", name_road(count), f"ours, {backend} {precision}", command, goals)
 
 
@@ -279,12 +300,17 @@ def count_whole_processes(rows: Sequence[Row]) -> list[Row]:
 
 
 def find_one_more(rows: Sequence[Row]) -> list[Row]:
-    """What a scan more costs: MONAI's by its own clock once it runs, ours by the difference of two lengths."""
+    """What a scan more costs: MONAI's by its own clock once it runs, ours by the difference of two lengths.
+
+    Of ours `bare_s` is the network alone, of which each scan more must reach `STEADY`.
+    """
     found = []
     for road in dict.fromkeys(row["road"] for row in rows if "scans" in row):
         lengths = sorted((row for row in rows if row["road"] == road and "scans" in row), key=lambda row: row["scans"])
         first, last = lengths[0], lengths[-1]
         row = {"section": "road", "what": ONE_MORE, "road": road, "goals": {}, "repeats": last["repeats"]}
+        if alone := [other for other in rows if other["what"] == FLOOR and other["road"] == name_alone(road)]:
+            row |= {"goals": {BARE: STEADY}, "bare_s": alone[0]["seconds"]}
         if "one_more_s" in last:
             row |= {"seconds": last["one_more_s"], "processor_s": last["processor_s"] / last["scans"]}
         elif last["scans"] > first["scans"]:
@@ -295,6 +321,95 @@ def find_one_more(rows: Sequence[Row]) -> list[Row]:
             commands = dict.fromkeys(item["repeat"] for item in lengths)
             found.append(row | {"repeat": " && ".join(commands)})
     return found
+
+
+def name_alone(road: str) -> str:
+    """The row of the network alone, of a road of ours."""
+    return road.replace("ours,", "ours, network alone,")
+
+
+def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
+    """Of each road of ours, the seconds of one core that each stage takes of a scan, measured alone, and of the whole.
+
+    `floor_s`: the seconds a scan takes on these cores if none is ever idle and nothing but the stages is done.
+    `idle`: seconds of a core a scan in which the whole road left it without work. `best_share`: the share of the bare
+    network that the floor allows.
+    """
+    named = {(row["what"], row["road"]): row for row in rows}
+    read, beside = named[FLOOR, "ours, reading alone"], named[STAGES, "ours, on one thread"]
+    decode, lungs = beside["headers_s"] + beside["pixels_s"], beside["lungs_s"]
+    shared = {
+        "bytes": named[FLOOR, "ours, bytes alone"]["processor_s"],
+        "decode": decode,
+        "lungs": lungs,
+        "child": max(read["processor_s"] - decode - lungs, 0.0),
+        "statistics": beside["statistics_s"],
+    }
+    found = []
+    for whole in rows:
+        if whole["what"] != ONE_MORE or (FLOOR, name_alone(whole["road"])) not in named:
+            continue
+        alone = named[FLOOR, name_alone(whole["road"])]
+        measured = shared | {"network": alone["processor_s"]}
+        stages = {name: measured[name] for name in PROFILE_STAGES}
+        sum_s = sum(seconds for name, seconds in stages.items() if name != "bytes")
+        floor_s = max(sum_s / num_cores, alone["seconds"])
+        figures = {
+            "seconds": whole["seconds"],
+            "stages": stages,
+            "sum": sum_s,
+            "whole": whole["processor_s"],
+            "idle": whole["seconds"] * num_cores - whole["processor_s"],
+            "num_cores": num_cores,
+            "floor_s": floor_s,
+            "bare_s": alone["seconds"],
+            "best_share": alone["seconds"] / floor_s,
+            "share": alone["seconds"] / whole["seconds"],
+        }
+        kept = {name: whole[name] for name in ("section", "road", "repeats", "repeat")}
+        found.append(kept | {"what": PROFILE, "goals": {}, "times": {}} | figures)
+    return found
+
+
+def explain_profile(row: Row) -> str:
+    """Why a road of ours reaches its goal beside the bare network, or does not."""
+    reached = f"{row['road']}: {row['share']:.2f} of {BARE}, at least {STEADY:g}"
+    if row["share"] >= STEADY:
+        return f"{reached}: reached"
+    others_s, cores = row["sum"] - row["stages"]["network"], row["num_cores"]
+    room_s = row["bare_s"] / STEADY * cores - row["stages"]["network"]
+    costly = max((name for name in PROFILE_STAGES if name not in ("bytes", "network")), key=row["stages"].__getitem__)
+    why = (
+        f"missed: the other stages take {others_s:.2f} s of a core a scan, most of it {costly}, and beside the network "
+        f"{cores} cores leave {max(room_s, 0):.2f} s; without any other loss {row['best_share']:.2f} could be reached"
+    )
+    if row["best_share"] >= STEADY:
+        why = (
+            f"missed, though the stages leave room for {row['best_share']:.2f}: beside them the road took "
+            f"{row['whole'] - row['sum']:.2f} s of a core a scan, and left cores idle for {row['idle']:.2f} s"
+        )
+    return f"{reached}: {why}"
+
+
+def print_profile(rows: Sequence[Row]) -> None:
+    """The stages of a scan, each measured alone, against the whole road; below it why a goal is missed."""
+    columns = [*PROFILE_STAGES, "sum", "whole", "idle"]
+    table = []
+    for row in rows:
+        figures = row["stages"] | {name: row[name] for name in ("sum", "whole", "idle")}
+        seconds = [f"{figures[name]:.3g}" for name in columns]
+        found = [f"{row['floor_s']:.3g}", f"{row['seconds']:.3g}", f"{row['share']:.2f}"]
+        table.append([row["road"].removeprefix("ours, "), *seconds, *found])
+    title = f"{PROFILE}: seconds of one core a scan; of floor and one more, of {rows[0]['num_cores']} cores"
+    print_table(title, ["road", *columns, "floor", "more", "share"], table)
+    print(
+        "Stages each alone; bytes are read within decode. child: what reading in a limited process costs besides. sum: "
+        "without bytes. whole: a scan more of the whole road. idle: cores without work meanwhile. floor: sum / cores, "
+        f"or the network alone where that takes longer. more: seconds of a scan more; share: {BARE} in it.",
+        file=sys.stderr,
+    )
+    for row in rows:
+        print(explain_profile(row), file=sys.stderr)
 
 
 def plan_augmentation() -> Iterator[Way]:
@@ -321,10 +436,11 @@ def measure_planning() -> list[Row]:
 
 def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) -> None:
     """A table of the rows, in brackets the first reading of a process; below it how to repeat each."""
-    table = []
+    table, profiles = [], [row for row in rows if row["what"] == PROFILE]
+    rows = [row for row in rows if row["what"] != PROFILE]
     for row in rows:
-        first = {road: f" ({times:.1f})" for road, times in row.get("times_first", {}).items()}
-        times = ", ".join(f"{times:.1f}{first.get(road, '')} x {road}" for road, times in row["times"].items())
+        first = {road: f" ({times:.3g})" for road, times in row.get("times_first", {}).items()}
+        times = ", ".join(f"{times:.3g}{first.get(road, '')} x {road}" for road, times in row["times"].items())
         goals = ", ".join(f"{least:g} x {road}" for road, least in row["goals"].items())
         memory = f"{row['growth_mb']:.0f}" if "growth_mb" in row else ""
         processor = f"{row['processor_s']:.3g}" if "processor_s" in row else ""
@@ -335,8 +451,10 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
     print(describe_processor(), file=sys.stderr)
     for row in rows:
         print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
-        if note := describe_road(row, rows):
+        if note := describe_road(row):
             print(f"  {note}", file=sys.stderr)
+    if profiles:
+        print_profile(profiles)
 
 
 def describe_processor() -> str:
@@ -346,18 +464,16 @@ def describe_processor() -> str:
     return f"on {facts['processor']}, {os.cpu_count()} CPUs with {has}; OpenVINO {facts['openvino']}"
 
 
-def describe_road(row: Row, rows: Sequence[Row]) -> str:
+def describe_road(row: Row) -> str:
     """What a row of the section `road` says beside its figures; nothing of other rows.
 
-    Of a scan more, the share that the network alone has in it, and what the road takes besides; of a night and of what
-    is beside the network, the stages.
+    Of a scan more, how it was found and what the road takes besides; of a night and of what is beside the network, the
+    stages.
     """
     if row["what"] == ONE_MORE:
-        alone = [other for other in rows if other["road"] == row["road"].replace("ours,", "ours, network alone,")]
         if not row["road"].startswith("ours"):
             return "by its own clock, from its second scan to its last; CPU s of the whole process, a scan"
-        share = f"; {alone[0]['seconds'] / row['seconds']:.2f} of the network alone" if alone else ""
-        return f"of two lengths of the road; start-up and end {row['start_up_s']:.1f} s{share}"
+        return f"of two lengths of the road; start-up and end {row['start_up_s']:.1f} s"
     stages = [name for name in row if name in STAGE_NAMES]
     return ", ".join(f"{name.removesuffix('_s')} {row[name]:.3g}" for name in stages) + (" s a scan" if stages else "")
 
@@ -366,7 +482,7 @@ def draw_chart(rows: Sequence[Row]) -> Figure:
     """A panel for each thing measured, a bar for each road; planning as a curve."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["section"] != "planning" and row["what"] not in (FLOOR, STAGES):
+        if row["section"] != "planning" and row["what"] not in (FLOOR, STAGES, PROFILE):
             groups.setdefault((row["section"], row["what"]), []).append(row)
     groups = {key: group for key, group in groups.items() if len(group) > 1}  # with nothing to compare, no panel
     planned = [row for row in rows if row["section"] == "planning"]
@@ -428,6 +544,7 @@ def measure_section(section: str, scans: dict[str, str], out: Path, repeats: int
     if section == "road":
         rows = count_whole_processes(rows)
         rows += find_one_more(rows)
+        return [*add_ratios(rows), *profile_road(rows, THREADS)]
     return add_ratios(rows)
 
 
@@ -441,17 +558,24 @@ def merge_rows(earlier: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
 SECTIONS = ("reading", "images", "augmentation", "network", "road", "planning")
 
 
-def main(arguments: list[str]) -> int:
-    """Measure the chosen sections, print and keep them."""
+def parse_settings(arguments: list[str]) -> argparse.Namespace:
+    """What is asked for; `only` as a list of sections. Raises: UsageError for an unknown one."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers", description=__doc__)
     parser.add_argument("--scans", type=Path, help="folder of DICOM series; default: full-size phantoms")
-    parser.add_argument("--repeats", type=int, help="times each way is taken (default 3; of the section road 1)")
+    parser.add_argument("--repeats", type=int, default=3, help="times each way is taken (default 3)")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="for bench.json, bench.png, phantoms")
     given = parser.parse_args(arguments)
-    chosen = given.only.split(",")
-    if unknown := set(chosen) - set(SECTIONS):
-        raise UsageError(f"--only {given.only}: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
+    given.only = given.only.split(",")
+    if unknown := set(given.only) - set(SECTIONS):
+        raise UsageError(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
+    return given
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the chosen sections, print and keep them."""
+    given = parse_settings(arguments)
+    chosen = given.only
     given.out.mkdir(parents=True, exist_ok=True)
     build_peers()
     scans = list_scans(given.scans, given.out) if {"reading", "images", "road"} & set(chosen) else {}
@@ -459,7 +583,7 @@ def main(arguments: list[str]) -> int:
     rows: list[Row] = json.loads(kept.read_text()) if kept.exists() else []
     for section in (name for name in SECTIONS if name in chosen):
         before = os.getloadavg()[0]
-        taken = measure_section(section, scans, given.out, given.repeats or (1 if section == "road" else 3))
+        taken = measure_section(section, scans, given.out, given.repeats)
         load = (before, os.getloadavg()[0])
         print_section(section, taken, load)
         found_at = {"load": load, "at": datetime.now(UTC).isoformat(timespec="seconds")}
