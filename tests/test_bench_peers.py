@@ -8,15 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from darnet.bundle_writing import add_int8_graphs, make_bundle
 from darnet.errors import UsageError
+from darnet.inference.graph import fold_batch_norm
+from darnet.inference.openvino_backend import convert_network, quantize_graph
+from darnet.model import build_network
+from darnet.phantom import make_phantom
+from darnet.phantoms.canvas import acquire
+from darnet.phantoms.files import write_dicom, write_slice_images
+from darnet.volume import apply_window
 from tests.bench.peer_roads import find_pace, read_children, read_ours, read_ours_in_child
 from tests.bench.peers import (
     BARE,
+    BUNDLE_CODE,
     ONE_MORE,
+    PHANTOM_CODE,
     Row,
     Way,
     add_ratios,
     choose_lengths,
+    clear_others,
     count_whole_processes,
     describe_road,
     draw_chart,
@@ -24,8 +35,10 @@ from tests.bench.peers import (
     find_one_more,
     list_backends,
     list_scans,
+    locate_phantoms,
     measure_in_turn,
     merge_rows,
+    name_makers,
     parse_settings,
     plan_road,
     print_section,
@@ -102,11 +115,43 @@ def test_the_chart_has_a_panel_for_each_scan_and_one_for_planning() -> None:
 
 def test_a_folder_without_a_series_is_wrong_use(tmp_path: Path) -> None:
     for name in ("275-slices-JPEG-LS", "98-slices-JPEG-2000", "300-slices-PNG"):
-        (tmp_path / "phantoms" / name).mkdir(parents=True)
-        (tmp_path / "phantoms" / name / "done").touch()
+        (locate_phantoms(tmp_path) / name).mkdir(parents=True)
+        (locate_phantoms(tmp_path) / name / "done").touch()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no DICOM series"):
         list_scans(tmp_path / "empty", tmp_path)
+
+
+def test_what_is_kept_is_named_by_all_that_makes_it() -> None:
+    name = name_makers(("model", "bundle"), choose_lengths, {"channels": 64}, "1.0")
+    assert name == name_makers(("model", "bundle"), choose_lengths, {"channels": 64}, "1.0")
+    others = (
+        name_makers(("model",), choose_lengths, {"channels": 64}, "1.0"),
+        name_makers(("model", "bundle"), clear_others, {"channels": 64}, "1.0"),
+        name_makers(("model", "bundle"), choose_lengths, {"channels": 32}, "1.0"),
+        name_makers(("model", "bundle"), choose_lengths, {"channels": 64}, "1.1"),
+    )
+    assert name not in others
+    assert len(set(others)) == 4
+
+
+def test_the_modules_that_make_what_is_kept_are_named() -> None:
+    """By where the functions live that peers.py calls."""
+    for makers, modules in (
+        ((make_bundle, add_int8_graphs, build_network, convert_network, quantize_graph, fold_batch_norm), BUNDLE_CODE),
+        ((make_phantom, write_dicom, write_slice_images, acquire, apply_window), PHANTOM_CODE),
+    ):
+        assert {maker.__module__.removeprefix("darnet.") for maker in makers} <= set(modules)
+
+
+def test_what_other_code_made_is_deleted(tmp_path: Path) -> None:
+    for name in ("new", "old/fp32"):
+        (tmp_path / "bundle" / name).mkdir(parents=True)
+        (tmp_path / "bundle" / name / "bundle.json").touch()
+    (tmp_path / "bundle" / "bundle.json").touch()  # as it lay before
+    clear_others(tmp_path / "bundle" / "new")
+    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["new"]
+    assert (tmp_path / "bundle" / "new" / "bundle.json").exists()
 
 
 def test_what_is_measured_again_replaces_the_earlier_rows_of_the_same_scan() -> None:

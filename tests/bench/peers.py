@@ -7,9 +7,11 @@ another's; figures are medians. The peers' environment, `.venv-peers`, is built 
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
@@ -28,9 +31,10 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 from darnet.bundle import BundleSettings, Int8Record, load_network
 from darnet.bundle_writing import TrainedFold, add_int8_graphs, make_bundle, publish_bundles
 from darnet.checkup.machine import INSTRUCTIONS, list_instructions
-from darnet.config import ModelConfig, TrainConfig, VolumeConfig
+from darnet.code_version import HOME, digest_sources
+from darnet.config import ModelConfig, TrainConfig, VolumeConfig, digest_json
 from darnet.errors import UsageError
-from darnet.inference.openvino_backend import convert_network, describe_openvino, quantize_graph
+from darnet.inference.openvino_backend import convert_network, describe_openvino, load_nncf, quantize_graph
 from darnet.model import build_network
 from darnet.phantom import make_phantom
 from darnet.phantoms.files import DicomStyle, write_dicom, write_slice_images
@@ -55,6 +59,11 @@ PROFILE_STAGES = ("bytes", "decode", "lungs", "child", "network", "statistics") 
 # What a scan is called, how many slices it has, and its transfer syntax. Source: ours, like the real series at hand.
 PHANTOMS = (("275 slices JPEG-LS", 275, JPEGLSLossless), ("98 slices JPEG 2000", 98, JPEG2000Lossless))
 IMAGES = "300 slices PNG"
+# The modules that decide what the phantoms are, and the bundle with its INT8 graph; both are kept from run to run.
+PHANTOM_CODE = (
+    *("config", "phantom", "phantoms.body", "phantoms.canvas", "phantoms.files", "phantoms.findings", "scan", "volume"),
+)
+BUNDLE_CODE = ("bundle", "bundle_writing", "config", "inference.graph", "inference.openvino_backend", "model", "scan")
 # Backend, precision, and what they must reach: the network against eager torch, the road against MONAI's.
 BACKENDS = (
     ("torch", "fp32", None, None),
@@ -159,12 +168,32 @@ def build_peers() -> None:
     installed.touch()
 
 
+def name_makers(modules: Sequence[str], maker: Callable[..., Any], *settings: Any) -> str:
+    """A digest of what makes something that is kept: modules of darnet, the function here, settings and versions."""
+    return digest_json([digest_sources(HOME, modules), inspect.getsource(maker), settings])[:16]
+
+
+def clear_others(folder: Path) -> None:
+    """Delete what lies beside the folder: the same thing, made by other code."""
+    for old in folder.parent.glob("*"):
+        if old != folder and old.is_dir():
+            shutil.rmtree(old)
+        elif old != folder:
+            old.unlink()
+
+
+def locate_phantoms(out: Path) -> Path:
+    """Where the phantoms that this code makes are kept."""
+    return out / "phantoms" / name_makers(PHANTOM_CODE, write_phantoms, PHANTOMS, IMAGES)
+
+
 def write_phantoms(folder: Path) -> None:
-    """Full-size phantoms, one chest in all formats; they are kept for the next run."""
+    """Full-size phantoms, one chest in all formats; they are kept for the next run of the same code."""
     names = [*(name for name, _, _ in PHANTOMS), IMAGES]
     if all((folder / name.replace(" ", "-") / "done").exists() for name in names):
         return
     print(f"Making full-size phantoms in {folder} (a minute or two)", file=sys.stderr)
+    clear_others(folder)
     chest = make_phantom(Diagnosis.NCP, 1, shape=(300, 512, 512))
     write_slice_images(chest, folder / IMAGES.replace(" ", "-") / "scan")
     for name, num_slices, syntax in PHANTOMS:
@@ -180,9 +209,10 @@ def list_scans(scans: Path | None, out: Path) -> dict[str, str]:
 
     Raises: UsageError if there is none.
     """
-    write_phantoms(out / "phantoms")
+    phantoms = locate_phantoms(out)
+    write_phantoms(phantoms)
     if scans is None:
-        return {name: str((out / "phantoms" / name.replace(" ", "-") / "scan").resolve()) for name, _, _ in PHANTOMS}
+        return {name: str((phantoms / name.replace(" ", "-") / "scan").resolve()) for name, _, _ in PHANTOMS}
     found = {series.name: series for series in list_series(scans) if len(series.files) >= 10}
     if not found:
         raise UsageError(f"--scans {scans}: no DICOM series of 10 slices below it; give a folder that holds some")
@@ -202,7 +232,7 @@ def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
 
 def plan_images(out: Path) -> Iterator[Way]:
     """Slice images are always phantoms."""
-    folder = str((out / "phantoms" / IMAGES.replace(" ", "-") / "scan").resolve())
+    folder = str((locate_phantoms(out) / IMAGES.replace(" ", "-") / "scan").resolve())
     yield Way("images", IMAGES, "pillow + scikit-image", take(PEERS_PYTHON, "read", "pillow", folder))
     yield Way("images", IMAGES, "ours", take(sys.executable, "read", "ours", folder), {"pillow + scikit-image": 10.0})
 
@@ -212,12 +242,21 @@ def list_backends() -> list[tuple[str, str, float | None, float | None]]:
     return [backend for backend in BACKENDS if backend[1] != "bf16" or "BF16" in describe_openvino()["processor"]]
 
 
+def locate_bundle(out: Path) -> Path:
+    """Where the bundle that this code makes is kept."""
+    settings = [section().model_dump(mode="json") for section in (ModelConfig, VolumeConfig, TrainConfig)]
+    versions = [torch.__version__, load_nncf().__version__, describe_openvino()]
+    return out / "bundle" / name_makers(BUNDLE_CODE, write_one_fold, settings, versions) / "int8"
+
+
 def write_one_fold(out: Path) -> Path:
     """A bundle of one untrained network of full size, whose weights the peers load too, and its INT8 graph."""
-    folder = out / "bundle"
+    folder = locate_bundle(out)
     if not (folder / "bundle.json").exists():
         print(f"Making a network of full size in {folder}", file=sys.stderr)
-        network = ModelConfig()
+        clear_others(folder.parent)
+        shutil.rmtree(folder.parent, ignore_errors=True)  # what a run that was ended left of it
+        fp32, network = str(folder.with_name("fp32")), ModelConfig()
         facts = dict.fromkeys(("model_version", "code_version", "trained_on"), "untrained")
         bundle, files = make_bundle(
             settings=BundleSettings(volume=VolumeConfig(), network=network, train=TrainConfig()),
@@ -225,13 +264,13 @@ def write_one_fold(out: Path) -> Path:
             cohort_sha256="0" * 64,
             **facts,
         )
-        publish_bundles(str(out / "bundle-fp32"), [("", files)])
+        publish_bundles(fp32, [("", files)])
         noise = np.random.default_rng(0).integers(0, 256, VolumeConfig().shape, np.uint8)
         graph = quantize_graph(convert_network(load_network(bundle, 0)), [noise])
         digests = {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in graph._asdict().items()}
         measured = {"calibration_scans": 1, "num_scans": 1, "max_difference": 0, "mean_difference": 0}
         record = Int8Record(**digests, **measured, changed_predictions=0, nncf="untrained", **describe_openvino())
-        _, files = add_int8_graphs(bundle, open_store(str(out / "bundle-fp32")), [graph], [record])
+        _, files = add_int8_graphs(bundle, open_store(fp32), [graph], [record])
         publish_bundles(str(folder), [("", files)])
     return folder
 
