@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
 from darnet.bundle_writing import add_int8_graphs, make_bundle
 from darnet.errors import UsageError
@@ -16,8 +18,9 @@ from darnet.model import build_network
 from darnet.phantom import make_phantom
 from darnet.phantoms.canvas import acquire
 from darnet.phantoms.files import write_dicom, write_slice_images
+from darnet.threads import set_num_threads
 from darnet.volume import apply_window
-from tests.bench.peer_roads import find_pace, read_children, read_ours, read_ours_in_child
+from tests.bench.peer_roads import augment_ours, find_pace, read_children, read_ours, read_ours_in_child
 from tests.bench.peers import (
     BARE,
     BUNDLE_CODE,
@@ -300,6 +303,16 @@ def test_every_section_is_taken_three_times_unless_told_otherwise() -> None:
 def test_an_unknown_section_is_wrong_use() -> None:
     with pytest.raises(UsageError, match="rode is none of"):
         parse_settings(["--only", "reading,rode"])
+
+
+def test_our_augmentation_is_timed_on_one_thread_as_training_has_it() -> None:
+    before = torch.get_num_threads()
+    set_num_threads(2)
+    try:
+        augment_ours()
+        assert cv2.getNumThreads() == 1
+    finally:
+        set_num_threads(before)
 
 
 def test_the_pace_of_a_loader_is_counted_once_it_works_ahead() -> None:

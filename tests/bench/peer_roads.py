@@ -356,9 +356,12 @@ def augment_like_authors() -> Task:
 
 
 def augment_ours() -> Task:
+    """On one thread, as training does it and as scikit-image does."""
     from darnet.augment import augment_volume
     from darnet.config import AugmentConfig
+    from darnet.threads import set_num_threads
 
+    set_num_threads(1)
     volume = _draw_volume()
     return lambda: augment_volume(volume, AugmentConfig(), np.random.default_rng(0))
 
