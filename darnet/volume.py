@@ -60,14 +60,16 @@ def make_standard_volume(stack: SliceStack, config: VolumeConfig, num_threads: i
     Raises: ScanError from the slices' decoding; BAD_INTENSITY for values that cannot be HU.
     """
     depth, height, width = config.shape
-    box = find_crop(stack, config)
+    kept: dict[int, FloatArray] = {}
+    box = find_crop(stack, config, kept)
     grid = np.zeros((depth, height, width), np.float32)
     by_source = defaultdict(list)
     for item in list_contributions(stack.shape[0], depth, config.depth_resampling):
         by_source[item.source].append(item)
     sources = sorted(by_source)
     darkest, brightest, implausible_share = np.inf, -np.inf, 0.0
-    for source, small in zip(sources, _shrink_slices(stack, sources, box, config, num_threads), strict=True):
+    shrink = functools.partial(_shrink_slice, stack, box, config, kept)
+    for source, small in zip(sources, _run_in_order(shrink, sources, num_threads), strict=True):
         darkest, brightest = min(darkest, small.darkest), max(brightest, small.brightest)
         implausible_share += small.implausible_share / len(sources)
         for item in by_source[source]:
@@ -97,8 +99,8 @@ def list_contributions(num_slices: int, depth: int, resampling: str) -> list[Con
     return contributions
 
 
-def find_crop(stack: SliceStack, config: VolumeConfig) -> CropBox:
-    """The part of each slice that the network sees.
+def find_crop(stack: SliceStack, config: VolumeConfig, kept: dict[int, FloatArray] | None = None) -> CropBox:
+    """The part of each slice that the network sees; slices that had to be read for it are put in `kept`.
 
     Raises: ScanError(BAD_INTENSITY) if `body` is asked for and no body is found.
     """
@@ -110,7 +112,10 @@ def find_crop(stack: SliceStack, config: VolumeConfig) -> CropBox:
     contributing = sorted({item.source for item in list_contributions(num_slices, config.shape[0], "linear")})
     chosen = np.linspace(0, len(contributing) - 1, min(NUM_BODY_SAMPLES, len(contributing))).round().astype(int)
     for index in chosen:
-        body |= _find_body(stack.read_slice(contributing[index]), stack.intensity)
+        pixels = stack.read_slice(contributing[index])
+        body |= _find_body(pixels, stack.intensity)
+        if kept is not None:
+            kept[contributing[index]] = pixels
     if not body.any():
         raise ScanError(Status.BAD_INTENSITY, "no body in the scan")
     inside_rows, inside_columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
@@ -144,11 +149,10 @@ def _list_area(num_slices: int, depth: int) -> list[Contribution]:
     return contributions
 
 
-def _shrink_slices(
-    stack: SliceStack, sources: Sequence[int], box: CropBox, config: VolumeConfig, num_threads: int
+def _run_in_order(
+    shrink: Callable[[int], SmallSlice], sources: Sequence[int], num_threads: int
 ) -> Iterator[SmallSlice]:
     """The slices in order, read by as many threads; the first that cannot be read ends it."""
-    shrink: Callable[[int], SmallSlice] = functools.partial(_shrink_slice, stack, box, config)
     if num_threads == 1:
         yield from map(shrink, sources)
         return
@@ -159,14 +163,16 @@ def _shrink_slices(
         pool.shutdown(cancel_futures=True)
 
 
-def _shrink_slice(stack: SliceStack, box: CropBox, config: VolumeConfig, source: int) -> SmallSlice:
-    """One slice, windowed and cropped.
+def _shrink_slice(
+    stack: SliceStack, box: CropBox, config: VolumeConfig, kept: dict[int, FloatArray], source: int
+) -> SmallSlice:
+    """One slice, windowed and cropped; read, unless it was and is among `kept`, where it is forgotten.
 
     Shape:  (rows, columns) of the stack -> (H, W) of `config.shape`.
     Units:  HU or display values in, [0, 1] out.
     Raises: ScanError from its decoding.
     """
-    pixels = stack.read_slice(source)
+    pixels = kept.pop(source) if source in kept else stack.read_slice(source)
     small = _resize(_to_unit(_crop(pixels, box), stack.intensity, config), config.shape[1:])
     darkest, brightest = float(pixels.min()), float(pixels.max())
     is_plausible = PLAUSIBLE_HU[0] <= darkest and brightest <= PLAUSIBLE_HU[1]  # never of what holds NaN

@@ -143,6 +143,15 @@ def test_body_crop_is_the_box_of_the_body_and_leaves_the_couch_out() -> None:
     assert (box.top, box.left, box.height, box.width) == (30, 20, 60, 80)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("resampling", ["linear", "area"])
+def test_body_crop_reads_no_slice_twice(resampling: str, num_threads: int) -> None:
+    stack = ArrayStack(np.pad(np.full((30, 40, 60), 40.0), ((0, 0), (5, 5), (5, 5)), constant_values=-1000))
+    config = VolumeConfig(shape=(12, 16, 16), crop="body", depth_resampling=resampling)
+    make_standard_volume(stack, config, num_threads)
+    assert sorted(stack.read) == sorted({item.source for item in list_contributions(30, 12, resampling)})
+
+
 def test_a_wide_field_of_view_does_not_shrink_the_body_under_body_crop() -> None:
     body = np.full((12, 40, 60), 40.0, np.float32)
     config = VolumeConfig(shape=(12, 16, 16), crop="body")
