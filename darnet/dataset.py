@@ -10,7 +10,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from darnet.augment import augment_volume
 from darnet.cohort import COHORTS, Division
 from darnet.config import AugmentConfig, VolumeConfig
 from darnet.errors import ObjectMissing, UsageError
+from darnet.model import scale_voxels
 from darnet.scan import DIAGNOSES, Uint8Array
 from darnet.storage import Store, open_store
 
@@ -33,6 +34,7 @@ COHORT_FILE = "cohort.parquet"
 FACTS_FILE = "facts.parquet"
 VOLUMES_FILE = "volumes.json"
 ARRAYS_FOLDER = "arrays"
+CPU = torch.device("cpu")
 LOADER_THREADS, BATCHES_AHEAD = 2, 2  # Source: ours; tests/bench/loading.py prints what is still waited for
 COLUMNS = ("scan_id", "patient_id", "diagnosis", "cohort", "fold", "array", "sha256")
 
@@ -107,9 +109,10 @@ class VolumeDataset(Dataset[tuple[Tensor, int]]):
     """Network input and label by row of the index; augmented only where an `Augmentation` is given."""
 
     def __init__(self, index: VolumesIndex, augmentation: Augmentation | None = None) -> None:
+        self.shape = index.volume.shape
+        self.labels: list[int] = index.labels.tolist()
         self._folder = index.folder
         self._arrays = index.frame["array"].tolist()
-        self._labels = index.labels.tolist()
         self._augmentation = augmentation
 
     def __len__(self) -> int:
@@ -117,36 +120,58 @@ class VolumeDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         """Shape: tensor (1, D, H, W) float32 in [0, 1]."""
+        return torch.from_numpy(self.read_voxels(row).astype(np.float32)[None] / np.float32(255)), self.labels[row]
+
+    def read_voxels(self, row: int) -> Uint8Array:
+        """The volume of a row, augmented or memory-mapped; (D, H, W)."""
         voxels: Uint8Array = np.load(self._folder / self._arrays[row], mmap_mode="r")
-        if self._augmentation is not None:
-            voxels = self._augmentation.apply(voxels, row)
-        return torch.from_numpy(voxels.astype(np.float32)[None] / np.float32(255)), self._labels[row]
+        return voxels if self._augmentation is None else self._augmentation.apply(voxels, row)
 
 
-def load_batches(dataset: VolumeDataset, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Volumes and labels of each batch, in order, read ahead by threads while the batch before is trained on.
+def load_batches(
+    dataset: VolumeDataset, batches: Sequence[Sequence[int]], device: torch.device = CPU
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Volumes and labels of each batch on the device, in order, read ahead by threads while one is trained on.
 
-    Which thread loads a row changes nothing in it: a row's augmentation depends on the row alone.
+    Which thread loads a row changes nothing in it: a row's augmentation depends on the row alone. A GPU is sent the
+    bytes, a quarter of what floats would be, from memory that it can read by itself, and scales them.
     Shape:  (B, 1, D, H, W) float32, (B,) int64.
-    Source: ours: threads, since reading, resampling and scaling hold no lock, and processes would have to be started
-            anew each epoch.
+    Source: ours: threads, since reading and resampling hold no lock, and processes would have to be started anew each
+            epoch.
     """
     with ThreadPoolExecutor(LOADER_THREADS) as pool:
-        ahead: deque[list[Future[tuple[Tensor, int]]]] = deque()
+        ahead: deque[_Coming] = deque()
         try:
             for batch in batches:
-                ahead.append([pool.submit(dataset.__getitem__, row) for row in batch])
+                ahead.append(_Coming(pool, dataset, batch, is_pinned=device.type == "cuda"))
                 if len(ahead) > BATCHES_AHEAD:
-                    yield _stack(ahead.popleft())
+                    yield ahead.popleft().send(device)
             while ahead:
-                yield _stack(ahead.popleft())
+                yield ahead.popleft().send(device)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _stack(items: Sequence["Future[tuple[Tensor, int]]"]) -> tuple[Tensor, Tensor]:
-    volumes, labels = zip(*(item.result() for item in items), strict=True)
-    return torch.stack(volumes), torch.tensor(labels)
+class _Coming:
+    """A batch that threads are filling, each row in its place."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, dataset: VolumeDataset, rows: Sequence[int], *, is_pinned: bool
+    ) -> None:
+        self._voxels = torch.empty((len(rows), *dataset.shape), dtype=torch.uint8, pin_memory=is_pinned)
+        self._labels = torch.tensor([dataset.labels[row] for row in rows], pin_memory=is_pinned)
+
+        def fill(place: Uint8Array, row: int) -> None:
+            np.copyto(place, dataset.read_voxels(row))
+
+        places = self._voxels.numpy()
+        self._filling = [pool.submit(fill, place, row) for place, row in zip(places, rows, strict=True)]
+
+    def send(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The batch once it is full; a copy to a GPU may still be under way."""
+        for row in self._filling:
+            row.result()
+        return scale_voxels(self._voxels.to(device, non_blocking=True)), self._labels.to(device, non_blocking=True)
 
 
 def write_array(store: Store, scan_id: str, voxels: Uint8Array) -> tuple[str, str]:

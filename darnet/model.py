@@ -25,6 +25,7 @@ __all__ = [
     "RowwiseLinear",
     "build_network",
     "count_parameters",
+    "scale_voxels",
 ]
 
 STAGE_WIDTHS = (1, 2, 4, 8)  # times base_channels. Source: ResNet18, paper ref. 8
@@ -250,6 +251,11 @@ def _hold_statistics(module: nn.Module) -> Iterator[None]:
         for norm, own in zip(norms, buffers, strict=True):
             for name, buffer in own.items():
                 setattr(norm, name, buffer)
+
+
+def scale_voxels(voxels: Tensor) -> Tensor:
+    """Shape: (B, D, H, W) uint8 -> (B, 1, D, H, W) float32 in [0, 1], on the same device."""
+    return voxels.unsqueeze(1).float() / 255
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -314,8 +314,8 @@ def infer_logits(
     """Shape: (len(rows), classes) float64."""
     network.eval()
     batches = [rows[start : start + batch_size].tolist() for start in range(0, len(rows), batch_size)]
-    loaded = load_batches(dataset, batches)
-    logits = [network(volumes.to(device)).cpu().double().numpy() for volumes, _ in loaded]
+    loaded = load_batches(dataset, batches, device)
+    logits = [network(volumes).cpu().double().numpy() for volumes, _ in loaded]
     return np.concatenate([np.empty((0, 3)), *logits])
 
 
@@ -334,7 +334,7 @@ def _run_epoch(
     losses = train_steps(
         learner.network,
         learner.optimizer,
-        load_batches(dataset, batches),
+        load_batches(dataset, batches, gang.device),
         gang.device,
         weigh_classes(index, fold, config),
         config.amp,

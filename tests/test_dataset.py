@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from darnet.config import AugmentConfig, VolumeConfig
@@ -200,6 +201,33 @@ def test_batches_read_ahead_are_those_of_torchs_loader(tmp_path: Path) -> None:
         assert torch.equal(volumes, wanted)
         assert torch.equal(labels, wanted_labels)
     assert list(load_batches(dataset, [])) == []
+
+
+def test_batches_are_read_ahead_as_bytes_and_scaled_where_they_are_trained_on(tmp_path: Path) -> None:
+    """Torch's device without memory stands in for a GPU: what gets there is bytes, and floats are made there."""
+    dataset, sent = VolumeDataset(make_volumes(tmp_path, 6, 2)), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
+            found = function(*arguments, **(keywords or {}))
+            if function is torch.ops.aten._to_copy.default and arguments[0].device != found.device:
+                sent.append((tuple(found.shape), found.dtype))
+            return found
+
+    with Watch():
+        ((volumes, labels),) = load_batches(dataset, [[0, 4]], torch.device("meta"))
+    assert sent == [((2, *SMALL_VOLUME.shape), torch.uint8), ((2,), torch.int64)]
+    assert (volumes.device.type, volumes.dtype, volumes.shape) == ("meta", torch.float32, (2, 1, *SMALL_VOLUME.shape))
+    assert labels.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gets_the_same_batches(tmp_path: Path) -> None:
+    dataset, batches = VolumeDataset(make_volumes(tmp_path, 12, 2)), [[3, 1, 7, 5], [0, 11, 2, 4], [9, 8]]
+    sent = load_batches(dataset, batches, torch.device("cuda"))
+    for (volumes, labels), (wanted, wanted_labels) in zip(sent, load_batches(dataset, batches), strict=True):
+        assert torch.allclose(volumes.cpu(), wanted, rtol=1e-6, atol=0)
+        assert torch.equal(labels.cpu(), wanted_labels)
 
 
 def test_a_row_that_cannot_be_read_stops_its_batch_and_no_thread_stays(tmp_path: Path) -> None:

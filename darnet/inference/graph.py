@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from darnet.cam import class_activation_maps
-from darnet.model import DARNet, FeatureTrace
+from darnet.model import DARNet, FeatureTrace, scale_voxels
 from darnet.scan import FloatArray, Uint8Array
 
 
@@ -39,11 +39,6 @@ class Backend(Protocol):
 
         Shape: (forward_scans, D, H, W) uint8, writable.
         """
-
-
-def scale_voxels(voxels: Tensor) -> Tensor:
-    """Shape: (B, D, H, W) uint8 -> (B, 1, D, H, W) float32 in [0, 1], on the same device."""
-    return voxels.unsqueeze(1).float() / 255
 
 
 def explain_trace(network: DARNet, trace: FeatureTrace) -> tuple[Tensor, ...]:

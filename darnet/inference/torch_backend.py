@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from darnet.inference.graph import FoldAnswer, explain_trace, fold_batch_norm, scale_voxels
-from darnet.model import DARNet, FeatureTrace
+from darnet.inference.graph import FoldAnswer, explain_trace, fold_batch_norm
+from darnet.model import DARNet, FeatureTrace, scale_voxels
 from darnet.scan import Uint8Array
 from darnet.threads import set_num_threads
 

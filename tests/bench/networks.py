@@ -20,7 +20,7 @@ import torch
 
 from darnet.bundle import Int8Graph
 from darnet.config import ModelConfig, ScoreConfig
-from darnet.inference.graph import ScoringGraph, fold_batch_norm, scale_voxels
+from darnet.inference.graph import ScoringGraph, fold_batch_norm
 from darnet.inference.openvino_backend import (
     compile_graph,
     convert_network,
@@ -31,7 +31,7 @@ from darnet.inference.openvino_backend import (
     read_graph,
 )
 from darnet.inference.torch_backend import TorchBackend
-from darnet.model import DARNet, build_network
+from darnet.model import DARNet, build_network, scale_voxels
 from darnet.terminal import print_table
 from darnet.threads import set_num_threads
 

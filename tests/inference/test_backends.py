@@ -21,9 +21,9 @@ from darnet.config import ModelConfig, ScoreConfig
 from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.inference import openvino_backend
-from darnet.inference.graph import ScoringGraph, fold_batch_norm, scale_voxels
+from darnet.inference.graph import ScoringGraph, fold_batch_norm
 from darnet.inference.torch_backend import TorchBackend
-from darnet.model import build_network
+from darnet.model import build_network, scale_voxels
 from darnet.scan import Uint8Array
 from darnet.score import Ensemble, ScanScore
 from darnet.settings import ScoreSettings, read_settings
