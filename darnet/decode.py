@@ -4,6 +4,7 @@ DICOM slices come as Hounsfield units (the rescale is applied here, once), slice
 """
 
 import math
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from darnet.config import DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.dicom import MISSING_RATIO
-from darnet.reading.stored_pixels import read_gray_png, read_gray_size, read_stored_pixels
+from darnet.reading.stored_pixels import PNG_HEAD_BYTES, parse_gray_size, read_gray_png, read_stored_pixels
 from darnet.reading.volume_file import check_axes, check_volume_file
 from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile
 
@@ -38,6 +39,7 @@ EVEN_SHARE = 0.6  # of the steps between numbers, more than which are the same: 
 _BEGINNINGS = {"PNGImageIO": (b"\x89PNG\r\n\x1a\n",), "JPEGImageIO": (b"\xff\xd8",), "TIFFImageIO": (b"II", b"MM")}
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
+_TAIL_BYTES = 64  # in which it is looked for: some writers add a few bytes behind the end
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,20 @@ def open_images(files: Sequence[StagedFile], limits: DecodeConfig, *, is_head_fi
     ordered = [file_of[name] for name in os_sorted(names)]
     if not is_head_first:
         ordered.reverse()
-    sizes = set()
+    sizes, are_whole = set[tuple[int, int]](), list[bool | None]()
     for file in ordered:
         with name_file(file.label):
-            sizes.add(_read_image_size(file.path))
+            size, is_whole = _read_image_header(file.path)
+            sizes.add(size)
+            are_whole.append(is_whole)
     if len(sizes) > 1:
         raise ScanError(Status.BAD_MIXED_SERIES, f"{len(sizes)} image sizes in one folder")
     (height, width) = sizes.pop()
     if len(ordered) * height * width > limits.max_scan_bytes:
         raise ScanError(Status.BAD_LIMIT, f"more than {limits.max_scan_bytes} bytes decoded")
-    for file in ordered:
+    for file, is_whole in zip(ordered, are_whole, strict=True):
         with name_file(file.label):
-            _check_ending(file.path)
+            _check_whole(file.path, is_whole)
     if len(ordered) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(ordered)} slices, {limits.min_slices} needed")
     _check_numbers(names)
@@ -239,15 +243,24 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
         raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
 
 
-def _read_image_size(path: Path) -> tuple[int, int]:
-    """Rows and columns of an 8-bit image, from its header."""
-    image_io = IMAGE_READERS[path.suffix]
-    with path.open("rb") as file:
-        if not file.read(8).startswith(_BEGINNINGS[image_io]):
+def _read_image_header(path: Path) -> tuple[tuple[int, int], bool | None]:
+    """Rows and columns of an 8-bit image by its header, and whether its end is there; None where nothing marks it.
+
+    A file is opened once, and only its two ends are read, unless SimpleITK must tell its size.
+    """
+    image_io, ending = IMAGE_READERS[path.suffix], _ENDINGS.get(path.suffix)
+    with path.open("rb", buffering=0) as file:
+        head = file.read(PNG_HEAD_BYTES)
+        if not head.startswith(_BEGINNINGS[image_io]):
             raise ScanError(Status.BAD_UNREADABLE, "slice image is not what its suffix says")
-    size = read_gray_size(path) if image_io == "PNGImageIO" else None
-    if size is not None:
-        return size
+        file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
+        is_whole = None if ending is None else ending in file.read()
+    size = parse_gray_size(head) if image_io == "PNGImageIO" else None
+    return size or _ask_image_size(path, image_io), is_whole
+
+
+def _ask_image_size(path: Path, image_io: str) -> tuple[int, int]:
+    """Rows and columns of an 8-bit image, by SimpleITK."""
     if image_io == "TIFFImageIO":
         _check_pages(path)
     reader = sitk.ImageFileReader()
@@ -283,17 +296,9 @@ def _check_pages(path: Path) -> None:
         raise ScanError(Status.BAD_PIXELS, "several pages in one slice image")
 
 
-def _check_ending(path: Path) -> None:
-    """Demand the mark at an image's end; nothing marks a TIFF's, so that it is decoded instead."""
-    ending = _ENDINGS.get(path.suffix.lower())
-    if ending is None:
+def _check_whole(path: Path, is_whole: bool | None) -> None:
+    """Demand an image's end; nothing marks a TIFF's, so that it is decoded instead."""
+    if is_whole is None:
         _read_pixels(path)
-    elif ending not in _read_tail(path):
+    elif not is_whole:
         raise ScanError(Status.BAD_TRUNCATED, "slice image ends early")
-
-
-def _read_tail(path: Path) -> bytes:
-    """Some writers add a few bytes behind the end."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - 64, 0))
-        return file.read()

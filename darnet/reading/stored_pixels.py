@@ -26,6 +26,7 @@ from pydicom.uid import (
 from darnet.scan import FloatArray, PixelLayout
 
 EXACT_IN_FLOAT32 = 2**24  # whole numbers up to here
+PNG_HEAD_BYTES = 33  # signature and first chunk
 MAX_PNG_SIDE = 1_000_000  # pixels that libpng takes
 
 
@@ -77,14 +78,13 @@ def _read_jpeg_2000(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
     return stored
 
 
-def read_gray_size(path: Path) -> tuple[int, int] | None:
-    """Rows and columns of an 8-bit gray PNG by its first chunk, or None where SimpleITK must decide.
+def parse_gray_size(data: bytes) -> tuple[int, int] | None:
+    """Rows and columns of an 8-bit gray PNG by its first 33 bytes, or None where SimpleITK must decide.
 
     Source: PNG specification, signature and chunk IHDR: width, height, bits, colour type, three methods, CRC.
     """
-    with path.open("rb") as file:
-        head = file.read(33)
-    if len(head) < 33 or zlib.crc32(head[12:29]).to_bytes(4, "big") != head[29:]:
+    head = data[:PNG_HEAD_BYTES]
+    if len(head) < PNG_HEAD_BYTES or zlib.crc32(head[12:29]).to_bytes(4, "big") != head[29:]:
         return None
     signature, width, height, *kind = struct.unpack_from(">16sII5B", head)
     is_gray = signature == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and kind == [8, 0, 0, 0, 0]
@@ -96,11 +96,12 @@ def read_gray_png(path: Path) -> NDArray[np.uint8] | None:
 
     Shape: (rows, columns).
     """
-    size = read_gray_size(path)
+    data = path.read_bytes()
+    size = parse_gray_size(data)
     if size is None:
         return None
     try:
-        pixels: NDArray[np.uint8] = imagecodecs.png_decode(path.read_bytes())
+        pixels: NDArray[np.uint8] = imagecodecs.png_decode(data)
     except (RuntimeError, ValueError):
         return None
     return pixels if pixels.dtype == np.uint8 and pixels.shape == size else None  # transparency is another plane

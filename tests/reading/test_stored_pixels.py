@@ -1,8 +1,9 @@
 """Every faster decoder gives SimpleITK's values to the last HU, and leaves to it what is not as declared."""
 
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PosixPath
+from typing import Any, ClassVar
 
 import imagecodecs
 import jpeg_ls
@@ -23,9 +24,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from darnet.decode import read_dicom_slice
+from darnet.config import DecodeConfig
+from darnet.decode import open_images, read_dicom_slice
 from darnet.reading.dicom import read_header
-from darnet.reading.stored_pixels import read_gray_png, read_gray_size, read_stored_pixels
+from darnet.reading.stored_pixels import parse_gray_size, read_gray_png, read_stored_pixels
 from darnet.scan import FloatArray, PixelLayout, StagedFile
 from tests.ct_fixtures import make_slice
 from tests.places import SHARED
@@ -181,9 +183,31 @@ def write_png(path: Path, **changes: Any) -> NDArray[np.uint8]:
 def test_a_gray_png_has_the_values_that_were_written(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     values = write_png(path)
-    assert read_gray_size(path) == values.shape
+    assert parse_gray_size(path.read_bytes()) == values.shape
     np.testing.assert_array_equal(read_gray_png(path), values)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), values)
+
+
+class CountedPath(PosixPath):
+    """Notes how often each file is opened."""
+
+    opened: ClassVar[Counter[str]] = Counter()
+
+    def open(self, *arguments: Any, **settings: Any) -> Any:
+        self.opened[self.name] += 1
+        return super().open(*arguments, **settings)
+
+
+def test_a_png_is_opened_once_for_its_ends_and_once_for_its_pixels(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(10)]
+    for name in names:
+        values = write_png(tmp_path / name)
+    files = [StagedFile(name, CountedPath(tmp_path / name), name) for name in names]
+    CountedPath.opened.clear()
+    stack = open_images(files, DecodeConfig(), is_head_first=True)
+    assert CountedPath.opened == dict.fromkeys(names, 1)
+    np.testing.assert_array_equal(stack.read_slice(4), values)
+    assert CountedPath.opened == dict.fromkeys(names, 1) | {"4.png": 2}
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "RGB", "RGBA", "I;16", "LA"])
@@ -191,7 +215,7 @@ def test_a_png_of_another_kind_is_left_to_simpleitk(mode: str, tmp_path: Path) -
     path = tmp_path / "a.png"
     write_png(path)
     Image.open(path).convert(mode).save(path)
-    assert read_gray_size(path) is None
+    assert parse_gray_size(path.read_bytes()) is None
     assert read_gray_png(path) is None
 
 
