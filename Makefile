@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo paper-smoke test test-quick test-slow bench-resampling walk-publishing bench-loading bench-fetching
 .PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks
-.PHONY: bench-ddp chaos fuzz licences advisories
+.PHONY: bench-ddp bench-decoders chaos fuzz licences advisories
 .PHONY: lint format clean
 
 help: ## list the targets
@@ -76,6 +76,9 @@ bench-poison: $(ENVIRONMENT) ## a night with scans that kill, stall or starve th
 
 bench-workers: $(ENVIRONMENT) ## one worker against two: how far their loss curves are apart, and why
 	@$(BIN)/python -m tests.bench.workers
+
+bench-decoders: $(ENVIRONMENT) ## milliseconds a slice of SimpleITK's and other decoders, and who agrees; REPEATS=31
+	@$(BIN)/python -m tests.bench.decoders $(if $(REPEATS),--repeats $(REPEATS))
 
 bench-ddp: $(ENVIRONMENT) ## seconds of a training step: two workers of one thread against one of two; REPEATS=3
 	@$(BIN)/python -m tests.bench.ddp $(if $(REPEATS),--repeats $(REPEATS))

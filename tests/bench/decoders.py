@@ -1,0 +1,152 @@
+"""Decoders of one slice against SimpleITK, on one thread: `make bench-decoders` prints milliseconds and who agrees.
+
+A phantom's slice of 512 x 512 is written in each format; every decoder opens the file, reads it and decodes it. They
+take turns, and medians are told. `reading.stored_pixels` uses what is faster here and gives SimpleITK's values.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from darnet.decode import set_decoder_threads
+from darnet.phantom import make_phantom
+from darnet.reading.dicom import read_header
+from darnet.scan import Diagnosis, StagedFile
+from darnet.terminal import print_table
+from tests.ct_fixtures import make_slice
+
+REFERENCE = "SimpleITK"
+Decode = Callable[[], NDArray[Any]]
+
+
+def write_dicom(path: Path, stored: NDArray[np.uint16], syntax: str) -> Path:
+    """The slice in this syntax, which the header declares."""
+    dataset = make_slice(np.zeros(stored.shape, np.int16), (0, 0, 0), PixelRepresentation=0, RescaleIntercept=-1024)
+    dataset.PixelData = stored.astype("<u2").tobytes()
+    dataset["PixelData"].VR = "OW"
+    if syntax == JPEGLosslessSV1:
+        frame = imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=16)
+        dataset.PixelData = encapsulate([bytes(frame)])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.file_meta.TransferSyntaxUID = syntax
+    elif syntax != ExplicitVRLittleEndian:
+        dataset.compress(syntax, generate_instance_uid=False)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def list_decoders(folder: Path, stored: NDArray[np.uint16]) -> dict[tuple[str, str], Decode]:
+    """What decodes the slice of each format, by (format, decoder); the reference comes first."""
+    gray, shape = np.clip(stored >> 3, 0, 255).astype(np.uint8), stored.shape
+    ways: dict[tuple[str, str], Decode] = {}
+
+    def add(name: str, path: Path, image_io: str, read: Callable[[], bytes], **decoders: Callable[..., Any]) -> None:
+        ways[name, REFERENCE] = lambda: ask_simpleitk(path, image_io)
+        for decoder, decode in decoders.items():
+            ways[name, decoder] = lambda decode=decode: np.asarray(decode(read()))  # type: ignore[misc]
+
+    for suffix, image_io in ((".png", "PNGImageIO"), (".jpg", "JPEGImageIO")):
+        path = folder / f"a{suffix}"
+        Image.fromarray(gray).save(path)
+        codecs = {"png": imagecodecs.png_decode, "spng": imagecodecs.spng_decode}
+        chosen = codecs if suffix == ".png" else {"jpeg8": imagecodecs.jpeg8_decode}
+        add(f"{suffix[1:]}, 8 bits", path, image_io, path.read_bytes, **chosen)
+    syntaxes: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
+        "JPEG-LS": (JPEGLSLossless, {"jpegls": imagecodecs.jpegls_decode}),
+        "JPEG 2000": (JPEG2000Lossless, {"jpeg2k": lambda data: imagecodecs.jpeg2k_decode(data, numthreads=1)}),
+        "JPEG Lossless SV1": (
+            JPEGLosslessSV1,
+            {name: getattr(imagecodecs, f"{name}_decode") for name in ("ljpeg", "jpegsof3", "jpeg8")},
+        ),
+        "RLE": (
+            RLELossless,
+            {"dicomrle": lambda data: np.frombuffer(imagecodecs.dicomrle_decode(data, "<u2"), "<u2").reshape(shape)},
+        ),
+    }
+    for name, (syntax, decoders) in syntaxes.items():
+        path = write_dicom(folder / f"{name}.dcm", stored, syntax)
+        header = read_header(StagedFile(path.name, path, path.name))
+        assert header is not None
+        assert header.layout is not None
+        start = header.layout.start
+
+        def read_frame(path: Path = path, start: int = start) -> bytes:
+            with path.open("rb") as body:
+                body.seek(start)
+                return get_frame(body, 0, number_of_frames=1)
+
+        add(name, path, "GDCMImageIO", read_frame, **decoders)
+    return ways
+
+
+def ask_simpleitk(path: Path, image_io: str) -> NDArray[Any]:
+    """The pixels; of DICOM HU, as its reader applies the rescale."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(image_io)
+    reader.SetFileName(str(path))
+    pixels = sitk.GetArrayFromImage(reader.Execute())
+    return pixels[0] + 1024 if image_io == "GDCMImageIO" else pixels
+
+
+def measure(ways: dict[tuple[str, str], Decode], repeats: int) -> dict[tuple[str, str], tuple[float, bool | None]]:
+    """Median milliseconds of each, and whether its values are SimpleITK's; None as values if it cannot decode."""
+    references = {name: decode() for (name, decoder), decode in ways.items() if decoder == REFERENCE}
+    same: dict[tuple[str, str], bool | None] = {}
+    for way, decode in ways.items():
+        try:
+            same[way] = bool(np.array_equal(decode(), references[way[0]]))
+        except (RuntimeError, ValueError) as error:
+            print(f"{way}: {error}", file=sys.stderr)
+            same[way] = None
+    spent: dict[tuple[str, str], list[float]] = {way: [] for way in ways if same[way] is not None}
+    for _ in range(repeats):
+        for way, seconds in spent.items():
+            start_s = time.perf_counter()
+            ways[way]()
+            seconds.append(time.perf_counter() - start_s)
+    return {way: (1000 * median(seconds), same[way]) for way, seconds in spent.items()}
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--size", type=int, default=512)
+    chosen = parser.parse_args(arguments)
+    set_decoder_threads(1)
+    chest = make_phantom(Diagnosis.NCP, 1, shape=(24, chosen.size, chosen.size)).voxels_hu[12]
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(list_decoders(Path(folder), (chest + 1024).clip(0).astype(np.uint16)), chosen.repeats)
+    rows = [
+        [name, decoder, spent_ms, f"{found[name, REFERENCE][0] / spent_ms:.2f}", "yes" if is_same else "no"]
+        for (name, decoder), (spent_ms, is_same) in found.items()
+    ]
+    title = f"a slice of {chosen.size} x {chosen.size}, medians of {chosen.repeats}"
+    print_table(title, ["format", "decoder", "ms", f"times {REFERENCE}", "its values"], rows)
+    told = {f"{name}, {decoder}": round(spent_ms, 3) for (name, decoder), (spent_ms, _) in found.items()}
+    print(json.dumps({"repeats": chosen.repeats, "ms": told}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
