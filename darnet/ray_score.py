@@ -49,17 +49,16 @@ from darnet.training_plan import place_networks, plan_actors, read_room
 class ScoringActor:
     """A cluster actor that holds the ensemble and turns decoded scans into results rows.
 
-    A bundle that it refuses stops the job when that reaches the driver: raised here, Ray would strip it of its type.
+    A bundle or a node that it refuses stops the job when that reaches the driver: raised here, Ray would strip it of its type.
     """
 
     def __init__(
         self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
     ) -> None:
-        """Raises: UsageError as `refuse_open_node`."""
-        refuse_open_node()
         self._run, self._images = run, images
         self._ensemble: Ensemble | RunError
         try:
+            refuse_open_node()
             self._ensemble = _load_ensemble(model, run, config, device)
         except RunError as error:
             self._ensemble = error
@@ -67,10 +66,10 @@ class ScoringActor:
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out.
 
-        One failure stands for all scans where the bundle is refused.
+        One failure stands for all scans where bundle or node is refused.
         """
-        if isinstance(refusal := self._ensemble, RunError):
-            return {"row": [pickle.dumps(("", 1, refusal))]}
+        if isinstance(self._ensemble, RunError):
+            return {"row": [pickle.dumps(("", 1, self._ensemble))]}
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]

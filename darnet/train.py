@@ -164,7 +164,7 @@ def equip_network(network: DARNet, config: TrainConfig, device: torch.device) ->
     check_device(config, has_gpu=device.type != "cpu")
     network.recomputes_blocks = config.gradient_checkpointing
     if not config.channels_last_3d:  # in which every network is built
-        network.to(memory_format=torch.contiguous_format)
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if config.sync_batchnorm:
         network = cast(DARNet, nn.SyncBatchNorm.convert_sync_batchnorm(network))  # type: ignore[no-untyped-call]
     if config.compile:

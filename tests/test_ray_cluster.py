@@ -143,8 +143,10 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     assert str(refused).startswith(told)
     manifest = write_random_bundle(tmp_path / "model").manifest
     run = RunFacts("run", date(2026, 1, 1), manifest, "0")
-    with pytest.raises(UsageError, match=told):
-        ScoringActor(LocalStore(tmp_path / "model"), run, ScoreConfig(), "cpu")
+    actor = ScoringActor(LocalStore(tmp_path / "model"), run, ScoreConfig(), "cpu")
+    ((_, _, refused),) = map(pickle.loads, actor({})["row"])
+    assert isinstance(refused, UsageError)
+    assert str(refused).startswith(told)
 
 
 @pytest.mark.parametrize("shape", [(16, 32, 32), VolumeConfig().shape])
