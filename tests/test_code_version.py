@@ -26,6 +26,7 @@ NEUTRAL = {
     "errors": "names of what can go wrong",
     "history": "metrics for people",
     "pseudonym": "keys that no record keeps",
+    "range_reader": "bytes of objects of the results table alone",
     "ray_checkpoint": "a resumed training ends in the bits of an undisturbed one",
     "reading.sandbox": "limits; what they end is ERR_*, and recorded nowhere",
     "settings": "settings are digested by value",
