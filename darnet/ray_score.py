@@ -49,7 +49,8 @@ from darnet.training_plan import place_networks, plan_actors, read_room
 class ScoringActor:
     """A cluster actor that holds the ensemble and turns decoded scans into results rows.
 
-    A bundle or a node that it refuses stops the job when that reaches the driver: raised here, Ray would strip it of its type.
+    A bundle or a node that it refuses stops the job when that reaches the driver: raised here, Ray would strip it of
+    its type.
     """
 
     def __init__(
