@@ -69,13 +69,14 @@ class ScoringActor:
 
         One failure stands for all scans where bundle or node is refused.
         """
-        if isinstance(self._ensemble, RunError):
-            return {"row": [pickle.dumps(("", 1, self._ensemble))]}
+        ensemble = self._ensemble
+        if isinstance(ensemble, RunError):
+            return {"row": [pickle.dumps(("", 1, ensemble))]}
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
         is_ok = np.array([item.scan.status is Status.OK for item in decoded])
-        scores = iter(self._ensemble.score(batch["voxels"][is_ok]) if is_ok.any() else ())
+        scores = iter(ensemble.score(batch["voxels"][is_ok]) if is_ok.any() else ())
         rows = []
         for item in decoded:
             score = next(scores) if item.scan.status is Status.OK else None

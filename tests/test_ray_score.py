@@ -25,6 +25,7 @@ import jobs.score
 from darnet import NOTICE
 from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_manifest
+from darnet.code_version import name_scoring_code
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, ObjectMissing, UsageError
 from darnet.publishing.hold import decide_hold, refuse_if_held
@@ -133,6 +134,7 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
     assert (second["published"], second["planned_sources"], second["scans"]) == (2, 2, 2)
     rows = read_predictions(str(results))
     assert len(rows) == 7
+    assert set(rows["code_version"]) == {name_scoring_code()}
     assert set(rows.loc[rows["commit"] == 2, "source"]) == {"chest01", "late"}
     assert sorted(path.name for path in (results / "predictions").iterdir()) == [
         "c00000001.parquet",
