@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from darnet.config import DecodeConfig
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.dicom import MISSING_RATIO
-from darnet.reading.stored_pixels import PNG_HEAD_BYTES, parse_gray_size, read_gray_png, read_stored_pixels
+from darnet.reading.stored_pixels import (
+    PNG_HEAD_BYTES,
+    parse_gray_size,
+    read_gray_jpeg,
+    read_gray_png,
+    read_stored_pixels,
+)
 from darnet.reading.volume_file import check_axes, check_volume_file
 from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile
 
@@ -77,8 +83,11 @@ class ImageStack:
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
         with name_file(self.files[index].label):
-            path = self.files[index].path
-            gray = read_gray_png(path) if path.suffix == ".png" else None
+            path, gray = self.files[index].path, None
+            if path.suffix == ".png":
+                gray = read_gray_png(path)
+            elif path.suffix in (".jpg", ".jpeg"):
+                gray = read_gray_jpeg(path, self.shape[1:])
             pixels: NDArray[Any] = _read_pixels(path) if gray is None else gray
             if pixels.ndim == 3:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():

@@ -5,9 +5,11 @@ import struct
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pydicom
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
 
 from darnet.decode import write_volume
 from tests.ct_fixtures import SPACING_MM, make_chest, make_slice, write_chest
@@ -20,10 +22,14 @@ BOMB_BYTES = 3 << 30  # of a deflated DICOM file, which has to be inflated befor
 
 
 def write_crash(folder: Path) -> None:
-    """A DICOM series of which one slice holds sequences in sequences in sequences; RLE, which only GDCM reads."""
+    """A series of which one slice holds sequences in sequences in sequences; JPEG Lossless, which only GDCM reads."""
     path = write_chest(folder)[7]
     dataset = pydicom.dcmread(path)
-    dataset.compress(RLELossless, generate_instance_uid=False)
+    stored = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns)
+    frame = imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=16)
+    dataset.PixelData = encapsulate([bytes(frame)])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     dataset.save_as(path)
     heads, inside = [], 0
     for _ in range(NUM_NESTED):

@@ -1,4 +1,4 @@
-"""A plain CT slice or PNG in, in a format that has a faster decoder than SimpleITK; its values out.
+"""A plain CT slice, PNG or JPEG in, in a format that has a faster decoder than SimpleITK; its values out.
 
 These decoders let other threads work meanwhile, which SimpleITK does not. What is not exactly as its header says is
 left to SimpleITK, so that the values and verdicts are those of one decoder.
@@ -21,6 +21,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGLSLossless,
     JPEGLSNearLossless,
+    RLELossless,
 )
 
 from darnet.scan import FloatArray, PixelLayout
@@ -78,6 +79,12 @@ def _read_jpeg_2000(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
     return stored
 
 
+def _read_rle(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
+    """The decoder refuses segments that hold more than the slice; of those that hold less the caller sees it."""
+    num_bytes = 2 * layout.size[0] * layout.size[1]
+    return np.frombuffer(imagecodecs.dicomrle_decode(_read_frame(path, layout), "<u2", out=num_bytes), np.uint16)
+
+
 def parse_gray_size(data: bytes) -> tuple[int, int] | None:
     """Rows and columns of an 8-bit gray PNG by its first 33 bytes, or None where SimpleITK must decide.
 
@@ -107,12 +114,25 @@ def read_gray_png(path: Path) -> NDArray[np.uint8] | None:
     return pixels if pixels.dtype == np.uint8 and pixels.shape == size else None  # transparency is another plane
 
 
+def read_gray_jpeg(path: Path, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+    """The pixels of an 8-bit gray JPEG of this size, or None where SimpleITK must decide.
+
+    Shape: (rows, columns).
+    """
+    try:
+        pixels: NDArray[np.uint8] = imagecodecs.jpeg8_decode(path.read_bytes(), out=np.empty(size, np.uint8))
+    except (RuntimeError, ValueError):
+        return None
+    return pixels
+
+
 def _read_frame(path: Path, layout: PixelLayout) -> bytes:
     with path.open("rb") as body:
         body.seek(layout.start)
         return get_frame(body, 0, number_of_frames=1)
 
 
+# JPEG Lossless is not among them: imagecodecs' fastest decoder of it takes damaged streams that SimpleITK refuses.
 _READERS: dict[str, Callable[[Path, PixelLayout], NDArray[np.uint16]]] = {
     ExplicitVRLittleEndian: _read_native,
     ImplicitVRLittleEndian: _read_native,
@@ -120,6 +140,7 @@ _READERS: dict[str, Callable[[Path, PixelLayout], NDArray[np.uint16]]] = {
     JPEGLSNearLossless: _read_jpeg_ls,
     JPEG2000Lossless: _read_jpeg_2000,
     JPEG2000: _read_jpeg_2000,
+    RLELossless: _read_rle,
 }
 
 

@@ -19,6 +19,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
     RLELossless,
@@ -26,8 +27,9 @@ from pydicom.uid import (
 
 from darnet.config import DecodeConfig
 from darnet.decode import open_images, read_dicom_slice
+from darnet.errors import ScanError
 from darnet.reading.dicom import read_header
-from darnet.reading.stored_pixels import parse_gray_size, read_gray_png, read_stored_pixels
+from darnet.reading.stored_pixels import parse_gray_size, read_gray_jpeg, read_gray_png, read_stored_pixels
 from darnet.scan import FloatArray, PixelLayout, StagedFile
 from tests.ct_fixtures import make_slice
 from tests.places import SHARED
@@ -41,7 +43,7 @@ NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 STORED = [
     *(
         (syntax, bits, signed)
-        for syntax in (*NATIVE, JPEGLSLossless, JPEG2000Lossless)
+        for syntax in (*NATIVE, JPEGLSLossless, JPEG2000Lossless, RLELossless)
         for bits in (12, 16)
         for signed in (False, True)
     ),
@@ -78,6 +80,11 @@ def store(
     elif syntax == JPEG2000:
         lossy = imagecodecs.jpeg2k_encode(stored, codecformat="j2k", level=40, reversible=False)
         dataset.PixelData = encapsulate([lossy])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.file_meta.TransferSyntaxUID = syntax
+    elif syntax == JPEGLosslessSV1:
+        lossless = imagecodecs.jpeg8_encode(stored.view(np.uint16), lossless=True, predictor=1, bitspersample=16)
+        dataset.PixelData = encapsulate([bytes(lossless)])
         dataset["PixelData"].is_undefined_length = True
         dataset.file_meta.TransferSyntaxUID = syntax
     elif syntax in NATIVE:
@@ -123,7 +130,7 @@ def test_the_fast_way_gives_simpleitks_values_on_real_slices(folder: Path) -> No
 
 
 def test_other_syntaxes_are_left_to_simpleitk(tmp_path: Path) -> None:
-    fast, reference = read_both(store(tmp_path / "a.dcm", RLELossless, draw_values(16, False)))
+    fast, reference = read_both(store(tmp_path / "a.dcm", JPEGLosslessSV1, draw_values(16, False)))
     assert fast is None
     np.testing.assert_array_equal(reference, draw_values(16, False).astype(np.float32) - 1024)
 
@@ -152,6 +159,8 @@ DECLINED = {
     "no rescale": (ExplicitVRLittleEndian, {"RescaleSlope": None}, lambda _: None),
     "not a CT image": (ExplicitVRLittleEndian, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, lambda _: None),
     "a cut stream": (JPEGLSLossless, {}, cut_frame),
+    "a cut stream of RLE": (RLELossless, {}, cut_frame),
+    "another size than declared in RLE": (RLELossless, {}, lambda dataset: setattr(dataset, "Rows", 47)),
 }
 
 
@@ -161,6 +170,36 @@ def test_what_is_not_a_plain_slice_as_declared_is_left_to_simpleitk(reason: str,
     path = store(tmp_path / "a.dcm", syntax, draw_values(16, False), edit, **tags)
     layout = find_layout(path)
     assert layout is None or read_stored_pixels(path, layout) is None
+
+
+def refuse_or_read(path: Path) -> FloatArray | None:
+    """What SimpleITK alone reads, None where it refuses."""
+    try:
+        return read_dicom_slice(path)
+    except ScanError:
+        return None
+
+
+def test_a_damaged_stream_of_rle_is_read_as_simpleitk_reads_it_or_left_to_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    smooth = (np.add.outer(np.arange(48), np.arange(64)) * 9).astype(np.uint16)
+    taken = 0
+    for _ in range(150):
+        place, bit = float(rng.random()), int(rng.integers(8))
+
+        def damage(dataset: FileDataset, place: float = place, bit: int = bit) -> None:
+            data = bytearray(dataset.PixelData)
+            data[16 + int(place * (len(data) - 24))] ^= 1 << bit  # behind the table of offsets, within the fragment
+            dataset.PixelData = bytes(data)
+
+        path = store(tmp_path / "a.dcm", RLELossless, smooth, damage)
+        layout, reference = find_layout(path), refuse_or_read(path)
+        fast = None if layout is None else read_stored_pixels(path, layout)
+        if fast is not None:
+            taken += 1
+            assert reference is not None
+            np.testing.assert_array_equal(fast, reference)
+    assert taken > 0
 
 
 def test_a_file_that_was_cut_after_its_header_was_read_is_left_to_simpleitk(tmp_path: Path) -> None:
@@ -186,6 +225,37 @@ def test_a_gray_png_has_the_values_that_were_written(tmp_path: Path) -> None:
     assert parse_gray_size(path.read_bytes()) == values.shape
     np.testing.assert_array_equal(read_gray_png(path), values)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), values)
+
+
+def test_a_gray_jpeg_has_simpleitks_values_and_colour_is_left_to_it(tmp_path: Path) -> None:
+    values, path = write_png(tmp_path / "a.png"), tmp_path / "a.jpg"
+    for settings in ({}, {"quality": 30}, {"progressive": True}):
+        Image.fromarray(values).save(path, **settings)
+        np.testing.assert_array_equal(
+            read_gray_jpeg(path, values.shape), sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        )
+    assert read_gray_jpeg(path, (20, 31)) is None
+    Image.fromarray(values).convert("RGB").save(path)
+    assert read_gray_jpeg(path, values.shape) is None
+
+
+def test_a_damaged_jpeg_is_read_as_simpleitk_reads_it_or_left_to_it(tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(2), tmp_path / "a.jpg"
+    values = np.add.outer(np.arange(48), np.arange(64)).astype(np.uint8)
+    Image.fromarray(values).save(path)
+    whole, taken = path.read_bytes(), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        data[int(rng.integers(2, len(data) - 2))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        fast = read_gray_jpeg(path, values.shape)
+        if fast is not None:
+            taken += 1
+            reader = sitk.ImageFileReader()
+            reader.SetImageIO("JPEGImageIO")
+            reader.SetFileName(str(path))
+            np.testing.assert_array_equal(fast, sitk.GetArrayFromImage(reader.Execute()))
+    assert taken > 0
 
 
 class CountedPath(PosixPath):
