@@ -27,6 +27,7 @@ NEUTRAL = {
     "history": "metrics for people",
     "pseudonym": "keys that no record keeps",
     "range_reader": "bytes of objects of the results table alone",
+    "publishing.rows": "names of columns",
     "ray_checkpoint": "a resumed training ends in the bits of an undisturbed one",
     "reading.sandbox": "limits; what they end is ERR_*, and recorded nowhere",
     "settings": "settings are digested by value",
