@@ -171,8 +171,17 @@ class Ingester:
     def ingest(self, source: Source, following: Source | None = None) -> list[IngestedScan]:
         """Every scan of the source, at least one; what cannot be scored has a status that says why.
 
-        Where the store is remote, `following` is fetched while this one is decoded, for the next call.
+        Where the store is remote, `following` is fetched while this one is decoded, for the next call. Two at once may
+        want more room than the disk has: what fails of that is read again by itself.
         """
+        came_ahead = self._ahead is not None and self._ahead.staging.source == source
+        scans = self._ingest(source, following)
+        if any(scan.status is Status.ERR_STORAGE for scan in scans) and (came_ahead or self._ahead is not None):
+            self.drop_ahead()
+            scans = self._ingest(source, None)
+        return scans
+
+    def _ingest(self, source: Source, following: Source | None) -> list[IngestedScan]:
         clock = _Clock()
         try:
             with self._take(source) as fetch:

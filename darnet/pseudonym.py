@@ -36,7 +36,7 @@ def pseudonymise(value: str, secret: bytes | None) -> str | None:
 
 def mark_secret(secret: bytes | None) -> str | None:
     """What tells one secret from another without telling it, None of none: nodes are compared by it."""
-    return None if secret is None else hmac.new(secret, b"which secret is this", sha256).hexdigest()[:16]
+    return None if secret is None else hmac.new(secret, b"which secret of plain digests", sha256).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class ScoringActor:
     def __init__(
         self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
     ) -> None:
-        self._run, self._images = run, images
+        # Of this node, which may have another program installed than the driver's machine.
+        self._run, self._images = replace(run, code_version=name_scoring_code()), images
         self._ensemble: Ensemble | RunError
         try:
             refuse_open_node()

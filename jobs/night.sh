@@ -6,23 +6,28 @@
 #
 # `ray job submit` ends with 1 whatever the job failed of, and with 0 if somebody stopped it; so the code is read from
 # the job's summary, a line of JSON in what it printed. Tried again is what may pass another time: 1 (the cluster gave
-# up), 4 (a store), and no summary with an error of `ray job submit` (no cluster, a killed driver, an id that was used
-# before), which counts as 1. Wrong use (2), a held night (3), credentials (5) and a stopped job (1) wait for a person.
+# up), 4 (a store), and no summary (no cluster, a killed driver, a log that broke off), which counts as 1. Wrong use (2),
+# a held night (3), credentials (5) and a job that somebody stopped (1) wait for a person. Started again on the same day,
+# it goes on at the first submission id that is free.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
 night=$(date -u +%F)
 told=$(mktemp) || exit 1
 trap 'rm -f "$told"' EXIT
+number=0
 for attempt in 1 2 3; do
     [ "$attempt" = 1 ] || sleep 600
-    ray job submit --submission-id "night-$night-a$attempt" --working-dir . -- \
-        python -m jobs.score "$@" 2>&1 | tee "$told"
-    submitted=${PIPESTATUS[0]}
+    while
+        number=$((number + 1))
+        ray job submit --submission-id "night-$night-a$number" --working-dir . -- \
+            python -m jobs.score "$@" 2>&1 | tee "$told"
+        [ "$number" -lt 100 ] && grep -q "submission_id night-$night-a$number already exists" "$told"
+    do :; done
     code=$(sed -nE 's/.*\{"job": "score", .*"exit_code": ([0-9]+)\}$/\1/p' "$told" | tail -n 1)
     if [ -z "$code" ]; then
         code=1
-        [ "$submitted" != 0 ] || break
+        ! grep -q "Job 'night-$night-a$number' was stopped" "$told" || break
     fi
     [ "$code" = 1 ] || [ "$code" = 4 ] || break
     echo "night.sh: attempt $attempt ended with $code" >&2

@@ -148,13 +148,16 @@ def test_the_modules_that_make_what_is_kept_are_named() -> None:
 
 
 def test_what_other_code_made_is_deleted(tmp_path: Path) -> None:
-    for name in ("new", "old/fp32"):
+    """And nothing of anybody else."""
+    new, old, trained = "0" * 16, "f" * 16, "plain"
+    for name in (new, f"{old}/fp32", trained):
         (tmp_path / "bundle" / name).mkdir(parents=True)
         (tmp_path / "bundle" / name / "bundle.json").touch()
-    (tmp_path / "bundle" / "bundle.json").touch()  # as it lay before
-    clear_others(tmp_path / "bundle" / "new")
-    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["new"]
-    assert (tmp_path / "bundle" / "new" / "bundle.json").exists()
+    (tmp_path / "bundle" / "bundle.json").touch()
+    clear_others(tmp_path / "bundle" / new)
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {new, trained, "bundle.json"}
+    assert (tmp_path / "bundle" / new / "bundle.json").exists()
+    clear_others(tmp_path / "none" / new)
 
 
 def test_what_is_measured_again_replaces_the_earlier_rows_of_the_same_scan() -> None:
@@ -174,9 +177,9 @@ def test_the_road_has_two_lengths_of_ours_and_floors_over_the_archive(tmp_path: 
         if way.what.endswith("the whole road"):
             lengths.setdefault(way.road, []).append(int(way.what.split()[0]))
     assert lengths["monai"] == [12]
-    assert lengths["ours, openvino fp32"] == lengths["ours, openvino int8"] == [12, 4]
-    assert next(way.goals for way in ways if way.what.startswith("4 scans")) == {}
-    for count in (4, 12):
+    assert (lengths["ours, openvino fp32"], lengths["ours, openvino int8"]) == ([12, 4], [12, 36])
+    assert [way.goals for way in ways if way.what.startswith(("4 scans", "36 scans"))] == [{}, {}]
+    for count in (4, 12, 36):
         links = sorted((tmp_path / f"archive-{count}").iterdir())
         assert [link.resolve().name for link in links] == list("ab" * (count // 2))
     (reading,) = [way for way in ways if way.road == "ours, reading alone"]
@@ -185,14 +188,14 @@ def test_the_road_has_two_lengths_of_ours_and_floors_over_the_archive(tmp_path: 
 
 @pytest.mark.parametrize("num_series", range(1, 7))
 def test_both_nights_have_every_series_as_often(num_series: int) -> None:
-    longer, shorter = choose_lengths(num_series)
-    assert longer >= 12
-    assert 3 <= shorter < longer
-    assert longer % num_series == shorter % num_series == 0
+    shorter, whole, longer = choose_lengths(num_series)
+    assert whole >= 12
+    assert 3 <= shorter < whole < longer
+    assert [length % num_series for length in (shorter, whole, longer)] == [0, 0, 0]
 
 
-def test_three_real_series_make_nights_of_twelve_scans_and_three() -> None:
-    assert choose_lengths(3) == (12, 3)
+def test_three_real_series_make_nights_of_three_scans_twelve_and_thirty_six() -> None:
+    assert choose_lengths(3) == (3, 12, 36)
 
 
 def make_roads() -> list[Row]:

@@ -996,6 +996,24 @@ def test_what_is_wrong_with_a_source_that_is_fetched_ahead_is_told_of_it_alone(
     assert list_temporary() == []
 
 
+def test_a_disk_with_room_for_one_source_serves_them_all(
+    far: tuple[NotedRemote, list[Source]], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without fetching ahead: each is read again when nothing else lies there."""
+
+    def note(_: str) -> None:
+        if len(list_temporary()) > 1:
+            raise OSError(28, "No space left on device")
+
+    store, sources = far
+    monkeypatch.setattr(NotedRemote, "note", note, raising=False)
+    ingester, found = Ingester(store, ROAD, sandbox), list[Status]()
+    for source, following in zip_longest(sources, sources[1:]):
+        found += [scan.status for scan in ingester.ingest(source, following)]
+    assert found == [Status.OK] * 3
+    assert list_temporary() == []
+
+
 def test_what_was_fetched_for_nobody_is_deleted(
     far: tuple[NotedRemote, list[Source]], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

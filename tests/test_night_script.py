@@ -27,9 +27,16 @@ number=$(($(cat "$folder/number") + 1))
 echo $number > "$folder/number"
 echo "$RAY_API_SERVER_ADDRESS $PWD" >> "$folder/places"
 printf '%s\\n' "$@" > "$folder/flags$number"
-cat "$folder/told$number"
+sed "s/SUBMISSION/$4/" "$folder/told$number"
 exit "$(cat "$folder/ended$number")"
 """
+# By Ray's dashboard/modules/job/cli.py and job_manager.py.
+UNTOLD = {
+    "killed": "Job submitted\n",
+    "stopped": "Job submitted\nJob 'SUBMISSION' was stopped\n",
+    "broken off": "Job submitted\nStatus for job 'SUBMISSION': RUNNING\n",
+    "used": "ValueError: Job with submission_id SUBMISSION already exists. Please use a different submission_id.\n",
+}
 SLEEP = '#!/bin/sh\necho "$1" >> "$(dirname "$0")/slept"\n'
 
 
@@ -49,12 +56,13 @@ def tell(code: int, capsys: pytest.CaptureFixture[str]) -> str:
 def run_night(
     folder: Path, ends: list[int | str], capsys: pytest.CaptureFixture[str], **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """The script's end after attempts that end with a job's code, `killed` or `stopped` before a summary was told."""
+    """The script's end after submissions that end with a job's code, or as `UNTOLD` says without a summary."""
     for number, end in enumerate(ends, 1):
-        told = tell(end, capsys) if isinstance(end, int) else "Job submitted\n"
+        told = tell(end, capsys) if isinstance(end, int) else UNTOLD[end]
         failed = f"Job failed\nStatus message: failed with exit code {end}, last available logs:\n{told}"
-        (folder / f"told{number}").write_text(told if end in (0, "stopped") else told + failed)
-        (folder / f"ended{number}").write_text("0" if end in (0, "stopped") else "1")  # as `ray job submit` does
+        is_well = end in (0, "stopped", "broken off")  # to `ray job submit`
+        (folder / f"told{number}").write_text(told if is_well else told + failed)
+        (folder / f"ended{number}").write_text("0" if is_well else "1")
     (folder / "number").write_text("0")
     for name, text in (("ray", RAY), ("sleep", SLEEP)):
         (folder / name).write_text(text)
@@ -77,6 +85,9 @@ def run_night(
         (["killed", 0], 0),
         (["killed", 4, "killed"], 1),
         (["stopped"], 1),
+        (["broken off", 3], 3),
+        (["used", "used", 0], 0),
+        (["used", 4, 4, 4], 4),
     ],
 )
 def test_a_night_is_tried_again_only_if_it_may_pass_another_time(
@@ -86,7 +97,7 @@ def test_a_night_is_tried_again_only_if_it_may_pass_another_time(
     assert done.returncode == code
     assert (tmp_path / "number").read_text() == f"{len(ends)}\n"
     slept = tmp_path / "slept"
-    assert (slept.read_text().split() if slept.exists() else []) == ["600"] * (len(ends) - 1)
+    assert (slept.read_text().split() if slept.exists() else []) == ["600"] * (len(ends) - ends.count("used") - 1)
 
 
 def test_each_attempt_has_an_id_of_its_own_and_all_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

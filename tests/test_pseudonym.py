@@ -63,7 +63,7 @@ def test_a_mark_tells_secrets_apart_and_is_no_pseudonym() -> None:
 def test_names_are_keys_or_keyed_digests_under_the_mark_of_the_secret() -> None:
     assert (OPEN_KEYS.name_source("ct/Doe"), OPEN_KEYS.name_scan("ct/Doe#1")) == ("ct/Doe", "ct/Doe#1")
     names = KeyNames(SECRET.encode())
-    head = f"hmac:{hmac_by_hand(SECRET.encode(), b'which secret is this')[:16]}:"
+    head = f"hmac:{hmac_by_hand(SECRET.encode(), b'which secret of plain digests')[:16]}:"
     assert names.name_source("ct/Doe") == head + hmac_by_hand(SECRET.encode(), b"ct/Doe")
     assert names.name_scan("ct/Doe#1") == head + hmac_by_hand(SECRET.encode(), b"ct/Doe#1")
     assert SECRET not in repr(names)

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import re
 import os
 import shlex
 import shutil
@@ -48,10 +49,11 @@ from tests.places import ROOT
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS = ("torch==2.13.0", "monai", "itk", "torchio", "SimpleITK", "scikit-image", "Pillow", "safetensors")
-# Scans of the road that all take, and of a second night of ours, for what a scan more costs; of each series as many.
-# Source: ours: with 13 s a scan eager, 8 in OpenVINO and 4 in INT8 on two cores, and 15 s to start and end, a round is
-# MONAI 165 s, ours 120 + 40 (fp32) and 70 + 30 (INT8), floors 80: three rounds are 25 minutes.
-ROAD_SCANS, SHORTER, MOST_SERIES = 12, 3, 6
+# Scans of the road that all take, and of a second night of ours, for what a scan more costs; of each series as many. A
+# quick network's is longer, three times: of fewer scans more the start-up's noise would hide the cost.
+# Source: ours: with 7 to 13 s a scan eager, 4 to 8 in OpenVINO and 1 to 4 in INT8 on two cores, and 15 s to start and
+# end, a round is MONAI 100 to 165 s, ours 75 to 160 (fp32) and 100 to 250 (INT8): three rounds are 20 to 35 minutes.
+ROAD_SCANS, SHORTER, LONGER, MOST_SERIES = 12, 3, 3, 6
 STEADY = 0.9  # of the bare network, that each scan more must reach
 FLOOR, STAGES, ONE_MORE = "a scan's floor", "a scan beside the network", "one scan more"
 PROFILE, BARE = "where a scan's time goes", "the bare network"
@@ -174,12 +176,10 @@ def name_makers(modules: Sequence[str], maker: Callable[..., Any], *settings: An
 
 
 def clear_others(folder: Path) -> None:
-    """Delete what lies beside the folder: the same thing, made by other code."""
-    for old in folder.parent.glob("*"):
-        if old != folder and old.is_dir():
+    """Delete what lies beside the folder under such a name: the same thing, made by other code."""
+    for old in folder.parent.iterdir() if folder.parent.exists() else ():
+        if old != folder and re.fullmatch("[0-9a-f]{16}", old.name):
             shutil.rmtree(old)
-        elif old != folder:
-            old.unlink()
 
 
 def locate_phantoms(out: Path) -> Path:
@@ -284,25 +284,26 @@ def plan_network(bundle: Path) -> Iterator[Way]:
         yield Way("network", "a forward pass", f"ours, {backend} {precision}", command, goals)
 
 
-def choose_lengths(num_series: int) -> tuple[int, int]:
-    """Scans of the road's two nights: at least `ROAD_SCANS` and `SHORTER`, both of every series as often.
+def choose_lengths(num_series: int) -> tuple[int, int, int]:
+    """Scans of a shorter night, of the road that all take, and of a longer night; each of every series as often.
 
-    Else the scans that one night has more would be a lighter or a heavier mix than those that all roads take.
+    At least `SHORTER`, `ROAD_SCANS` and `LONGER` times those. Else the scans that one night has more would be a lighter or a heavier mix than those that all roads take.
     """
     shorter = -(-SHORTER // num_series) * num_series
-    return -(-ROAD_SCANS // shorter) * shorter, shorter
+    whole = -(-ROAD_SCANS // shorter) * shorter
+    return shorter, whole, LONGER * whole
 
 
 def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     """The floors, the network alone first, which leaves it compiled: then reading alone and the bytes alone.
 
     Then twelve scans or a few more, the same ones again if there are fewer, through MONAI's loader and through a night
-    of ours, by each backend with a goal or bf16; and a shorter night of ours.
+    of ours, by each backend with a goal or bf16; and a shorter night of ours in fp32, a longer one in the others.
     """
     scans = dict(list(scans.items())[:MOST_SERIES])
-    longer, shorter = choose_lengths(len(scans))
-    archives = {count: lay_archive(scans, count, out) for count in (longer, shorter)}
-    place, weights = str(archives[longer]), str(bundle / "fold0.safetensors")
+    shorter, whole, longer = choose_lengths(len(scans))
+    archives = {count: lay_archive(scans, count, out) for count in (shorter, whole, longer)}
+    place, weights = str(archives[whole]), str(bundle / "fold0.safetensors")
     backends = [backend for backend in list_backends() if backend[0] != "torch"]
     for backend, precision, *_ in backends:
         alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
@@ -310,11 +311,11 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     for kind in ("reading", "bytes"):
         yield Way("road", FLOOR, f"ours, {kind} alone", take(sys.executable, "floor", kind, place))
     yield Way("road", STAGES, "ours, on one thread", take(sys.executable, "stages", "ours", place))
-    yield Way("road", name_road(longer), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
+    yield Way("road", name_road(whole), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
     for backend, precision, _, least in backends:
-        for count in (longer, shorter):
+        for count in (whole, shorter if precision == "fp32" else longer):
             command = take(sys.executable, "road", "ours", str(bundle), str(archives[count]), backend, precision)
-            goals = {"monai": least} if least and count == longer else {}
+            goals = {"monai": least} if least and count == whole else {}
             yield Way("road", name_road(count), f"ours, {backend} {precision}", command, goals)
 
 
