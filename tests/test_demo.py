@@ -19,7 +19,7 @@ def test_a_folder_that_no_demo_made_is_refused_and_left_as_it_was(
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path)])
     assert demo.main() == ExitCode.WRONG_USE
     told = capsys.readouterr().err
-    assert f"{tmp_path}: holds what no demo made" in told
+    assert f"{tmp_path}: has no mark that a demo made it" in told
     assert "name a new or an empty folder with --out" in told
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.tex"]
 
