@@ -124,7 +124,10 @@ def main() -> int:
         ]
         table, is_bad = [], False
         for title, times, disturbances in lines:
-            outcomes = [watch(truth, place / "results", disturb) for disturb in disturbances]
+            outcomes = []
+            for number, disturb in enumerate(disturbances, 1):
+                outcomes.append(watch(truth, place / "results", disturb))
+                print(f"{title}: {number}/{times}, (lost, doubled, other, in part) {outcomes[-1][0]}", file=sys.stderr)
             sums = [sum(values) for values in zip(*(verdict for verdict, _ in outcomes), strict=True)]
             is_bad |= any(sums)
             table.append([title, times, times * len(truth), *sums, sum(polls for _, polls in outcomes)])
