@@ -49,8 +49,8 @@ def empty_folder(out: Path) -> None:
     marker = out / MARKER
     if not marker.exists() and any(out.iterdir()):
         raise UsageError(
-            f"{out}: has no mark that a demo made it, and a demo would delete what it holds; name a new or an empty folder "
-            "with --out, or delete this one"
+            f"{out}: has no mark that a demo made it, and a demo would delete what it holds; name a new or an empty "
+            "folder with --out, or delete this one"
         )
     marker.write_text("Made by jobs.demo. The next demo deletes all else in this folder.\n")
     for path in out.iterdir():

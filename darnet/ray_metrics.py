@@ -14,7 +14,9 @@ class ScanCounters:
     def __init__(self) -> None:
         self._scans = Counter("darnet_scans", "Scans that have a row, by status.", tag_keys=("status",))
         self._bytes = Counter("darnet_bytes", "Bytes of the files these scans were read from.")
-        self._seconds = Counter("darnet_stage_seconds", "Seconds by stage, of which fetching may run beside the others.", tag_keys=("stage",))
+        self._seconds = Counter(
+            "darnet_stage_seconds", "Seconds by stage; fetching may run beside others.", tag_keys=("stage",)
+        )
 
     def note(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Count these rows."""

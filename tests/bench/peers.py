@@ -9,8 +9,8 @@ import argparse
 import hashlib
 import inspect
 import json
-import re
 import os
+import re
 import shlex
 import shutil
 import subprocess
