@@ -287,7 +287,8 @@ def plan_network(bundle: Path) -> Iterator[Way]:
 def choose_lengths(num_series: int) -> tuple[int, int, int]:
     """Scans of a shorter night, of the road that all take, and of a longer night; each of every series as often.
 
-    At least `SHORTER`, `ROAD_SCANS` and `LONGER` times those. Else the scans that one night has more would be a lighter or a heavier mix than those that all roads take.
+    At least `SHORTER`, `ROAD_SCANS` and `LONGER` times those. Else the scans that one night has more would be a lighter
+    or a heavier mix than those that all roads take.
     """
     shorter = -(-SHORTER // num_series) * num_series
     whole = -(-ROAD_SCANS // shorter) * shorter
