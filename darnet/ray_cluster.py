@@ -57,20 +57,20 @@ def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
 
     Raises: UsageError if RAY_ADDRESS leads nowhere or to machines of which any asks for no token, or if the cluster has
-        a single CPU; RunError if a machine does not say whether it asks.
+        a single CPU; RunError if a machine does not say whether it asks, or if no cluster starts here.
     """
     if not ray.is_initialized():
         atexit.register(_leave_stdout)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool logs a false alarm
         address = os.environ.get("RAY_ADDRESS")
-        try:
-            if address:
+        if address:
+            try:
                 ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-            else:
-                _start_local()
-        except ConnectionError as error:
-            raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
+            except ConnectionError as error:
+                raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
+        else:
+            _start_local()
         refuse_open_cluster(list_addresses(), lambda: ask_every_node(asks_for_token))
     if ray.cluster_resources().get("CPU", 0) < 2:
         raise UsageError(
@@ -87,16 +87,23 @@ def _leave_stdout() -> None:
 
 
 def _start_local() -> None:
-    """A cluster of this machine alone that ends with this process. Two CPUs are the least it needs."""
+    """A cluster of this machine alone that ends with this process. Two CPUs are the least it needs.
+
+    Raises: RunError if one of its processes died or took too long, as on a busy machine.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a fold; nobody preempts this machine
-    ray.init(
-        "local",
-        num_cpus=max(os.cpu_count() or 1, 2),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, 2),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray has none of its own for it
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"no Ray cluster started on this machine ({told}); start the same command again") from error
 
 
 def refuse_open_cluster(addresses: Set[str], ask: Callable[[], Iterable[tuple[str, bool]]]) -> None:

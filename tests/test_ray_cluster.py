@@ -192,6 +192,28 @@ def test_a_task_that_nobody_reads_on_leaves_no_file(tmp_path: Path, monkeypatch:
     ray_cluster._keep_ingester.cache_clear()
 
 
+@pytest.mark.parametrize("error", [ConnectionError(), Exception("The current node timed out during startup.\nMore")])
+def test_a_cluster_that_does_not_start_here_is_no_defect(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor anybody's wrong use: a scheduler starts the night again."""
+    from darnet import ray_cluster
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    for name in ("RAY_AUTH_MODE", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
+        monkeypatch.setenv(name, "")  # `connect` sets them; they are put back
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(RunError, match="no Ray cluster started on this machine") as caught:
+        ray_cluster.connect()
+    assert caught.value.exit_code is ExitCode.FAILED
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    if isinstance(error, ConnectionError):
+        with pytest.raises(UsageError, match=r"RAY_ADDRESS=10\.0\.0\.9:6379: no Ray cluster answers there"):
+            ray_cluster.connect()
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_question_may_bring_what_it_is_about() -> None:
     from darnet.ray_cluster import ask_every_node
