@@ -14,6 +14,7 @@ from darnet.scan import Source, StoredObject
 ItemT = TypeVar("ItemT")
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".zip")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 STRAY_SUFFIXES = frozenset(
     ".bak .css .csv .db .doc .docx .gif .htm .html .ini .js .json .log .md .md5 .parquet .pdf .ps1 .py .rtf .sh .sha1"
     " .sha256 .svg .tmp .toml .tsv .txt .xls .xlsx .xml .yaml .yml".split()

@@ -17,8 +17,15 @@ HOME = Path(__file__).parent
 TRAINING = ("augment", "calibration", "dataset", "gang", "metrics", "model", "ray_rank", "scan", "threads", "train")
 PREPARING = (
     *("archive", "config", "decode", "ingest", "lung", "reading.dicom", "reading.excerpt", "reading.pixel_length"),
-    *("reading.plain_header", "reading.series", "reading.stored_pixels", "reading.volume_file", "scan", "staging"),
-    "volume",
+    *(
+        "reading.plain_header",
+        "reading.road",
+        "reading.series",
+        "reading.stored_pixels",
+        "reading.volume_file",
+        "reading.zipped",
+    ),
+    *("scan", "staging", "volume"),
 )
 # And of a row: what `score` makes of a scan, and how it ended. Storage decides only rows that are tried again.
 SCORING = (

@@ -15,7 +15,7 @@ from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
 from darnet.errors import UsageError
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.metrics import compute_metrics
 from darnet.phantom import make_phantom
 from darnet.phantoms.archive import SHAPE, PhantomScan, WindowHU, build_phantom, store_phantom, write_scan
@@ -23,6 +23,7 @@ from darnet.phantoms.canvas import Phantom
 from darnet.phantoms.decoys import make_abdomen, make_head
 from darnet.phantoms.files import WINDOW_HU, write_dicom
 from darnet.publishing.rows import PROBABILITIES, name_probability
+from darnet.reading.road import Road
 from darnet.report import CamPanel, draw_cam_figure
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, StandardVolume
 from darnet.score import Ensemble, ScanScore

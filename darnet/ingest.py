@@ -3,137 +3,25 @@
 This is the one road from bytes to network input: training and scoring both take it.
 """
 
-import functools
-import lzma
-import pickle
-import shutil
 import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path, PosixPath
 
-import numpy as np
-
-from darnet.archive import VOLUME_SUFFIXES, is_stray
-from darnet.config import DecodeConfig, VolumeConfig
-from darnet.decode import (
-    check_size,
-    open_images,
-    open_volume,
-    read_dicom_slice,
-    set_decoder_threads,
-)
-from darnet.errors import RunError, ScanError, Status, name_file
-from darnet.lung import has_lung, mask_outside_lung, segment_lung
-from darnet.pseudonym import pseudonymise
-from darnet.reading.dicom import DicomSeries, SliceHeader, arrange_series, hash_series_uid
+from darnet.config import DecodeConfig
+from darnet.errors import RunError, ScanError, Status
 from darnet.reading.excerpt import ExcerptsTooShort
+from darnet.reading.road import FoundScan, Road, decode_scan, find_scans, list_read_files, refuse_scan
 from darnet.reading.sandbox import Sandbox
-from darnet.reading.series import IMAGE_SUFFIXES, sort_files
-from darnet.scan import (
-    CropBox,
-    FloatArray,
-    IngestedScan,
-    Intensity,
-    Manufacturer,
-    ScanFacts,
-    SliceStack,
-    Source,
-    StagedFile,
-    StandardVolume,
-)
+from darnet.scan import CropBox, IngestedScan, Intensity, Manufacturer, ScanFacts, Source, StandardVolume
 from darnet.staging import EXCERPTS, Excerpts, Staging
 from darnet.storage import Store
-from darnet.volume import list_contributions, make_standard_volume
 
 CPU_MARGIN_S = 30.0  # Source: ours; what threads that libraries start beside those that decode may take of a call
 DOUBTFUL = frozenset({Status.ERR_DECODER_CRASH, Status.ERR_MEMORY})  # what a wrong bit of an excerpt may be behind
-
-
-@dataclass(frozen=True)
-class DicomStack:
-    """A DICOM series whose slices are decoded when asked for."""
-
-    series: DicomSeries
-    intensity: Intensity = Intensity.HU
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Slices, rows and columns in canonical axes."""
-        return self.series.shape
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """(z, y, x) in mm."""
-        return self.series.spacing_mm
-
-    def read_slice(self, index: int) -> FloatArray:
-        """One slice, head first, (rows, columns) float32 HU.
-
-        Raises: ScanError(BAD_PIXELS) naming the file.
-        """
-        file = self.series.files[index]
-        assert file.spans is None or file.path.exists(), "pixels of an excerpt"
-        with name_file(file.label):
-            pixels = self.series.turn(read_dicom_slice(file.path, self.series.layouts[index]))
-            return np.ascontiguousarray(check_size(pixels, self.shape[1:]))
-
-
-@dataclass(frozen=True)
-class Road:
-    """What decides a network input: settings, limits, and the secret for patient and series keys.
-
-    A road that travels has only the secret's mark: each node takes the secret from its own environment. One that
-    `hides_keys` leads to scans that are named by keyed digests.
-    `reversed_sources` are keys of slice-image folders that are stored the other way round than `slice_order` says.
-    """
-
-    volume: VolumeConfig
-    decode: DecodeConfig
-    pseudonym_key: bytes | None = None
-    secret_mark: str | None = None
-    hides_keys: bool = False
-    reversed_sources: frozenset[str] = frozenset()
-
-    def __repr__(self) -> str:
-        return f"Road(volume={self.volume!r}, decode={self.decode!r})"
-
-
-@dataclass(frozen=True)
-class FoundScan:
-    """A scan as its headers tell of it, before its pixels.
-
-    `opening` is a pickle of what opens it, which only a decoding child unpacks: hostile bytes may have made it. The
-    identifiers are raw, for the child's owner to make keys of. `paths` are of the DICOM files from which it was told
-    what the scan is: its slices, or whatever may spoil them.
-    """
-
-    scan_id: str
-    facts: ScanFacts
-    opening: bytes = field(repr=False)
-    patient_id: str = field(default="", repr=False)
-    series_uid: str = field(default="", repr=False)
-    paths: tuple[Path, ...] = ()
-
-    def open_stack(self) -> SliceStack:
-        """The scan's slices. Raises: ScanError."""
-        open_stack: Callable[[], SliceStack] = pickle.loads(self.opening)
-        return open_stack()
-
-    def name(self, pseudonym_key: bytes | None) -> "FoundScan":
-        """The same with the keys of patient and series in its facts, in place of what they are made of."""
-        facts = replace(
-            self.facts,
-            patient_key=pseudonymise(self.patient_id, pseudonym_key),
-            series_key=pseudonymise(self.series_uid, pseudonym_key),
-        )
-        return replace(self, facts=facts, patient_id="", series_uid="")
 
 
 class ExcerptWrong(Exception):  # noqa: N818
@@ -150,7 +38,7 @@ ANSWER_KINDS = (
 def make_sandbox(limits: DecodeConfig) -> Sandbox:
     """A child that decodes under these limits."""
     cpu_s = limits.num_threads * limits.timeout_s + CPU_MARGIN_S
-    return Sandbox("darnet.ingest:run_step", limits.memory_bytes, limits.timeout_s, ANSWER_KINDS, cpu_s)
+    return Sandbox("darnet.reading.road:run_step", limits.memory_bytes, limits.timeout_s, ANSWER_KINDS, cpu_s)
 
 
 class Ingester:
@@ -192,7 +80,7 @@ class Ingester:
                 scans = self._read_twice(fetch)
         except OSError as error:  # also where there is no room for the folder itself
             trouble = ScanError(Status.ERR_STORAGE, f"{error.strerror} on the decoding machine")
-            scans = [_refuse(source.key, _count_objects(source), trouble)]
+            scans = [refuse_scan(source.key, _count_objects(source), trouble)]
         # A source is fetched and its headers are read for all its scans at once: each has an equal part in that time.
         shared_s = (clock.decode_s - sum(scan.decode_s for scan in scans)) / len(scans)
         fetch_s = clock.fetch_s / len(scans)
@@ -262,7 +150,7 @@ class Ingester:
         except (RunError, OSError):
             raise
         except Exception as error:  # before its scans are known, the source becomes a row
-            return [_refuse(staging.source.key, _count_objects(staging.source), error)]
+            return [refuse_scan(staging.source.key, _count_objects(staging.source), error)]
 
     def _find(self, staging: Staging, clock: "_Clock") -> list["FoundScan | IngestedScan"]:
         def find() -> list[FoundScan | IngestedScan]:
@@ -312,7 +200,7 @@ class Ingester:
         except (RunError, OSError):
             raise
         except Exception as error:  # what ended the child, or could not leave it
-            scan = _refuse(found.scan_id, found.facts, error)
+            scan = refuse_scan(found.scan_id, found.facts, error)
         return replace(scan, decode_s=time.perf_counter() - start_s)
 
     def close(self) -> None:
@@ -353,210 +241,5 @@ class _Clock:
             setattr(self, stage, getattr(self, stage) + time.perf_counter() - start_s)
 
 
-def _refuse(scan_id: str, facts: ScanFacts, error: Exception) -> IngestedScan:
-    """What a scan, or a source whose scans are not known, becomes where it ends in an error.
-
-    Decoders meet input nobody thought of, and what they say of it may hold DICOM values: only its kind is told.
-    """
-    if isinstance(error, ScanError):
-        return IngestedScan(scan_id, error.status, error.detail, facts)
-    return IngestedScan(scan_id, Status.ERR_DECODER_CRASH, _name_unexpected(error), facts)
-
-
-def _name_unexpected(error: Exception) -> str:
-    return f"unexpected {type(error).__name__}"
-
-
 def _count_objects(source: Source) -> ScanFacts:
     return ScanFacts(num_files=len(source.objects), num_bytes=source.num_bytes)
-
-
-def _label_entry(index: int, entries: Sequence[zipfile.ZipInfo]) -> str:
-    return f"entry {index + 1} of {len(entries)}"
-
-
-def run_step(step: Callable[..., Any], *arguments: Any) -> Any:
-    """What the sandbox calls: `find_scans` for a source, `list_read_files` and `decode_scan` for each of its scans.
-
-    An error that nobody thought of is told by its name alone, as its owner knows no class of it.
-    """
-    set_decoder_threads(1)
-    try:
-        return step(*arguments)
-    except (ScanError, ExcerptsTooShort, OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise ScanError(Status.ERR_DECODER_CRASH, _name_unexpected(error)) from error
-
-
-def find_scans(
-    source_key: str, staged: Sequence[StagedFile], folder: Path, road: Road
-) -> list[FoundScan | IngestedScan]:
-    """All scans of one staged source, by its headers; those that can be refused by now are."""
-    path = staged[0].path  # its suffix, and not the key's: a prefix may be called like a file
-    if path.name.endswith(".zip"):
-        try:
-            return _find_slices(source_key, _unpack_zip(path, folder, road.decode), road)
-        except ScanError as error:
-            return [_refuse(source_key, _count(staged), error)]
-    if path.name.endswith(VOLUME_SUFFIXES):
-        return [FoundScan(source_key, _count(staged), _pack(open_volume, path, road.decode))]
-    return _find_slices(source_key, staged, road)
-
-
-def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> list[FoundScan | IngestedScan]:
-    """Every DICOM series is a scan, and so are slice images unless they are thumbnails beside DICOM.
-
-    The row named like the source itself is that of the images, or of unreadable files that no series can be blamed for.
-    """
-    files = sort_files(staged, road.decode.min_slices)
-    images = files.images
-    found: list[FoundScan | IngestedScan] = []
-    for uid, headers in sorted(files.series.items()):
-        told_by = staged if files.spoiling[uid] else [header.file for header in headers]
-        found.append(
-            FoundScan(
-                f"{source_key}#{hash_series_uid(uid)}",
-                _describe_series(headers),
-                _pack(_open_series, headers, road.decode, files.spoiling[uid]),
-                headers[0].patient_id,
-                headers[0].series_uid,
-                tuple(file.path for file in told_by),
-            )
-        )
-    if files.unplaced:
-        facts = _count([*(fragment.file for fragment in files.unplaced), *images])
-        found.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))
-    elif images:
-        is_head_first = (road.volume.slice_order == "head_first") != (source_key in road.reversed_sources)
-        opening = _pack(open_images, images, road.decode, is_head_first=is_head_first)
-        found.append(FoundScan(source_key, _count(images), opening))
-    return found or [IngestedScan(source_key, Status.BAD_UNREADABLE, "no file is a slice", _count(staged))]
-
-
-def _pack(open_stack: Callable[..., SliceStack], *arguments: Any, **settings: Any) -> bytes:
-    return pickle.dumps(functools.partial(open_stack, *arguments, **settings), protocol=pickle.HIGHEST_PROTOCOL)
-
-
-def _open_series(headers: Sequence[SliceHeader], limits: DecodeConfig, unreadable: Sequence[ScanError]) -> SliceStack:
-    """One DICOM series; an unreadable file spoils the series it lies with."""
-    return DicomStack(arrange_series(headers, limits, unreadable))
-
-
-def list_read_files(found: FoundScan, config: VolumeConfig) -> list[Path]:
-    """Where the files of a DICOM series must be whole for `decode_scan`: those that its row tells of.
-
-    These are the slices that contribute, the first and the last, from which spacing is measured, and the one whose
-    header speaks for the series. The headers of the others only have to agree with them. Of what headers refuse, as
-    they do a scout, no pixels are read.
-    """
-    try:
-        stack = found.open_stack()
-    except ScanError:
-        return []
-    if not isinstance(stack, DicomStack):
-        return []
-    series, num_slices = stack.series, stack.shape[0]
-    read = {item.source for item in list_contributions(num_slices, config.shape[0], config.depth_resampling)}
-    return [series.spokesman.path, *(series.files[index].path for index in read | {0, num_slices - 1})]
-
-
-def decode_scan(found: FoundScan, config: VolumeConfig, num_threads: int = 1) -> IngestedScan:
-    """One scan to the network's input; whatever is wrong with it ends here."""
-    facts = found.facts
-    try:
-        stack = found.open_stack()
-        facts = _measure(facts, stack)
-        volume = make_standard_volume(stack, config, num_threads)
-        lung = None
-        if volume.intensity is Intensity.HU:
-            lung = segment_lung(volume, config.window_hu)
-            if not has_lung(lung, volume):
-                raise ScanError(Status.SKIP_NO_LUNG, "no lung in the scan")
-        if config.mask_outside_lung != "no":
-            volume = replace(volume, voxels=mask_outside_lung(volume, config.window_hu, config.mask_outside_lung))
-            if not volume.voxels.any():
-                raise ScanError(Status.SKIP_NO_LUNG, "no lung in the images, so nothing could be masked")
-        return IngestedScan(found.scan_id, Status.OK, "", facts, volume, lung)
-    except MemoryError:
-        raise
-    except Exception as error:
-        return _refuse(found.scan_id, facts, error)
-
-
-def _measure(facts: ScanFacts, stack: SliceStack) -> ScanFacts:
-    spacing_mm = stack.spacing_mm
-    return replace(
-        facts,
-        intensity=stack.intensity,
-        num_slices=stack.shape[0],
-        num_rows=stack.shape[1],
-        num_columns=stack.shape[2],
-        slice_spacing_mm=None if spacing_mm is None else round(spacing_mm[0], 6),
-        pixel_spacing_mm=None if spacing_mm is None else round(spacing_mm[1], 6),
-    )
-
-
-def _describe_series(headers: Sequence[SliceHeader]) -> ScanFacts:
-    return ScanFacts(
-        num_files=len(headers),
-        num_bytes=sum(header.file.header_path.stat().st_size for header in headers),
-        num_slices=len(headers),
-        manufacturer=headers[0].manufacturer,
-    )
-
-
-def _count(files: Sequence[StagedFile]) -> ScanFacts:
-    return ScanFacts(num_files=len(files), num_bytes=sum(file.header_path.stat().st_size for file in files))
-
-
-def _unpack_zip(path: Path, folder: Path, limits: DecodeConfig) -> list[StagedFile]:
-    """Unpack a zip's slices under names of our own, so that no name in it can reach another folder.
-
-    Raises: ScanError: BAD_ZIP for a damaged, encrypted or hostile zip, BAD_LIMIT for one that unpacks too large.
-    """
-    staged = []
-    with _zip_errors(), zipfile.ZipFile(path) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir() and not is_stray(entry.filename)]
-        _check_zip(entries, limits)
-        if any(_is_outside(entry.filename) for entry in archive.infolist()):
-            raise ScanError(Status.BAD_ZIP, "the zip places a file outside itself that is no slice")
-        for index, entry in enumerate(entries):
-            suffix = PurePosixPath(entry.filename).suffix.lower()
-            target = folder / f"zip{index:06d}{suffix if suffix in IMAGE_SUFFIXES else ''}"
-            label = _label_entry(index, entries)
-            # In pieces: a whole read inflates all there is, however little the entry says.
-            with name_file(label), _zip_errors(), archive.open(entry) as packed, target.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-            staged.append(StagedFile(entry.filename, target, label))
-    return staged
-
-
-@contextmanager
-def _zip_errors() -> Iterator[None]:
-    """Whatever a damaged zip makes its reader raise is BAD_ZIP."""
-    try:
-        yield
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ScanError(Status.BAD_ZIP, f"does not unpack: {type(error).__name__}") from error
-
-
-def _is_outside(name: str) -> bool:
-    """Whether some system would unpack a file of this name outside of the folder it is unpacked to."""
-    path = PureWindowsPath(name)  # takes both separators
-    return ".." in path.parts or bool(path.root)
-
-
-def _check_zip(entries: Sequence[zipfile.ZipInfo], limits: DecodeConfig) -> None:
-    seen: set[str] = set()
-    for index, entry in enumerate(entries):
-        with name_file(_label_entry(index, entries)):
-            if entry.flag_bits & 1:
-                raise ScanError(Status.BAD_ZIP, "encrypted in the zip")
-            if _is_outside(entry.filename):
-                raise ScanError(Status.BAD_ZIP, "the zip places it outside itself")
-            if entry.filename in seen:
-                raise ScanError(Status.BAD_ZIP, "twice in the zip")
-            seen.add(entry.filename)
-    if len(entries) > limits.max_slices or sum(entry.file_size for entry in entries) > limits.max_scan_bytes:
-        raise ScanError(Status.BAD_LIMIT, f"zip of {len(entries)} files is too large")

@@ -14,7 +14,7 @@ from darnet.code_version import name_preparing_code
 from darnet.config import fingerprint
 from darnet.dataset import ARRAYS_FOLDER
 from darnet.errors import Status
-from darnet.ingest import Road
+from darnet.reading.road import Road
 from darnet.scan import ScanFacts, Source
 from darnet.storage import Store
 

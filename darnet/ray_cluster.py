@@ -22,8 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from darnet.config import VolumeConfig
 from darnet.cpus import DECODE_CPUS
 from darnet.errors import RunError, Status, UsageError
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
+from darnet.reading.road import Road
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
 

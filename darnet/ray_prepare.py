@@ -24,9 +24,9 @@ from darnet.cohort import (
 from darnet.cpus import DECODE_CPUS
 from darnet.dataset import VOLUMES_FILE, write_array, write_facts, write_index
 from darnet.errors import RunError, Status, UsageError
-from darnet.ingest import Road
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
 from darnet.ray_cluster import connect, decode_sources, iterate_blocks, unpack_scan
+from darnet.reading.road import Road
 from darnet.scan import Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store

@@ -21,7 +21,6 @@ from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.code_version import name_scoring_code
 from darnet.config import GateConfig, ScoreConfig, digest_json
 from darnet.errors import RunError, Status
-from darnet.ingest import Road
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import Outlook, check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
@@ -39,6 +38,7 @@ from darnet.ray_cluster import (
     unpack_scan,
 )
 from darnet.ray_metrics import ScanCounters
+from darnet.reading.road import Road
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store

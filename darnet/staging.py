@@ -11,10 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from darnet.archive import VOLUME_SUFFIXES
+from darnet.archive import IMAGE_SUFFIXES, VOLUME_SUFFIXES
 from darnet.config import VolumeConfig
 from darnet.errors import name_file
-from darnet.reading.series import IMAGE_SUFFIXES
 from darnet.scan import Source, StagedFile
 from darnet.storage import Store, transfer_all
 from darnet.storage_local import check_unchanged as check_file

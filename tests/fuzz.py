@@ -38,8 +38,9 @@ from pydicom.uid import (
 from darnet.archive import is_stray, list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.phantoms.files import write_zip
+from darnet.reading.road import Road
 from darnet.scan import IngestedScan
 from darnet.storage import open_store
 from darnet.terminal import print_table

@@ -8,7 +8,8 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
+from darnet.reading.road import Road
 from darnet.scan import StoredObject
 from darnet.storage_local import LocalStore
 from tests.ct_fixtures import write_chest

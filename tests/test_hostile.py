@@ -11,7 +11,8 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import Ingester, Road, make_sandbox
+from darnet.ingest import Ingester, make_sandbox
+from darnet.reading.road import Road
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan
 from darnet.storage import open_store

@@ -35,7 +35,8 @@ from pydicom.uid import (
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import CredentialsError, ScanError, Status
-from darnet.ingest import Ingester, Road, decode_scan, make_sandbox
+from darnet.ingest import Ingester, make_sandbox
+from darnet.reading.road import Road, decode_scan
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Intensity, Source, StoredObject
 from darnet.storage import open_store

@@ -17,12 +17,12 @@ ROWS = (
     "threads volume",
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
-    "reading.slice_order storage",
+    "reading.slice_order reading.zipped storage",
     "bundle cam_images dataset decode evaluation.measures evaluation.truth inference.torch_backend phantom "
     "phantoms.decoys publishing.gates publishing.objects reading.series steps",
     "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate "
     "inference.openvino_backend phantoms.archive publishing.nightly_report publishing.scored_keys publishing.staged "
-    "results staging tracking train training_plan volumes_cache",
+    "reading.road results staging tracking train training_plan volumes_cache",
     "auditing.audit evaluation.report evaluation.study gang inference.quantization ingest phantoms.study "
     "publishing.commit publishing.runs ray_checkpoint score",
     "auditing.report checkup.machine demo evaluation.maps_report evaluation.model_card evaluation.networks "

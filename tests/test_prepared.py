@@ -6,8 +6,8 @@ import pytest
 
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import Road
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
+from darnet.reading.road import Road
 from darnet.scan import Intensity, Manufacturer, ScanFacts, Source, StoredObject
 from darnet.storage import Store
 from tests.volumes_fixtures import SMALL_VOLUME, make_voxels

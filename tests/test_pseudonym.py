@@ -9,7 +9,6 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import UsageError
-from darnet.ingest import Road
 from darnet.pseudonym import (
     OPEN_KEYS,
     PSEUDONYM_VARIABLE,
@@ -19,6 +18,7 @@ from darnet.pseudonym import (
     pseudonymise,
     read_secret,
 )
+from darnet.reading.road import Road
 from darnet.storage import open_store
 from tests.ct_fixtures import write_chest
 

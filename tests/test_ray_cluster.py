@@ -17,8 +17,8 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.errors import ExitCode, RunError, Status, UsageError
-from darnet.ingest import Road
 from darnet.pseudonym import PSEUDONYM_VARIABLE
+from darnet.reading.road import Road
 from darnet.scan import IngestedScan
 from darnet.score import RunFacts
 from darnet.storage_local import LocalStore

@@ -19,8 +19,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import ScanError, Status
-from darnet.ingest import FoundScan, Ingester, Road, decode_scan, find_scans, make_sandbox
+from darnet.ingest import Ingester, make_sandbox
 from darnet.reading.excerpt import ExcerptsTooShort, MissingBytes, open_staged
+from darnet.reading.road import FoundScan, Road, decode_scan, find_scans
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Source, StagedFile, StoredObject
 from darnet.staging import Excerpts, Staging

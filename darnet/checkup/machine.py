@@ -18,11 +18,12 @@ from darnet.bundle import Bundle, read_bundle
 from darnet.checkup.findings import Check, CheckError, Finding, Verdict, examine
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.errors import ScanError, Status, UsageError
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.phantom import make_phantom
 from darnet.phantoms.archive import STYLES
 from darnet.phantoms.files import write_dicom
 from darnet.pseudonym import MIN_KEY_BYTES, PSEUDONYM_VARIABLE, read_secret
+from darnet.reading.road import Road
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import Diagnosis
 from darnet.score import Ensemble

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from darnet.archive import IMAGE_SUFFIXES
 from darnet.errors import ScanError, Status, name_file
 from darnet.reading.dicom import SliceHeader, read_header
 from darnet.reading.excerpt import ExcerptsTooShort, MissingBytes
 from darnet.scan import StagedFile
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 THUMBNAIL_SHARE = 0.5  # of the images, more than which show a file of the same name; a scan of its own shares few
 

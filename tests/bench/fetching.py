@@ -20,9 +20,10 @@ import numpy as np
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import Status
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.phantom import make_phantom
 from darnet.phantoms.files import write_dicom
+from darnet.reading.road import Road
 from darnet.scan import Diagnosis, Source, StoredObject
 from darnet.staging import EXCERPTS, Excerpts, Staging
 from darnet.storage import TRANSFERS, S3Store

@@ -28,9 +28,9 @@ import numpy as np
 from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
-from darnet.ingest import Road
 from darnet.ray_cluster import decode_row
 from darnet.ray_score import ScoringActor
+from darnet.reading.road import Road
 from darnet.scan import StoredObject
 from darnet.score import RunFacts
 from darnet.storage import open_store

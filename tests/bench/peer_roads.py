@@ -95,8 +95,8 @@ def read_ours() -> Callable[[str], Any]:
     """What peers do too: headers with all their checks, pixels, the standard volume; in this process."""
     from darnet.config import DecodeConfig, VolumeConfig
     from darnet.decode import open_images, set_decoder_threads
-    from darnet.ingest import DicomStack
     from darnet.reading.dicom import arrange_series
+    from darnet.reading.road import DicomStack
     from darnet.reading.series import sort_files
     from darnet.scan import StagedFile
     from darnet.volume import make_standard_volume
@@ -118,7 +118,8 @@ def read_ours_in_child() -> Callable[[str], Any]:
     """All that a worker does with a scan: staged, read in the limited child, lungs segmented, sent back."""
     from darnet.archive import list_sources
     from darnet.config import DecodeConfig, VolumeConfig
-    from darnet.ingest import Ingester, Road
+    from darnet.ingest import Ingester
+    from darnet.reading.road import Road
     from darnet.storage import open_store
 
     def read(folder: str) -> Any:
@@ -174,9 +175,9 @@ def measure_stages(archive: str) -> dict[str, float]:
     from darnet.config import DecodeConfig, VolumeConfig
     from darnet.decode import set_decoder_threads
     from darnet.errors import Status
-    from darnet.ingest import DicomStack
     from darnet.lung import has_lung, segment_lung
     from darnet.reading.dicom import arrange_series
+    from darnet.reading.road import DicomStack
     from darnet.reading.series import sort_files
     from darnet.scan import IngestedScan, StagedFile, StandardVolume
     from darnet.score import ScanScore, measure_score

@@ -23,10 +23,10 @@ from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.errors import ScanError, UsageError
-from darnet.ingest import DicomStack
 from darnet.phantom import make_phantom
 from darnet.phantoms.files import write_dicom
 from darnet.reading.dicom import arrange_series, read_header
+from darnet.reading.road import DicomStack
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import DIAGNOSES, StagedFile, Uint8Array
 from darnet.score import Ensemble

@@ -25,10 +25,11 @@ from darnet.bundle import read_model
 from darnet.code_version import name_scoring_code
 from darnet.config import ScoreConfig
 from darnet.errors import StorageError
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.publishing.check import check_table
 from darnet.publishing.objects import list_commits
 from darnet.publishing.rows import SCHEMA
+from darnet.reading.road import Road
 from darnet.results import read_rows
 from darnet.score import Ensemble, RunFacts, make_row
 from darnet.storage import Store, open_store

@@ -10,9 +10,10 @@ from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import UsageError
 from darnet.evaluation.truth import Truth, name_truth, read_truths, write_truth
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.phantoms.archive import build_phantom
 from darnet.phantoms.study import LAYOUTS, SEVERITIES, plan_study, trace_truth, write_study_scan
+from darnet.reading.road import Road
 from darnet.scan import Diagnosis
 from darnet.storage import open_store
 

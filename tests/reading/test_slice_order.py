@@ -9,10 +9,11 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.decode import VolumeStack
-from darnet.ingest import Ingester, Road
+from darnet.ingest import Ingester
 from darnet.phantom import make_phantom
 from darnet.phantoms.canvas import Phantom
 from darnet.phantoms.decoys import make_abdomen, make_head
+from darnet.reading.road import Road
 from darnet.reading.slice_order import SliceOrder, judge_order, measure_direction, measure_disorder
 from darnet.scan import DIAGNOSES, BoolArray, Uint8Array
 from darnet.storage import open_store
