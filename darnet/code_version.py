@@ -14,18 +14,14 @@ from darnet import __version__
 HOME = Path(__file__).parent
 # Of what training and preparing import, the modules that can change a weight or a voxel. Settings are digested by value
 # wherever these are, so `config` counts only where it holds numbers that are no setting.
-TRAINING = ("augment", "calibration", "dataset", "gang", "metrics", "model", "ray_rank", "scan", "threads", "train")
+TRAINING = (
+    *("augment", "calibration", "dataset", "gang", "metrics", "model", "ray_rank", "scan", "threads", "train"),
+    "volumes_folder",
+)
 PREPARING = (
     *("archive", "config", "decode", "ingest", "lung", "reading.dicom", "reading.excerpt", "reading.pixel_length"),
-    *(
-        "reading.plain_header",
-        "reading.road",
-        "reading.series",
-        "reading.stored_pixels",
-        "reading.volume_file",
-        "reading.zipped",
-    ),
-    *("scan", "staging", "volume"),
+    *("reading.plain_header", "reading.road", "reading.series", "reading.stored_pixels", "reading.volume_file"),
+    *("reading.zipped", "scan", "staging", "volume"),
 )
 # And of a row: what `score` makes of a scan, and how it ended. Storage decides only rows that are tried again.
 SCORING = (

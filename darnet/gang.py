@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from darnet.dataset import VolumesIndex
 from darnet.train import FoldResult, FoldState, Gang, Metrics, Report, build_start, equip_network, fit_fold
 from darnet.training_plan import FoldTask
 from darnet.volumes_cache import open_volumes
+from darnet.volumes_folder import VolumesIndex
 
 # While a node copies 13 GB of volumes its ranks answer nobody, nor does rank 0 while it uploads a checkpoint.
 # Source: ours: CC-CCII at 1 MB/s, and half as long again.

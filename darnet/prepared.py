@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 
 from darnet.code_version import name_preparing_code
 from darnet.config import fingerprint
-from darnet.dataset import ARRAYS_FOLDER
 from darnet.errors import Status
 from darnet.reading.road import Road
 from darnet.scan import ScanFacts, Source
 from darnet.storage import Store
+from darnet.volumes_folder import ARRAYS_FOLDER
 
 RECORDS_FOLDER = "prepared"
 READERS = 16  # Source: ours; as many connections as a store keeps open

@@ -22,7 +22,6 @@ from darnet.cohort import (
     record_division,
 )
 from darnet.cpus import DECODE_CPUS
-from darnet.dataset import VOLUMES_FILE, write_array, write_facts, write_index
 from darnet.errors import RunError, Status, UsageError
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
 from darnet.ray_cluster import connect, decode_sources, iterate_blocks, unpack_scan
@@ -31,6 +30,7 @@ from darnet.scan import Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store
 from darnet.terminal import print_heading, show_progress
+from darnet.volumes_folder import VOLUMES_FILE, write_array, write_facts, write_index
 
 EXCLUDED_FILE = "excluded.csv"
 NOT_IN_ARCHIVE = "NOT_IN_ARCHIVE"

@@ -37,7 +37,6 @@ from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.code_version import name_training_code
 from darnet.config import ScoreConfig, TrainConfig
-from darnet.dataset import VolumesTable, read_table
 from darnet.errors import RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.inference.torch_backend import TorchBackend
@@ -66,6 +65,7 @@ from darnet.training_plan import (
     read_room,
 )
 from darnet.volumes_cache import open_volumes
+from darnet.volumes_folder import VolumesTable, read_table
 
 MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
 COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800

@@ -21,11 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from darnet.calibration import fit_temperature
 from darnet.config import ModelConfig, TrainConfig
-from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, VolumesTable, load_batches
+from darnet.dataset import Augmentation, VolumeDataset, load_batches
 from darnet.errors import RunError, UsageError
 from darnet.metrics import compute_metrics
 from darnet.model import DARNet, build_network
 from darnet.scan import DIAGNOSES, FloatArray
+from darnet.volumes_folder import VolumesIndex, VolumesTable
 
 Metrics: TypeAlias = dict[str, float]
 Rows: TypeAlias = NDArray[np.int64]

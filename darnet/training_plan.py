@@ -15,10 +15,10 @@ from typing import Any, Literal
 from darnet.bundle import name_model
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig, fingerprint
 from darnet.cpus import CPU_MARGIN, DECODE_CPUS, WORKER_CPUS
-from darnet.dataset import VolumesTable
 from darnet.errors import ObjectMissing, UsageError
 from darnet.settings import TrainSettings
 from darnet.storage import Store
+from darnet.volumes_folder import VolumesTable
 
 GROUP_LABEL = "ray.io/node-group"  # on nodes that `ray up` and KubeRay start, of which an autoscaler may add more
 CODE_FILE = "code_version"  # in a run's folder, beside its checkpoints

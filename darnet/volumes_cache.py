@@ -12,10 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from darnet.dataset import ARRAYS_FOLDER, VOLUMES_FILE, VolumesIndex, VolumesTable, read_index, read_table, write_index
 from darnet.errors import StorageError, UsageError
 from darnet.storage import Store, open_store, transfer_all
 from darnet.storage_local import explain_os_errors
+from darnet.volumes_folder import (
+    ARRAYS_FOLDER,
+    VOLUMES_FILE,
+    VolumesIndex,
+    VolumesTable,
+    read_index,
+    read_table,
+    write_index,
+)
 
 MOUNTS = Path("/proc/self/mounts")
 # Memory-mapping them reads over the network in every epoch, page by page. Source: Linux's names of their drivers

@@ -6,7 +6,6 @@ from typing import Any
 import jobs.prepare
 import jobs.train
 from darnet.bundle import NETWORK_NAMES
-from darnet.dataset import read_table
 from darnet.evaluation.evaluate import read_known_truths
 from darnet.evaluation.truth import refuse_empty
 from darnet.job import run_job
@@ -17,6 +16,7 @@ from darnet.settings import EvaluateSettings, PaperSettings, PrepareSettings, Tr
 from darnet.steps import Step, claim_folder, run_steps
 from darnet.storage import has_object, open_store, read_file
 from darnet.store import Store
+from darnet.volumes_folder import read_table
 
 # The settings that each step is made with, beyond those of the steps before it
 COHORT = ("archive", "cohort", "cohort_sha256", "volume", "cohorts", "score.decode", "train.num_folds")

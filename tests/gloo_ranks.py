@@ -10,9 +10,9 @@ import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from darnet.config import ModelConfig, TrainConfig
-from darnet.dataset import read_index
 from darnet.model import DARNet
 from darnet.train import FoldResult, Gang, build_start, fit_fold
+from darnet.volumes_folder import read_index
 
 
 def keep_network(network: DARNet) -> DARNet:

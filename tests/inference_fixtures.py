@@ -10,9 +10,10 @@ from darnet.bundle import Bundle, BundleSettings
 from darnet.bundle_writing import TrainedFold
 from darnet.cohort import Division
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig
-from darnet.dataset import VolumeDataset, VolumesIndex, read_index, write_array, write_index
+from darnet.dataset import VolumeDataset
 from darnet.model import DARNet, build_network
 from darnet.storage import open_store
+from darnet.volumes_folder import VolumesIndex, read_index, write_array, write_index
 from tests.bundle_fixtures import write_bundle
 
 VOLUME = VolumeConfig(shape=(16, 32, 32))

@@ -13,17 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from darnet.config import AugmentConfig, VolumeConfig
-from darnet.dataset import (
-    Augmentation,
-    VolumeDataset,
-    digest_cohort,
-    load_batches,
-    read_index,
-    write_array,
-    write_index,
-)
+from darnet.dataset import Augmentation, VolumeDataset, load_batches
 from darnet.errors import UsageError
 from darnet.storage import open_store
+from darnet.volumes_folder import digest_cohort, read_index, write_array, write_index
 from tests.volumes_fixtures import DIVISION, SMALL_VOLUME, make_cohort, make_volumes, make_voxels
 
 

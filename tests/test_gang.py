@@ -13,11 +13,11 @@ import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from darnet.config import ModelConfig, TrainConfig
-from darnet.dataset import VolumesIndex
 from darnet.gang import train_rank
 from darnet.train import build_start
 from darnet.training_plan import FoldTask, Places
 from darnet.volumes_cache import open_volumes
+from darnet.volumes_folder import VolumesIndex
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)

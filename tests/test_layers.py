@@ -18,17 +18,17 @@ ROWS = (
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
     "reading.slice_order reading.zipped storage",
-    "bundle cam_images dataset decode evaluation.measures evaluation.truth inference.torch_backend phantom "
-    "phantoms.decoys publishing.gates publishing.objects reading.series steps",
-    "auditing.features bundle_writing evaluation.cam_truth evaluation.seeds evaluation.tabulate "
+    "bundle cam_images decode evaluation.measures evaluation.truth inference.torch_backend phantom phantoms.decoys "
+    "publishing.gates publishing.objects reading.series steps volumes_folder",
+    "auditing.features bundle_writing dataset evaluation.cam_truth evaluation.seeds evaluation.tabulate "
     "inference.openvino_backend phantoms.archive publishing.nightly_report publishing.scored_keys publishing.staged "
-    "reading.road results staging tracking train training_plan volumes_cache",
-    "auditing.audit evaluation.report evaluation.study gang inference.quantization ingest phantoms.study "
-    "publishing.commit publishing.runs ray_checkpoint score",
+    "reading.road results staging tracking training_plan volumes_cache",
+    "auditing.audit evaluation.report evaluation.study inference.quantization ingest phantoms.study publishing.commit "
+    "publishing.runs score train",
     "auditing.report checkup.machine demo evaluation.maps_report evaluation.model_card evaluation.networks "
-    "evaluation.study_maps prepared publishing.hold publishing.planning ray_cluster ray_rank",
-    "auditing.record checkup.places evaluation.study_report publishing.check ray_prepare ray_score ray_train",
-    "evaluation.evaluate ray_doctor",
+    "evaluation.study_maps gang prepared publishing.hold publishing.planning ray_checkpoint ray_cluster",
+    "auditing.record checkup.places evaluation.study_report publishing.check ray_prepare ray_rank ray_score",
+    "evaluation.evaluate ray_doctor ray_train",
     "ray_evaluate",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
@@ -103,7 +103,7 @@ def test_importing_does_nothing_and_needs_no_ray_below_its_row(tmp_path: Path) -
 def test_a_worker_that_decodes_imports_no_torch() -> None:
     """What it is sent names functions of these modules; a node has such a process a CPU."""
     code = (
-        "import sys\nimport darnet.ray_cluster, darnet.publishing.runs\n"
+        "import sys\nimport darnet.ray_cluster, darnet.ray_prepare, darnet.publishing.runs\n"
         "found = {'torch', 'safetensors', 'openvino'} & set(sys.modules)\n"
         "assert not found, found\n"
     )

@@ -9,11 +9,11 @@ import pytest
 
 from darnet.auditing.audit import audit_cohort, summarise_audit
 from darnet.cohort import read_cohort
-from darnet.dataset import read_facts, read_index
 from darnet.errors import RunError, UsageError
 from darnet.ray_prepare import prepare_volumes
 from darnet.settings import PrepareSettings
 from darnet.storage import open_store
+from darnet.volumes_folder import read_facts, read_index
 from tests.ct_fixtures import make_chest
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")]

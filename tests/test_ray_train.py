@@ -32,7 +32,6 @@ from rich.console import Console
 from darnet.bundle import find_bundles, load_networks, read_bundle
 from darnet.code_version import name_training_code
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig
-from darnet.dataset import VolumesIndex
 from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, UsageError
 from darnet.evaluation.seeds import merge_seeds
 from darnet.history import render_history
@@ -52,6 +51,7 @@ from darnet.terminal import Meter
 from darnet.tracking import Tracker
 from darnet.train import ALONE, FoldResult, Metrics, evaluate
 from darnet.training_plan import FoldTask, Places, Training, choose_networks, choose_trainings, name_run
+from darnet.volumes_folder import VolumesIndex
 from tests.gloo_ranks import train_with_torch_alone
 from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from darnet.config import AugmentConfig, ModelConfig, TrainConfig
-from darnet.dataset import Augmentation, VolumeDataset, VolumesIndex, read_index, write_index
+from darnet.dataset import Augmentation, VolumeDataset
 from darnet.errors import RunError, UsageError
 from darnet.model import build_network
 from darnet.storage import open_store
@@ -42,6 +42,7 @@ from darnet.train import (
     train_steps,
     weigh_classes,
 )
+from darnet.volumes_folder import VolumesIndex, read_index, write_index
 from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes
 
 NETWORK = ModelConfig(base_channels=4, volume_shape=SMALL_VOLUME.shape)

@@ -13,7 +13,6 @@ import yaml
 
 from darnet.bundle import name_model
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig
-from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.settings import TrainSettings
 from darnet.storage import Store
@@ -31,6 +30,7 @@ from darnet.training_plan import (
     read_room,
     reserve_cpus,
 )
+from darnet.volumes_folder import VolumesIndex
 from tests.places import ROOT
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 

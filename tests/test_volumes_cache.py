@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from darnet import volumes_cache
-from darnet.dataset import read_index
 from darnet.errors import StorageError
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
 from darnet.volumes_cache import copy_volumes, is_on_network, open_volumes
+from darnet.volumes_folder import read_index
 from tests.volumes_fixtures import DIVISION, EXCLUDED, make_volumes
 
 

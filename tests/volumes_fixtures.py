@@ -7,8 +7,8 @@ import pandas as pd
 
 from darnet.cohort import Division
 from darnet.config import CohortConfig, VolumeConfig
-from darnet.dataset import VolumesIndex, read_index, write_array, write_index
 from darnet.storage import open_store
+from darnet.volumes_folder import VolumesIndex, read_index, write_array, write_index
 
 SMALL_VOLUME = VolumeConfig(shape=(8, 32, 32))
 EXCLUDED = {"NOT_IN_ARCHIVE": 1, "BAD_TRUNCATED": 2}

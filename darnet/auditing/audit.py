@@ -43,13 +43,13 @@ from darnet.cohort import (
     name_own_cohorts,
 )
 from darnet.config import digest_json
-from darnet.dataset import VolumesIndex, read_facts
 from darnet.errors import UsageError
 from darnet.reading.slice_order import SliceOrder
 from darnet.scan import LABELS, Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store, open_store
 from darnet.volumes_cache import open_volumes
+from darnet.volumes_folder import VolumesIndex, read_facts
 
 SCAN_COLUMNS = ("scan_id", "diagnosis", "patient_id", "cohort", "fold")  # an evaluation knows the first two at least
 KEYS = ("found", "known")

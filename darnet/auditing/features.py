@@ -14,11 +14,11 @@ import pandas as pd
 from darnet.archive import name_format
 from darnet.auditing.shortcuts import Feature, encode_levels, measure_border
 from darnet.cohort import COHORT_COLUMNS, NEEDED_COLUMNS, find_known_order
-from darnet.dataset import VolumesIndex, read_voxels
 from darnet.reading.slice_order import OrderVerdict, judge_order
 from darnet.scan import FloatArray, Source
 from darnet.storage import Store
 from darnet.terminal import show_progress
+from darnet.volumes_folder import VolumesIndex, read_voxels
 
 NO_FEATURES = frozenset((*NEEDED_COLUMNS, *COHORT_COLUMNS, "fold"))
 FACT_NUMBERS = ("num_slices", "slice_spacing_mm", "pixel_spacing_mm")

@@ -17,7 +17,6 @@ from darnet.auditing.record import AUDIT_FILE, AuditRecord, read_audit
 from darnet.bundle import BundleManifest, FoldRecord, count_network_parameters, find_bundles, read_model
 from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.config import digest_json
-from darnet.dataset import VolumesIndex, VolumesTable, read_facts
 from darnet.errors import UsageError
 from darnet.evaluation.measures import (
     Evaluation,
@@ -44,6 +43,7 @@ from darnet.settings import EvaluateSettings
 from darnet.storage import Store, open_store, read_file
 from darnet.terminal import print_table, show_progress
 from darnet.volumes_cache import open_volumes
+from darnet.volumes_folder import VolumesIndex, VolumesTable, read_facts
 
 PREDICTIONS_FILE = "predictions.parquet"
 TABLE = "predictions table"

@@ -9,13 +9,13 @@ import numpy as np
 
 from darnet import RESEARCH_USE
 from darnet.cohort import COHORTS, describe_division, describe_excluded, has_leak, tell_leak
-from darnet.dataset import VolumesIndex, VolumesTable
 from darnet.evaluation.intervals import NUM_REPLICATES
 from darnet.evaluation.measures import Evaluation, Origin, evaluate_predictions, find_warnings, resample_predictions
 from darnet.evaluation.predictions import Predictions
 from darnet.evaluation.tabulate import format_interval, format_metric
 from darnet.scan import LABELS
 from darnet.score import Ensemble
+from darnet.volumes_folder import VolumesIndex, VolumesTable
 
 NO_TEST = "The volumes hold no test cohort: nothing was measured on scans that training has not seen."
 

@@ -13,7 +13,6 @@ import pandas as pd
 
 from darnet.bundle import BundleManifest, load_network, read_model
 from darnet.config import ScoreConfig
-from darnet.dataset import VolumesIndex
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.paper import MODEL_NAMES
 from darnet.evaluation.seeds import merge_seeds
@@ -21,6 +20,7 @@ from darnet.history import HISTORY_FILE
 from darnet.model import DARNet
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store
+from darnet.volumes_folder import VolumesIndex
 
 
 @dataclass(frozen=True, eq=False, slots=True)

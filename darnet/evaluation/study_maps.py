@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from darnet.cam import upsample_cam
-from darnet.dataset import VolumesIndex
 from darnet.evaluation.cam_truth import (
     MEASURES,
     MapStudy,
@@ -32,6 +31,7 @@ from darnet.model import DARNet
 from darnet.report import CamPanel
 from darnet.scan import DIAGNOSES, CropBox, Diagnosis, FloatArray, Uint8Array
 from darnet.score import ScanScore
+from darnet.volumes_folder import VolumesIndex
 
 NUM_CASES = 3  # Source: paper Fig. 2: mild, moderate, severe
 NUM_REDRAWN = 12  # scans of the sanity check: it asks whether maps change at all, and costs a forward pass a fold

@@ -15,7 +15,6 @@ from scipy.special import softmax
 from darnet.bundle import Bundle, FoldRecord, Int8Graph, Int8Record, load_network, read_bundle
 from darnet.bundle_writing import add_int8_graphs, publish_bundles, refuse_existing
 from darnet.config import ScoreConfig
-from darnet.dataset import VolumesIndex, read_voxels
 from darnet.errors import HeldError, UsageError
 from darnet.inference.openvino_backend import (
     Graph,
@@ -29,6 +28,7 @@ from darnet.inference.openvino_backend import (
 from darnet.scan import FloatArray, Uint8Array
 from darnet.storage import Store
 from darnet.terminal import show_progress
+from darnet.volumes_folder import VolumesIndex, read_voxels
 
 Rows: TypeAlias = NDArray[np.int64]
 

@@ -18,7 +18,6 @@ from darnet.auditing.features import Duplicate
 from darnet.auditing.report import describe_audit, render_audit, write_audit
 from darnet.cohort import read_cohort
 from darnet.config import TrainConfig, VolumeConfig
-from darnet.dataset import write_array, write_facts, write_index
 from darnet.decode import VolumeStack
 from darnet.errors import UsageError
 from darnet.phantom import make_phantom
@@ -26,6 +25,7 @@ from darnet.scan import DIAGNOSES, Uint8Array
 from darnet.settings import PrepareSettings
 from darnet.storage import open_store
 from darnet.volume import make_standard_volume, resample_mask
+from darnet.volumes_folder import write_array, write_facts, write_index
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.places import SHARED
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from darnet.config import AugmentConfig, ModelConfig, VolumeConfig
-from darnet.dataset import Augmentation, VolumeDataset, load_batches, read_index, write_index
+from darnet.dataset import Augmentation, VolumeDataset, load_batches
 from darnet.model import build_network
 from darnet.storage import open_store
 from darnet.terminal import print_table
 from darnet.threads import set_num_threads
 from darnet.train import ALONE, train_steps
+from darnet.volumes_folder import read_index, write_index
 from tests.volumes_fixtures import make_cohort
 
 BATCH = 4

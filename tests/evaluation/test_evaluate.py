@@ -18,12 +18,12 @@ from darnet.auditing.report import write_audit
 from darnet.bundle import load_networks, read_bundle
 from darnet.cohort import read_cohort
 from darnet.config import CohortConfig, TrainConfig, VolumeConfig
-from darnet.dataset import write_index
 from darnet.errors import UsageError
 from darnet.evaluation.evaluate import run_evaluation
 from darnet.job import run_job
 from darnet.settings import EvaluateSettings, PrepareSettings
 from darnet.storage import open_store
+from darnet.volumes_folder import write_index
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_random_bundle
 from tests.volumes_fixtures import DIVISION, make_cohort

@@ -10,12 +10,13 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from darnet.config import ModelConfig
-from darnet.dataset import VolumeDataset, read_index, write_index
+from darnet.dataset import VolumeDataset
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_leak, describe_test, evaluate_test
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import build_network
 from darnet.score import Ensemble
 from darnet.storage import open_store
+from darnet.volumes_folder import read_index, write_index
 from tests.volumes_fixtures import SMALL_VOLUME, make_cohort, make_volumes
 
 

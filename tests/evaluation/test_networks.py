@@ -10,11 +10,11 @@ import pytest
 
 from darnet.bundle import Bundle, name_model
 from darnet.config import ModelConfig, ScoreConfig
-from darnet.dataset import VolumesIndex, read_index, write_index
 from darnet.errors import UsageError
 from darnet.evaluation.networks import load_members, read_networks, score_cohort
 from darnet.model import DARNet
 from darnet.storage import Store, open_store
+from darnet.volumes_folder import VolumesIndex, read_index, write_index
 from tests.bundle_fixtures import write_random_bundle
 from tests.volumes_fixtures import SMALL_VOLUME, make_cohort
 

@@ -18,7 +18,6 @@ from darnet import NOTICE
 from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
-from darnet.dataset import write_facts, write_index
 from darnet.errors import UsageError
 from darnet.evaluation.evaluate import find_sided, run_evaluation
 from darnet.evaluation.paper import MODEL_NAMES, TABLE_1, TABLE_3
@@ -30,6 +29,7 @@ from darnet.job import run_job
 from darnet.model import DARNet, count_parameters
 from darnet.settings import EvaluateSettings
 from darnet.storage import open_store
+from darnet.volumes_folder import write_facts, write_index
 from tests.browser_fixtures import draw_screen, list_requests, read_dom
 from tests.bundle_fixtures import SHAPE, write_four_bundles, write_random_bundle
 from tests.volumes_fixtures import make_cohort

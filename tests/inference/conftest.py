@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from darnet.bundle import Bundle
-from darnet.dataset import VolumesIndex, read_voxels
 from darnet.scan import Uint8Array
+from darnet.volumes_folder import VolumesIndex, read_voxels
 from tests.inference_fixtures import make_index, train_bundle
 
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from darnet.bundle import Bundle, load_networks, read_bundle, select_model
 from darnet.config import ModelConfig, ScoreConfig
-from darnet.dataset import VolumesIndex
 from darnet.errors import UsageError
 from darnet.inference import openvino_backend
 from darnet.inference.graph import ScoringGraph, fold_batch_norm
@@ -28,6 +27,7 @@ from darnet.scan import Uint8Array
 from darnet.score import Ensemble, ScanScore
 from darnet.settings import ScoreSettings, read_settings
 from darnet.storage import open_store
+from darnet.volumes_folder import VolumesIndex
 from tests.inference_fixtures import NETWORK, TEMPERATURES, VOLUME
 from tests.places import ROOT
 

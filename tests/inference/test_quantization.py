@@ -14,13 +14,13 @@ import torch
 from darnet.bundle import Bundle, BundleSettings, Int8Record, load_networks, read_bundle, select_model
 from darnet.bundle_writing import TrainedFold
 from darnet.config import ScoreConfig, TrainConfig
-from darnet.dataset import VolumesIndex, read_voxels
 from darnet.errors import HeldError, UsageError
 from darnet.inference.openvino_backend import load_openvino
 from darnet.inference.quantization import quantize_bundle
 from darnet.scan import Uint8Array
 from darnet.score import Ensemble
 from darnet.storage import open_store
+from darnet.volumes_folder import VolumesIndex, read_voxels
 from jobs import quantize
 from tests.bundle_fixtures import write_bundle
 from tests.inference_fixtures import NETWORK, TEMPERATURES, VOLUME
