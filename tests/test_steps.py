@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from darnet.config import CohortConfig
 from darnet.errors import UsageError
 from darnet.evaluation.intervals import MIN_SEEDS
 from darnet.settings import EvaluateSettings, PaperSettings, PhantomsSettings, TrainSettings, read_settings
@@ -140,8 +141,13 @@ def test_the_papers_settings_are_the_defaults() -> None:
         exclude={"config", "cohorts", "seeds"}
     )
     assert len(told.seeds) >= MIN_SEEDS
-    assert (told.cohorts.division, told.cohorts.drop_discarded, told.cohorts.drop_shuffled) == ("paper", False, False)
+    assert told.cohorts.resolved == CohortConfig(division="paper", drop_discarded=False, drop_shuffled=False)
     assert (told.train.device, plain.train.device) == ("gpu", "auto")
+
+
+def test_the_papers_study_on_patient_level_leaves_out_the_scans_that_only_the_paper_used() -> None:
+    arguments = [*PLACES, "--config", str(JOBS / "paper.toml"), "--cohorts.division", "patient"]
+    assert read_settings(PaperSettings, arguments, "x").cohorts.resolved == CohortConfig().resolved
 
 
 def test_the_device_of_the_study_is_that_of_its_parts() -> None:
