@@ -173,7 +173,8 @@ def describe_division(division: Division | None) -> str:
         "duplicate or noise slices": config.drop_duplicates,
     }
     left_out = ", ".join(name for name, is_dropped in drops.items() if is_dropped) or "nothing"
-    return f"{config.division}: cohorts {cohorts}; {division.num_folds} folds {folds}; left out for defects: {left_out}"
+    told = f"{config.division}: cohorts {cohorts}; {division.num_folds} folds {folds}; left out for defects: {left_out}"
+    return told if config.turn_reversed else f"{told}; reversed scans as they are stored"
 
 
 def describe_excluded(excluded: Mapping[str, int] | None) -> str:

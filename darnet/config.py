@@ -155,8 +155,10 @@ class CohortConfig(Section):
     """Leave out scans whose column discard is 1; else they are used as they are. Default: as `division`, on under
     `patient` and off under `paper`."""
     drop_shuffled: bool | None = None
-    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Reversed ones are turned.
-    Default: on under `patient`, off under `paper`, which used them."""
+    """Leave out scans whose order_defect is shuffled: no setting can put them in order. Default: on under `patient`,
+    off under `paper`, which used them."""
+    turn_reversed: bool = True
+    """Turn scans whose order_defect is reversed; else they are used as they are stored, as the paper used them."""
     drop_duplicates: bool = False
     """Leave out scans whose duplicate_or_noise_slices is 1: most of such a scan is sound, so they are kept."""
 

@@ -41,7 +41,8 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     """Write the standard volume of every usable scan of the cohort, divide them, and list the others with reasons.
 
     What the same code has stored under the same settings, of sources that have not changed, is not decoded again.
-    Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned.
+    Scans that the table and the settings leave out are not decoded; those the table knows to be reversed are turned,
+    unless the settings say otherwise.
     Raises: UsageError if no scan of the cohort is usable; RunError while some may be next time: no study is to be made
             of what a bad hour left. The folder declares no volumes then, also where it did before.
     """
@@ -49,7 +50,8 @@ def prepare_volumes(archive: Store, cohort: pd.DataFrame, volumes: Store, settin
     used = cohort[left_out == ""]
     _divide(used, settings)  # what no scan can mend is told before all are decoded
     sources = match_cohort(used, list_sources(archive.list_objects()))
-    reversed_sources = frozenset(sources[scan_id].key for scan_id in find_reversed(cohort) if scan_id in sources)
+    to_turn = find_reversed(cohort) if settings.cohorts.turn_reversed else []
+    reversed_sources = frozenset(sources[scan_id].key for scan_id in to_turn if scan_id in sources)
     road = Road(settings.volume, settings.score.decode, reversed_sources=reversed_sources)
     prepared, num_reused = _prepare_sources(list(dict.fromkeys(sources.values())), archive, road, volumes)
     chosen = [

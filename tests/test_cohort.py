@@ -484,6 +484,8 @@ def test_a_division_is_recorded_with_the_columns_that_made_it(
     left_out = {"patient": "discarded, shuffled", "paper": "duplicate or noise slices"}[division]
     recorded = record_division(frame, config, num_folds=2)
     assert describe_division(recorded) == f"{told}; left out for defects: {left_out}"
+    unturned = record_division(frame, config.model_copy(update={"turn_reversed": False}), num_folds=2)
+    assert describe_division(unturned) == f"{told}; left out for defects: {left_out}; reversed scans as they are stored"
     assert (recorded.cohorts.seed, recorded.num_folds) == (7, 2)
 
 

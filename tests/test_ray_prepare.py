@@ -99,6 +99,20 @@ def test_faulty_scans_are_turned_or_left_out_with_their_reason_and_audited(ray_c
     assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 9
     assert read_index(tmp_path / "volumes").cohort_sha256 == index.cohort_sha256
 
+    as_stored = settings.cohorts.model_copy(update={"turn_reversed": False})
+    unturned = settings.model_copy(update={"cohorts": as_stored})
+    done = prepare_volumes(open_store(settings.archive), cohort, volumes, unturned)
+    assert (done["sources_reused"], done["turned"]) == (10, 0)
+    changed, voxels = read_index(tmp_path / "volumes"), {}
+    for patient, array in changed.frame.set_index("patient_id")["array"].items():
+        voxels[patient] = np.load(tmp_path / "volumes" / array)
+    assert changed.division is not None
+    assert not changed.division.cohorts.turn_reversed
+    np.testing.assert_array_equal(voxels["p03"], voxels["p02"][::-1])
+    with pytest.raises(UsageError, match=r"prepared with other settings \(cohorts\.turn_reversed\)"):
+        audit_cohort(cohort, settings.model_copy(update={"audit": True}))
+    assert prepare_volumes(open_store(settings.archive), cohort, volumes, settings)["sources_reused"] == 11
+
     absent = cohort.assign(scan_id="not-" + cohort["scan_id"])
     with pytest.raises(UsageError, match="no scan of the cohort is usable"):
         prepare_volumes(open_store(settings.archive), absent, volumes, settings)

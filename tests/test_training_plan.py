@@ -56,6 +56,7 @@ def make_settings(index: VolumesIndex, out: Path, **changed: object) -> TrainSet
             {"seed": 6, "drop_shuffled": False},
             "cohorts.seed is 6, of the volumes 5, cohorts.drop_shuffled is False, of",
         ),
+        ({"turn_reversed": False}, "cohorts.turn_reversed is False, of the volumes True;"),
         ({"seed": 5, "drop_shuffled": True}, ""),
         ({}, ""),
     ],

@@ -183,7 +183,9 @@ def _describe_division(audit: Audit) -> Section:
     left_out = "; ".join(f"{number} as {reason}" for reason, number in audit.left_out.items())
     told = [f"Left out before dividing: {left_out}." if left_out else "No scan is left out before dividing."]
     if audit.reversed_scans:
-        told.append(f"{audit.reversed_scans} scans are known to be stored in reverse and are turned when prepared.")
+        is_turned = audit.division_settings["cohorts"]["turn_reversed"]
+        done = "turned when prepared" if is_turned else "used so (cohorts.turn_reversed is false)"
+        told.append(f"Scans known to be stored in reverse, and {done}: {audit.reversed_scans}.")
     told.append(f"SHA-256 of the settings that divide: {audit.division_settings['sha256']}.")
     if audit.division is None:
         return Section(title, "\n\n".join([*told, f"These settings cannot divide the cohort: {audit.division_fault}."]))

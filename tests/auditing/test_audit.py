@@ -155,6 +155,9 @@ def test_the_division_is_written_down_and_read_back_as_a_table_makes_it_again(tm
     excluded = read_text_table(tmp_path / "excluded.csv")
     assert excluded[["scan_id", "status"]].to_numpy().tolist() == [["s000", "DISCARDED"]]
     assert (found["left_out"], found["reversed_scans"]) == ({"DISCARDED": 1}, 1)
+    assert "stored in reverse, and turned when prepared: 1." in (tmp_path / "audit.html").read_text()
+    audit_text(frame.to_csv(index=False), tmp_path / "unturned", cohorts={"turn_reversed": False})
+    assert "in reverse, and used so (cohorts.turn_reversed is false): 1." in (tmp_path / "unturned" / "audit.html").read_text()
     again = audit_text((tmp_path / "division.csv").read_text(), tmp_path / "again", cohorts={"seed": 77})
     assert again["counts"] == found["division"]["counts"]
     assert (again["left_out"], again["reversed_scans"]) == ({"DISCARDED": 1}, 1)
