@@ -25,6 +25,7 @@ from darnet.evaluation.intervals import (
     resample_scans,
     take_interval,
 )
+from darnet.evaluation.paper import TABLE_3
 from darnet.metrics import compute_all_metrics
 
 
@@ -366,16 +367,16 @@ def test_the_fold_interval_covers_whatever_seeds_of_a_fold_have_in_common(num_se
     assert np.mean([item.low <= 0 <= item.high for item in intervals]) > 0.935
 
 
-def _draw_study(rng: np.random.Generator, shift: float) -> list[float]:
-    """Holm's p values of 15 comparisons with three seeds, the first of which differs by `shift`.
+def _draw_study(rng: np.random.Generator, shift: float, num_seeds: int = 3) -> list[float]:
+    """Holm's p values of 15 comparisons, the first of which differs by `shift`.
 
     Every pair deviates by itself by 0.01, as the paper's folds do; 436 test patients move all of them alike.
     """
     cohort_error = 0.25 / math.sqrt(436)
     p_values = []
     for number in range(15):
-        pairs = shift * (number == 0) + rng.normal(0, 0.01, (3, 5)) + rng.normal(0, cohort_error)
-        found = compare_folds(pairs, np.zeros((3, 5)), cohort_error**2, cohort_freedom=125)
+        pairs = shift * (number == 0) + rng.normal(0, 0.01, (num_seeds, 5)) + rng.normal(0, cohort_error)
+        found = compare_folds(pairs, np.zeros_like(pairs), cohort_error**2, cohort_freedom=125)
         p_values.append(found.p_value)
     return correct_holm(p_values)
 
@@ -384,6 +385,20 @@ def test_three_seeds_show_a_difference_of_eight_points_among_fifteen_and_none_wh
     rng = np.random.default_rng(6)
     assert np.mean([_draw_study(rng, 0.08)[0] < 0.05 for _ in range(30)]) > 0.9
     assert np.mean([min(_draw_study(rng, 0.0)) < 0.05 for _ in range(60)]) <= 0.05
+
+
+def test_three_seeds_mostly_show_five_points_and_hardly_ever_what_the_paper_claims_of_depth_attention() -> None:
+    claimed = TABLE_3["accuracy_3class"]["DA"].mean - TABLE_3["accuracy_3class"]["ResNet18"].mean
+    assert claimed == pytest.approx(0.016, abs=5e-4)
+    rng = np.random.default_rng(7)
+    assert 0.6 < np.mean([_draw_study(rng, 0.05)[0] < 0.05 for _ in range(60)]) < 0.95
+    assert np.mean([_draw_study(rng, claimed)[0] < 0.05 for _ in range(60)]) < 0.1
+
+
+def test_many_seeds_hardly_show_it_either_on_as_many_patients() -> None:
+    """The choice of patients stays, however often a network is trained."""
+    rng = np.random.default_rng(8)
+    assert np.mean([_draw_study(rng, 0.016, num_seeds=20)[0] < 0.05 for _ in range(60)]) < 0.1
 
 
 def test_no_interval_of_folds_passes_what_a_difference_can_be() -> None:
