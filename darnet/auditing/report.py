@@ -38,7 +38,7 @@ IMAGE_WORDS = (
     " blackened; border brightness is a mean, border histogram all values in 16 bins."
 )
 COHORT_WORDS = {
-    "patient": "dealt on patient level by these settings",
+    "patient": "dealt on patient level",
     "cohort": "by the table's column cohort",
     "paper_cohort": "by the table's column paper_cohort, as the paper has them",
 }
@@ -106,8 +106,7 @@ def render_audit(audit: Audit) -> str:
 
 def _summarise(audit: Audit) -> str:
     """What matters most, in a few sentences."""
-    cohorts = audit.cohorts
-    sentences = [f"{audit.num_scans} scans of {audit.num_patients} patients. {_tell_leak(cohorts)}"]
+    sentences = [f"{audit.num_scans} scans of {audit.num_patients} patients. {_tell_leaks(audit)}"]
     strong: dict[str, Shortcut] = {}
     for item in audit.shortcuts:
         if is_strong(item):
@@ -129,6 +128,14 @@ def _summarise(audit: Audit) -> str:
 def _tell_unseen(audit: Audit) -> str:
     *others, last = audit.not_looked_at
     return f"{', '.join(others).capitalize()} and {last} were not looked at: give --volumes."
+
+
+def _tell_leaks(audit: Audit) -> str:
+    """Who is in both of the printed cohorts, and in both of those that the settings make where these are others."""
+    told = f"Cohorts {COHORT_WORDS[audit.cohorts.by]}: {_tell_leak(audit.cohorts)}"
+    if audit.division is None or audit.division == audit.cohorts:
+        return told
+    return f"{told} As these settings divide, cohorts {COHORT_WORDS[audit.division.by]}: {_tell_leak(audit.division)}"
 
 
 def _tell_leak(cohorts: CohortCounts) -> str:
@@ -166,11 +173,11 @@ def _describe_cohorts(audit: Audit) -> Section:
 
 
 def _describe_leak(audit: Audit) -> Section:
-    told = _tell_leak(audit.cohorts)
+    told = _tell_leaks(audit)
     if audit.cohorts.patients_in_both_cohorts:
         told += (
-            " A network may know these patients' anatomy, scanner and course; what it scores on them is no evidence of"
-            " how it does on new ones. Numbers from this division must say so."
+            " A network may know the anatomy, scanner and course of patients in both cohorts; what it scores on them is"
+            " no evidence of how it does on new ones. Numbers from such cohorts must say so."
         )
     several = audit.patients_of_several_diagnoses
     if several:

@@ -72,7 +72,30 @@ def test_a_hand_counted_leak_is_found(column: str, tmp_path: Path) -> None:
     assert "1 patient with scans of more than one diagnosis" in page
     assert "Research use only" in page
     section = describe_audit(found)
-    assert section.text.startswith("By table.csv. 10 scans of 6 patients. 2 of the 3 test patients")
+    words = {"paper_cohort": "paper_cohort, as the paper has them", "cohort": "cohort"}[column]
+    told = f"By table.csv. 10 scans of 6 patients. Cohorts by the table's column {words}: 2 of the 3 test patients (3 of"
+    assert section.text.startswith(told)
+
+
+LEAKY_PATIENTS = "2 of the 60 test patients (2 of 60 test scans) also have scans in the training cohort."
+
+
+@pytest.mark.parametrize(
+    ("division", "told"),
+    [
+        ("patient", f"{LEAKY_PATIENTS} As these settings divide, cohorts dealt on patient level: No patient is in both"),
+        ("paper", f"{LEAKY_PATIENTS}\n\n"),
+    ],
+)
+def test_a_report_names_the_cohorts_that_a_leak_is_of(division: str, told: str, tmp_path: Path) -> None:
+    """Of 60 patients the first scan is of the paper's test cohort, of two the other is for training, as 30 more are."""
+    frame = make_table(90)
+    frame["paper_cohort"] = np.where((frame.index % 2 == 1) & (frame["patient_id"] < 2), "train", "")
+    frame.loc[frame["patient_id"] >= 60, "paper_cohort"] = "train"
+    frame.loc[(frame["paper_cohort"] == "") & (frame.index % 2 == 0), "paper_cohort"] = "test"
+    found = audit_text(frame.to_csv(index=False), tmp_path, cohorts={"division": division})
+    cohorts = "Cohorts by the table's column paper_cohort, as the paper has them:"
+    assert describe_audit(found).text.startswith(f"By table.csv. 180 scans of 90 patients. {cohorts} {told}")
 
 
 def test_an_audit_of_another_version_is_refused_in_a_report() -> None:
