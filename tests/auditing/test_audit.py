@@ -73,7 +73,9 @@ def test_a_hand_counted_leak_is_found(column: str, tmp_path: Path) -> None:
     assert "Research use only" in page
     section = describe_audit(found)
     words = {"paper_cohort": "paper_cohort, as the paper has them", "cohort": "cohort"}[column]
-    told = f"By table.csv. 10 scans of 6 patients. Cohorts by the table's column {words}: 2 of the 3 test patients (3 of"
+    told = (
+        f"By table.csv. 10 scans of 6 patients. Cohorts by the table's column {words}: 2 of the 3 test patients (3 of"
+    )
     assert section.text.startswith(told)
 
 
@@ -83,7 +85,10 @@ LEAKY_PATIENTS = "2 of the 60 test patients (2 of 60 test scans) also have scans
 @pytest.mark.parametrize(
     ("division", "told"),
     [
-        ("patient", f"{LEAKY_PATIENTS} As these settings divide, cohorts dealt on patient level: No patient is in both"),
+        (
+            "patient",
+            f"{LEAKY_PATIENTS} As these settings divide, cohorts dealt on patient level: No patient is in both",
+        ),
         ("paper", f"{LEAKY_PATIENTS}\n\n"),
     ],
 )
@@ -180,7 +185,10 @@ def test_the_division_is_written_down_and_read_back_as_a_table_makes_it_again(tm
     assert (found["left_out"], found["reversed_scans"]) == ({"DISCARDED": 1}, 1)
     assert "stored in reverse, and turned when prepared: 1." in (tmp_path / "audit.html").read_text()
     audit_text(frame.to_csv(index=False), tmp_path / "unturned", cohorts={"turn_reversed": False})
-    assert "in reverse, and used so (cohorts.turn_reversed is false): 1." in (tmp_path / "unturned" / "audit.html").read_text()
+    assert (
+        "in reverse, and used so (cohorts.turn_reversed is false): 1."
+        in (tmp_path / "unturned" / "audit.html").read_text()
+    )
     again = audit_text((tmp_path / "division.csv").read_text(), tmp_path / "again", cohorts={"seed": 77})
     assert again["counts"] == found["division"]["counts"]
     assert (again["left_out"], again["reversed_scans"]) == ({"DISCARDED": 1}, 1)
