@@ -163,8 +163,8 @@ def _describe_comparison(evaluation: Evaluation, comparison: Comparison) -> Sect
         f"{decisions.num_only_second_right} by the other only; in its form that counts {by}s, "
         f"{say_p(comparison.p_decisions)}: {judge_p(comparison.p_decisions)}. Scans taken as independent, "
         f"{say_p(decisions.p_value)}.\n\n"
-        "Each p is of one test by itself. A difference whose interval holds 0 is not shown; that is not to say that "
-        "there is none."
+        "The p of AUC and of decisions are each of one test by itself. A difference whose interval holds 0 is not "
+        "shown; that is not to say that there is none."
     )
     by_fold = tabulate_fold_differences(comparison, "Fold by fold.")
     if not by_fold and max(len(evaluation.fold_metrics), len(comparison.second.folds)) > 1:

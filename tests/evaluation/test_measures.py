@@ -240,7 +240,10 @@ def test_several_seeds_are_paired_by_fold_and_seed() -> None:
     )
     assert [(fold["fold"], fold["seed"]) for fold in same["folds"]][2:5] == [("0", "2"), ("0", "3"), ("1", "0")]
     assert 0 < described["least_shown"] < described["mean"]
-    assert "12 pairs of fold and seed, 4 seeds; p is corrected by Holm" in render_report(evaluate(first), ORIGIN, found)
+    page = render_report(evaluate(first), ORIGIN, found)
+    assert "12 pairs of fold and seed, 4 seeds; p is corrected by Holm" in page
+    assert "The p of AUC and of decisions are each of one test by itself." in page  # those by fold are not
+    assert "Each p" not in page
 
 
 def test_one_seed_shows_nothing_and_the_report_says_for_this_training_seed() -> None:
