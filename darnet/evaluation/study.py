@@ -23,7 +23,7 @@ from darnet.evaluation.measures import (
     evaluate_predictions,
     resample_predictions,
 )
-from darnet.evaluation.paper import NETWORKS
+from darnet.evaluation.paper import BASELINE, NETWORKS
 from darnet.evaluation.predictions import Predictions
 from darnet.report import CamPanel
 
@@ -58,8 +58,9 @@ class Pair:
 class Study:
     """Networks in the order of Table 3, each with its evaluation; `counts` is cohort -> diagnosis -> scans.
 
-    `maps` are the activation maps measured, one study a diagnosis with known lesions; `cases` those that are shown, in
-    the order of their severity, each with a panel a network.
+    `maps` are the activation maps measured, one study a diagnosis with known lesions; `cases` those that are shown,
+    each with a panel a network, in the order of their severity if that is known, else of the full network's NCP
+    probability.
     """
 
     runs: Mapping[str, NetworkRun]
@@ -68,6 +69,7 @@ class Study:
     counts: Counts
     maps: Sequence[MapStudy] = ()
     cases: Sequence[Sequence[CamPanel]] = ()
+    is_severity_known: bool = False
 
     @property
     def full(self) -> str:
@@ -110,12 +112,12 @@ def choose_pairs(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, str, 
     Source: ours. Of equally accurate ones the first in Table 3's order. Choosing two by the scans that they are then
             compared on flatters the first.
     """
-    baseline, *others = evaluations
-    pairs = [(name, baseline, "against the baseline") for name in others]
+    first, *others = evaluations
+    pairs = [(name, first, f"against {'the baseline' if first == BASELINE else first}") for name in others]
     ranked = sorted(
         evaluations, key=lambda name: -evaluations[name].metrics["accuracy_3class"]
     )  # ties: Table 3's order
-    if len(ranked) > 1 and baseline not in ranked[:2]:
+    if len(ranked) > 1 and first not in ranked[:2]:
         pairs.append((ranked[0], ranked[1], "the two most accurate here"))
     return pairs
 

@@ -111,29 +111,31 @@ def add_maps(study: Study, scans: CohortScores, *, seed: int, num_replicates: in
         for diagnosis, scan_ids in known.items()
         if scan_ids
     ]
-    return replace(study, maps=studies, cases=draw_cases(scans, study.full))
+    cases, is_severity_known = draw_cases(scans, study.full)
+    return replace(study, maps=studies, cases=cases, is_severity_known=is_severity_known)
 
 
-def draw_cases(scans: CohortScores, full: str) -> list[list[CamPanel]]:
-    """The NCP cases of least, middle and most severity, under the map of each network.
+def draw_cases(scans: CohortScores, full: str) -> tuple[list[list[CamPanel]], bool]:
+    """The NCP cases of least, middle and most severity, under the map of each network; and whether that was known.
 
-    Severity is the lesions' share of the lungs where the truth is known of every case, else the NCP probability of the
-    full network: how ill a patient is, or only how sure the network.
+    Severity is the lesions' share of the lungs, where the truth is known of every case. Else cases are chosen by the
+    NCP probability of the full network: not by how ill a patient is, only by how sure the network.
     """
     cases = scans.list_scans(Diagnosis.NCP)
     is_known = all(scan_id in scans.truths for scan_id in cases)
     ncp, ids = DIAGNOSES.index(Diagnosis.NCP), scans.scan_ids
-    severity = [
+    values = [
         scans.truths[case].lesion_share if is_known else float(scans.scores[full][ids.index(case)].probability[ncp])
         for case in cases
     ]
     what = "lesions {:.0%} of the lungs" if is_known else "NCP probability {:.2f}"
-    return [_draw_case(scans, cases[place], what.format(severity[place])) for place in choose_cases(severity)]
+    drawn = [_draw_case(scans, cases[place], what.format(values[place])) for place in choose_cases(values)]
+    return drawn, is_known
 
 
-def choose_cases(severity: Sequence[float]) -> list[int]:
-    """Places of the least, the middle and the most severe; fewer where there are fewer."""
-    order = np.argsort(severity, kind="stable").tolist()
+def choose_cases(values: Sequence[float]) -> list[int]:
+    """Places of the least, the middle and the highest; fewer where there are fewer."""
+    order = np.argsort(values, kind="stable").tolist()
     chosen = np.linspace(0, len(order) - 1, min(NUM_CASES, len(order))).round().astype(int)
     return [int(order[place]) for place in chosen]
 

@@ -60,7 +60,9 @@ PRINTED = (
 )
 
 
-CASES_HEADING = "NCP test cases of least, middle and most severity"
+CASES_BY_SEVERITY = "NCP test cases of least, middle and most severity"
+CASES_BY_PROBABILITY = "NCP test cases of least, middle and highest NCP probability by {full}"
+SEVERITY_UNKNOWN = "How ill these patients are is not known. "
 CASES_CAPTION = (
     "Left the slice as the network sees it, then under the class map of NCP of each network (mean of its folds), "
     "coloured from none to the map’s own maximum; known lesions are outlined in blue. Three cases are an illustration."
@@ -74,7 +76,7 @@ def render_study(study: Study, audit: Sequence[Section] = ()) -> str:
         describe_input(full, study.runs[study.full].origin),
         Section("Table 1: the cohorts", PRINTED, [tabulate_cohorts(study)]),
         *audit,
-        Section("Table 2: the full network and the baseline", "", [tabulate_full(study), tabulate_others()]),
+        Section(f"Table 2: {' and '.join(_name_ends(study))}", "", [tabulate_full(study), tabulate_others()]),
         _describe_networks(study),
         _describe_rocs(study),
         _describe_decisions(study),
@@ -146,8 +148,8 @@ def tabulate_cohorts(study: Study) -> HtmlTable:
 
 
 def tabulate_full(study: Study) -> HtmlTable:
-    """Table 2: baseline and full network, measured and printed."""
-    names = list(dict.fromkeys([next(iter(study.runs)), study.full]))
+    """Table 2: the first and the last network in the order of Table 3, measured and printed."""
+    names = _name_ends(study)
     header = ["metric", *(f"{source}: {name}" for name in names for source in ("this run", "paper"))]
     num_scans = len(study.runs[study.full].predictions.scan_ids)
     rows: list[Sequence[Cell]] = [["test scans", *([num_scans, NUM_TEST_SCANS] * len(names))]]
@@ -156,6 +158,11 @@ def tabulate_full(study: Study) -> HtmlTable:
         rows.append([metric, *itertools.chain.from_iterable(pairs)])
     caption = f"Mean ± sample standard deviation of the fold models on the whole test cohort{_name_seeds(study)}."
     return HtmlTable(header, rows, caption)
+
+
+def _name_ends(study: Study) -> list[str]:
+    """The first and the last network, once where they are one."""
+    return list(dict.fromkeys([next(iter(study.runs)), study.full]))
 
 
 def tabulate_others() -> HtmlTable:
@@ -259,16 +266,20 @@ def _summarise(study: Study) -> str:
         f"{len(study.runs)} networks, each of {name_ensemble(predictions)}, on {len(predictions.scan_ids)} test scans. "
         f"{study.full}, mean probability of its folds: three-class accuracy {format_metric(accuracy)} (95% interval "
         f"{format_interval(full.intervals['accuracy_3class'])}), AUC for COVID-19 pneumonia (NCP) {format_metric(auc)} "
-        f"({format_interval(full.intervals['auc_ncp'])}).\n\n{_summarise_pairs(study)}"
+        f"({format_interval(full.intervals['auc_ncp'])}).\n\n{summarise_pairs(study)}"
     )
 
 
-def _summarise_pairs(study: Study) -> str:
-    """What is shown fold by fold."""
+def summarise_pairs(study: Study) -> str:
+    """What is shown fold by fold, and which way."""
     shown = []
     for pair in study.pairs:
-        names = [name for name, p_value in pair.comparison.p_folds.items() if judge_p(p_value) == "shown"]
-        shown += [f"{_name_pair(pair)} in {', '.join(names)}"] if names else []
+        names = [
+            f"{name} {'higher' if pair.comparison.folds[name].mean > 0 else 'lower'}"
+            for name, p_value in pair.comparison.p_folds.items()
+            if judge_p(p_value) == "shown"
+        ]
+        shown += [f"{', '.join(names)} ({_name_pair(pair)})"] if names else []
     if shown:
         return f"Paired by fold and seed, these differences are shown: {'; '.join(shown)}."
     told = "Paired by fold, no difference between the networks compared is shown in any metric of Table 2"
@@ -363,13 +374,18 @@ def _describe_pairs(study: Study) -> list[Section]:
 def _describe_cases(study: Study) -> list[Section]:
     if not study.cases:
         return []
-    figure = HtmlFigure(figure_to_svg(draw_cases(study)), f"{CASES_HEADING}. {CASES_CAPTION}", is_wide=True)
+    caption = f"{_head_cases(study)}. {'' if study.is_severity_known else SEVERITY_UNKNOWN}{CASES_CAPTION}"
+    figure = HtmlFigure(figure_to_svg(draw_cases(study)), caption, is_wide=True)
     return [Section("Figure 2: activation maps", "", (), [figure])]
 
 
 def draw_cases(study: Study) -> Figure:
     """Figure 2 of the paper."""
-    return draw_case_figure(study.cases, CASES_HEADING)
+    return draw_case_figure(study.cases, _head_cases(study))
+
+
+def _head_cases(study: Study) -> str:
+    return CASES_BY_SEVERITY if study.is_severity_known else CASES_BY_PROBABILITY.format(full=study.full)
 
 
 def _spread(study: Study, name: str, metric: str) -> str:

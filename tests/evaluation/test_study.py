@@ -244,6 +244,7 @@ def test_figure_two_is_a_picture_of_its_own_too(places: dict[str, Path]) -> None
     image = cv2.imread(str(places["out"] / "fig2.png")).astype(int)
     assert image.shape[1] > image.shape[0] > 500
     assert ((image[..., 0] - image[..., 2]) > 60).sum() > 100  # the outline of a known lesion
+    assert "NCP test cases of least, middle and most severity. Left" in (places["out"] / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -251,7 +252,8 @@ def test_without_truth_maps_are_shown_and_not_measured(seeds: Path) -> None:
     report = (seeds / "out" / "report.html").read_text()
     assert json.loads((seeds / "out" / "metrics.json").read_text())["activation_maps"] == []
     assert "No truth about lesions was given (--truth)" in report
-    assert "NCP test cases of least, middle and most severity" in report
+    assert "NCP test cases of least, middle and highest NCP probability by DA+CA. How ill" in report
+    assert "most severity" not in report
 
 
 def test_truth_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
