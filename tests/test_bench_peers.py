@@ -32,6 +32,7 @@ from tests.bench.peers import (
     choose_lengths,
     clear_others,
     count_whole_processes,
+    describe_growth,
     describe_road,
     draw_chart,
     explain_profile,
@@ -296,6 +297,26 @@ def test_the_road_s_table_ends_with_the_profile(capsys: pytest.CaptureFixture[st
     assert "0.769 x" in table
     assert "statistics" in profile
     assert "most of it lungs" in profile
+
+
+def test_a_limit_is_told_beside_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
+    named = {"section": "reading", "what": "a scan", "repeats": 1, "repeat": "again"}
+    ours = named | {
+        "road": "ours",
+        "seconds": 1.0,
+        "growth_mb": 25.0,
+        "goals": {"b": 3.0},
+        "limits": {"growth_mb": 150},
+    }
+    print_section("reading", add_ratios([named | {"road": "b", "seconds": 4.0, "goals": {}}, ours]), (0.0, 0.0))
+    assert "3 x b, at most 150 MB" in " ".join(capsys.readouterr().err.split())
+
+
+def test_growth_is_told_for_the_table_of_most_nights() -> None:
+    """Ten times the objects, twelve times the seconds; 90 objects more for 9 kB more."""
+    figures = ((10, 2.0, 1.0, 365), (100, 24.0, 1.009, 365), (100, 99.0, 99.0, 10))
+    rows = [dict(zip(("objects", "seconds", "growth_mb", "nights"), row, strict=True)) for row in figures]
+    assert describe_growth(rows).startswith("10 times the objects take 12 times the seconds, and 100 bytes more")
 
 
 def test_every_section_is_taken_three_times_unless_told_otherwise() -> None:

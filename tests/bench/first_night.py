@@ -4,7 +4,8 @@ Nothing of the archive is there but its plan, so that every source ends as `ERR_
 planning aside, the driver does all that it does in a night of real scans. Planning is a process before it.
 
 With `--staged` (`make bench-first-night STAGED=1`) rows as large as real ones are staged already, without a cluster:
-what grows then is reading them back, judging them against earlier nights, the page, and publishing.
+what grows then is reading them back, judging them against earlier nights, the page, and publishing, beside tables of
+none to 365 nights.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from tests.bundle_fixtures import write_random_bundle
 
 CONFIG = ScoreConfig()
 NIGHT = date(2030, 1, 1)
-STAGED = ((60_000, 0), (600, 100_000), (600, 0))  # rows staged, rows of earlier nights; the last: what a page takes
+STAGED = ((60_000, 0), (600, 0), (600, 10), (600, 100), (600, 365))  # rows staged, nights published before
+ROWS_OF_EARLIER_NIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,13 @@ def begin_night(folder: Path, num_sources: int, objects_per_source: int) -> RunF
     return run
 
 
-def stage_night(folder: Path, num_rows: int, num_earlier: int) -> None:
-    """A night of which all is scored, after rows of four weeks of others."""
+def stage_night(folder: Path, num_rows: int, num_nights: int) -> None:
+    """A night of which all is scored, after so many others."""
     run, rng = begin_night(folder, num_rows, 1), np.random.default_rng(0)
-    num_nights = min(num_earlier, CONFIG.gate_nights)
     for number in range(1, num_nights + 1):
-        places = range(number, num_earlier + 1, num_nights)
-        rows = make_rows([f"earlier/{place}" for place in places], f"run{number}", rng)
-        night = pa.repeat(pa.scalar(NIGHT - timedelta(days=num_nights + 1 - number)), len(places))
+        earlier = [f"earlier/{number}/{place}" for place in range(ROWS_OF_EARLIER_NIGHT)]
+        rows = make_rows(earlier, f"run{number}", rng)
+        night = pa.repeat(pa.scalar(NIGHT - timedelta(days=num_nights + 1 - number)), len(earlier))
         rows = rows.set_column(SCHEMA.get_field_index("night"), SCHEMA.field("night"), night)
         run.store.write_bytes(make_commit_key(number), to_parquet(rows, f"run{number}"))
     keys = run.list_planned_sources()
@@ -135,10 +136,10 @@ def measure(num_sources: int, objects_per_source: int) -> dict[str, float]:
     return asked | _measure("--sources", str(num_sources), "--objects", str(objects_per_source))
 
 
-def measure_staged(num_rows: int, num_earlier: int) -> dict[str, float]:
-    """The same of a night that is staged already."""
-    asked = {"rows_of_earlier_nights": num_earlier}
-    return asked | _measure("--staged", "--sources", str(num_rows), "--earlier", str(num_earlier))
+def measure_staged(num_rows: int, num_nights: int) -> dict[str, float]:
+    """The same of a night that is staged already, in a table of so many nights."""
+    asked = {"earlier_nights": num_nights}
+    return asked | _measure("--staged", "--sources", str(num_rows), "--earlier", str(num_nights))
 
 
 def _measure(*flags: str) -> dict[str, float]:
@@ -158,7 +159,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--sources", type=int, default=20_000)
     parser.add_argument("--objects", type=int, default=60, help="of each source")
     parser.add_argument("--staged", action="store_true", help="nights of which all is scored, and nothing published")
-    parser.add_argument("--earlier", type=int, default=0, help="rows of the nights before a staged one")
+    parser.add_argument("--earlier", type=int, default=0, help="nights published before a staged one")
     chosen = parser.parse_args(arguments)
     if chosen.begin and chosen.staged:
         stage_night(chosen.begin, chosen.sources, chosen.earlier)
@@ -167,8 +168,8 @@ def main(arguments: list[str]) -> int:
     elif chosen.here:
         print(json.dumps(measure_here(chosen.here, is_staged=chosen.staged)))
     elif chosen.staged:
-        for rows, earlier in STAGED:
-            print(json.dumps(measure_staged(rows, earlier)), flush=True)
+        for rows, nights in STAGED:
+            print(json.dumps(measure_staged(rows, nights)), flush=True)
     else:
         for objects_per_source in (1, chosen.objects):
             print(json.dumps(measure(chosen.sources, objects_per_source)), flush=True)

@@ -268,6 +268,17 @@ def measure_network(bundle: str, backend: str, precision: str) -> dict[str, floa
     return {name: value / 2 for name, value in _time(lambda: ensemble.score(batch)).items()}
 
 
+def measure_compiling(bundle: str, backend: str, precision: str) -> dict[str, float]:
+    """Reading a bundle of one fold and compiling it where no cache has it, as a new machine must."""
+    from darnet.bundle import read_bundle
+    from darnet.score import Ensemble
+    from darnet.storage import open_store
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = configure_score(backend, precision).model_copy(update={"cache": Path(folder) / "cache"})
+        return _time(lambda: Ensemble.from_bundle(read_bundle(open_store(bundle)), config))
+
+
 def measure_monai_road(weights: str, archive: str) -> dict[str, float]:
     """Every scan of an archive through MONAI's loader, which reads the next scan in a worker, and the same network."""
     import torch
@@ -410,13 +421,14 @@ def _read_memory(name: str) -> int:
 def main(arguments: list[str]) -> int:
     """Measure what is asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("read", "network", "road", "augment", "floor", "stages"))
+    parser.add_argument("task", choices=("read", "network", "compile", "road", "augment", "floor", "stages"))
     parser.add_argument("road")
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args(arguments)
     tasks: dict[tuple[str, bool], Callable[..., dict[str, Any]]] = {
         ("network", True): measure_network, ("network", False): measure_eager,
         ("road", True): measure_our_road, ("road", False): measure_monai_road,
+        ("compile", True): measure_compiling,
     }  # fmt: skip
     if given.task in ("read", "augment"):
         found = {"read": measure_reading, "augment": measure_augmentation}[given.task](given.road, *given.rest)

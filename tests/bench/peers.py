@@ -73,6 +73,8 @@ BACKENDS = (
     ("openvino", "int8", 2.8, 3.0),
     ("openvino", "bf16", None, None),
 )
+COMPILING = "ours, compiling one fold"  # what a machine pays once, and no road below does
+UNITS = {"seconds": "s", "growth_mb": "MB"}
 STAGE_NAMES = ("fetch_s", "decode_s", "model_s", "headers_s", "pixels_s", "lungs_s", "statistics_s")
 PLANS = ((10_000, 365), (100_000, 365), (1_000_000, 365), (100_000, 10), (100_000, 100))  # objects, nights
 
@@ -81,7 +83,7 @@ PLANS = ((10_000, 365), (100_000, 365), (1_000_000, 365), (100_000, 10), (100_00
 class Way:
     """One road's measurement: what of the benchmark it belongs to, who takes it, and the command that repeats it.
 
-    `goals`: how many times as fast as each peer this project must be.
+    `goals`: how many times as fast as each peer this project must be. `limits`: what a figure may be at most.
     """
 
     section: str
@@ -89,6 +91,7 @@ class Way:
     road: str
     command: tuple[str, ...]
     goals: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
 
     @property
     def repeat(self) -> str:
@@ -130,7 +133,7 @@ def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
     rows = []
     for way, taken in zip(ways, readings, strict=True):
         figures = {name: median(reading[name] for reading in taken) for name in taken[0]}
-        named = {"section": way.section, "what": way.what, "road": way.road, "goals": way.goals}
+        named = {"section": way.section, "what": way.what, "road": way.road, "goals": way.goals, "limits": way.limits}
         rows.append(named | figures | {"repeats": repeats, "repeat": way.repeat})
     return rows
 
@@ -226,7 +229,8 @@ def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
         goals = {"torchio": 2.5} if "98 slices" in what else goals
         for peer in ("plain", "torchio", "monai"):
             yield Way("reading", what, peer, take(PEERS_PYTHON, "read", peer, folder))
-        yield Way("reading", what, "ours", take(sys.executable, "read", "ours", folder), goals)
+        limits = {"growth_mb": 150.0} if "275 slices" in what else {}
+        yield Way("reading", what, "ours", take(sys.executable, "read", "ours", folder), goals, limits)
         yield Way("reading", what, "ours, lungs and child", take(sys.executable, "read", "ours-child", folder))
 
 
@@ -296,7 +300,7 @@ def choose_lengths(num_series: int) -> tuple[int, int, int]:
 
 
 def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
-    """The floors, the network alone first, which leaves it compiled: then reading alone and the bytes alone.
+    """The floors, the network alone first, which leaves it compiled: compiling, reading and the bytes alone.
 
     Then twelve scans or a few more, the same ones again if there are fewer, through MONAI's loader and through a night
     of ours, by each backend with a goal or bf16; and a shorter night of ours in fp32, a longer one in the others.
@@ -309,6 +313,9 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     for backend, precision, *_ in backends:
         alone = take(sys.executable, "network", "ours", str(bundle), backend, precision)
         yield Way("road", FLOOR, f"ours, network alone, {backend} {precision}", alone)
+    for backend, precision, *_ in backends:
+        anew = take(sys.executable, "compile", "ours", str(bundle), backend, precision)
+        yield Way("road", FLOOR, f"{COMPILING}, {backend} {precision}", anew)
     for kind in ("reading", "bytes"):
         yield Way("road", FLOOR, f"ours, {kind} alone", take(sys.executable, "floor", kind, place))
     yield Way("road", STAGES, "ours, on one thread", take(sys.executable, "stages", "ours", place))
@@ -468,7 +475,8 @@ def measure_planning() -> list[Row]:
         found = planning.measure(num_objects, 1, num_nights)
         what = f"{num_objects:,} objects, {num_nights} nights"
         print(f"planning: {what}: {found['seconds']} s, {found['growth_mb']} MB", file=sys.stderr)
-        named = {"section": "planning", "what": what, "road": "ours", "goals": {}, "repeats": 1}
+        limits = {name: float(limit) for name, limit in planning.GOAL.items()} if num_objects == 1_000_000 else {}
+        named = {"section": "planning", "what": what, "road": "ours", "goals": {}, "limits": limits, "repeats": 1}
         rows.append(
             named | found | {"repeat": f"make bench-planning NUM_OBJECTS={num_objects} NUM_NIGHTS={num_nights}"}
         )
@@ -482,13 +490,14 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
     for row in rows:
         first = {road: f" ({times:.3g})" for road, times in row.get("times_first", {}).items()}
         times = ", ".join(f"{times:.3g}{first.get(road, '')} x {road}" for road, times in row["times"].items())
-        goals = ", ".join(f"{least:g} x {road}" for road, least in row["goals"].items())
+        goals = [f"{least:g} x {road}" for road, least in row["goals"].items()]
+        goals += [f"at most {most:g} {UNITS[name]}" for name, most in row.get("limits", {}).items()]
         memory = f"{row['growth_mb']:.0f}" if "growth_mb" in row else ""
         processor = f"{row['processor_s']:.3g}" if "processor_s" in row else ""
         seconds = f"{row['seconds']:.3g}" + (f" ({row['first_s']:.3g})" if "first_s" in row else "")
-        table.append([row["what"], row["road"], seconds, processor, memory, times, goals])
+        table.append([row["what"], row["road"], seconds, processor, memory, times, ", ".join(goals)])
     title = f"{section}: medians of {rows[0]['repeats']}, load {load[0]:.1f} before, {load[1]:.1f} after"
-    print_table(title, ["what", "road", "s", "CPU s", "MB", "as fast as", "at least"], table)
+    print_table(title, ["what", "road", "s", "CPU s", "MB", "as fast as", "goal"], table)
     print(describe_processor(), file=sys.stderr)
     for row in rows:
         print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
@@ -496,6 +505,22 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
             print(f"  {note}", file=sys.stderr)
     if profiles:
         print_profile(profiles)
+    if section == "planning":
+        print(describe_growth(rows), file=sys.stderr)
+
+
+def describe_growth(rows: Sequence[Row]) -> str:
+    """How seconds and memory follow the objects of an archive, beside a table of as many nights."""
+    longest = max(row["nights"] for row in rows)
+    curve = sorted((row["objects"], row["seconds"], row["growth_mb"]) for row in rows if row["nights"] == longest)
+    (fewest, first_s, first_mb), (most, last_s, last_mb) = curve[0], curve[-1]
+    if most == fewest:
+        return "one size of archive alone says nothing of growth"
+    bytes_more = (last_mb - first_mb) * 1e6 / (most - fewest)
+    return (
+        f"{most / fewest:g} times the objects take {last_s / first_s:.3g} times the seconds, and "
+        f"{bytes_more:.0f} bytes more of memory for each (digests of what is settled)"
+    )
 
 
 def describe_processor() -> str:
@@ -515,6 +540,8 @@ def describe_road(row: Row) -> str:
         if not row["road"].startswith("ours"):
             return "by its own clock, from its second scan to its last; CPU s of the whole process, a scan"
         return f"of two lengths of the road; start-up and end {row['start_up_s']:.1f} s"
+    if row["what"] == FLOOR and row["road"].startswith(COMPILING):
+        return "with no cache, as on a new machine; the roads below find it compiled"
     stages = [name for name in row if name in STAGE_NAMES]
     return ", ".join(f"{name.removesuffix('_s')} {row[name]:.3g}" for name in stages) + (" s a scan" if stages else "")
 
