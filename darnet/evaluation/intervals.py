@@ -310,25 +310,27 @@ def compare_folds(
     """A t-interval for the difference of two networks, paired by seed and fold, in one metric.
 
     A test needs every fold trained with `MIN_SEEDS` seeds. Folds of a seed share nothing that is drawn (first weights,
-    order and augmentation are drawn by seed and fold), so every pair is a draw of its own of a training's luck. They
-    share most of their training scans, for which the pairs' variance is raised; and a fold has the same scans under
-    every seed, so that where these move a fold more than luck does, folds are what is counted: of both intervals the
-    wider is taken. `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs
-    share, so that their spread does not tell it; it was estimated with `cohort_freedom` degrees of freedom. Interval
-    and p hold for `num_comparisons` such differences together, by Bonferroni.
+    order and augmentation are drawn by seed and fold), so every pair is a draw of its own of a training's luck. A fold
+    has the same scans under every seed, so that where these move a fold more than luck does, folds are what is counted:
+    of both intervals the wider is taken. Folds share most of their training scans, for which both are raised.
+    `cohort_variance` is that of the mean difference by the choice of test patients, whom all pairs share, so that their
+    spread does not tell it; it was estimated with `cohort_freedom` degrees of freedom. Interval and p hold for
+    `num_comparisons` such differences together, by Bonferroni.
 
     Shape:  (seeds, folds) each -> one value; undefined with a single fold, or where the pairs do not vary.
     Source: Nadeau & Bengio 2003, for repeated folds as in Bouckaert & Frank 2004: variance * (1 / pairs + test share /
-            training share), the latter 1 / (folds - 1), with pairs - 1 degrees of freedom; Satterthwaite 1946 for those
-            of a sum of variances; ours: the folds' means and the test patients' variance beside it.
+            training share), the latter 1 / (folds - 1), with pairs - 1 degrees of freedom, and the same of the folds'
+            means as in their own paper; Satterthwaite 1946 for those of a sum of variances; ours: the wider of both,
+            and the test patients' variance beside it.
     """
     differences = first - second
     num_seeds, num_folds = differences.shape
     num_pairs, mean = differences.size, float(differences.mean())
     if num_folds < 2 or not differences.var(ddof=1) > np.finfo(float).eps ** 2 or math.isnan(cohort_variance):
         return FoldDifference(num_pairs, num_seeds, mean, UNDEFINED, math.nan, ())
-    by_pairs = float(differences.var(ddof=1)) * (1 / num_pairs + 1 / (num_folds - 1))
-    by_folds = float(differences.mean(axis=0).var(ddof=1)) / num_folds
+    shared = 1 / (num_folds - 1)
+    by_pairs = float(differences.var(ddof=1)) * (1 / num_pairs + shared)
+    by_folds = float(differences.mean(axis=0).var(ddof=1)) * (1 / num_folds + shared)
     errors = tuple(
         _add_variances((variance, freedom), (cohort_variance, cohort_freedom))
         for variance, freedom in ((by_pairs, num_pairs - 1), (by_folds, num_folds - 1))

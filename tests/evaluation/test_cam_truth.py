@@ -177,7 +177,7 @@ def test_luck_of_training_is_seldom_shown_as_a_difference_of_maps(num_seeds: int
 def test_a_real_difference_of_maps_is_shown_through_luck_of_training(num_seeds: int, num_comparisons: int) -> None:
     rng, num_shown = np.random.default_rng(7), 0
     for _ in range(50):
-        values = 3 + rng.normal(size=(num_seeds, 5, 1)) + rng.normal(size=20) + rng.normal(size=(num_seeds, 5, 20))
+        values = 3.5 + rng.normal(size=(num_seeds, 5, 1)) + rng.normal(size=20) + rng.normal(size=(num_seeds, 5, 20))
         drawn = resample_scans(20, None, rng, 200)
         num_shown += compare_models(values, np.zeros_like(values), drawn, num_comparisons).verdict == "shown"
     assert num_shown > 35

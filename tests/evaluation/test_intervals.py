@@ -335,11 +335,12 @@ def test_the_choice_of_test_patients_widens_the_interval_by_its_own_degrees_of_f
     assert (found.low, found.high) == (pytest.approx(mean - reach), pytest.approx(mean + reach))
 
 
-def test_folds_whose_scans_matter_more_than_luck_make_the_t_interval_of_their_means() -> None:
+def test_folds_whose_scans_matter_more_than_luck_make_the_t_interval_of_their_means_with_the_raised_variance() -> None:
     shifted = FIRST + 0.2 + np.array([0.1, -0.1, 0.0, 0.05, -0.05])
     means = (shifted - SECOND).mean(axis=0)
     found = compare_folds(shifted, SECOND)
-    expected = scipy.stats.ttest_1samp(means, 0)
+    raised = means.mean() + (means - means.mean()) * math.sqrt(5 * (1 / 5 + 1 / 4))
+    expected = scipy.stats.ttest_1samp(raised, 0)
     interval = expected.confidence_interval(0.95)
     assert (found.interval.low, found.interval.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert found.p_value == pytest.approx(expected.pvalue)
@@ -360,28 +361,32 @@ def test_too_few_seeds_show_nothing(shape: tuple[int, int], why: str) -> None:
 @pytest.mark.parametrize("num_seeds", [3, 5])
 @pytest.mark.parametrize("fold_effect", [0.0, 1.0, 5.0])
 def test_the_fold_interval_covers_whatever_seeds_of_a_fold_have_in_common(num_seeds: int, fold_effect: float) -> None:
-    """1,000 studies without a difference; `fold_effect` is in deviations of a pair, and moves a fold of all seeds."""
+    """1,000 studies without a difference; `fold_effect` is in deviations of a pair, and moves a fold of all seeds.
+
+    As in Nadeau & Bengio's model any two folds correlate by a test fold's share of the scans, 1/5.
+    """
     rng, zeros = np.random.default_rng(4), np.zeros((num_seeds, 5))
-    pairs = rng.normal(size=(1000, num_seeds, 5)) + fold_effect * rng.normal(size=(1000, 1, 5))
+    by_fold = math.sqrt(4 / 5) * rng.normal(size=(1000, 1, 5)) + math.sqrt(1 / 5) * rng.normal(size=(1000, 1, 1))
+    pairs = rng.normal(size=(1000, num_seeds, 5)) + fold_effect * by_fold
     intervals = [compare_folds(0.005 * item, zeros).interval for item in pairs]
     assert np.mean([item.low <= 0 <= item.high for item in intervals]) > 0.935
 
 
 def _draw_study(rng: np.random.Generator, shift: float, num_seeds: int = 3) -> list[float]:
-    """Holm's p values of 15 comparisons, the first of which differs by `shift`.
+    """Holm's p values of 30 comparisons, the first of which differs by `shift`.
 
     Every pair deviates by itself by 0.01, as the paper's folds do; 436 test patients move all of them alike.
     """
     cohort_error = 0.25 / math.sqrt(436)
     p_values = []
-    for number in range(15):
+    for number in range(30):  # six pairs of networks in five metrics
         pairs = shift * (number == 0) + rng.normal(0, 0.01, (num_seeds, 5)) + rng.normal(0, cohort_error)
         found = compare_folds(pairs, np.zeros_like(pairs), cohort_error**2, cohort_freedom=125)
         p_values.append(found.p_value)
     return correct_holm(p_values)
 
 
-def test_three_seeds_show_a_difference_of_eight_points_among_fifteen_and_none_where_there_is_none() -> None:
+def test_three_seeds_show_a_difference_of_eight_points_among_thirty_and_none_where_there_is_none() -> None:
     rng = np.random.default_rng(6)
     assert np.mean([_draw_study(rng, 0.08)[0] < 0.05 for _ in range(30)]) > 0.9
     assert np.mean([min(_draw_study(rng, 0.0)) < 0.05 for _ in range(60)]) <= 0.05
