@@ -67,7 +67,9 @@ from darnet.training_plan import (
 from darnet.volumes_cache import open_volumes
 from darnet.volumes_folder import VolumesTable, read_table
 
-MAX_FAILURES = 3  # restarts of a fold's workers from the last epoch before the fold is given up. Source: ours
+# Restarts of a fold's workers from the last epoch; then the fold is given up, unless it got further by them: see
+# `_run_all`. Source: ours
+MAX_FAILURES = 3
 COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800
 PROGRESS_WAIT_S = 0.5
 # How often Ray Train looks at its workers; an epoch's report waits for it. Source: ours; Ray's default is 2 s.
@@ -376,45 +378,64 @@ def _fit_all(tasks: Sequence[FoldTask], plan: GangPlan, on_progress: OnProgress,
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # On the driver's own node: elsewhere the reports, and with them the training, would end with whatever node it is.
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    trainers = [_make_trainer(task, plan, _ReportForwarder(number, queue)) for number, task in enumerate(tasks)]
+
+    def make_trainer(number: int) -> TorchTrainer:
+        return _make_trainer(tasks[number], plan, _ReportForwarder(number, queue))
+
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray prints its node's warnings, asked or not
-            return _run_all(tasks, trainers, plan.side_by_side, queue, on_progress, on_end)
+            return _run_all(tasks, make_trainer, plan.side_by_side, queue, on_progress, on_end)
     finally:
         queue.shutdown()
 
 
 def _run_all(
     tasks: Sequence[FoldTask],
-    trainers: Sequence[TorchTrainer],
+    make_trainer: Callable[[int], TorchTrainer],
     side_by_side: int,
     queue: Queue,
     on_progress: OnProgress,
     on_end: OnEnd,
 ) -> list[Checkpoint]:
-    """Keep `side_by_side` folds running; hand reports on as they come, in this thread."""
+    """Keep `side_by_side` folds running; hand reports on as they come, in this thread.
+
+    Ray counts the failures of a run from its beginning, and on machines that come and go a long one has many: a fold
+    that failed goes on in a new run of the same name, if it has reported a later epoch than all runs before had.
+    """
     fits: list[Future[Checkpoint]] = []
     ended: set[int] = set()
-    while len(ended) < len(trainers):
+    newest = [-1] * len(tasks)  # epoch that each fold has reported
+    known = list(newest)  # the same when its last run began
+
+    def follow(number: int, metrics: Metrics) -> None:
+        newest[number] = max(newest[number], int(metrics["epoch"]))
+        on_progress(tasks[number], metrics)
+
+    while len(ended) < len(tasks):
         for number, fit in enumerate(fits):
-            if number not in ended and fit.done():
-                fit.result()
-                _forward_reports(tasks, queue, on_progress, 0)  # it has no more to come
-                on_end(tasks[number])
-                ended.add(number)
-        if len(fits) < len(trainers) and len(fits) - len(ended) < side_by_side:
-            fits.append(_start_fit(tasks[len(fits)], trainers[len(fits)]))
-        elif len(ended) < len(trainers):
-            _forward_reports(tasks, queue, on_progress, PROGRESS_WAIT_S)
+            if number in ended or not fit.done():
+                continue
+            _forward_reports(queue, follow, 0)  # it has no more to come
+            if isinstance(fit.exception(), RunError) and newest[number] > known[number]:
+                known[number] = newest[number]
+                print(f"{fit.exception()}; it goes on behind epoch {newest[number]}", file=sys.stderr)
+                fits[number] = _start_fit(tasks[number], make_trainer(number))
+                continue
+            fit.result()
+            on_end(tasks[number])
+            ended.add(number)
+        if len(fits) < len(tasks) and len(fits) - len(ended) < side_by_side:
+            fits.append(_start_fit(tasks[len(fits)], make_trainer(len(fits))))
+        elif len(ended) < len(tasks):
+            _forward_reports(queue, follow, PROGRESS_WAIT_S)
     return [fit.result() for fit in fits]
 
 
-def _forward_reports(tasks: Sequence[FoldTask], queue: Queue, on_progress: OnProgress, wait_s: float) -> None:
-    """Hand on all reports there are; wait this long for the first."""
+def _forward_reports(queue: Queue, follow: Callable[[int, Metrics], None], wait_s: float) -> None:
+    """Hand on all reports there are, each with its fold's number; wait this long for the first."""
     try:
         while True:
-            number, metrics = queue.get(timeout=wait_s) if wait_s else queue.get_nowait()
-            on_progress(tasks[number], metrics)
+            follow(*(queue.get(timeout=wait_s) if wait_s else queue.get_nowait()))
             wait_s = 0
     except Empty:
         return

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -24,7 +24,7 @@ import pytest
 import ray
 import torch
 from mlflow import MlflowClient
-from ray.train import WorkerGroupError
+from ray.train import Checkpoint, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from rich.console import Console
@@ -150,8 +150,7 @@ def test_a_resumed_training_counts_what_was_there_and_tells_the_pace_of_what_it_
 
     meter = Meter("training", 18, Console(file=io.StringIO()), None)
     follower = _EpochFollower(meter, Tracker({}))
-    trainers = [make_trainer(fold) for fold in range(3)]
-    found = _run_all(tasks, trainers, 1, cast(Queue, reports), follower.follow, follower.end)
+    found = _run_all(tasks, make_trainer, 1, cast(Queue, reports), follower.follow, follower.end)
     assert [str(checkpoint) for checkpoint in found] == ["of fold 0", "of fold 1", "of fold 2"]
     assert (meter.done, meter.found) == (18, 6 + 4)
     assert meter.counts == {task.title: 6 for task in tasks}
@@ -326,6 +325,56 @@ def test_a_workers_kind_of_failure_survives_the_way_back(index: VolumesIndex, tm
     with pytest.raises(RunError, match=f"the test cohort could not be measured: {re.escape(str(array))}") as caught:
         measure_networks(index, [TRAINING], [functools.partial(list, [fold])], places, ScoreConfig())
     assert caught.value.exit_code == ExitCode.WRONG_USE
+
+
+class LosingTrainer:
+    """Each run of it resumes, reports some epochs, which are the next of `told`, and fails while there are more."""
+
+    def __init__(self, reports: ReportQueue, *told: Sequence[int]) -> None:
+        self._reports, self._told = reports, list(told)
+        self.num_made = 0
+
+    def make(self, number: int) -> TorchTrainer:
+        self.num_made += 1
+        return cast(TorchTrainer, SimpleNamespace(fit=functools.partial(self._fit, number)))
+
+    def _fit(self, number: int) -> SimpleNamespace:
+        for epoch in self._told.pop(0):
+            self._reports.put((number, {"epoch": float(epoch)}))
+        if self._told:
+            raise WorkerGroupError("2 workers failed", {0: RuntimeError("the node is gone")})
+        return SimpleNamespace(checkpoint="the last")
+
+
+def run_losing(*told: Sequence[int]) -> tuple[LosingTrainer, list[int], Callable[[], list[Checkpoint]]]:
+    """A fold trained by a `LosingTrainer`, and the epochs it is told of."""
+    task, reports, followed = FoldTask(Places("", "", Path("cache"), ""), "run", NETWORK, CONFIG, 1), ReportQueue(), []
+    losing = LosingTrainer(reports, *told)
+
+    def follow(_: FoldTask, metrics: Metrics) -> None:
+        followed.append(int(metrics["epoch"]))
+
+    return losing, followed, lambda: _run_all([task], losing.make, 1, cast(Queue, reports), follow, ignore)
+
+
+def test_a_fold_that_gets_further_each_time_survives_any_number_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    losing, followed, run = run_losing([0], [1], [1, 2], [3], [4], [5], [])
+    assert list(map(str, run())) == ["the last"]
+    assert losing.num_made == 7
+    assert followed == [0, 1, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("the node is gone; it goes on behind epoch") == 6
+
+
+@pytest.mark.parametrize(
+    ("told", "num_made"),
+    [(([], [0]), 1), (([0, 1], [], [2]), 2), (([0, 1], [1], [2]), 2)],
+    ids=["at the start", "after progress", "an epoch that was trained before"],
+)
+def test_a_fold_that_gets_no_further_is_given_up(told: Sequence[Sequence[int]], num_made: int) -> None:
+    losing, _, run = run_losing(*told)
+    with pytest.raises(RunError, match="darnet-da-ca seed 0 fold 1 failed 4 times, the last time with: the node is go"):
+        run()
+    assert losing.num_made == num_made
 
 
 def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: VolumesIndex, tmp_path: Path) -> None:
