@@ -4,6 +4,7 @@ Every network is measured on the same resampled sets, so that differences are pa
 the order of Table 3) speaks for the study where one has to.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from darnet.evaluation.measures import (
     evaluate_predictions,
     resample_predictions,
 )
-from darnet.evaluation.paper import BASELINE, NETWORKS
+from darnet.evaluation.paper import NETWORKS
 from darnet.evaluation.predictions import Predictions
 from darnet.report import CamPanel
 
@@ -46,11 +47,10 @@ class NetworkRun:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Pair:
-    """First against second network, and why these two."""
+    """First against second network, the later against the earlier in the order of Table 3."""
 
     first: str
     second: str
-    reason: str
     comparison: Comparison
 
 
@@ -78,7 +78,9 @@ class Study:
 
 
 def make_study(runs: Sequence[NetworkRun], counts: Counts, *, seed: int, num_replicates: int) -> Study:
-    """Evaluate every network and compare those that the paper's claims are about.
+    """Evaluate every network and compare all, two at a time.
+
+    To compare only some, chosen by the scans that they are then compared on, would flatter these.
 
     Raises: UsageError for predictions of other scans, or networks trained with other folds or seeds than the rest:
             a mean over more models is better by that alone.
@@ -93,33 +95,17 @@ def make_study(runs: Sequence[NetworkRun], counts: Counts, *, seed: int, num_rep
             )
     resampling = resample_predictions(ordered[0].predictions, seed, num_replicates)
     evaluations = {name: evaluate_predictions(run.predictions, resampling) for name, run in by_name.items()}
-    chosen = choose_pairs(evaluations)
+    names = [(first, second) for second, first in itertools.combinations(by_name, 2)]
     compared = [
         compare_predictions(by_name[first].predictions, by_name[second].predictions, resampling)
-        for first, second, _ in chosen
+        for first, second in names
     ]
-    pairs = [Pair(*names, item) for names, item in zip(chosen, correct_comparisons(compared), strict=True)]
+    pairs = [Pair(*pair, item) for pair, item in zip(names, correct_comparisons(compared), strict=True)]
     return Study(by_name, evaluations, pairs, counts)
 
 
 def _list_members(run: NetworkRun) -> list[str]:
     return [f"{fold} of seed {seed}" for fold, seed in run.predictions.members]
-
-
-def choose_pairs(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, str, str]]:
-    """Every other network against the first, and the two that are most accurate here if that is not among them.
-
-    Source: ours. Of equally accurate ones the first in Table 3's order. Choosing two by the scans that they are then
-            compared on flatters the first.
-    """
-    first, *others = evaluations
-    pairs = [(name, first, f"against {'the baseline' if first == BASELINE else first}") for name in others]
-    ranked = sorted(
-        evaluations, key=lambda name: -evaluations[name].metrics["accuracy_3class"]
-    )  # ties: Table 3's order
-    if len(ranked) > 1 and first not in ranked[:2]:
-        pairs.append((ranked[0], ranked[1], "the two most accurate here"))
-    return pairs
 
 
 def describe_study(study: Study) -> dict[str, Any]:
@@ -133,8 +119,7 @@ def describe_study(study: Study) -> dict[str, Any]:
         "networks": described,
         "cohort_counts": {cohort: dict(counts) for cohort, counts in study.counts.items()},
         "comparisons": [
-            {"first": pair.first, "second": pair.second, "reason": pair.reason} | describe_comparison(pair.comparison)
-            for pair in study.pairs
+            {"first": pair.first, "second": pair.second} | describe_comparison(pair.comparison) for pair in study.pairs
         ],
         "activation_maps": [describe_maps(maps) for maps in study.maps],
     }

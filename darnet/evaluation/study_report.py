@@ -224,8 +224,8 @@ def tabulate_auc_pairs(pairs: Sequence[Pair]) -> HtmlTable:
         aucs, p_value = pair.comparison.aucs, pair.comparison.p_auc
         difference, interval, _ = format_difference(aucs.difference, aucs.clustered_interval)
         judged = format_p(p_value), judge_p(p_value), format_p(aucs.p_value)
-        rows.append([_name_pair(pair), difference, interval, *judged, pair.reason])
-    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "plain p", "why these"]
+        rows.append([_name_pair(pair), difference, interval, *judged])
+    header = ["pair", "AUC difference", "95% interval", "p", "verdict", "plain p"]
     return HtmlTable(
         header, rows, f"Ensembles: DeLong’s paired test of auc_ncp {_explain_p(pairs)} The intervals are not corrected."
     )
@@ -256,7 +256,7 @@ def _whose_training(pairs: Sequence[Pair]) -> str:
 
 def tabulate_fold_pairs(pair: Pair) -> list[HtmlTable]:
     """Two networks fold by fold."""
-    return tabulate_fold_differences(pair.comparison, f"{_name_pair(pair)} ({pair.reason}), paired by fold.")
+    return tabulate_fold_differences(pair.comparison, f"{_name_pair(pair)}, paired by fold.")
 
 
 def _summarise(study: Study) -> str:
@@ -355,9 +355,9 @@ def _describe_pairs(study: Study) -> list[Section]:
     if not study.pairs:
         return []
     text = (
-        "AUC is for NCP against the rest. A difference whose interval holds 0 is not shown; that is not to say that "
-        "there is none. DeLong’s and McNemar’s tests as they are take every scan as independent of the others; a "
-        "verdict rests on their forms that count patients, where the table names them.\n\n"
+        "Every two networks are compared. AUC is for NCP against the rest. A difference whose interval holds 0 is not "
+        "shown; that is not to say that there is none. DeLong’s and McNemar’s tests as they are take every scan as "
+        "independent of the others; a verdict rests on their forms that count patients, where the table names them.\n\n"
         "Paired by fold and seed, the interval is a t-interval, raised for the training scans that folds share and for "
         "the choice of test patients, whom all folds share. Every pair counts as a draw of a training’s luck, but a "
         "fold has the same scans under every seed: where these matter more than luck, folds count alone. A test needs "
