@@ -418,7 +418,8 @@ def _run_all(
             _forward_reports(queue, follow, 0)  # it has no more to come
             if isinstance(fit.exception(), RunError) and newest[number] > known[number]:
                 known[number] = newest[number]
-                print(f"{fit.exception()}; it goes on behind epoch {newest[number]}", file=sys.stderr)
+                told, *_ = str(fit.exception()).splitlines()
+                print(f"{told}; it goes on behind epoch {newest[number]}", file=sys.stderr)
                 fits[number] = _start_fit(tasks[number], make_trainer(number))
                 continue
             fit.result()
