@@ -206,7 +206,7 @@ def finish_run(request: NightRequest, manifest: BundleManifest, folder: RunFolde
         )
         stage_rows(dataset, folder, len(missing), request.config.part_scans)
     rows = _read_whole_rows(folder, record)
-    outlook = read_outlook(folder.store, rows)
+    outlook = read_outlook(folder.store, rows, record.listing)
     gates = _judge(request, folder, rows, outlook)
     number = publish_run(folder, rows, record)
     return {
@@ -218,6 +218,7 @@ def finish_run(request: NightRequest, manifest: BundleManifest, folder: RunFolde
         "scans": rows.num_rows,
         "statuses": outlook.statuses,
         "tried_in_vain": int(outlook.is_repeat.sum()),
+        "settled_before": int(outlook.is_settled.sum()),
         "gates": gates,
         "report": f"{folder.store.uri}/{folder.locate(PAGE)}",
         "published": number,

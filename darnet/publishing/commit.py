@@ -59,6 +59,7 @@ IS_LATER, IS_GIVEN_UP, PLACE = "is_later", "is_given_up", "place"  # columns of 
 NOWHERE = -1
 OPEN_GROUPS = 256  # Source: ours; of 16,384 rows each, and a quarter of the files that a process may usually open
 ORDER = [("source", "ascending"), ("scan_id", "ascending")]
+_KNOWN_NOTHING = SCHEMA.empty_table().select(KEY_COLUMNS).append_column(IS_LATER, pa.array([], pa.bool_()))
 PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three classes sums to 1 within 2e-7
 
 
@@ -145,7 +146,7 @@ def publish(
         if len(values) > 1 or (name == "run_id" and run_id not in values):
             raise RunError(f"publish: rows of more than one {name}, or not of run {run_id}")
     _demand_own_names(rows, origin)
-    known = [SCHEMA.empty_table().select(KEY_COLUMNS).append_column(IS_LATER, pa.array([], pa.bool_()))]
+    known = [_KNOWN_NOTHING]
     number = 1
     for stored in demand_origin(stream_objects(store, list_commit_objects(store), KEY_COLUMNS), origin):
         if stored.run_id == run_id:
@@ -208,32 +209,44 @@ def _deal_out(pieces: Iterable[tuple[NDArray[np.int64], Rows]], files: Sequence[
 class Outlook:
     """What becomes of a run's rows in the table as it stands. Shape: (num_rows,) each, in the order of the keys.
 
-    `is_repeat`: the table has the same ERR of this scan and bytes. That is no news of tonight: to count it would hold
-    every night until the last such scan is given up or put right, which may take months. `is_given_up`: it is the ERR
-    of one night too many, and becomes BAD_GAVE_UP. `statuses` counts the rows with that, the commonest first.
+    `is_settled`: the table will not take it, as the scan is final there, or newer bytes of its source are.
+    `is_repeat`: of the others, the table has the same ERR of this scan and bytes. That is no news of tonight: to count
+    it would hold every night until the last such scan is given up or put right, which may take months. `is_given_up`:
+    it is the ERR of one night too many, and becomes BAD_GAVE_UP. `statuses` counts the rows that are not settled, with
+    that, the commonest first.
     """
 
+    is_settled: BoolArray
     is_repeat: BoolArray
     is_given_up: BoolArray
     statuses: Mapping[str, int]
 
 
-def read_outlook(store: Store, rows: StagedRows) -> Outlook:
+def read_outlook(store: Store, rows: StagedRows, listing: Listing) -> Outlook:
     """What `publish` would make of a run's rows if nobody else published before; of a run that is published, made."""
-    is_repeat, is_given_up = np.zeros((2, rows.num_rows), np.bool_)
-    if pc.any(pc.starts_with(rows.keys["status"], "ERR_")).as_py():
-        known = [SCHEMA.empty_table().select(KEY_COLUMNS)]
-        for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
-            if stored.run_id in rows.run_key["run_id"]:
-                break
-            known.append(_select_ours(stored, rows))
-        past = pa.concat_tables(known)
-        before, columns = past.to_pandas(), [*SCAN_KEY, "status"]
-        is_repeat = is_among(rows.keys.select(columns).to_pandas(), before[is_error(before)], columns)
-        settled = _settle(_add_places(rows), past)
-        is_given_up[settled[PLACE].to_numpy()] = settled[IS_GIVEN_UP].to_numpy()
-    counts = Counter(give_up(rows.keys.select(["status"]), is_given_up)["status"].to_pylist())
-    return Outlook(is_repeat, is_given_up, dict(counts.most_common()))
+    known = [_KNOWN_NOTHING]
+    for stored in stream_objects(store, list_commit_objects(store), KEY_COLUMNS):
+        if stored.run_id in rows.run_key["run_id"]:
+            break
+        known.append(_select_related(stored, rows, listing))
+    past = pa.concat_tables(known)
+    is_settled, is_given_up = np.ones(rows.num_rows, np.bool_), np.zeros(rows.num_rows, np.bool_)
+    kept = _settle(_drop_superseded(_add_places(rows), past), past)
+    is_settled[kept[PLACE].to_numpy()] = False
+    is_given_up[kept[PLACE].to_numpy()] = kept[IS_GIVEN_UP].to_numpy()
+    is_repeat = ~is_settled & _are_known_errors(rows.keys, past)
+    statuses = rows.keys.select(["status"]).filter(pa.array(~is_settled))
+    counts = Counter(give_up(statuses, is_given_up[~is_settled])["status"].to_pylist())
+    return Outlook(is_settled, is_repeat, is_given_up, dict(counts.most_common()))
+
+
+def _are_known_errors(keys: Keys, known: Keys) -> BoolArray:
+    """Which rows the table has already, with the same ERR. Shape: (len(keys),)."""
+    columns = [*SCAN_KEY, "status"]
+    before = known.select(columns).filter(pc.starts_with(known["status"], "ERR_"))
+    if not before.num_rows:
+        return np.zeros(len(keys), np.bool_)
+    return is_among(keys.select(columns).to_pandas(), before.to_pandas(), columns)
 
 
 def _add_places(rows: StagedRows) -> PlacedKeys:
@@ -267,16 +280,12 @@ def _select_related(stored: Stored, rows: StagedRows, listing: Listing) -> Keys:
     listed at once, or if it does not say, who saw a source last is unknown; dropping ours is then the harmless mistake:
     bytes that are still there are not final, and the next night scores them. Rows of bytes that are gone would stay.
     """
-    related = _select_ours(stored, rows)
+    (model_sha256,), (preprocessing_version,) = (rows.run_key[name] for name in MODEL_KEY)
+    ours = stored.rows.filter(pc.is_in(stored.rows["source"], rows.keys["source"]))
+    related = select_model(ours, model_sha256, preprocessing_version)
     is_unseen = stored.commit > listing.last_commit
     is_later = is_unseen and (stored.listed_until is None or stored.listed_until >= listing.started_at)
     return related.append_column(IS_LATER, pa.array([is_later] * related.num_rows, pa.bool_()))
-
-
-def _select_ours(stored: Stored, rows: StagedRows) -> Keys:
-    (model_sha256,), (preprocessing_version,) = (rows.run_key[name] for name in MODEL_KEY)
-    ours = stored.rows.filter(pc.is_in(stored.rows["source"], rows.keys["source"]))
-    return select_model(ours, model_sha256, preprocessing_version)
 
 
 def _drop_superseded(keys: PlacedKeys, known: Keys) -> PlacedKeys:

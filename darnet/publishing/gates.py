@@ -38,12 +38,14 @@ class Measure:
 class Verdict:
     """What the gates say of a run: they measure every one, and judge it unless `unjudged` gives a reason not to.
 
-    `num_repeats` scans are left out: they were tried again, and ended in an ERR that the table has of them already.
+    `num_repeats` scans are left out: they were tried again, and ended in an ERR that the table has of them already; and
+    `num_settled`, of which it has the last word and takes no more.
     """
 
     measures: tuple[Measure, ...]
     unjudged: str
     num_repeats: int = 0
+    num_settled: int = 0
 
     @property
     def breaches(self) -> tuple[Measure, ...]:
@@ -57,12 +59,13 @@ class Verdict:
 
     def describe(self) -> str:
         """One line for a summary."""
-        repeats = f"; without {self.num_repeats} scans tried again in vain" if self.num_repeats else ""
+        left_out = f"; without {self.num_repeats} scans tried again in vain" if self.num_repeats else ""
+        left_out += f"; without {self.num_settled} scans settled before" if self.num_settled else ""
         if self.unjudged:
-            return f"not judged: {self.unjudged}{repeats}"
+            return f"not judged: {self.unjudged}{left_out}"
         breaches = "; ".join(measure.describe() for measure in self.breaches)
         drift = f"; drift not measured: {self.unmeasured}" if self.unmeasured else ""
-        return (f"held: {breaches}" if breaches else "passed") + drift + repeats
+        return (f"held: {breaches}" if breaches else "passed") + drift + left_out
 
 
 def judge(tonight: Tally, earlier: Tally, config: GateConfig) -> Verdict:

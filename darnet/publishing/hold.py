@@ -44,7 +44,7 @@ def review_run(
 ) -> Verdict:
     """Judge a run's rows against the nights before, and write the night's page, with pictures where there are any.
 
-    The page shows them as the table will. What only repeats the table is not judged.
+    The page shows what the table will take, as it will, and what only repeats the table, which is not judged.
     Raises: HeldError if a gate is breached; `HELD.json` of the run says which, and nothing may be published. RunError
         if the run was discarded: it must not hold the nights after it.
     """
@@ -52,10 +52,13 @@ def review_run(
     earlier = read_earlier_nights(folder.store, rows.keys["night"][0].as_py(), config.gate_nights)
     tonight, judged = Night(), Tally()
     for where, piece in rows.stream(NIGHT_COLUMNS):
+        is_left_out = outlook.is_settled[where] | outlook.is_repeat[where]
         ended = give_up(piece, outlook.is_given_up[where])
-        tonight.add(ended)
-        judged.add(ended.filter(pa.array(~outlook.is_repeat[where])))
-    verdict = replace(judge(judged, earlier, config), num_repeats=int(outlook.is_repeat.sum()))
+        tonight.introduce(piece)
+        tonight.add(ended.filter(pa.array(~outlook.is_settled[where])))
+        judged.add(ended.filter(pa.array(~is_left_out)))
+    num_repeats, num_settled = int(outlook.is_repeat.sum()), int(outlook.is_settled.sum())
+    verdict = replace(judge(judged, earlier, config), num_repeats=num_repeats, num_settled=num_settled)
     pictures = {} if images is None else images.read_thumbnails(tonight.list_rows())
     folder.store.write_bytes(folder.locate(PAGE), render_nightly(tonight, earlier, verdict, pictures).encode())
     if verdict.breaches:

@@ -42,11 +42,15 @@ class Night:
         self._seconds: dict[str, list[FloatArray]] = {stage: [] for stage in SECONDS}
         self._listed = SCHEMA.empty_table().select(NIGHT_COLUMNS)
 
+    def introduce(self, rows: Rows) -> None:
+        """Learn of any row which run and model this is, also where the page counts none."""
+        self.first = self.first or next(iter(rows.slice(0, 1).to_pylist()), {})
+
     def add(self, rows: Rows) -> None:
         """Take in rows with NIGHT_COLUMNS."""
+        self.introduce(rows)
         self.tally.add(rows)
         self.num_bytes += pc.sum(rows["num_bytes"]).as_py() or 0
-        self.first = self.first or next(iter(rows.slice(0, 1).to_pylist()), {})
         for stage, seconds in self._seconds.items():
             seconds.append(rows[stage].drop_null().to_numpy())
         candidates = pa.concat_tables([self._listed, rows])

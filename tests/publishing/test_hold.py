@@ -31,6 +31,7 @@ from darnet.scan import StoredObject
 from darnet.settings import ScoreSettings
 from darnet.storage import Store, open_store
 from tests.results_fixtures import (
+    MINUTES,
     ORIGIN,
     WORK,
     begin_run,
@@ -75,7 +76,7 @@ def stage_night(store: Store, night: int, *statuses: str) -> tuple[RunFolder, St
 
 
 def review(folder: RunFolder, rows: StagedRows, config: GateConfig = CONFIG) -> Verdict:
-    return review_run(folder, rows, read_outlook(folder.store, rows), config)
+    return review_run(folder, rows, read_outlook(folder.store, rows, make_listing(next(MINUTES))), config)
 
 
 def read_staged(rows: StagedRows) -> list[dict[str, Any]]:
@@ -343,9 +344,11 @@ def test_page_and_summary_give_up_what_the_table_gives_up(local: Store) -> None:
         publish_rows(local, f"run{night}", make_row("a", "ERR_TIMEOUT", night=night), make_row("z", night=night))
     failed = [make_row(name, "ERR_TIMEOUT", night=3, run_id="run3") for name in ("a", "b", "z")]  # z is final already
     rows = stage([*failed, *[make_row(f"3-{index}", night=3, run_id="run3") for index in range(4)]])
-    outlook = read_outlook(local, rows)
-    assert outlook.statuses == {"OK": 4, "ERR_TIMEOUT": 2, "BAD_GAVE_UP": 1}
+    listing = make_listing(next(MINUTES))
+    outlook = read_outlook(local, rows, listing)
+    assert outlook.statuses == {"OK": 4, "ERR_TIMEOUT": 1, "BAD_GAVE_UP": 1}
     assert outlook.is_repeat.tolist() == [True] + 6 * [False]
+    assert outlook.is_settled.tolist() == [False, False, True] + 4 * [False]
     folder = RunFolder(local, "run3")
     review_run(folder, rows, outlook, CONFIG.model_copy(update={"gate_err_share": 1.0}))
     page = local.read_bytes(folder.locate("nightly.html")).decode()
@@ -356,7 +359,55 @@ def test_page_and_summary_give_up_what_the_table_gives_up(local: Store) -> None:
         f"3-{index}": "OK" for index in range(4)
     }
     publish_rows(local, "run4", make_row("b", "ERR_TIMEOUT", night=4))
-    assert read_outlook(local, rows).statuses == outlook.statuses  # by a driver that comes late
+    assert read_outlook(local, rows, listing).statuses == outlook.statuses  # by a driver that comes late
+
+
+def test_a_night_is_not_judged_by_errors_that_the_table_never_gets(local: Store) -> None:
+    """Six zips of three series: of each the last failed, and is OK tonight, when the first, final since, times out."""
+    for night in (1, 2):
+        series = [make_row(f"z{zipped}#{scan}", night=night) for zipped in range(6) for scan in range(2)]
+        failed = [make_row(f"z{zipped}#2", "ERR_TIMEOUT", night=night) for zipped in range(6)]
+        publish_rows(local, f"run{night}", *series, *failed)
+    statuses = ("ERR_TIMEOUT", "OK", "OK")
+    rows = stage(
+        [
+            make_row(f"z{zipped}#{scan}", status, night=3, run_id="run3")
+            for zipped in range(6)
+            for scan, status in enumerate(statuses)
+        ]
+    )
+    listing = make_listing(next(MINUTES))
+    outlook = read_outlook(local, rows, listing)
+    assert (outlook.statuses, int(outlook.is_settled.sum())) == ({"OK": 6}, 12)
+    verdict = review_run(RunFolder(local, "run3"), rows, outlook, CONFIG)
+    assert verdict.describe() == "passed; without 12 scans settled before"
+    page = local.read_bytes("_runs/run3/nightly.html").decode()
+    assert "6 scans of" in page
+    assert "what happened" not in page  # of a scan that failed
+    assert publish(local, "run3", rows, listing, ORIGIN) == 3
+    assert set(read_statuses(local).values()) == {"OK"}
+
+
+def test_a_run_that_another_overtook_is_not_judged(local: Store) -> None:
+    """It was left behind; its sources changed, and a run that listed them later made their new bytes final."""
+    behind = make_listing(next(MINUTES))
+    for night in (1, 2):
+        publish_rows(local, f"run{night}", *[make_row(f"{index}", night=night) for index in range(4)])
+    rows = stage([make_row(f"{index}", "BAD_LIMIT", run_id="old", night=3, input_sha256="j" * 64) for index in range(4)])
+    outlook = read_outlook(local, rows, behind)
+    assert (outlook.statuses, outlook.is_settled.tolist()) == ({}, 4 * [True])
+    verdict = review_run(RunFolder(local, "old"), rows, outlook, CONFIG)
+    assert verdict.describe() == "not judged: 0 scans, the gates need 4; without 4 scans settled before"
+    assert publish(local, "old", rows, behind, ORIGIN) is None
+    assert "run old" in local.read_bytes("_runs/old/nightly.html").decode().lower()
+
+
+def test_what_was_settled_meanwhile_is_no_repeat(local: Store) -> None:
+    """It failed once, is final by now, and fails again in the same way."""
+    publish_rows(local, "run1", make_row("a", "ERR_TIMEOUT"))
+    publish_rows(local, "run2", make_row("a", night=2))
+    outlook = read_outlook(local, stage([make_row("a", "ERR_TIMEOUT", night=3)]), make_listing(next(MINUTES)))
+    assert (outlook.is_settled.tolist(), outlook.is_repeat.tolist()) == ([True], [False])
 
 
 def test_earlier_nights_are_the_last_ones_before_tonight(local: Store) -> None:
