@@ -24,6 +24,7 @@ from darnet.errors import RunError, Status
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import Outlook, check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
+from darnet.publishing.objects import suggest_discard
 from darnet.publishing.origin import Origin
 from darnet.publishing.planning import plan_night, preview_night, warn_of_others
 from darnet.publishing.runs import RunFolder, RunRecord, Work, list_open_runs, name_part, sort_unfinished
@@ -237,7 +238,8 @@ def _read_whole_rows(folder: RunFolder, record: RunRecord) -> StagedRows:
     """The rows of a run of which every planned source has its own. Raises: RunError as `check_rows`."""
     rows = folder.read_parts()
     folder.refuse_if_discarded()  # which has taken parts away
-    check_rows(folder.list_planned_sources(), rows, record.work.origin)
+    remedy = suggest_discard(folder.store, folder.run_id)
+    check_rows(folder.list_planned_sources(), rows, record.work.origin, remedy)
     return rows
 
 
@@ -309,20 +311,25 @@ def score_planned(
 
 
 def collect_sources(dataset: Dataset) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Run the road and yield each source when all its scans have come.
+    """Run the road and yield each source when all its scans have come, each once.
 
+    A task whose worker died is run again, and Ray takes of it what it has not had: if a source ended otherwise the
+    second time, rows come twice or not at all. Of such a source the newest telling counts, and if that is not whole it
+    is left out here, missed by `check_rows`, and scored when the job is started again; one that is yielded twice is
+    read as `StagedRows` says.
     Raises: RunError, of a worker or as `iterate_blocks`.
     """
-    waiting: dict[str, list[dict[str, Any]]] = {}
+    waiting: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {}
     for batch in iterate_blocks(dataset):
         for source_key, num_scans, row in map(pickle.loads, batch["row"]):
             if isinstance(row, RunError):
                 raise row
-            rows = waiting.setdefault(source_key, [])
-            rows.append(row)
+            num_told, rows = waiting.pop(source_key, (num_scans, {}))
+            rows = (rows if num_told == num_scans else {}) | {row["scan_id"]: row}
             if len(rows) == num_scans:
-                yield source_key, waiting.pop(source_key)
-    assert not waiting, "a scan was lost on its way"
+                yield source_key, list(rows.values())
+            else:
+                waiting[source_key] = num_scans, rows
 
 
 def _write_part(folder: RunFolder, finished: dict[str, list[dict[str, Any]]]) -> None:

@@ -27,8 +27,10 @@ from darnet.archive import EVERYTHING, list_sources
 from darnet.bundle import read_manifest
 from darnet.code_version import name_scoring_code
 from darnet.config import DecodeConfig, ScoreConfig
-from darnet.errors import CredentialsError, HeldError, ObjectMissing, UsageError
+from darnet.errors import CredentialsError, HeldError, ObjectMissing, RunError, UsageError
+from darnet.publishing.commit import check_rows
 from darnet.publishing.hold import decide_hold, refuse_if_held
+from darnet.publishing.objects import suggest_discard
 from darnet.publishing.planning import plan_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished
 from darnet.ray_cluster import connect
@@ -54,7 +56,7 @@ from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import SERIES_UID, make_chest, write_chest
 from tests.night_jobs import PollingReader, count_parts, finish_job, start_job, write_archive
 from tests.places import ROOT
-from tests.results_fixtures import flip_bit, make_row
+from tests.results_fixtures import ORIGIN, begin_run, flip_bit, make_row, make_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
@@ -397,6 +399,42 @@ def test_a_kill_loses_so_many_scans_and_not_sources(tmp_path: Path) -> None:
     assert sorted(pq.read_metadata(path).num_rows for path in tmp_path.rglob("*.parquet")) == [4, 6, 6]
     assert max(left) == 3
     assert folder.read_parts().num_rows == 16
+
+
+class Told:
+    """Blocks as actors yield them: of each row its source, how many scans that has, and the scan."""
+
+    def __init__(self, *blocks: list[tuple[str, int, str]]) -> None:
+        self._blocks = blocks
+
+    def iter_batches(self, **_: Any) -> Iterator[dict[str, list[bytes]]]:
+        for block in self._blocks:
+            yield {"row": [pickle.dumps((source, number, make_row(scan))) for source, number, scan in block]}
+
+
+def test_a_task_run_again_that_reads_otherwise_doubles_no_scan(tmp_path: Path) -> None:
+    """First a had trouble, a row; the second time it had three scans, and the block after the first begins earlier."""
+    first = [("a", 1, "a"), ("b", 1, "b"), ("c", 2, "c#1")]
+    second = [("c", 2, "c#1"), ("d", 1, "d")]  # the second scan of c stays in a block that Ray has had already
+    folder = begin_run(open_store(str(tmp_path)), *map(make_source, "abcd"), run_id="run")
+    stage_rows(Told(first, second), folder, 4, part_scans=64)  # type: ignore[arg-type]
+    assert sorted(folder.read_parts().keys["scan_id"].to_pylist()) == ["a", "b", "d"]
+    discard = "say python -m jobs.score .* --discard run --reason WHY"
+    with pytest.raises(RunError, match=f"'c' planned, but has no row.*start the same night again.*{discard}"):
+        check_rows(folder.list_planned_sources(), folder.read_parts(), ORIGIN, suggest_discard(folder.store, "run"))
+
+    stage_rows(Told([("c", 2, "c#1"), ("c", 2, "c#2")]), folder, 1, part_scans=64)  # type: ignore[arg-type]
+    check_rows(folder.list_planned_sources(), folder.read_parts(), ORIGIN)
+    assert folder.read_parts().num_rows == 5
+
+
+def test_of_a_source_told_in_two_ways_the_newest_counts() -> None:
+    """With as many scans as its last rows say, and none of another telling."""
+    blocks = Told(
+        [("a", 3, "a#1"), ("a", 3, "a#2")], [("a", 1, "a")], [("b", 1, "b"), ("b", 2, "b#1"), ("b", 2, "b#2")]
+    )
+    whole = [(key, [row["scan_id"] for row in rows]) for key, rows in collect_sources(blocks)]  # type: ignore[arg-type]
+    assert whole == [("a", ["a"]), ("b", ["b"]), ("b", ["b#1", "b#2"])]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from darnet.errors import HeldError, RunError, UsageError
 from darnet.publishing.commit import Outlook, check_rows, give_up, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
-from darnet.publishing.objects import NOTICE, list_commit_objects, stream_objects
+from darnet.publishing.objects import NOTICE, list_commit_objects, stream_objects, suggest_discard
 from darnet.publishing.runs import DISCARDED, HELD, PLAN, RUNS, RunFolder, RunRecord, list_run_files
 from darnet.publishing.staged import StagedRows
 from darnet.publishing.tally import TALLY_COLUMNS, Tally
@@ -119,7 +119,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     if settings.accept is not None:
         rows = folder.read_parts()
         record = folder.read_record()
-        check_rows(folder.list_planned_sources(), rows, record.work.origin)
+        check_rows(folder.list_planned_sources(), rows, record.work.origin, suggest_discard(store, run_id))
         decision["published"] = publish_run(folder, rows, record)
     store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
     if settings.discard is not None:

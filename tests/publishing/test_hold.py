@@ -393,7 +393,9 @@ def test_a_run_that_another_overtook_is_not_judged(local: Store) -> None:
     behind = make_listing(next(MINUTES))
     for night in (1, 2):
         publish_rows(local, f"run{night}", *[make_row(f"{index}", night=night) for index in range(4)])
-    rows = stage([make_row(f"{index}", "BAD_LIMIT", run_id="old", night=3, input_sha256="j" * 64) for index in range(4)])
+    rows = stage(
+        [make_row(f"{index}", "BAD_LIMIT", run_id="old", night=3, input_sha256="j" * 64) for index in range(4)]
+    )
     outlook = read_outlook(local, rows, behind)
     assert (outlook.statuses, outlook.is_settled.tolist()) == ({}, 4 * [True])
     verdict = review_run(RunFolder(local, "old"), rows, outlook, CONFIG)
