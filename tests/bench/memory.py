@@ -1,7 +1,8 @@
 """Whether a worker grows: thousands of small real files through its fetching, its decoding child and its networks.
 
-`make bench-memory` calls what Ray calls in a worker (`decode_row`, `ScoringActor`), in one process without Ray, and
-prints every thousand scans how much memory that process and its child hold, and how many open files. Objects are
+`make bench-memory` calls what Ray calls in a worker (`decode_places`, `ScoringActor`), in one process without Ray, and
+prints every thousand scans how much memory that process and its child hold, and how many open files. As in a night of a
+million, a worker reads a hundred sources at a time from a plan, and fetches one while it decodes another: objects are
 copied as from a bucket. Some are spoiled, none so that it ends the child, which would hide the child's growth.
 """
 
@@ -28,7 +29,7 @@ import numpy as np
 from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
-from darnet.ray_cluster import decode_row
+from darnet.ray_cluster import MAX_BLOCKS, decode_places
 from darnet.ray_score import ScoringActor
 from darnet.reading.road import Road
 from darnet.scan import StoredObject
@@ -39,7 +40,9 @@ from darnet.terminal import print_table
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
 from tests.poison_fixtures import link_copy, write_sound
+from tests.results_fixtures import begin_run
 
+NUM_PLACES = 1_000_000 // MAX_BLOCKS  # of the plan, for one task
 COLUMNS = {"worker": 2, "child": 3, "worker_in_use": 4}  # of a line of `measure`
 
 
@@ -89,11 +92,11 @@ def score_all(folder: Path, batch_size: int) -> Iterator[dict[str, Any]]:
     config, manifest = ScoreConfig(batch_size=batch_size), read_bundle(model).manifest
     road = Road(manifest.settings.volume, config.decode)
     actor = ScoringActor(model, RunFacts("memory", date(2030, 1, 1), manifest, "0"), config, "cpu")
-    decoded = (
-        row
-        for source in list_sources(store.list_objects())
-        for row in decode_row({"source": pickle.dumps(source)}, store, road)
-    )
+    sources = list(list_sources(store.list_objects()))
+    read, places = begin_run(open_store(str(folder / "results")), *sources).read_sources, range(len(sources))
+    tasks = [list(places[start : start + NUM_PLACES]) for start in places[::NUM_PLACES]]
+    del sources  # a worker has those of its places alone
+    decoded = (row for task in tasks for row in decode_places({"places": task}, read, store, road))
     while rows := list(islice(decoded, batch_size)):
         batch = {name: np.stack([row[name] for row in rows]) for name in ("voxels", "lung")}
         batch["record"] = np.array([row["record"] for row in rows], object)
