@@ -201,21 +201,31 @@ class S3Store:
 
     def read_bytes(self, key: str) -> bytes:
         sink = io.BytesIO()
-        with _s3_errors(f"{self.uri}/{key}"):
-            try:
-                self._download(key, sink)
-            except boto_errors.ClientError as error:
-                if _code(error) == "AccessDenied" and self._is_unlisted(key):
-                    raise ObjectMissing(f"{self.uri}/{key}: no such object") from error
-                raise
+        with self._read_errors(key):
+            self._download(key, sink)
         return sink.getvalue()
 
-    def _is_unlisted(self, key: str) -> bool:
-        """Whether a listing that we may see lacks it. S3 tells a missing object to those who may list a whole bucket
-        alone, and others that they may not read it. Source: the S3 documentation of GetObject.
+    @contextmanager
+    def _read_errors(self, key: str) -> Iterator[None]:
+        """As `_s3_errors`, of an object that is read. Raises: ObjectMissing also where S3 says 403 of what is gone."""
+        uri = f"{self.uri}/{key}"
+        with _s3_errors(uri):
+            try:
+                yield
+            except boto_errors.ClientError as error:
+                if self._is_gone(error, key):
+                    raise ObjectMissing(f"{uri}: no such object") from error
+                raise
+
+    def _is_gone(self, error: Exception, key: str) -> bool:
+        """Whether an object is refused to us because it is not there: a listing that we may see lacks it.
+
+        S3 tells a missing object to those who may list a whole bucket alone, and others that they may not read it.
+        Source: the S3 documentation of GetObject.
         """
-        with suppress(RunError):
-            return all(item.key != key for item in islice(self.list_objects(key), 1))  # it is the first of its prefix
+        if _code(error) == "AccessDenied":
+            with suppress(RunError):
+                return all(item.key != key for item in islice(self.list_objects(key), 1))  # the first of its prefix
         return False
 
     def fetch(self, item: StoredObject, path: Path) -> None:
@@ -282,6 +292,8 @@ class S3Store:
         except (_OtherSpan, boto_errors.ClientError, boto_errors.BotoCoreError, OSError) as error:
             if span is not None and _is_of_span(error):
                 return self._copy(item, sink)
+            if self._is_gone(error, item.key):
+                raise _tell_gone() from error
             raise _explain_fetch(error, self.uri) from error
         if came != due:
             raise ScanError(Status.ERR_STORAGE, f"{came} of {due} bytes came")
@@ -290,7 +302,7 @@ class S3Store:
     def _read_span(self, key: str, span: range) -> tuple[bytes, bool]:
         """These bytes of an object; or all of it and True, where the store gives no spans."""
         sink = io.BytesIO()
-        with _s3_errors(f"{self.uri}/{key}"):
+        with self._read_errors(key):
             try:
                 is_whole = self._download(key, sink, span=span)
             except (_OtherSpan, boto_errors.ClientError, boto_errors.BotoCoreError) as error:
@@ -470,8 +482,12 @@ def _explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     if status == 412:
         return ScanError(Status.ERR_INPUT_CHANGED, "replaced since it was listed")
     if status == 404 and code != "NoSuchBucket":
-        return ScanError(Status.ERR_GONE, "deleted since it was listed")
+        return _tell_gone()
     return ScanError(Status.ERR_STORAGE, code)
+
+
+def _tell_gone() -> ScanError:
+    return ScanError(Status.ERR_GONE, "deleted since it was listed")
 
 
 @contextmanager

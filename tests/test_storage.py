@@ -447,14 +447,10 @@ def test_a_clear_refusal_of_a_put_is_not_uncertain(code: str, status: int, expec
     assert not isinstance(caught.value, PutUncertain)
 
 
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    [(["top/a2"], ObjectMissing), (["top/a", "top/a2"], CredentialsError), (None, CredentialsError)],
-)
-def test_what_is_missing_is_so_for_a_role_that_may_list_its_prefix_alone(
-    listed: list[str] | None, expected: type[Exception]
-) -> None:
-    """S3 answers 403 to it, for what is not there as for what it may not read."""
+def refuse_to_read(listed: list[str] | None) -> tuple[S3Store, Stubber]:
+    """S3's answers about `top/a` to a role that may list its prefix alone: 403 of what is not there as of what it may
+    not read, then what is listed, or that it may not list either.
+    """
     client = connect_stub()
     stub = Stubber(client)
     stub.add_client_error("get_object", service_error_code="AccessDenied", http_status_code=403)
@@ -464,8 +460,51 @@ def test_what_is_missing_is_so_for_a_role_that_may_list_its_prefix_alone(
         found = [{"Key": key, "Size": 1, "ETag": '"e"', "LastModified": datetime.now(UTC)} for key in listed]
         stub.add_response("list_objects_v2", {"Contents": found}, {"Bucket": "bucket", "Prefix": "top/a"})
     stub.activate()
+    return S3Store("bucket", "top/", lambda: client), stub
+
+
+PLANNED = StoredObject("a", 8, "tag")
+
+
+@pytest.mark.parametrize(
+    "read", [lambda store: store.read_bytes("a"), lambda store: store.open_range_reader(PLANNED).read()]
+)
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [(["top/a2"], ObjectMissing), (["top/a", "top/a2"], CredentialsError), (None, CredentialsError)],
+)
+def test_what_is_missing_is_so_for_a_role_that_may_list_its_prefix_alone(
+    listed: list[str] | None, expected: type[Exception], read: Callable[[Store], bytes]
+) -> None:
+    store, stub = refuse_to_read(listed)
     with pytest.raises(expected, match="s3://bucket/top/a: "):
-        S3Store("bucket", "top/", lambda: client).read_bytes("a")
+        read(store)
+    stub.assert_no_pending_responses()
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        lambda store, path: store.fetch(PLANNED, path),
+        lambda store, path: store.fetch_span(PLANNED, path, range(4, 6)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ([], Status.ERR_GONE),
+        (["top/a2"], Status.ERR_GONE),
+        (["top/a", "top/a2"], Status.ERR_DENIED),
+        (None, Status.ERR_DENIED),
+    ],
+)
+def test_a_scan_deleted_since_the_plan_is_gone_and_not_denied_for_such_a_role(
+    listed: list[str] | None, expected: Status, fetch: Callable[[Store, Path], object], tmp_path: Path
+) -> None:
+    store, stub = refuse_to_read(listed)
+    with pytest.raises(ScanError) as caught:
+        fetch(store, tmp_path / "copy")
+    assert caught.value.status is expected
     stub.assert_no_pending_responses()
 
 
