@@ -15,12 +15,14 @@ from darnet.errors import UsageError
 from darnet.results import LATEST_SQL, describe_schema
 from darnet.settings import Settings, read_settings
 from darnet.storage import Store
+from tests.iam import is_allowed
 from tests.places import ROOT
 from tests.results_fixtures import make_row, publish_rows
 
 DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README, PANDAS, HOUSE = (DOCUMENTS[ROOT / name] for name in ("README.md", "docs/pandas.md", "docs/house.md"))
 SQL = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+POLICIES: list[dict[str, Any]] = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", README, re.DOTALL)]
 PYTHON = re.findall(r"```python\n(.*?)```", PANDAS, re.DOTALL)
 DAY_1, DAY_2 = pd.Timestamp(2030, 1, 1), pd.Timestamp(2030, 1, 2)
 SCAN = "ct/0001#0a1b2c3d"
@@ -115,9 +117,7 @@ def test_the_pandas_of_the_documents_answers_as_a_hand_does(local: Store) -> Non
 
 
 def test_each_role_may_do_no_more_than_it_must() -> None:
-    scorer, cleaner, analyst = (
-        _list_rights(json.loads(text)) for text in re.findall(r"```json\n(.*?)```", README, re.S)
-    )
+    scorer, cleaner, analyst, _ = (_list_rights(policy) for policy in POLICIES)
     table, work = "hospital/darnet/predictions/*", "hospital/darnet/_runs/*"
     assert {place for right, place, _ in scorer if right == "s3:PutObject"} == {table, work}
     assert {place for role in (scorer, cleaner) for right, place, _ in role if right == "s3:DeleteObject"} == {work}
@@ -126,6 +126,33 @@ def test_each_role_may_do_no_more_than_it_must() -> None:
     assert [terms for right, place, terms in scorer if (right, place) == ("s3:PutObject", table)] == [
         '{"Null": {"s3:if-none-match": "false"}}'  # the key is there, so the put is conditional
     ]
+
+
+ARCHIVE, MODEL, MISTYPED = ("hospital", "ct/a/1.dcm"), ("models", "darnet-1/manifest.json"), ("models", "dranet-1/m")
+NIGHT, PART = ("hospital", "darnet/predictions/c00000001.parquet"), ("hospital", "darnet/_runs/one/parts/a.parquet")
+PLACES = [ARCHIVE, MODEL, MISTYPED, NIGHT, PART]
+NEEDS = {  # right: places of scorer, cleaner and analyst
+    "List": ([ARCHIVE, MODEL, MISTYPED, NIGHT, PART], [NIGHT, PART], [NIGHT]),
+    "Get": ([ARCHIVE, MODEL, NIGHT, PART], [NIGHT, PART], [NIGHT]),
+    "Put": ([PART], [], []),
+    "Put if absent": ([NIGHT, PART], [], []),
+    "Delete": ([PART], [PART], []),
+}
+
+
+def test_each_role_may_do_what_its_jobs_do_and_nothing_else() -> None:
+    """Every right on every place, so that a right too few is found as one too many is."""
+    for right, needs in NEEDS.items():
+        for policy, needed in zip(POLICIES, needs, strict=False):  # the last is of EC2
+            assert [place for place in PLACES if _may(policy, right, *place)] == needed, right
+
+
+def _may(policy: dict[str, Any], right: str, bucket: str, key: str) -> bool:
+    """Listings are of a key's prefix, as jobs ask for one."""
+    if right == "List":
+        return is_allowed(policy, "s3:ListBucket", f"arn:aws:s3:::{bucket}", {"s3:prefix": key})
+    terms = {"s3:if-none-match": "*"} if right == "Put if absent" else {}
+    return is_allowed(policy, f"s3:{right.split()[0]}Object", f"arn:aws:s3:::{bucket}/{key}", terms)
 
 
 def _list_rights(policy: dict[str, Any]) -> list[tuple[str, str, str]]:
