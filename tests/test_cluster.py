@@ -13,8 +13,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from botocore.awsrequest import AWSResponse
 
 from darnet.settings import ScoreSettings, read_settings
+from tests.iam import is_allowed
 from tests.places import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -59,6 +61,17 @@ WORKER_FIELDS = (
         "numOfHosts": int,
     },
 )
+# Source: Kubernetes 1.33, API reference of core/v1: of a pod's fields those that ours must have (first) or may have use
+# for.
+POD_FIELDS = (
+    {"serviceAccountName": str, "enableServiceLinks": bool, "containers": list},
+    {"tolerations": list, "nodeSelector": dict, "imagePullSecrets": list, "volumes": list},
+)
+CONTAINER_FIELDS = (
+    {"name": str, "image": str, "env": list, "resources": dict},
+    {"imagePullPolicy": str, "volumeMounts": list},
+)
+TOLERATION_FIELDS = {"key": str, "operator": str, "effect": str}, {"value": str, "tolerationSeconds": int}
 
 
 def _read_cluster() -> dict[str, Any]:
@@ -92,6 +105,19 @@ def _assert_fields(given: dict[str, Any], fields: tuple[dict[str, type], dict[st
     assert {name for name, value in given.items() if type(value) is not (required | optional)[name]} == set()
 
 
+def _assert_pod_fields(pod: dict[str, Any]) -> None:
+    _assert_fields(pod, POD_FIELDS)
+    assert pod["serviceAccountName"] == "darnet-scorer"
+    assert pod["enableServiceLinks"] is False
+    for toleration in pod.get("tolerations", []):
+        _assert_fields(toleration, TOLERATION_FIELDS)
+    for container in pod["containers"]:
+        _assert_fields(container, CONTAINER_FIELDS)
+        assert set(container["resources"]) == {"requests", "limits"}
+        assert container["resources"]["requests"] == container["resources"]["limits"]  # else it may be evicted first
+        assert set(container["resources"]["limits"]) <= {"cpu", "memory", "nvidia.com/gpu"}
+
+
 @pytest.mark.parametrize("read", [_read_cluster, _read_own_machines, _read_with_keys])
 def test_cluster_file_follows_rays_schema(read: Any) -> None:
     spec = find_spec("ray")
@@ -111,9 +137,70 @@ def test_the_head_does_no_work_and_other_nodes_are_spot() -> None:
     assert _read_cluster()["max_workers"] >= nodes["decode"]["max_workers"] + nodes["gpu"]["max_workers"]
 
 
-def test_every_type_of_node_names_its_image() -> None:
-    """Ray's own default is an Ubuntu without the Python that the setup commands call."""
-    assert all("ImageId" in kind["node_config"] for kind in _read_cluster()["available_node_types"].values())
+def test_every_type_of_node_names_its_image_and_disk() -> None:
+    """Ray's own default is an Ubuntu without the Python that the setup commands call; an Ubuntu's disk has 8 GB."""
+    for kind in _read_cluster()["available_node_types"].values():
+        assert "ImageId" in kind["node_config"]
+        (disk,) = kind["node_config"]["BlockDeviceMappings"]
+        assert disk["DeviceName"] == "/dev/sda1"
+        assert disk["Ebs"]["VolumeSize"] >= 100
+        assert disk["Ebs"]["VolumeType"] == "gp3"
+
+
+def test_the_head_alone_has_the_role_that_starts_nodes() -> None:
+    """Ray makes no role of its own for a head that names one. What the README's policies allow, test_readme tells."""
+    nodes = _read_cluster()["available_node_types"]
+    roles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in nodes.items()}
+    assert roles == {"head": "darnet-head", "decode": "darnet-scorer", "gpu": "darnet-scorer"}
+
+
+@pytest.mark.ray  # which only needs to be importable
+def test_the_head_may_do_to_ec2_what_rays_autoscaler_asks_of_it() -> None:
+    """Ray's own code on this file, with boto3's own client, whose requests are answered before they leave."""
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler.tags import TAG_RAY_LAUNCH_CONFIG, TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
+
+    document = _read_cluster()
+    provider = AWSNodeProvider(document["provider"], document["cluster_name"])
+    tags: list[dict[str, str]] = []
+    asked: dict[str, dict[str, Any]] = {}
+
+    def answer(model: Any, params: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Any]]:
+        asked[model.name] = params["body"]
+        nodes = [{"InstanceId": "i-1", "State": {"Name": "running"}, "Tags": tags}]
+        told = {"RunInstances": {"Instances": nodes}, "DescribeInstances": {"Reservations": [{"Instances": nodes}]}}
+        return AWSResponse("https://ec2", 200, {}, None), told.get(model.name, {})
+
+    for resource in (provider.ec2, provider.ec2_fail_fast):
+        resource.meta.client.meta.events.register("before-call.ec2", answer)
+    kind = document["available_node_types"]["gpu"]
+    new = {TAG_RAY_NODE_KIND: "worker", TAG_RAY_LAUNCH_CONFIG: "0"}
+    (node,) = provider.create_node({**kind["node_config"], "SubnetIds": ["subnet-1"]}, new, 1)
+    assert provider.non_terminated_nodes({}) == [node]
+    provider.set_node_tags(node, {TAG_RAY_NODE_STATUS: "up-to-date"})
+    provider.terminate_node(node)
+    provider.terminate_nodes([node])
+    started = asked["RunInstances"]
+    assert (started["IamInstanceProfile.Name"], started["BlockDeviceMapping.1.Ebs.VolumeSize"]) == (
+        "darnet-scorer",
+        140,
+    )
+    marks = {
+        f"aws:ResourceTag/{started[name]}": started[name.replace("Key", "Value")] for name in started if ".Key" in name
+    }
+
+    policy = json.loads(re.findall(r"```json\n(.*?)```", README, re.S)[3])
+    instance = "arn:aws:ec2:eu-central-1:123456789012:instance/i-1"
+    role = "arn:aws:iam::123456789012:role/darnet-scorer"
+    assert len(asked) == 4
+    for name in asked:
+        assert is_allowed(policy, f"ec2:{name}", instance, marks), name
+    assert is_allowed(policy, "ec2:CreateTags", instance, {"ec2:CreateAction": "RunInstances"})
+    assert is_allowed(policy, "iam:PassRole", role, {"iam:PassedToService": "ec2.amazonaws.com"})
+    assert not is_allowed(policy, "ec2:TerminateInstances", instance, {"aws:ResourceTag/ray-cluster-name": "other"})
+    assert not is_allowed(policy, "ec2:CreateTags", instance)
+    for other in ("darnet-head", "admin"):
+        assert not is_allowed(policy, "iam:PassRole", role.replace("darnet-scorer", other))
 
 
 def test_a_node_that_is_added_later_gets_the_same_code(tmp_path: Path) -> None:
@@ -201,7 +288,29 @@ def test_the_night_has_kuberays_fields() -> None:
     _assert_fields(JOB["rayClusterSpec"]["headGroupSpec"], HEAD_FIELDS)
     for group in WORKERS.values():
         _assert_fields(group, WORKER_FIELDS)
+    for group in (JOB["rayClusterSpec"]["headGroupSpec"], *WORKERS.values()):
+        _assert_fields(group["template"], ({"spec": dict}, {"metadata": dict}))
+        _assert_pod_fields(group["template"]["spec"])
     assert JOB["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("serviceAccountName", "serviceAcountName"),
+        ("tolerations", "toleration"),
+        ("effect:", "efect:"),
+        ("limits:", "limit:"),
+        ("enableServiceLinks: false", "enableServiceLinks: true"),
+        ("enableServiceLinks: false", ""),
+    ],
+)
+def test_a_wrong_field_of_a_pod_is_found(old: str, new: str) -> None:
+    """A server may drop it, and the pod start without."""
+    text = yaml.safe_dump(WORKERS["gpu"]["template"]["spec"])
+    assert old in text
+    with pytest.raises((AssertionError, KeyError)):
+        _assert_pod_fields(yaml.safe_load(text.replace(old, new)))
 
 
 def test_the_night_starts_once_a_day() -> None:
