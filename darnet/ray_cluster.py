@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -24,6 +24,7 @@ from darnet.cpus import DECODE_CPUS
 from darnet.errors import RunError, Status, UsageError
 from darnet.ingest import Ingester
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
+from darnet.ray_token import asks_for_token, list_addresses, list_nodes, refuse_open_cluster, refuse_open_node
 from darnet.reading.road import Road
 from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
@@ -33,10 +34,6 @@ SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 RECORD_BYTES = 1000  # of a row beside its voxels and mask, as Ray counts them. Source: ours; 750 to 1,100 were seen
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
-AUTH_REMEDY = (
-    "set RAY_AUTH_MODE=token for `ray start` on every node and for this job, and share the token that "
-    "`ray get-auth-token --generate` makes"
-)
 
 
 @dataclass(frozen=True)
@@ -105,48 +102,6 @@ def _start_local() -> None:
     except Exception as error:  # Ray has none of its own for it
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"no Ray cluster started on this machine ({told}); start the same command again") from error
-
-
-def refuse_open_cluster(addresses: Set[str], ask: Callable[[], Iterable[tuple[str, bool]]]) -> None:
-    """Demand a token of several machines, of this process's and of each that `ask` asks whether it wants one.
-
-    Raises: UsageError where one wants none: who reaches it runs code among patients' scans.
-    """
-    if len(addresses) < 2:
-        return
-    if not asks_for_token():
-        raise UsageError(f"the cluster has {len(addresses)} machines and asks nobody for a token; {AUTH_REMEDY}")
-    if lax := sorted({address for address, is_closed in ask() if not is_closed}):
-        raise UsageError(
-            f"the cluster has {len(addresses)} machines, of which {', '.join(lax)} need no token; {AUTH_REMEDY}"
-        )
-
-
-def refuse_open_node() -> None:
-    """Demand a token of the node this worker runs on, which may have joined in mid-run.
-
-    Raises: UsageError where it wants none and is not the only machine.
-    """
-    if not ray.is_initialized() or asks_for_token():
-        return
-    if (num_machines := len(list_addresses())) > 1:
-        node = ray.util.get_node_ip_address()
-        raise UsageError(f"node {node} needs no token, in a cluster of {num_machines} machines; {AUTH_REMEDY}")
-
-
-def asks_for_token() -> bool:
-    """Whether what runs in this process's environment wants a token of whoever reaches it."""
-    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-
-
-def list_nodes() -> list[dict[str, Any]]:
-    """The nodes that are alive, as Ray describes them."""
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def list_addresses() -> set[str]:
-    """The machines of the nodes that are alive."""
-    return {node["NodeManagerAddress"] for node in list_nodes()}
 
 
 def find_dashboard() -> str:

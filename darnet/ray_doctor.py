@@ -16,13 +16,11 @@ from darnet.ray_cluster import (
     agree_on_secret,
     ask_every_node,
     ask_nodes,
-    asks_for_token,
     connect,
     count_resource,
     find_dashboard,
-    list_addresses,
-    list_nodes,
 )
+from darnet.ray_token import asks_for_token, list_addresses, list_nodes
 from darnet.store import Store
 
 

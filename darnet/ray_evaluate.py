@@ -13,7 +13,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from darnet.errors import RunError
 from darnet.evaluation.evaluate import run_evaluation
-from darnet.ray_cluster import connect, list_nodes
+from darnet.ray_cluster import connect
+from darnet.ray_token import list_nodes, refuse_open_node
 from darnet.settings import EvaluateSettings
 from darnet.terminal import print_heading
 from darnet.training_plan import ClusterRoom, choose_gpus, plan_gangs, read_room
@@ -67,6 +68,7 @@ def _evaluate_unseen(settings: EvaluateSettings) -> tuple[dict[str, Any] | RunEr
     outcome: dict[str, Any] | RunError
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
+            refuse_open_node()
             outcome = run_evaluation(settings)
         except RunError as error:
             outcome = error

@@ -11,6 +11,7 @@ from ray.train.torch import enable_reproducibility, get_device, prepare_model
 from darnet.gang import train_rank
 from darnet.history import render_files
 from darnet.ray_checkpoint import read_newest_state, write_state
+from darnet.ray_token import refuse_open_node
 from darnet.storage import open_store
 from darnet.threads import set_num_threads
 from darnet.train import FoldState, Metrics
@@ -18,7 +19,11 @@ from darnet.training_plan import FoldTask
 
 
 def train_ray_rank(loop_config: dict[str, Any]) -> None:
-    """Resume what there is, and train with the gang that Ray has put together."""
+    """Resume what there is, and train with the gang that Ray has put together.
+
+    Raises: UsageError as `refuse_open_node`: Ray may put a rank on a node that has joined since the job looked at all.
+    """
+    refuse_open_node()
     task: FoldTask = loop_config["task"]
     set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
     enable_reproducibility(task.config.seed)

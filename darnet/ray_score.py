@@ -34,11 +34,10 @@ from darnet.ray_cluster import (
     connect,
     decode_planned,
     iterate_blocks,
-    list_nodes,
-    refuse_open_node,
     unpack_scan,
 )
 from darnet.ray_metrics import ScanCounters
+from darnet.ray_token import list_nodes, refuse_open_node
 from darnet.reading.road import Road
 from darnet.scan import Source
 from darnet.score import Ensemble, RunFacts, make_row

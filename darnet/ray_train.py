@@ -42,8 +42,8 @@ from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, build_network
 from darnet.ray_checkpoint import place_checkpoints, read_state
-from darnet.ray_cluster import list_nodes
 from darnet.ray_rank import train_ray_rank
+from darnet.ray_token import list_nodes, refuse_open_node
 from darnet.score import Ensemble
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
@@ -161,7 +161,8 @@ def measure_networks(
 def _measure_network(
     places: Places, training: Training, read_folds: ReadFolds, config: ScoreConfig, device: str
 ) -> str:
-    """On the cluster: the model card's Markdown on the test cohort."""
+    """On the cluster: the model card's Markdown on the test cohort. Raises: UsageError as `refuse_open_node`."""
+    refuse_open_node()
     folds, seed = read_folds(), training.config.seed
     members = (_build_member(training, fold) for fold in folds)
     backend = TorchBackend(members, batch_size=config.batch_size, num_threads=config.num_threads, device=device)

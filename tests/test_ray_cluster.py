@@ -90,34 +90,11 @@ def test_nothing_that_ray_tells_of_its_workers_is_on_stdout() -> None:
     assert done.stdout == "a summary\n"
 
 
-@pytest.mark.parametrize(
-    ("closed", "mode", "refused"),
-    [
-        ({"10.0.0.1": False}, "", ""),
-        ({"10.0.0.1": True, "10.0.0.2": True}, "", "2 machines and asks nobody for a"),
-        ({"10.0.0.1": True, "10.0.0.2": True}, "disabled", "2 machines and asks nobody for a"),
-        ({"10.0.0.1": True, "10.0.0.2": False}, "token", "2 machines, of which 10.0.0.2 need no"),
-        ({"10.0.0.1": True, "10.0.0.2": True}, "token", ""),
-    ],
-)
-def test_several_machines_need_a_token_each(
-    closed: dict[str, bool], mode: str, refused: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from darnet.ray_cluster import refuse_open_cluster
-
-    monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    if not refused:
-        refuse_open_cluster(closed.keys(), closed.items)
-        return
-    with pytest.raises(UsageError, match=f"{refused} token; set RAY_AUTH_MODE=token"):
-        refuse_open_cluster(closed.keys(), closed.items)
-
-
 def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was not there when the cluster was; the refusal is the row, or the network's error, that ends the job."""
-    from darnet import ray_cluster
+    from darnet import ray_cluster, ray_token
     from darnet.ray_score import ScoringActor
 
     store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(8, 16, 16)), DecodeConfig())
@@ -127,7 +104,7 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     def find_failure(mode: str, *addresses: str) -> RunError | None:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         monkeypatch.setattr("ray.is_initialized", lambda: True)
-        monkeypatch.setattr(ray_cluster, "list_addresses", lambda: set(addresses))
+        monkeypatch.setattr(ray_token, "list_addresses", lambda: set(addresses))
         monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.2")
         monkeypatch.setattr(ray_cluster.Ingester, "ingest", lambda *_: [IngestedScan("chest", Status.ERR_GONE, "")])
         ray_cluster._keep_ingester.cache_clear()
