@@ -54,14 +54,15 @@ class DecodedScan:
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
 
-    Raises: UsageError if RAY_ADDRESS leads nowhere or to machines of which any asks for no token, or if the cluster has
-        a single CPU; RunError if a machine does not say whether it asks, or if no cluster starts here.
+    Raises: UsageError if RAY_ADDRESS leads nowhere or to machines of which any asks for no token, or if a session
+        without it has a single CPU; RunError if a machine does not say whether it asks, if no cluster starts here, or
+        if that of RAY_ADDRESS has no two CPUs now: one whose machines come and go may have them another time.
     """
+    address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         atexit.register(_leave_stdout)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool logs a false alarm
-        address = os.environ.get("RAY_ADDRESS")
         if address:
             try:
                 ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
@@ -71,9 +72,12 @@ def connect() -> None:
             _start_local()
         refuse_open_cluster(list_addresses(), lambda: ask_every_node(asks_for_token))
     if ray.cluster_resources().get("CPU", 0) < 2:
-        raise UsageError(
-            "the cluster has fewer than 2 CPUs, and decoding and the network need one each; if it is still starting, "
-            "or its spot machines were reclaimed, start the same command again when a worker is up (`ray status`)"
+        told = "the cluster has fewer than 2 CPUs, and decoding and the network need one each"
+        if not address:
+            raise UsageError(f"{told}; start it with two")
+        raise RunError(
+            f"{told}; if it is still starting, or its spot machines were reclaimed, start the same command again when "
+            "a worker is up (`ray status`)"
         )
     for name in ("ray.data", "ray.data._internal.progress"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,9 +6,9 @@
 #
 # `ray job submit` ends with 1 whatever the job failed of, and with 0 if somebody stopped it; so the code is read from
 # the job's summary, a line of JSON in what it printed. Tried again is what may pass another time: 1 (the cluster gave
-# up), 4 (a store), and no summary (no cluster, a killed driver, a log that broke off), which counts as 1. Wrong use (2),
-# a held night (3), credentials (5) and a job that somebody stopped (1) wait for a person. Started again on the same day,
-# it goes on at the first submission id that is free.
+# up, or has no worker now), 4 (a store), and no summary (no cluster, a killed driver, a log that broke off), which
+# counts as 1. Wrong use (2), a held night (3), credentials (5) and a job that somebody stopped (1) wait for a person.
+# Started again on the same day, it goes on at the first submission id that is free.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"

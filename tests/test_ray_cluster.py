@@ -191,6 +191,24 @@ def test_a_cluster_that_does_not_start_here_is_no_defect(error: Exception, monke
             ray_cluster.connect()
 
 
+@pytest.mark.parametrize(("address", "code"), [("10.0.0.1:6379", ExitCode.FAILED), ("", ExitCode.WRONG_USE)])
+def test_a_cluster_that_lost_its_workers_may_have_them_another_time(
+    address: str, code: ExitCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jobs/night.sh tries 1 again and leaves 2 to a person."""
+    from darnet import ray_cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(RunError, match="fewer than 2 CPUs") as caught:
+        ray_cluster.connect()
+    assert caught.value.exit_code is code
+    assert ("start the same command again" in str(caught.value)) == bool(address)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    ray_cluster.connect()
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_question_may_bring_what_it_is_about() -> None:
     from darnet.ray_cluster import ask_every_node
