@@ -1,7 +1,6 @@
 """A fold's state and the checkpoint it is kept in: one goes in, the other comes out, or the one before if it is torn.
 
-Torch reads a file with a wrong byte as it is, so a checkpoint holds the state's digest beside the state. Ray keeps
-checkpoints by pyarrow, which does not ask boto3 where S3 is.
+Torch reads a file with a wrong byte as it is, so a checkpoint holds the state's digest beside the state.
 """
 
 import hashlib
@@ -12,8 +11,8 @@ import pyarrow.fs  # type: ignore[import-untyped]
 import torch
 from ray.train import Checkpoint
 
+from darnet.arrow_place import find_arrow_place
 from darnet.errors import RunError
-from darnet.storage import find_s3_endpoint
 from darnet.train import FoldState
 
 STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
@@ -22,20 +21,10 @@ STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
 def place_checkpoints(uri: str) -> dict[str, Any]:
     """What Ray's `RunConfig` is told so that checkpoints go where `open_store` of the same address goes.
 
-    Credentials are each node's own, found anew by pyarrow when they expire, and travel nowhere.
-    Raises: UsageError as `find_s3_endpoint`.
+    Raises: UsageError as `find_arrow_place`.
     """
-    endpoint = find_s3_endpoint() if uri.startswith("s3://") else None
-    if endpoint is None:
-        return {"storage_path": uri}
-    filesystem = pyarrow.fs.S3FileSystem(
-        endpoint_override=endpoint.url,
-        scheme=endpoint.url.partition("://")[0],
-        region=endpoint.region,
-        force_virtual_addressing=endpoint.is_virtual,
-        tls_ca_file_path=endpoint.ca_file,
-    )
-    return {"storage_path": uri.removeprefix("s3://"), "storage_filesystem": filesystem}
+    filesystem, path = find_arrow_place(uri)
+    return {"storage_path": path} | ({} if filesystem is None else {"storage_filesystem": filesystem})
 
 
 def write_state(state: FoldState, folder: Path) -> Checkpoint:

@@ -19,6 +19,7 @@ from tests.test_layers import FILES, list_imports
 
 # What training, preparing or scoring imports that changes no weight, no voxel and no final row, and why.
 NEUTRAL = {
+    "arrow_place": "where checkpoints lie",
     "bundle": "names networks, and keeps weights by their digest",
     "cohort": "divides; the division is in the cohort's digest",
     "config": "settings are digested by value",

@@ -18,8 +18,8 @@ ROWS = (
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
     "reading.slice_order reading.zipped storage",
-    "bundle cam_images decode evaluation.measures evaluation.truth inference.torch_backend phantom phantoms.decoys "
-    "publishing.gates publishing.objects reading.series steps volumes_folder",
+    "arrow_place bundle cam_images decode evaluation.measures evaluation.truth inference.torch_backend phantom "
+    "phantoms.decoys publishing.gates publishing.objects reading.series steps volumes_folder",
     "auditing.features bundle_writing dataset evaluation.cam_truth evaluation.seeds evaluation.tabulate "
     "inference.openvino_backend phantoms.archive publishing.nightly_report publishing.scored_keys publishing.staged "
     "reading.road results staging tracking training_plan volumes_cache",

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,21 @@ def test_a_place_without_uploads_in_parts_is_fit_for_a_night(local: Store) -> No
     (finding,) = examine([("parts", Trial(local, "_runs/doctor-1/").upload_in_parts)])
     assert finding.verdict is Verdict.MIND
     assert "nights do without" in finding.remedy
+
+
+@pytest.mark.s3
+def test_uploads_in_parts_go_where_the_endpoint_of_a_profile_says(
+    s3: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the checkpoints of a training do: pyarrow alone would send them to Amazon."""
+    store = open_store(f"{s3()}/results")
+    (tmp_path / "config").write_text(f"[profile own]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
+    for name, value in {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "own"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    (finding,) = examine([("parts", Trial(store, "_runs/doctor-1/").upload_in_parts)])
+    assert (finding.verdict, finding.told) == (Verdict.FINE, "24 MiB")
+    assert [item.key for item in store.list_objects()] == ["_runs/doctor-1/parts"]
 
 
 def test_an_archive_is_read_and_not_written(tmp_path: Path) -> None:
