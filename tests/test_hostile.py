@@ -2,11 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pydicom.data
 import pytest
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
@@ -16,8 +19,10 @@ from darnet.reading.road import Road
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan
 from darnet.storage import open_store
+from darnet.volume import list_contributions
 from tests.ct_fixtures import SERIES_UID, write_chest
 from tests.hostile import CASES, QUICK_CASES, SLOW_CASES
+from tests.hostile.dicom_cases import compressed, replace_fragment
 from tests.marks import mark_slow
 from tests.places import SHARED
 from tests.poison_fixtures import write_sound
@@ -36,9 +41,9 @@ def sandbox() -> Iterator[Sandbox]:
     sandbox.close()
 
 
-def ingest(archive: Path, sandbox: Sandbox) -> list[IngestedScan]:
+def ingest(archive: Path, sandbox: Sandbox, road: Road = ROAD) -> list[IngestedScan]:
     store = open_store(str(archive))
-    ingester = Ingester(store, ROAD, sandbox)
+    ingester = Ingester(store, road, sandbox)
     return [scan for source in list_sources(store.list_objects()) for scan in ingester.ingest(source)]
 
 
@@ -67,6 +72,25 @@ def test_a_hostile_scan_ends_in_its_status(name: str, sandbox: Sandbox, tmp_path
 @pytest.mark.parametrize("name", [*SLOW_CASES, *(name for name in QUICK_CASES if name not in SOME_CASES)])
 def test_so_do_large_ones_and_the_rest(name: str, sandbox: Sandbox, tmp_path: Path) -> None:
     test_a_hostile_scan_ends_in_its_status(name, sandbox, tmp_path)
+
+
+@pytest.mark.parametrize(("resampling", "status"), [("linear", Status.OK), ("area", Status.BAD_PIXELS)])
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, RLELossless], ids=["JPEG 2000", "JPEG-LS", "RLE"])
+def test_garbage_in_a_skipped_slice_is_seen_by_area_alone(
+    syntax: str, resampling: Literal["linear", "area"], status: Status, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """Of 24 slices `linear` reads every third for eight of its own, from the second on; the 13th is none of them."""
+    volume = VolumeConfig(shape=(8, 32, 32), depth_resampling=resampling)
+    read = {item.source for item in list_contributions(24, 8, resampling) if item.weight}
+    assert (12 in read) == (resampling == "area")
+    compressed(syntax, replace_fragment(np.random.default_rng(2).bytes(3000), number=12))(tmp_path / "spoiled")
+    compressed(syntax)(tmp_path / "sound")
+    sound, spoiled = ingest(tmp_path, sandbox, replace(ROAD, volume=volume))
+    assert (sound.status, spoiled.status) == (Status.OK, status)
+    if status is Status.OK:
+        np.testing.assert_array_equal(spoiled.volume.voxels, sound.volume.voxels)  # type: ignore[union-attr]
+    else:
+        assert spoiled.status_detail.endswith("slice does not decode")
 
 
 def test_there_are_more_hostile_scans_than_asked_for_and_no_status_of_reading_is_missing() -> None:

@@ -138,11 +138,11 @@ def garble_codestream(_: int, dataset: FileDataset) -> None:
     dataset.PixelData = bytes(data)
 
 
-def replace_fragment(content: bytes) -> Edit:
-    """Of slice 10, which contributes to the network's input."""
+def replace_fragment(content: bytes, number: int = 10) -> Edit:
+    """Of one slice: 10 contributes to the network's input."""
 
     def change(index: int, dataset: FileDataset) -> None:
-        if index == 10:
+        if index == number:
             dataset.PixelData = encapsulate([content])
 
     return change
