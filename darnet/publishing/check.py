@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
@@ -21,13 +22,14 @@ from darnet.publishing.objects import (
     read_commit_number,
     stream_objects,
 )
-from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA, Keys
+from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA, Keys, Rows
 from darnet.publishing.runs import DISCARDED, ENDED, RUNS, RunFolder, list_run_files, recall_last_number
 from darnet.results import describe_schema, export_latest
 from darnet.settings import ResultsSettings
 from darnet.storage import Store, open_store
 
 NUM_NAMED = 5  # Source: ours; faults told in full, of which one usually explains the rest
+ROW = "row"  # a column of our own beside the keys
 
 
 def run_verb(settings: ResultsSettings) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
     keys = list_commits(store)
     faults += _find_gaps([read_commit_number(key) for key in keys], last_number)
     digests: dict[str, str] = {}
-    final = [SCHEMA.empty_table().select(KEY_COLUMNS)]
+    final = [_number_rows(SCHEMA.empty_table())]
     for key in keys:
         data = store.read_bytes(key)
         digests[key] = hashlib.sha256(data).hexdigest()
@@ -70,7 +72,7 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
             faults.append(str(error))
             continue
         faults += _check_object(stored)
-        final.append(stored.rows.filter(pc.invert(pc.starts_with(stored.rows["status"], "ERR_"))).select(KEY_COLUMNS))
+        final.append(_number_rows(stored.rows).filter(pc.invert(pc.starts_with(stored.rows["status"], "ERR_"))))
     return digests, faults + _find_doubles(pa.concat_tables(final))
 
 
@@ -108,11 +110,18 @@ def _check_object(stored: Stored) -> list[str]:
     return faults
 
 
+def _number_rows(rows: Rows) -> Keys:
+    """Keys of an object's rows, with their numbers in it from 1."""
+    return rows.select(KEY_COLUMNS).append_column(ROW, pa.array(np.arange(1, rows.num_rows + 1)))
+
+
 def _find_doubles(final: Keys) -> list[str]:
-    counted = final.group_by([*SCAN_KEY, *MODEL_KEY]).aggregate([([], "count_all"), ("commit", "max")])
+    """Which scans have several final rows, by the last of them: their names may be patients'."""
+    counts = [([], "count_all"), ("commit", "last"), (ROW, "last")]
+    counted = final.group_by([*SCAN_KEY, *MODEL_KEY], use_threads=False).aggregate(counts)  # else none is the last
     doubles = counted.filter(pc.greater(counted["count_all"], 1))
     return [
-        f"{make_commit_key(row['commit_max'])}: scan {row['scan_id']!r} has {row['count_all']} final rows"
+        f"{make_commit_key(row['commit_last'])}: the scan in row {row['row_last']} has {row['count_all']} final rows"
         for row in doubles.to_pylist()
     ]
 

@@ -59,7 +59,7 @@ IS_LATER, IS_GIVEN_UP, PLACE = "is_later", "is_given_up", "place"  # columns of 
 NOWHERE = -1
 OPEN_GROUPS = 256  # Source: ours; of 16,384 rows each, and a quarter of the files that a process may usually open
 ORDER = [("source", "ascending"), ("scan_id", "ascending")]
-LOST = "planned, but has no row"
+LOST = "is planned, but has no row"
 _KNOWN_NOTHING = SCHEMA.empty_table().select(KEY_COLUMNS).append_column(IS_LATER, pa.array([], pa.bool_()))
 PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three classes sums to 1 within 2e-7
 
@@ -70,40 +70,47 @@ PROBABILITY_TOLERANCE = 1e-5  # Source: ours; a float32 softmax over three class
 def check_rows(planned_sources: Iterable[str], rows: StagedRows, origin: Origin, remedy: str = "") -> None:
     """Demand of a run's rows that nothing was lost, doubled or made up, and all is named as the run says.
 
-    Planned are keys of the archive; an error tells the table's name of one, and `remedy`: what the run's next drivers
-    find again each night, a person has to end.
-    Raises: UsageError as `recall_names`; RunError naming a source that is without rows, not planned, has a scan twice,
-        an unknown status, probabilities that are none, or another model than the rest.
+    Planned are keys of the archive. An error tells no name, which may be a patient's, but the row of the plan or parts;
+    and `remedy`: what the run's next drivers find again each night, a person has to end.
+    Raises: UsageError as `recall_names`; RunError of a source that is without rows, not planned, has a scan twice, an
+        unknown status, probabilities that are none, or another model than the rest.
     """
     _demand_own_names(rows, origin)
-    for complaint, sources in _find_wrong(planned_sources, rows, origin):
-        if offending := sorted(set(sources)):
-            more = f" (and {len(offending) - 1} more)" if len(offending) > 1 else ""
+    for complaint, is_of_plan, places in _find_wrong(planned_sources, rows, origin):
+        if len(places):
+            where = f"row {places[0] + 1} of the run's plan.parquet"
+            if not is_of_plan:
+                where = f"row {rows.find_row(int(places[0]))} of the run's parts, in the order of their names,"
+            more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
             again = "start the same night again, which scores it; if it stays so, " if complaint == LOST else ""
-            told = f"; {again}{remedy}" if remedy else ""
-            raise RunError(
-                f"results rows are wrong: source {offending[0]!r} {complaint}{more}; nothing is published{told}"
-            )
+            told = f"the source in {where} {complaint}{more}; nothing is published"
+            raise RunError(f"results rows are wrong: {told}" + (f"; {again}{remedy}" if remedy else ""))
 
 
 def _find_wrong(
     planned_sources: Iterable[str], rows: StagedRows, origin: Origin
-) -> Iterator[tuple[str, Iterable[str]]]:
-    """What may be wrong, and the sources of which it is."""
+) -> Iterator[tuple[str, bool, Sequence[int]]]:
+    """What may be wrong, whether the plan's rows are meant or the parts', and which of them."""
     name = origin.recall_names().name_source
-    times = Counter(spell_key(name(key)) for key in planned_sources)
+    places: dict[str, int] = {}
+    twice = []
+    for row, key in enumerate(planned_sources):
+        if places.setdefault(spell_key(name(key)), row) != row:
+            twice.append(row)
+    yield "is planned twice", True, twice
     found = set(rows.keys["source"].unique().to_pylist())
-    yield "planned twice", (key for key, number in times.items() if number > 1)
-    yield LOST, times.keys() - found
-    yield "has rows, but was not planned", found - times.keys()
+    yield LOST, True, [row for key, row in places.items() if key not in found]
+    made_up = pa.array(sorted(found - places.keys()), pa.string())
+    yield "has rows, but was not planned", False, np.flatnonzero(pc.is_in(rows.keys["source"], made_up))
     model_sha256 = ""
-    for _, piece in rows.stream(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]):
+    for place, piece in rows.stream(["source", "scan_id", "status", "model_sha256", "prediction", *PROBABILITIES]):
         frame = piece.to_pandas()
+        frame.index += place.start
         model_sha256 = model_sha256 or frame["model_sha256"].iloc[0]
-        yield "has a scan twice", frame.loc[frame.duplicated(["source", "scan_id"]), "source"]
-        yield "has an unknown status", frame.loc[~frame["status"].isin(list(Status)), "source"]
-        yield "has another model than the first row", frame.loc[frame["model_sha256"] != model_sha256, "source"]
-        yield from _find_wrong_probabilities(frame)
+        yield "has a scan twice", False, frame.index[frame.duplicated(["source", "scan_id"])]
+        yield "has an unknown status", False, frame.index[~frame["status"].isin(list(Status))]
+        yield "has another model than the first row", False, frame.index[frame["model_sha256"] != model_sha256]
+        yield from ((complaint, False, wrong) for complaint, wrong in _find_wrong_probabilities(frame))
 
 
 def _demand_own_names(rows: StagedRows, origin: Origin) -> None:
@@ -111,18 +118,18 @@ def _demand_own_names(rows: StagedRows, origin: Origin) -> None:
         origin.demand_own_names(name.as_py() for name in rows.keys[column])
 
 
-def _find_wrong_probabilities(frame: pd.DataFrame) -> Iterator[tuple[str, Iterable[str]]]:
+def _find_wrong_probabilities(frame: pd.DataFrame) -> Iterator[tuple[str, Sequence[int]]]:
     is_ok = frame["status"] == Status.OK.value
     scored, others = frame[is_ok], frame[~is_ok]
     given = others[[*PROBABILITIES, "prediction"]].notna().any(axis=1)
-    yield "has a probability or a prediction without being OK", others.loc[given, "source"]
+    yield "has a probability or a prediction without being OK", others.index[given]
     probability = scored[PROBABILITIES].to_numpy(dtype=np.float64)
     is_sound = np.isfinite(probability).all(axis=1) & (probability >= 0).all(axis=1)
     is_sound &= np.abs(probability.sum(axis=1) - 1) <= PROBABILITY_TOLERANCE
-    yield "is OK, but its probabilities do not sum to 1", scored.loc[~is_sound, "source"]
+    yield "is OK, but its probabilities do not sum to 1", scored.index[~is_sound]
     labels = np.array(DIAGNOSES)[:, None] == scored["prediction"].to_numpy()
     is_highest = (labels.T & (probability == probability.max(axis=1, initial=0, keepdims=True))).any(axis=1)
-    yield "predicts another class than its highest probability", scored.loc[~is_highest, "source"]
+    yield "predicts another class than its highest probability", scored.index[~is_highest]
 
 
 # Publishing

@@ -39,8 +39,8 @@ AHEAD_LOOKUPS = 4  # Source: ours; found of each prefix before its turn comes: s
 class Survey:
     """What planning counted: sources listed and selected, those still arriving, and those to score by reason.
 
-    `misdated` are those of the last whose time lies too far in the future to wait for, `example` one of them;
-    `empty_prefixes` were asked for and select nothing.
+    `misdated` are those of the last whose time lies too far in the future to wait for, `first_misdated` the row of the
+    first in the plan, counted from 1; `empty_prefixes` were asked for and select nothing.
     """
 
     listed: int = 0
@@ -48,7 +48,7 @@ class Survey:
     waiting: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
     misdated: int = 0
-    example: str = ""
+    first_misdated: int = 0
     empty_prefixes: list[str] = field(default_factory=list)
 
     def add(self, other: "Survey") -> None:
@@ -56,9 +56,10 @@ class Survey:
         self.listed += other.listed
         self.selected += other.selected
         self.waiting += other.waiting
-        self.reasons += other.reasons
+        if other.misdated and not self.misdated:
+            self.first_misdated = self.reasons.total() + other.first_misdated
         self.misdated += other.misdated
-        self.example = self.example or other.example
+        self.reasons += other.reasons
         self.empty_prefixes += other.empty_prefixes
 
     def describe(self) -> dict[str, Any]:
@@ -211,11 +212,12 @@ def survey_archive(
 
 
 def _warn(survey: Survey) -> None:
-    """Tell people what may be wrong with an archive, or with what was asked for."""
+    """Tell people what may be wrong with an archive, or with what was asked for; its keys may name patients."""
     if survey.misdated:
         print(
-            f"{survey.misdated} sources are dated more than a day ahead, such as {survey.example!r}; they are scored "
-            "as they are: mend the clock of what writes them",
+            f"{survey.misdated} sources are dated more than a day ahead, the first in row {survey.first_misdated} of "
+            "the run's plan.parquet, or of what --dry-run prints; they are scored as they are: mend the clock of what "
+            "writes them",
             file=sys.stderr,
         )
     for prefix in survey.empty_prefixes:
@@ -285,7 +287,7 @@ class _Listing:
                 continue
             if self._selection.is_misdated(source, self._now_s):
                 self.survey.misdated += 1
-                self.survey.example = self.survey.example or self._keys.names.name_source(source.key)
+                self.survey.first_misdated = self.survey.first_misdated or self.survey.reasons.total() + 1
             self.survey.reasons[reason] += 1
             planned.append(PlannedSource(source, reason))
         return planned

@@ -41,6 +41,10 @@ class StagedRows:
         """How many rows count."""
         return int(self.keys.num_rows)
 
+    def find_row(self, place: int) -> int:
+        """The number, from 1, that a row of `keys` has among all that were staged."""
+        return int(np.flatnonzero(self._is_counted)[place]) + 1
+
     def stream(self, columns: list[str] = SCHEMA.names) -> Iterator[tuple[slice, Rows]]:
         """Some columns of the rows in pieces of about `PIECE_ROWS`, each with its place in `keys`; no source is split.
 

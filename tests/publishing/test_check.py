@@ -72,7 +72,10 @@ def test_each_kind_of_damage_is_named(local: Store, capsys: pytest.CaptureFixtur
     sound = local.read_bytes("predictions/c00000001.parquet")
     for spoil, complaint in (
         (lambda: put_object(local, 3, "three", make_row("c")), "c00000002.parquet is missing"),
-        (lambda: put_object(local, 2, "two", make_row("a")), "c00000002.parquet: scan 'a' has 2 final rows"),
+        (
+            lambda: put_object(local, 2, "two", make_row("b", "ERR_TIMEOUT"), make_row("a")),
+            "c00000002.parquet: the scan in row 2 has 2 final rows",
+        ),
         (lambda: put_object(local, 2, "two", make_row("b"), make_row("b")), "a scan has two rows"),
         (lambda: put_object(local, 2, "two", make_row("b"), numbered=7), "its rows carry another number"),
         (

@@ -484,23 +484,33 @@ def test_sound_rows_pass() -> None:
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        ([make_row("a")], "'b' planned, but has no row"),
-        ([make_row("a"), make_row("b"), make_row("c")], "'c' has rows, but was not planned"),
-        ([make_row("a"), make_row("b"), make_row("b")], "'b' has a scan twice"),
-        ([make_row("a"), make_row("b", "FINE")], "'b' has an unknown status"),
-        ([make_row("a"), make_row("b", model_sha256="n")], "'b' has another model"),
-        ([make_row("a"), make_row("b", probability_cp=None)], "'b' is OK, but"),
-        ([make_row("a"), make_row("b", probability_cp=math.nan)], "'b' is OK, but"),
-        ([make_row("a"), make_row("b", probability_cp=math.inf)], "'b' is OK, but"),
-        ([make_row("a"), make_row("b", probability_cp=0.21)], "'b' is OK, but"),
-        ([make_row("a"), make_row("b", probability_cp=-0.2, probability_normal=0.5)], "'b' is OK, but"),
-        ([make_row("a"), make_row("b", prediction="CP")], "'b' predicts another class"),
-        ([make_row("a"), make_row("b", prediction=None)], "'b' predicts another class"),
-        ([make_row("a"), make_row("b", "BAD_TILT", probability_ncp=0.5)], "'b' has a probability"),
-        ([make_row("a"), make_row("b", "SKIP_NO_LUNG", prediction="CP")], "'b' has a probability"),
+        ([make_row("a")], "row 2 of the run's plan.parquet is planned, but has no row"),
+        ([make_row("a"), make_row("b"), make_row("c")], "row 3 of .* names, has rows, but was not planned"),
+        ([make_row("a"), make_row("b"), make_row("b")], "row 3 of .* names, has a scan twice"),
+        ([make_row("a"), make_row("b", "FINE")], "row 2 of .* names, has an unknown status"),
+        ([make_row("a"), make_row("b", model_sha256="n")], "row 2 of .* names, has another model"),
+        ([make_row("a"), make_row("b", probability_cp=None)], "row 2 of .* names, is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=math.nan)], "row 2 of .* names, is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=math.inf)], "row 2 of .* names, is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=0.21)], "row 2 of .* names, is OK, but"),
+        ([make_row("a"), make_row("b", probability_cp=-0.2, probability_normal=0.5)], "row 2 of .* names, is OK, but"),
+        ([make_row("a"), make_row("b", prediction="CP")], "row 2 of .* names, predicts another class"),
+        ([make_row("a"), make_row("b", prediction=None)], "row 2 of .* names, predicts another class"),
+        ([make_row("a"), make_row("b", "BAD_TILT", probability_ncp=0.5)], "row 2 of .* names, has a probability"),
+        ([make_row("a"), make_row("b", "SKIP_NO_LUNG", prediction="CP")], "row 2 of .* names, has a probability"),
     ],
 )
-def test_unsound_rows_name_their_source(rows: list[dict[str, Any]], complaint: str) -> None:
-    with pytest.raises(RunError, match=f"{complaint}.*say --discard") as caught:
+def test_unsound_rows_are_told_by_their_number(rows: list[dict[str, Any]], complaint: str) -> None:
+    """A log is told no name, which may be a patient's; a person what to do."""
+    start = f"^results rows are wrong: the source in {complaint}.*; nothing is published; .*say --discard$"
+    with pytest.raises(RunError, match=start) as caught:
         check_rows(["a", "b"], stage(rows), ORIGIN, "say --discard")
     assert ("start the same night again" in str(caught.value)) == ("has no row" in complaint)
+
+
+def test_a_row_that_is_wrong_is_counted_among_all_that_were_staged() -> None:
+    """Also those of a source that another part has without an error, and that count for nothing."""
+    rows = [make_row("a", "ERR_TIMEOUT"), make_row("a"), make_row("b", "FINE"), make_row("c", "FINE")]
+    with pytest.raises(RunError, match=r"row 3 of .* has an unknown status \(and 1 more\)") as caught:
+        check_rows(["a", "b", "c"], stage(rows, rows_per_part=1), ORIGIN)
+    assert "'" not in str(caught.value).replace("run's", "")

@@ -271,13 +271,21 @@ def test_a_settled_source_does_not_wait(local: Store) -> None:
 def test_a_source_of_a_wrong_year_is_scored_and_the_summary_says_so(
     local: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of a clock some minutes ahead waits, though it is ahead by more than what sources settle in."""
-    objects = [*list_slices("ahead", age_s=-300), *list_slices("settled", age_s=300), *list_slices("year", age_s=-1e8)]
-    planned, counted = survey(ListedStore(objects), local, Selection(settle_s=60))
-    assert list_keys(planned) == ["settled", "year"]
+    """One of a clock some minutes ahead waits, though it is ahead by more than what sources settle in.
+
+    A log is told the row and no name, which may be a patient's.
+    """
+    late = list_slices("ct/Doe^Jane", "ct/Roe^Rick", age_s=-2 * 86_400)
+    objects = [*list_slices("ahead", age_s=-300), *list_slices("ct/Doe^Ann", age_s=300), *late]
+    for prefixes in ((), ("ahead/", "ct/"), ("ct/Doe^A", "ct/Doe^J", "ct/R")):
+        planned, counted = survey(ListedStore(objects), local, Selection(prefixes, settle_s=60))
+        assert list_keys(planned) == ["ct/Doe^Ann", "ct/Doe^Jane", "ct/Roe^Rick"]
+        assert (counted.misdated, counted.first_misdated) == (2, 2)
+        told = capsys.readouterr().err
+        assert "2 sources are dated more than a day ahead, the first in row 2 of the run's plan.parquet" in told
+        assert "^" not in told.replace("prefix 'ct/Doe^A'", "")
     summary = counted.describe()
-    assert (summary["waiting_sources"], summary["misdated_sources"]) == (1, 1)
-    assert "1 sources are dated more than a day ahead, such as 'year'" in capsys.readouterr().err
+    assert summary["misdated_sources"] == 2
     assert survey(ListedStore(objects), local)[1].misdated == 0  # nothing settles
 
 

@@ -274,7 +274,7 @@ def test_of_a_source_scored_twice_the_rows_without_an_error_count(local: Store, 
 def test_a_source_planned_twice_is_not_published(local: Store) -> None:
     folder = begin_run(local, make_source("s"))
     folder.write_part("p", [make_row("s", run_id=folder.run_id)])
-    with pytest.raises(RunError, match="'s' planned twice"):
+    with pytest.raises(RunError, match=r"in row 2 of the run's plan\.parquet is planned twice"):
         check_rows(["s", "s"], folder.read_parts(), ORIGIN)
 
 
