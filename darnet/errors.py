@@ -3,9 +3,13 @@
 A `ScanError` turns one scan into a row of the results table; a `RunError` stops the job with its exit code.
 """
 
+import re
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -169,3 +173,53 @@ class CredentialsError(RunError):
     """The store does not accept who we are."""
 
     exit_code = ExitCode.CREDENTIALS
+
+
+# Defects: what they say may hold a header's words or a key, so that only their kind and place in the code are told
+
+_FRAME = re.compile(r' +File "(.+\.pyx?)", line (\d+)')
+_END = re.compile(r"([A-Za-z_][\w.]*)(:|$)")
+
+
+def name_defect(error: BaseException) -> str:
+    """Kind of an error that nobody expected and its place: the last in this package, or else the last.
+
+    Of an error whose text is the traceback of another, as Ray's is, the kind and place of that.
+    """
+    kind = type(error).__name__
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    if told := _parse_traceback(str(error)):
+        kind, frames = told[0] or kind, told[1]
+    ours = [frame for frame in frames if _is_ours(frame[0])]
+    path, line = (ours or frames or [("nowhere", 0)])[-1]
+    return f"{kind} at {PurePath(path).name}:{line}"
+
+
+def print_defect(error: BaseException) -> None:
+    """The traceback of an error, and of those that led to it, on stderr."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.insert(0, cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    for part in chain:
+        frames = "".join(traceback.format_tb(part.__traceback__))
+        told = f", of {name_defect(part)}" if _parse_traceback(str(part)) else ""
+        print(f"Traceback (most recent call last):\n{frames}{type(part).__name__}{told}", file=sys.stderr)
+
+
+def _parse_traceback(text: str) -> tuple[str, list[tuple[str, int]]] | None:
+    """Kind, "" of one that is not told, and places of the first traceback in a text, None where there is none."""
+    frames: list[tuple[str, int]] = []
+    for line in text.splitlines():
+        if found := _FRAME.match(line):
+            frames.append((found[1], int(found[2])))
+        elif frames and (end := _END.match(line)):
+            return end[1], frames
+    return ("", frames) if frames else None
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file lies in this package, wherever that is; a folder of its name may hold others' packages too."""
+    _, found, rest = path.rpartition("/darnet/")
+    return bool(found) and "/site-packages/" not in f"/{rest}"

@@ -3,11 +3,10 @@
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from darnet.errors import ExitCode, RunError
+from darnet.errors import ExitCode, RunError, print_defect
 from darnet.settings import Settings, read_settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -19,7 +18,8 @@ def run_job(
     """Read the settings, do the work, print the summary as the last line of stdout, and return the exit code.
 
     A `RunError` ends the job with its own code and a sentence on stderr; anything else is a defect, with its traceback
-    there. Either comes before the summary: `ray job submit` makes one stream of both.
+    there, but not its text, which may hold a header's words. Either comes before the summary: `ray job submit` makes
+    one stream of both.
     """
     started_s = time.monotonic()
     summary: dict[str, Any] = {"job": name}
@@ -33,7 +33,7 @@ def run_job(
     except Exception as error:  # a defect: the developer gets the traceback, the scheduler still its line
         code = ExitCode.FAILED
         summary["error"] = f"unexpected {type(error).__name__}"
-        traceback.print_exc()
+        print_defect(error)
     _print_summary(summary, started_s, code)
     return int(code)
 

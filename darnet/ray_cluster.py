@@ -16,12 +16,12 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, Dataset
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet.config import VolumeConfig
 from darnet.cpus import DECODE_CPUS
-from darnet.errors import RunError, Status, UsageError
+from darnet.errors import RunError, Status, UsageError, name_defect
 from darnet.ingest import Ingester
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
 from darnet.ray_token import asks_for_token, list_addresses, list_nodes, refuse_open_cluster, refuse_open_node
@@ -80,7 +80,7 @@ def connect() -> None:
             "a worker is up (`ray status`)"
         )
     for name in ("ray.data", "ray.data._internal.progress"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is raised as well, and told without its text
 
 
 def _leave_stdout() -> None:
@@ -245,7 +245,13 @@ def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]
                 assert isinstance(batch, dict)
                 yield batch
     except RayError as error:
-        raise RunError(f"the cluster gave up: {error}") from error
+        raise RunError(f"the cluster gave up: {_spell_end(error)}") from error
+
+
+def _spell_end(error: RayError) -> str:
+    """What Ray says of a lost worker or node; of an exception in one, its kind and place."""
+    is_defect = isinstance(error, RayTaskError) or 'File "' in str(error)
+    return name_defect(error) if is_defect else str(error)
 
 
 def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[Any, Any]) -> DecodedScan:
@@ -292,6 +298,8 @@ def _decode_source(source: Source, store: Store, road: Road, following: Source |
         scans = ingester.ingest(source, following)
     except RunError as error:
         return [_pack_failure(source, error, road)]
+    except Exception as error:  # Ray would write its text to its logs, and to the driver's stderr
+        return [_pack_failure(source, RunError(f"decoding ended in an unexpected {name_defect(error)}"), road)]
     told = (source.key, names.name_source(source.key), source.input_sha256, len(scans))
     named = [replace(scan, scan_id=names.name_scan(scan.scan_id)) for scan in scans]
     return [_pack_scan(DecodedScan(*told, scan), road.volume) for scan in named]

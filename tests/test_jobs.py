@@ -47,10 +47,21 @@ def test_a_job_that_is_done_returns_zero_and_its_summary(capsys: pytest.CaptureF
 
 
 def test_a_defect_is_not_dressed_up_as_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    code, summary, told = _run(capsys, PLACES, _fail(ZeroDivisionError("x")))
-    assert (code, summary["exit_code"], summary["error"]) == (1, 1, "unexpected ZeroDivisionError")
-    assert told.startswith("Traceback")
-    assert told.endswith("ZeroDivisionError: x\n")
+    """Nor told in its own words, or those of what led to it, which may be a patient's."""
+
+    def work(_: Settings) -> dict[str, Any]:
+        try:
+            return {"spacing": float("Doe^Jane")}
+        except ValueError as error:
+            raise KeyError("Roe^Rick") from error
+
+    code, summary, told = _run(capsys, PLACES, work)
+    assert (code, summary["exit_code"], summary["error"]) == (1, 1, "unexpected KeyError")
+    lines = told.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert [line for line in lines if line and not line.startswith(("  ", "Traceback"))] == ["ValueError", "KeyError"]
+    assert sum(line.startswith('  File "') and "test_jobs.py" in line for line in lines) == 2
+    assert "could not convert" not in told  # names are in these lines of code, and in no one's own
 
 
 @pytest.mark.parametrize("error", [RunError("x"), ZeroDivisionError("x")])

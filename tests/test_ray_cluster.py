@@ -90,6 +90,51 @@ def test_nothing_that_ray_tells_of_its_workers_is_on_stdout() -> None:
     assert done.stdout == "a summary\n"
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_worker_says_of_its_end_is_not_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an exception that nobody expected, from decoding or elsewhere, may be a header's words."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from darnet import ray_cluster
+
+    text = tmp_path / "text"  # so that no line of code holds it
+    text.write_text("Doe^Jane")
+
+    def read(path: str) -> float:
+        return float(Path(path).read_text())
+
+    class Network:
+        def __init__(self) -> None:
+            read(str(text))
+
+        def __call__(self, batch: Any) -> Any:
+            return batch
+
+    ray_cluster.connect()
+    for dataset in (
+        ray.data.range(2).map(lambda _: {"x": read(str(text))}),
+        ray.data.range(2).map_batches(Network, compute=ActorPoolStrategy(size=1), num_cpus=1),
+    ):
+        with pytest.raises(RunError) as caught:
+            list(ray_cluster.iterate_blocks(dataset))
+        line = read.__code__.co_firstlineno + 1
+        assert str(caught.value) == f"the cluster gave up: ValueError at test_ray_cluster.py:{line}"
+    told = capfd.readouterr()
+    assert "Doe" not in told.out + told.err
+
+    store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(8, 16, 16)), DecodeConfig())
+    write_chest(tmp_path / "archive" / "chest")
+    (source,) = list_sources(store.list_objects())
+    monkeypatch.setattr(ray_cluster.Ingester, "ingest", lambda *_: read(str(text)))
+    (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
+    ray_cluster._keep_ingester.cache_clear()
+    failure = ray_cluster.unpack_scan(**row).failure
+    assert str(failure).startswith("decoding ended in an unexpected ValueError at ray_cluster.py:")
+
+
 def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
