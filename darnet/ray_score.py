@@ -20,7 +20,7 @@ from darnet.bundle import BundleManifest, read_manifest, read_model
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.code_version import name_scoring_code
 from darnet.config import GateConfig, ScoreConfig, digest_json
-from darnet.errors import RunError, Status
+from darnet.errors import RunError, Status, name_defect
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import Outlook, check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
@@ -64,29 +64,44 @@ class ScoringActor:
             self._ensemble = _load_ensemble(model, run, config, device)
         except RunError as error:
             self._ensemble = error
+        except Exception as error:  # as in `__call__`
+            self._ensemble = RunError(f"no network was made: unexpected {name_defect(error)}")
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out.
 
-        One failure stands for all scans where bundle or node is refused.
+        One failure stands for all scans where bundle or node is refused, or scoring fails.
         """
         ensemble = self._ensemble
         if isinstance(ensemble, RunError):
-            return {"row": [pickle.dumps(("", 1, ensemble))]}
+            return _pack_failure(ensemble)
+        try:
+            return {"row": [pickle.dumps(row) for row in self._score(ensemble, batch)]}
+        except RunError as error:
+            return _pack_failure(error)
+        except Exception as error:  # Ray would write its text to its logs, and to the driver's stderr
+            return _pack_failure(RunError(f"scoring ended in an unexpected {name_defect(error)}"))
+
+    def _score(
+        self, ensemble: Ensemble, batch: dict[str, np.ndarray[Any, Any]]
+    ) -> Iterator[tuple[str, int, dict[str, Any] | RunError]]:
         decoded = [
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
         is_ok = np.array([item.scan.status is Status.OK for item in decoded])
         scores = iter(ensemble.score(batch["voxels"][is_ok]) if is_ok.any() else ())
-        rows = []
         for item in decoded:
             score = next(scores) if item.scan.status is Status.OK else None
             row = make_row(self._run, item.source_name, item.input_sha256, item.scan, score, datetime.now(UTC))
             if self._images is not None and score is not None and item.scan.volume is not None:
                 cam = score.draw_cam(score.prediction, item.scan.volume.voxels.shape)
                 self._images.write(row, item.scan.volume, cam)
-            rows.append(pickle.dumps((item.source_key, item.num_scans, item.failure or row)))
-        return {"row": rows}
+            yield item.source_key, item.num_scans, item.failure or row
+
+
+def _pack_failure(error: RunError) -> dict[str, list[bytes]]:
+    """What stops the job, for all scans of a batch."""
+    return {"row": [pickle.dumps(("", 1, error))]}
 
 
 def _load_ensemble(model: Store, run: RunFacts, config: ScoreConfig, device: str) -> Ensemble:

@@ -12,6 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from darnet.archive import list_sources
@@ -96,39 +97,42 @@ def test_what_a_worker_says_of_its_end_is_not_told(
 ) -> None:
     """In an exception that nobody expected, from decoding or elsewhere, may be a header's words."""
     import ray
-    from ray.data import ActorPoolStrategy
 
     from darnet import ray_cluster
+    from darnet.ray_score import ScoringActor
 
     text = tmp_path / "text"  # so that no line of code holds it
     text.write_text("Doe^Jane")
 
-    def read(path: str) -> float:
-        return float(Path(path).read_text())
-
-    class Network:
-        def __init__(self) -> None:
-            read(str(text))
-
-        def __call__(self, batch: Any) -> Any:
-            return batch
+    def read(*_: object) -> float:
+        return float(text.read_text())
 
     ray_cluster.connect()
-    for dataset in (
-        ray.data.range(2).map(lambda _: {"x": read(str(text))}),
-        ray.data.range(2).map_batches(Network, compute=ActorPoolStrategy(size=1), num_cpus=1),
-    ):
-        with pytest.raises(RunError) as caught:
-            list(ray_cluster.iterate_blocks(dataset))
-        line = read.__code__.co_firstlineno + 1
-        assert str(caught.value) == f"the cluster gave up: ValueError at test_ray_cluster.py:{line}"
+    with pytest.raises(RunError) as caught:
+        list(ray_cluster.iterate_blocks(ray.data.range(2).map(lambda _: {"x": read()})))
+    line = read.__code__.co_firstlineno + 1
+    assert str(caught.value) == f"the cluster gave up: ValueError at test_ray_cluster.py:{line}"
     told = capfd.readouterr()
     assert "Doe" not in told.out + told.err
 
+    # What decodes and what scores raise nothing, as Ray writes all of it to its own logs.
     store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(8, 16, 16)), DecodeConfig())
     write_chest(tmp_path / "archive" / "chest")
     (source,) = list_sources(store.list_objects())
-    monkeypatch.setattr(ray_cluster.Ingester, "ingest", lambda *_: read(str(text)))
+    (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
+    batch: dict[str, Any] = {name: np.array([value]) for name, value in row.items()}
+    manifest = write_random_bundle(tmp_path / "model", shape=road.volume.shape).manifest
+    facts = RunFacts("run", date(2026, 1, 1), manifest, "0")
+    model = LocalStore(tmp_path / "model")
+    actor = ScoringActor(model, facts, ScoreConfig(), "cpu")
+    assert not isinstance(pickle.loads(actor(batch)["row"][0])[2], RunError)
+    monkeypatch.setattr("darnet.ray_score.make_row", read)
+    ((_, _, failure),) = map(pickle.loads, actor(batch)["row"])
+    assert str(failure).startswith("scoring ended in an unexpected ValueError at ray_score.py:")
+    monkeypatch.setattr("darnet.ray_score.read_model", read)
+    ((_, _, failure),) = map(pickle.loads, ScoringActor(model, facts, ScoreConfig(), "cpu")(batch)["row"])
+    assert str(failure).startswith("no network was made: unexpected ValueError at ray_score.py:")
+    monkeypatch.setattr(ray_cluster.Ingester, "ingest", read)
     (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
     ray_cluster._keep_ingester.cache_clear()
     failure = ray_cluster.unpack_scan(**row).failure
