@@ -1,11 +1,17 @@
 """No hostile scan passes, each ends in its own status, and none changes a bit of the scans around it."""
 
+import hashlib
+import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import boto3.session
 import numpy as np
 import pydicom.data
 import pytest
@@ -18,8 +24,9 @@ from darnet.ingest import Ingester, make_sandbox
 from darnet.reading.road import Road
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan
-from darnet.storage import open_store
+from darnet.storage import S3Store, open_store
 from darnet.volume import list_contributions
+from tests.bench.listing_server import PAGE
 from tests.ct_fixtures import SERIES_UID, write_chest
 from tests.hostile import CASES, QUICK_CASES, SLOW_CASES
 from tests.hostile.dicom_cases import compressed, replace_fragment
@@ -206,11 +213,75 @@ KEYS = {
 }
 
 
+LINE_ENDS = "a\nb\r\nc\t"
+
+
 def test_a_chest_in_a_folder_with_line_ends_in_its_name_is_a_chest(sandbox: Sandbox, tmp_path: Path) -> None:
-    """On this disk, as moto's server has no object of such a key: it answers the put with 404."""
-    write_chest(tmp_path / "a\nb\r\nc\t")
+    write_chest(tmp_path / LINE_ENDS)
     (scan,) = ingest(tmp_path, sandbox)
-    assert (scan.status, scan.scan_id.rpartition("#")[0]) == (Status.OK, "a\nb\r\nc\t")
+    assert (scan.status, scan.scan_id.rpartition("#")[0]) == (Status.OK, LINE_ENDS)
+
+
+@pytest.mark.s3
+def test_so_is_one_under_a_key_with_line_ends(sandbox: Sandbox, tmp_path: Path) -> None:
+    """On a server of our own that has what S3 says of such keys, as moto's answers their puts with 404."""
+    files = {f"{LINE_ENDS}/{path.name}": path.read_bytes() for path in write_chest(tmp_path / "a")}
+    with serve_objects(files) as client:
+        store = S3Store("bucket", connect=lambda: client)
+        (source,) = list_sources(store.list_objects())
+        assert source.key == LINE_ENDS
+        (scan,) = Ingester(store, ROAD, sandbox).ingest(source)
+    assert (scan.status, scan.scan_id.rpartition("#")[0]) == (Status.OK, LINE_ENDS), scan.status_detail
+
+
+@contextmanager
+def serve_objects(files: Mapping[str, bytes]) -> Iterator[Any]:
+    """A client of a server that lists these objects of one bucket, its keys URL-encoded, and hands them out.
+
+    Source: the S3 documentation of ListObjectsV2 (EncodingType) and GetObject.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            place = urlsplit(self.path)
+            key = unquote(place.path.removeprefix("/bucket").removeprefix("/"))
+            if not key:
+                assert parse_qs(place.query)["encoding-type"] == ["url"]
+                tags = {name: hashlib.md5(data).hexdigest() for name, data in sorted(files.items())}
+                contents = (
+                    f"<Contents><Key>{quote(name)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                    f"<ETag>&quot;{tag}&quot;</ETag><Size>{len(files[name])}</Size></Contents>"
+                    for name, tag in tags.items()
+                )
+                self._answer(
+                    200,
+                    PAGE.format(count=len(files), truncated="false", following="", contents="".join(contents)).encode(),
+                )
+            elif key in files:
+                self._answer(200, files[key])
+            else:
+                self._answer(404, b"")
+
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nobody asked."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield boto3.session.Session("key", "secret", region_name="us-east-1").client(
+                "s3", endpoint_url=f"http://127.0.0.1:{server.server_port}"
+            )
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.s3
