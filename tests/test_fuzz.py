@@ -5,11 +5,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, seed, settings
 
 from darnet.errors import Status
 from darnet.scan import IngestedScan
 from tests import fuzz as fuzz_module
-from tests.fuzz import FINDINGS, SEEDS, Fuzzer, Tally, fuzz, make_seed, measure, read_finding
+from tests.fuzz import (
+    FINDINGS,
+    HOSTILE,
+    PYDICOM,
+    SEEDS,
+    Files,
+    Fuzzer,
+    Tally,
+    fuzz,
+    make_seed,
+    measure,
+    mutate_sources,
+    read_finding,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +51,27 @@ def test_what_is_mutated_is_sound(name: str, fuzzer: Fuzzer) -> None:
     (scan,) = fuzzer.run(make_seed(name))
     assert scan.status is Status.OK, scan.status_detail
     assert measure(make_seed(name), scan.scan_id) is not None  # by another reader
+
+
+def test_hostile_sources_and_real_files_are_mutated_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: set[str] = set()
+
+    def note(name: str) -> Files:
+        drawn.add(name)
+        return {name: b""}
+
+    monkeypatch.setattr(fuzz_module, "make_seed", note)
+
+    @seed(0)
+    @settings(max_examples=300, database=None, suppress_health_check=list(HealthCheck))
+    @given(mutate_sources())
+    def draw(_: Files) -> None:
+        pass
+
+    draw()
+    assert len(HOSTILE) >= 70
+    assert not HOSTILE.keys() & (SEEDS.keys() | PYDICOM.keys())
+    assert min(len(drawn & names.keys()) for names in (SEEDS, HOSTILE, PYDICOM)) > 10
 
 
 def test_a_source_that_another_reader_cannot_read_is_kept(

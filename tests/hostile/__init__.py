@@ -1,6 +1,7 @@
 """Malformed scans, each made by a function, each with the one status it must end in.
 
-`tests/test_hostile.py` puts them through the road, and among good ones; `tests/fuzz.py` mutates good ones.
+`tests/test_hostile.py` puts them through the road, and among good ones; `tests/fuzz.py` mutates these and
+good ones.
 """
 
 from tests.hostile.dicom_cases import DICOM_CASES, SLOW_CASES
