@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ SECRETS = {
     "DARNET_PSEUDONYM_KEY": "Zq7CanarySecretOfThirtyTwoBytesOrMore",
     "AWS_SECRET_ACCESS_KEY": "Zq7CanaryPasswordOfTheStore",
 }
+PICTURE_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"pHYs", b"sRGB", b"gAMA"}  # none of which holds text
 # Every text that a scanner, a registry or a reader may have filled in.
 TAGS = """PatientName PatientID OtherPatientNames PatientBirthName PatientMotherBirthName PatientAddress PatientComments
     PatientTelephoneNumbers MilitaryRank Occupation EthnicGroup AdditionalPatientHistory
@@ -87,13 +89,29 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def list_chunks(png: bytes) -> set[bytes]:
+    """Kinds of a PNG's chunks. Source: its specification, section 5.3."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    kinds, place = set(), 8
+    while place < len(png):
+        (length,) = struct.unpack_from(">I", png, place)
+        kinds.add(png[place + 4 : place + 8])
+        place += 12 + length
+    return kinds
+
+
 def find_texts(texts: tuple[str, ...], folder: Path) -> list[str]:
-    """Files of a folder, by their bytes or, of Parquet, their values, that hold one of these, whatever its case."""
+    """Files of a folder, by their bytes or, of Parquet, their values, that hold one of these, whatever its case.
+
+    A PNG must have no chunk that text could be packed in.
+    """
     found = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.is_socket():
             continue
         data = path.read_bytes().lower()
+        if path.suffix == ".png":
+            assert list_chunks(path.read_bytes()) <= PICTURE_CHUNKS, "text may be packed in it"
         if path.suffix == ".parquet":
             data += str(pq.read_table(path).to_pylist()).lower().encode()
         found += [f"{path.name}: {text}" for text in texts if text.lower().encode() in data]
