@@ -77,11 +77,11 @@ def check_rows(planned_sources: Iterable[str], rows: StagedRows, origin: Origin,
     """
     _demand_own_names(rows, origin)
     for complaint, is_of_plan, places in _find_wrong(planned_sources, rows, origin):
-        if len(places):
-            where = f"row {places[0] + 1} of the run's plan.parquet"
+        if wrong := [int(place) for place in places]:
+            where = f"row {wrong[0] + 1} of the run's plan.parquet"
             if not is_of_plan:
-                where = f"row {rows.find_row(int(places[0]))} of the run's parts, in the order of their names,"
-            more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+                where = f"row {rows.find_row(wrong[0])} of the run's parts, in the order of their names,"
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             again = "start the same night again, which scores it; if it stays so, " if complaint == LOST else ""
             told = f"the source in {where} {complaint}{more}; nothing is published"
             raise RunError(f"results rows are wrong: {told}" + (f"; {again}{remedy}" if remedy else ""))
@@ -89,7 +89,7 @@ def check_rows(planned_sources: Iterable[str], rows: StagedRows, origin: Origin,
 
 def _find_wrong(
     planned_sources: Iterable[str], rows: StagedRows, origin: Origin
-) -> Iterator[tuple[str, bool, Sequence[int]]]:
+) -> Iterator[tuple[str, bool, Iterable[int]]]:
     """What may be wrong, whether the plan's rows are meant or the parts', and which of them."""
     name = origin.recall_names().name_source
     places: dict[str, int] = {}
@@ -118,7 +118,7 @@ def _demand_own_names(rows: StagedRows, origin: Origin) -> None:
         origin.demand_own_names(name.as_py() for name in rows.keys[column])
 
 
-def _find_wrong_probabilities(frame: pd.DataFrame) -> Iterator[tuple[str, Sequence[int]]]:
+def _find_wrong_probabilities(frame: pd.DataFrame) -> Iterator[tuple[str, Iterable[int]]]:
     is_ok = frame["status"] == Status.OK.value
     scored, others = frame[is_ok], frame[~is_ok]
     given = others[[*PROBABILITIES, "prediction"]].notna().any(axis=1)
