@@ -197,8 +197,7 @@ class PublishModel:
         """Run the real code until it asks what is not answered, or ends."""
         try:
             store = AnsweringStore(answers, self._objects)
-            told = (run.run_id, run.staged, run.listing, ORIGIN, lambda _: None)
-            return Outcome(publish(store, *told, last_number=run.listing.last_commit))  # type: ignore[arg-type]
+            return Outcome(publish(store, run.run_id, run.staged, run.listing, ORIGIN, lambda _: None))  # type: ignore[arg-type]
         except Unanswered as asked:
             return asked.question
 
