@@ -25,7 +25,7 @@ from tests.chaos.night import (
     watch,
 )
 from tests.chaos.process_faults import kill_workers
-from tests.chaos.store_faults import weather
+from tests.chaos.store_faults import conflict, etags_alone, lost_acknowledgement, weather
 from tests.fault_proxy import FaultProxy
 from tests.night_jobs import UNREADABLE, PollingReader
 from tests.results_fixtures import make_row, publish_rows
@@ -104,6 +104,16 @@ def test_the_judge_of_kills_sees_a_torn_object_and_a_blind_reader(night: Night) 
     for blind in ([], [0, 0], [0, len(rows), UNREADABLE]):
         with pytest.raises(RuntimeError, match="rows at the end, and there are 5"):
             kills.judge(rows, rows, blind)
+
+
+@pytest.mark.parametrize("fault", [conflict, etags_alone, lost_acknowledgement, weather])
+def test_a_fault_of_the_store_that_never_happened_is_told(
+    fault: Callable[[Night], str], night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Night, "run", lambda *_, **__: {"published": 1, "statuses": {"OK": 1}})  # and no request is made
+    night.site.proxy.done.update(["lost", "flipped", "ConditionalRequestConflict"])  # of the fault before
+    with pytest.raises(ChaosError, match="the proxy never did"):
+        fault(night)
 
 
 def test_a_training_has_blanks_for_what_nobody_looked_for_and_the_last_line_names_what_was_not_tried() -> None:
