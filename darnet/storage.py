@@ -47,6 +47,7 @@ READ_TIMEOUT_S = 60.0  # Source: botocore's default; silence of this length is a
 REQUEST_ATTEMPTS = 5  # Source: ours; standard mode waits at most 20 s between two of them
 DEFAULT_REGION, ANY_REGION = "us-east-1", "aws-global"  # boto3 signs for the former where it says the latter
 BODY_PAUSES_S = (0.2, 1.0)  # Source: ours; before a body that broke off is asked for again, which botocore does not do
+UPLOADS = 3  # Source: ours; how often a body is sent that arrives damaged
 # Source: ours; a slice takes some ms of this process and some tens of ms of waiting (`make bench-fetching`).
 TRANSFERS = 16  # objects one process moves at once, each on a thread and a connection of its own
 
@@ -241,7 +242,7 @@ class S3Store:
 
     def write_bytes(self, key: str, data: bytes) -> None:
         with _s3_errors(f"{self.uri}/{key}"):
-            self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
+            self._upload(key, io.BytesIO(data))
 
     def open_range_reader(self, item: StoredObject) -> BinaryIO:
         return cast(BinaryIO, RangeReader(item.num_bytes, functools.partial(self._read_span, item.key)))
@@ -250,7 +251,7 @@ class S3Store:
         uri = f"{self.uri}/{key}"
         try:
             with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as body:
-                self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body, IfNoneMatch="*")
+                self._upload(key, body, is_if_absent=True)
         except boto_errors.ClientError as error:
             if _http_status(error) == 412:
                 return False
@@ -282,6 +283,35 @@ class S3Store:
     def _client(self) -> Any:
         with _connecting:
             return _share_client(self.connect, os.getpid())
+
+    def _upload(self, key: str, body: BinaryIO, *, is_if_absent: bool = False) -> None:
+        """Put a body, again where other bytes of it arrived: the store says so, or the ETag of what it took does.
+
+        A server asked for no checksum takes what comes. What was put if absent is ours then, and damaged: it is put
+        right in its place, on the condition that it still lies there.
+        Raises: boto3's errors; StorageError where it stays damaged.
+        """
+        conditions: dict[str, str] = {"IfNoneMatch": "*"} if is_if_absent else {}
+        md5 = hashlib.file_digest(body, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        is_there = False
+        for attempt in range(UPLOADS):
+            body.seek(0)
+            try:
+                answer = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body, **conditions)
+            except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
+                if is_there:
+                    break
+                if _code(error) not in _DAMAGED_BODY or attempt == UPLOADS - 1:
+                    raise
+                continue
+            if not self._is_md5(answer) or answer["ETag"].strip('"') == md5:
+                return
+            is_there = True
+            conditions = {"IfMatch": answer["ETag"]} if is_if_absent else {}
+        raise StorageError(
+            f"{self.uri}/{key}: other bytes lie there than were sent, and cannot be replaced; look at the way to the "
+            "store, delete the object and try again"
+        )
 
     def _copy(self, item: StoredObject, sink: BinaryIO, span: range | None = None) -> bool:
         """Write exactly this object, or a span of it, to a file; whether all of it came. Raises: as `fetch`."""
@@ -412,6 +442,9 @@ _NO_IDENTITY = (
     boto_errors.SSOError,
     boto_errors.ProfileNotFound,
 )
+# The stores' words for a body that was damaged on its way, before anything is done; botocore's standard mode does not
+# ask again for them. Source: the S3 documentation's error responses, the last from MinIO.
+_DAMAGED_BODY = frozenset({"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"})
 # The store's words for "I do not know you", as against "you may not read this object".
 _REFUSED_IDENTITY = frozenset(
     {

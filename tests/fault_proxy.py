@@ -26,6 +26,7 @@ STATUS_OF = {
     "RequestTimeTooSkewed": 403,
     "ExpiredToken": 400,
     "ConditionalRequestConflict": 409,
+    "BadDigest": 400,
 }
 OF_A_CONNECTION = {"connection", "transfer-encoding", "content-length", "expect"}
 
@@ -57,6 +58,8 @@ class Fault:
     truncated  half of the body comes, under the length of the whole
     flipped    one bit of the body's first `within` bytes is another; listings, which have no digest anywhere, come as
                they are
+    flipped_upload  one bit of what is put is another when it comes to the server
+    cut_upload      half of what is put comes to the server, under the length of the whole, and then a reset
     """
 
     kind: str
@@ -123,10 +126,17 @@ class FaultProxy:
             parts = urlsplit(target)
             request = Request(method, unquote(parts.path), parts.query, attempt, span)
             fault = self.policy(request)
-            if fault is not None and fault.kind == "flipped" and not request.is_of_object:
+            if fault is not None and not _can_happen(fault.kind, request):
                 fault = None
             self.done["passed" if fault is None else fault.kind] += 1
         return fault
+
+
+def _can_happen(kind: str, request: Request) -> bool:
+    """Listings are not flipped, and only what is put is damaged on its way to the server."""
+    if kind.endswith("_upload"):
+        return request.method == "PUT" and request.is_of_object
+    return kind != "flipped" or request.is_of_object
 
 
 @contextmanager
@@ -177,15 +187,38 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         if kind in STATUS_OF:
             return self._answer(STATUS_OF[kind], {"Content-Type": "application/xml"}, _spell_error(kind))
-        status, headers, body = self._forward(sent)
+        if kind == "cut_upload":
+            self._forward_half(sent)
+            return self._hang_up()
+        status, headers, body = self._forward(self._flip(sent) if kind == "flipped_upload" else sent)
         if kind == "lost":
             return self._hang_up()
-        if fault is not None and kind == "flipped" and body:
-            place = zlib.crc32(self.path.encode()) % min(len(body), fault.within)
-            body = body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
+        if fault is not None and kind == "flipped":
+            body = self._flip(body, fault.within)
         return self._answer(status, headers, body, is_cut=kind == "truncated")
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle  # noqa: N815
+
+    def _flip(self, body: bytes, within: int = 1 << 40) -> bytes:
+        """A body with another bit, at a place that depends on the path; nothing is left as it is."""
+        if not body:
+            return body
+        place = zlib.crc32(self.path.encode()) % min(len(body), within)
+        return body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
+
+    def _forward_half(self, sent: bytes) -> None:
+        """Begin a request to the server, and close the connection in the middle of its body."""
+        connection = HTTPConnection(self.proxy.server, timeout=60)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in OF_A_CONNECTION:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(sent)))
+            connection.endheaders(sent[: len(sent) // 2])
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        finally:
+            connection.close()
 
     def _forward(self, sent: bytes) -> tuple[int, HTTPMessage, bytes]:
         connection = HTTPConnection(self.proxy.server, timeout=60)

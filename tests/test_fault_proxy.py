@@ -249,6 +249,70 @@ def test_a_store_that_never_answers_is_a_storage_error(s3: Callable[[], str], pr
         publish(store, folder.run_id, rows, make_listing(0), ORIGIN, pause=lambda _: None)
 
 
+# What is damaged on its way to the store
+
+
+WAYS_OF_PUTTING = ["write_bytes", "put_if_absent"]
+NO_CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("put", WAYS_OF_PUTTING)
+@pytest.mark.parametrize("kind", ["flipped_upload", "cut_upload", "BadDigest"])
+def test_what_lies_in_the_store_is_what_was_sent(
+    s3: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, put: str, kind: str
+) -> None:
+    """The server of these tests looks at no checksum; one that does answers BadDigest."""
+    monkeypatch.setenv(*NO_CHECKSUMS)
+    store = open_through(s3())
+    proxy.policy = only(Fault(kind), "PUT", "/k", 2)
+    assert getattr(store, put)("k", make_body(0)) in (None, True)
+    assert store.read_bytes("k") == make_body(0)
+    assert proxy.done[kind] == 2
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("put", WAYS_OF_PUTTING)
+def test_what_cannot_be_put_undamaged_is_a_storage_error(s3: Callable[[], str], proxy: FaultProxy, put: str) -> None:
+    store = open_through(s3())
+    for kind, told in (
+        ("flipped_upload", r"/flipped_upload: other bytes lie there.*delete"),
+        ("BadDigest", "BadDigest"),
+    ):
+        proxy.policy = only(Fault(kind), "PUT", "/", 99)
+        with pytest.raises(StorageError, match=told):
+            getattr(store, put)(kind, make_body(0))
+    assert [item.key for item in store.list_objects()] == ["flipped_upload"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["AccessDenied", "reset"])
+def test_a_damaged_object_that_is_not_replaced_is_a_storage_error(
+    s3: Callable[[], str], proxy: FaultProxy, kind: str
+) -> None:
+    """Not an uncertain put, whose holder would be asked for: it is ours. Denied is what demands put-if-absent."""
+    store = open_through(s3(), connect_quickly)
+    faults = [Fault("flipped_upload"), Fault(kind)]
+    proxy.policy = lambda request: faults[min(request.attempt, 1)] if request.method == "PUT" else None
+    with pytest.raises(StorageError, match="/k: other bytes lie there"):
+        store.put_if_absent("k", make_body(0))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["flipped_upload", "cut_upload"])
+def test_a_run_of_which_every_object_is_damaged_on_its_way_is_whole(
+    s3: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv(*NO_CHECKSUMS)
+    store = open_through(s3() + "/results")
+    proxy.policy = only(Fault(kind), "PUT", "/results/")
+    folder, rows = stage_run(store, 3)
+    assert publish(store, folder.run_id, rows, make_listing(0), ORIGIN) == 1
+    assert proxy.done[kind] == 6  # the run's record, its plan, three parts, a night
+    digests, faults = check_table(store)
+    assert (len(digests), faults) == (1, [])
+
+
 # A full disk
 
 
