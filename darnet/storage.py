@@ -284,7 +284,7 @@ class S3Store:
         with _connecting:
             return _share_client(self.connect, os.getpid())
 
-    def _upload(self, key: str, body: BinaryIO, *, is_if_absent: bool = False) -> None:
+    def _upload(self, key: str, body: io.BufferedIOBase, *, is_if_absent: bool = False) -> None:
         """Put a body, again where other bytes of it arrived: the store says so, or the ETag of what it took does.
 
         A server asked for no checksum takes what comes. What was put if absent is ours then, and damaged: it is put

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from tests.ct_fixtures import make_chest, write_chest
 from tests.places import ROOT
 
+NIGHT = "2026-01-01"
+
 
 def write_archive(folder: Path, num_chests: int) -> None:
     """Chests that differ, one of them spoiled, one source of two series, and strays."""
@@ -30,9 +32,14 @@ def write_archive(folder: Path, num_chests: int) -> None:
 
 
 def start_job(
-    archive: Path | str, model: str, results: Path | str, *flags: str, variables: Mapping[str, str] | None = None
+    archive: Path | str,
+    model: str,
+    results: Path | str,
+    *flags: str,
+    night: str = NIGHT,
+    variables: Mapping[str, str] | None = None,
 ) -> "subprocess.Popen[str]":
-    """`python -m jobs.score` as a person starts it, in a process group of its own."""
+    """`python -m jobs.score` as a person starts it, in a process group of its own; `night` may be "", for none."""
     command = [
         sys.executable,
         "-m",
@@ -47,7 +54,7 @@ def start_job(
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= variables or {}
     return subprocess.Popen(
-        [*command, "--score.part-scans", "2", "--night", "2026-01-01", *flags],
+        [*command, "--score.part-scans", "2", *(["--night", night] if night else []), *flags],
         cwd=ROOT,
         env=environment,
         text=True,

@@ -32,6 +32,7 @@ REMOTE = [
     *(store_faults.weather, store_faults.etags_alone, store_faults.flipped_headers),
     *(store_faults.outage, store_faults.endless_outage),
     *(store_faults.no_store, store_faults.lost_acknowledgement, store_faults.conflict, store_faults.forbidden),
+    *(store_faults.flipped_uploads, store_faults.cut_uploads),
     *(store_faults.archived, store_faults.expired_credentials, store_faults.skewed_clock),
     machine_faults.full_scratch,
 ]
@@ -40,6 +41,7 @@ LOCAL = [
     *(process_faults.stop_driver, process_faults.stop_everything, cluster_faults.stop_node),
     *(machine_faults.full_results, machine_faults.starved_child),
     *(machine_faults.clock_ahead, machine_faults.clock_behind),
+    *(machine_faults.driver_ahead, machine_faults.driver_behind),
     *(byte_faults.wrong_part, byte_faults.wrong_plan, byte_faults.wrong_bundle, byte_faults.wrong_result),
     hostile_faults.hostile_archive,
 ]

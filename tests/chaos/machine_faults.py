@@ -1,11 +1,13 @@
 """What happens to disks, memory and clocks while a night is scored; each ends with the table whole."""
 
 import contextlib
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from darnet.archive import EVERYTHING
 from darnet.bundle import read_manifest
@@ -14,12 +16,13 @@ from darnet.publishing.planning import plan_night
 from darnet.ray_score import NightRequest, describe_work
 from darnet.results import read_rows
 from darnet.storage import Store, open_store
-from tests.chaos.night import ChaosError, Night, list_parts
+from tests.chaos.night import ChaosError, Night, end_group, list_parts
 from tests.poison_fixtures import write_bomb
 from tests.small_disk import mount_small_disk
 
 NIGHT = date(2026, 1, 1)
 DAY = timedelta(days=1)
+T = TypeVar("T")
 
 
 def full_results(night: Night) -> str:
@@ -77,6 +80,68 @@ def clock_ahead(night: Night) -> str:
 def clock_behind(night: Night) -> str:
     """The same, by a clock a day behind."""
     return _finish_two_plans(night, -DAY)
+
+
+def driver_ahead(night: Night) -> str:
+    """A driver whose clock is a day ahead, and told no night, publishes; set right, there is nothing new."""
+    shifted = _shift_driver(night, DAY)
+    first, dates = _note_dates(lambda: night.run(0, **shifted), DAY)
+    if first["published"] != 1:
+        raise ChaosError(f"published as {first['published']}")
+    return _set_right(night, dates)
+
+
+def driver_behind(night: Night) -> str:
+    """One a day behind is killed with parts staged; set right, its run is finished under the night it was begun for."""
+    shifted = _shift_driver(night, -DAY)
+    job, dates = _note_dates(lambda: night.start_and_hold(**shifted), -DAY)
+    end_group(job)
+    night.site.proxy.release()
+    num_resumed = night.resume()
+    return f"{num_resumed} sources resumed; {_set_right(night, dates)}"
+
+
+# Python looks for such a module at its start. What Ray takes to other processes names `time.time`, and is theirs there;
+# the dictionary of the type is written to, as the type takes no attribute.
+SHIFT = """
+import ctypes, datetime, gc, sys, time
+if "jobs.score" in sys.orig_argv:
+    tell_s = time.time
+    def shifted(): return tell_s() + SHIFT_S
+    shifted.__module__, shifted.__name__, shifted.__qualname__ = "time", "time", "time"
+    time.time = shifted
+    told = classmethod(lambda cls, tz=None: cls.fromtimestamp(shifted(), tz))
+    gc.get_referents(datetime.datetime.__dict__)[0]["now"] = told
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(datetime.datetime))
+"""
+
+
+def _shift_driver(night: Night, shift: timedelta) -> dict[str, str]:
+    """Variables of a job whose driver, and no other process, reads another time; it takes its night from the clock."""
+    night.day = ""
+    folder = night.site.folder / f"clock-{night.name}"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SHIFT.replace("SHIFT_S", str(shift.total_seconds())))
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _note_dates(act: Callable[[], T], shift: timedelta) -> tuple[T, set[date]]:
+    """What came of it, and the dates that a clock so far off told meanwhile."""
+    begun = datetime.now(UTC) + shift
+    done = act()
+    return done, {begun.date(), (datetime.now(UTC) + shift).date()}
+
+
+def _set_right(night: Night, dates: set[date]) -> str:
+    """One more night, by the right clock. Raises: ChaosError if it publishes, or a row has a night that is none of
+    `dates`.
+    """
+    last = night.run(0)
+    nights = set(read_rows(night.results, latest=False)["night"].to_pylist())
+    if last["published"] is not None or len(nights) != 1 or not nights <= dates:
+        raise ChaosError(f"published {last['published']} too, the rows' nights are {nights} and not one of {dates}")
+    return "all rows are of the night that clock told; by the right one there is nothing new"
 
 
 class _WrongClock:

@@ -36,7 +36,7 @@ from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.conftest import run_s3_server
 from tests.fault_proxy import FaultProxy, run_fault_proxy
-from tests.night_jobs import UNREADABLE, finish_job, start_job, write_archive
+from tests.night_jobs import NIGHT, UNREADABLE, finish_job, start_job, write_archive
 from tests.results_fixtures import publish_rows
 
 NUM_CHESTS = 3
@@ -158,7 +158,8 @@ class Night:
     """One table of results and the jobs that write it, on the disk or in the failing store.
 
     `truth` is what it must end in; sources of `guests` are beside it, and the fault itself judges their rows.
-    `is_table_damaged` is set by a fault that damages an object of the table, and mends it.
+    `is_table_damaged` is set by a fault that damages an object of the table, and mends it; `day` is the night that jobs
+    are told, or "" if they shall take it from their clock.
     """
 
     site: Site
@@ -169,6 +170,7 @@ class Night:
     truth: Truth = field(default_factory=dict)
     guests: set[str] = field(default_factory=set)
     is_table_damaged: bool = False
+    day: str = NIGHT
     exits: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -190,7 +192,7 @@ class Night:
     def start(self, *flags: str, **variables: str) -> "subprocess.Popen[str]":
         """A driver; its requests go through the proxy."""
         told = mark_processes(self.mark) | {"AWS_ENDPOINT_URL": self.site.proxy.url} | variables
-        return start_job(self.archive, self.model, self.uri, *flags, variables=told)
+        return start_job(self.archive, self.model, self.uri, *flags, night=self.day, variables=told)
 
     def start_and_hold(self, *flags: str, **variables: str) -> "subprocess.Popen[str]":
         """A driver that has staged two parts and waits for its last source, which the proxy holds until `release`."""

@@ -101,6 +101,17 @@ def conflict(night: Night) -> str:
     return _publish_once(night, Fault("ConditionalRequestConflict"), 3)
 
 
+def flipped_uploads(night: Night) -> str:
+    """A flipped bit in the first upload of every object of a night, and nobody sends a checksum with it."""
+    night.is_table_damaged = True  # until it is put again, at once
+    return _damage_uploads(night, "flipped_upload")
+
+
+def cut_uploads(night: Night) -> str:
+    """The first upload of every object of a night breaks off in its middle."""
+    return _damage_uploads(night, "cut_upload")
+
+
 def forbidden(night: Night) -> str:
     """403 on the keys of one source: it is an ERR row, the others are scored; allowed again, it is scored too."""
     return _refuse_a_source(night, "AccessDenied")
@@ -119,6 +130,25 @@ def expired_credentials(night: Night) -> str:
 def skewed_clock(night: Night) -> str:
     """A node whose clock is a day off, as the store tells it (RequestTimeTooSkewed): exit code 5."""
     return _lock_out(night, "RequestTimeTooSkewed")
+
+
+def _damage_uploads(night: Night, kind: str) -> str:
+    damaged: list[str] = []
+
+    def policy(request: Request) -> Fault | None:
+        if request.method != "PUT" or request.attempt:
+            return None
+        damaged.append(request.path)
+        return Fault(kind)
+
+    night.site.proxy.done.clear()
+    night.site.proxy.policy = policy
+    summary = night.run(0, AWS_REQUEST_CHECKSUM_CALCULATION="when_required")
+    demand_faults(night, kind)
+    numbers = {part: sum(part in path for path in damaged) for part in ("plan.parquet", "/parts/", "/predictions/")}
+    if summary["published"] != 1 or not all(numbers.values()):
+        raise ChaosError(f"published as {summary['published']}, damaged {damaged}")
+    return f"{len(damaged)} uploads, among them {numbers}"
 
 
 def _publish_once(night: Night, fault: Fault, times: int) -> str:
