@@ -173,7 +173,7 @@ class ScoreSettings(Settings):
     results: str
     """Where the results table is: a folder or s3://bucket/prefix."""
     night: str | None = None
-    """Date (YYYY-MM-DD) the rows carry. Default: today, UTC. A run finished first keeps its own."""
+    """Date (YYYY-MM-DD) of the rows. Default: today (UTC) by the driver's clock. A run finished first keeps its own."""
     prefix: tuple[str, ...] = ()
     """Score only sources whose key in the archive begins so; several, as a,b, are listed side by side. Default: all."""
     since: datetime | None = None

@@ -13,6 +13,7 @@ from tests.bench import kills
 from tests.bundle_fixtures import write_random_bundle
 from tests.chaos.__main__ import COUNTS, run_one, sum_up
 from tests.chaos.hostile_faults import NUM_SOUND, hostile_archive
+from tests.chaos.machine_faults import driver_ahead
 from tests.chaos.night import (
     ChaosError,
     Night,
@@ -110,10 +111,22 @@ def test_the_judge_of_kills_sees_a_torn_object_and_a_blind_reader(night: Night) 
 def test_a_fault_of_the_store_that_never_happened_is_told(
     fault: Callable[[Night], str], night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Night, "run", lambda *_, **__: {"published": 1, "statuses": {"OK": 1}})  # and no request is made
+    monkeypatch.setattr(
+        Night, "run", lambda *_, **__: {"published": 1, "statuses": {"OK": 1}}
+    )  # and no request is made
     night.site.proxy.done.update(["lost", "flipped", "ConditionalRequestConflict"])  # of the fault before
     with pytest.raises(ChaosError, match="the proxy never did"):
         fault(night)
+
+
+@pytest.mark.parametrize(("again", "told"), [(None, "not one of"), (2, "published 2 too")])
+def test_a_driver_whose_clock_was_right_and_one_that_publishes_twice_are_told(
+    again: int | None, told: str, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter([1, again])
+    monkeypatch.setattr(Night, "run", lambda *_, **__: {"published": next(numbers)})  # the rows are of January 2030
+    with pytest.raises(ChaosError, match=told):
+        driver_ahead(night)
 
 
 def test_a_training_has_blanks_for_what_nobody_looked_for_and_the_last_line_names_what_was_not_tried() -> None:
