@@ -469,7 +469,7 @@ def test_in_a_bucket_nothing_is_a_bundle_until_the_files_of_all_are_there(s3: Ca
     }
     bundle, files = make_bundle(settings=SETTINGS, folds=[_fold(0)], **facts)
     spoiled = dict(files) | {"MODEL_CARD.md": 7}
-    with pytest.raises(UsageError):
+    with pytest.raises(TypeError):
         publish_bundles(out, {"darnet-plain": files, "darnet-da-ca": spoiled}.items())  # type: ignore[dict-item]
     with pytest.raises(UsageError, match=r"no bundle\.json here"):
         find_bundles(open_store(out))

@@ -147,7 +147,8 @@ def test_the_audit_of_the_data_is_told_where_it_is_named(tmp_path: Path, capsys:
     places = ("--predictions", write_cohort_predictions(tmp_path / "t.csv"), "--out", tmp_path / "out")
     run(capsys, *places, "--audit", audit)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "By cohort.csv. 90 scans of 89 patients. 1 of the 30 test patients (1 of 30 test scans) also have" in page
+    assert "By cohort.csv. 90 scans of 89 patients. Cohorts " in page
+    assert ": 1 of the 30 test patients (1 of 30 test scans) also have scans in the training cohort." in page
     assert "lower in CP" in page
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["audit"] == f"{audit}/audit.json"
