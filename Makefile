@@ -46,7 +46,7 @@ test: $(ENVIRONMENT) ## style, types and all tests but the slow ones
 	@$(MAKE) --no-print-directory -j 2 lint test-quick
 	@echo "DARNet: tests that start Ray"
 	@$(BIN)/python -m pytest -q -m 'ray and not slow'
-	@$(BIN)/python -m tests.chaos --quick --only kill_driver
+	@$(BIN)/python -m tests.chaos --quick --only kill_driver,conflict
 
 test-quick: $(ENVIRONMENT) # two processes of one thread each
 	@echo "DARNet: tests without Ray, two at a time"
