@@ -23,10 +23,10 @@ from darnet.publishing.objects import (
     stream_objects,
 )
 from darnet.publishing.rows import KEY_COLUMNS, MODEL_KEY, SCAN_KEY, SCHEMA, Keys, Rows
-from darnet.publishing.runs import DISCARDED, ENDED, RUNS, RunFolder, list_run_files, recall_last_number
+from darnet.publishing.runs import DISCARDED, ENDED, RECORD, RUNS, RunFolder, list_run_files
 from darnet.results import describe_schema, export_latest
 from darnet.settings import ResultsSettings
-from darnet.storage import Store, open_store
+from darnet.storage import Store, open_store, transfer_all
 
 NUM_NAMED = 5  # Source: ours; faults told in full, of which one usually explains the rest
 ROW = "row"  # a column of our own beside the keys
@@ -41,7 +41,7 @@ def run_verb(settings: ResultsSettings) -> dict[str, Any]:
         _write_out(settings.out, describe_schema().encode())
         return {"columns": len(SCHEMA), "notice": NOTICE}
     store = open_store(settings.results)
-    if not list_commits(store) and (settings.verb != "check" or not recall_last_number(store)[0]):
+    if not list_commits(store) and (settings.verb != "check" or not _recall_last_number(store)[0]):
         raise UsageError(f"{store.uri}: no results table here (predictions/c00000001.parquet); correct the address")
     if settings.verb == "check":
         return _report_check(store, settings.out)
@@ -58,7 +58,7 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
 
     Raises: StorageError if the store itself cannot be read.
     """
-    last_number, faults = recall_last_number(store)  # before the table is listed: a run may be publishing
+    last_number, faults = _recall_last_number(store)  # before the table is listed: a run may be publishing
     keys = list_commits(store)
     faults += _find_gaps([read_commit_number(key) for key in keys], last_number)
     digests: dict[str, str] = {}
@@ -74,6 +74,23 @@ def check_table(store: Store) -> tuple[dict[str, str], list[str]]:
         faults += _check_object(stored)
         final.append(_number_rows(stored.rows).filter(pc.invert(pc.starts_with(stored.rows["status"], "ERR_"))))
     return digests, faults + _find_doubles(pa.concat_tables(final))
+
+
+def _recall_last_number(store: Store) -> tuple[int, list[str]]:
+    """The highest number of the table that any run knew of, 0 if there is none, and which runs cannot say it.
+
+    Nothing else tells that the newest object is lost.
+    """
+    numbers, faults = [0], []
+
+    def recall(run_id: str) -> None:
+        try:
+            numbers.append(RunFolder(store, run_id).read_last_number())
+        except UsageError as error:
+            faults.append(str(error))
+
+    transfer_all(recall, [run_id for run_id, names in list_run_files(store).items() if RECORD in names])
+    return max(numbers), sorted(faults)
 
 
 def _find_gaps(numbers: Sequence[int], last_number: int) -> list[str]:

@@ -144,7 +144,6 @@ def publish(
     pause: Callable[[float], None] = time.sleep,
     confirm: Callable[[], object] = lambda: None,
     facts: Mapping[str, str] | None = None,
-    last_number: int = 0,
 ) -> int | None:
     """Make a run's rows the next object of the table; its number, or None if they hold nothing new.
 
@@ -153,8 +152,7 @@ def publish(
     ERR of decoding becomes BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing. `confirm` is called
     last before a number is claimed, and what it raises keeps the run out of the table. `facts` go into the object's
-    metadata, for people. `last_number` was taken before this call, as `recall_last_number` tells: its object may be
-    lost, and the number is not used again, lest `last_commit` find another table under it.
+    metadata, for people.
 
     Raises: RunError if the rows are not of this run, its origin, one model and one preprocessing; UsageError if a run
         of this origin may not add to the table; StorageError, CredentialsError.
@@ -172,8 +170,6 @@ def publish(
             return stored.commit
         known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
-    # Without a loss no more than what the list has, and nothing changes: whoever recalls a number lists afterwards.
-    number = max(number, last_number + 1)
     keys = _add_places(rows)
     description = describe_commit(run_id, listing.ended_at, origin, facts or {})
     while True:

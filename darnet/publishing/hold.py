@@ -18,16 +18,7 @@ from darnet.publishing.commit import Outlook, check_rows, give_up, publish
 from darnet.publishing.gates import Verdict, judge
 from darnet.publishing.nightly_report import NIGHT_COLUMNS, Night, render_nightly
 from darnet.publishing.objects import NOTICE, list_commit_objects, stream_objects, suggest_discard
-from darnet.publishing.runs import (
-    DISCARDED,
-    HELD,
-    PLAN,
-    RUNS,
-    RunFolder,
-    RunRecord,
-    list_run_files,
-    recall_last_number,
-)
+from darnet.publishing.runs import DISCARDED, HELD, PLAN, RUNS, RunFolder, RunRecord, list_run_files
 from darnet.publishing.staged import StagedRows
 from darnet.publishing.tally import TALLY_COLUMNS, Tally
 from darnet.settings import ScoreSettings
@@ -85,17 +76,7 @@ def publish_run(folder: RunFolder, rows: StagedRows, record: RunRecord) -> int |
     refuse = folder.refuse_if_discarded  # a person may decide while its driver scores, and while it gathers the rows
     refuse()
     facts = {"settings_sha256": record.work.settings_sha256, "device": record.work.device}
-    last_number, _ = recall_last_number(folder.store)  # what a run cannot say is told by `check`
-    number = publish(
-        folder.store,
-        folder.run_id,
-        rows,
-        record.listing,
-        record.work.origin,
-        confirm=refuse,
-        facts=facts,
-        last_number=last_number,
-    )
+    number = publish(folder.store, folder.run_id, rows, record.listing, record.work.origin, confirm=refuse, facts=facts)
     folder.write_end(number)
     return number
 

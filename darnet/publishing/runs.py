@@ -37,7 +37,7 @@ from darnet.publishing.origin import Origin
 from darnet.publishing.rows import PLAN_SCHEMA, Reason, make_table, spell_key, unspell_key
 from darnet.publishing.staged import StagedRows
 from darnet.scan import Source, StoredObject
-from darnet.storage import Store, transfer_all
+from darnet.storage import Store
 
 RUNS = "_runs/"
 RECORD, PLAN, HELD, ENDED = "run.json", "plan.parquet", "HELD.json", "ENDED.json"
@@ -312,24 +312,6 @@ def list_run_files(store: Store) -> dict[str, set[str]]:
     except FolderMissing:
         pass
     return found
-
-
-def recall_last_number(store: Store) -> tuple[int, list[str]]:
-    """The highest number of the table that any run knew of, 0 if there is none, and which runs cannot say it.
-
-    Nothing else tells that the newest object is lost. Who compares asks this before the table is listed: what was
-    published by then is in that list.
-    """
-    numbers, faults = [0], []
-
-    def recall(run_id: str) -> None:
-        try:
-            numbers.append(RunFolder(store, run_id).read_last_number())
-        except UsageError as error:
-            faults.append(str(error))
-
-    transfer_all(recall, [run_id for run_id, names in list_run_files(store).items() if RECORD in names])
-    return max(numbers), sorted(faults)
 
 
 def list_open_runs(store: Store) -> list[RunFolder]:

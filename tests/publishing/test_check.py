@@ -17,7 +17,6 @@ import pytest
 
 from darnet.job import run_job
 from darnet.publishing.check import check_table, clean_runs, run_verb
-from darnet.publishing.hold import publish_run
 from darnet.publishing.objects import to_parquet
 from darnet.publishing.rows import SCHEMA, make_table
 from darnet.publishing.runs import RunFolder
@@ -25,16 +24,7 @@ from darnet.scan import StoredObject
 from darnet.settings import ResultsSettings
 from darnet.storage import Store
 from darnet.storage_local import LocalStore
-from tests.results_fixtures import (
-    begin_run,
-    flip_bit,
-    has_plan,
-    list_commit_numbers,
-    make_row,
-    make_source,
-    publish_rows,
-    stage,
-)
+from tests.results_fixtures import begin_run, flip_bit, has_plan, make_row, make_source, publish_rows
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
@@ -117,19 +107,6 @@ def test_a_run_that_never_ended_knew_the_table_that_it_found(local: Store) -> No
     assert check_table(local)[1] == []
     local.delete("predictions/c00000003.parquet")
     assert check_table(local)[1] == ["predictions/c00000003.parquet is missing"]
-
-
-def test_the_number_of_a_lost_newest_object_is_not_used_again(store: Store) -> None:
-    """Not even where a run cannot say what it knew; `latest(last_commit := 2)` then never tells of another night."""
-    for night in (1, 2, 3):
-        folder = begin_run(store, make_source(f"s{night}"), run_id=f"run{night}", night=night)
-        rows = stage([make_row(f"s{night}", night=night, run_id=folder.run_id)])
-        assert publish_run(folder, rows, folder.read_record()) == night
-        if night == 2:
-            store.delete("predictions/c00000002.parquet")
-            store.write_bytes(RunFolder(store, "run1").locate("ENDED.json"), b"{")
-    assert list_commit_numbers(store) == [1, 3]
-    assert "predictions/c00000002.parquet is missing" in check_table(store)[1]
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[]", b"{}", b'{"published": "x"}', b"\xff"])
