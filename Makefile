@@ -31,13 +31,10 @@ demo: $(ENVIRONMENT) ## the whole road on phantoms: prepare, train, score two ni
 
 paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four networks of five folds, a report in .paper
 	@echo "DARNet: the paper's evaluation on phantoms, the longest target here; everything it makes goes to .paper"
-	@test -f .paper/phantoms/cohort.csv && test -z "$$(find jobs/paper-smoke.toml jobs/phantoms.py darnet/phantoms \
+	@test -f .paper/phantoms/cohort.csv && test -z "$$(find darnet jobs \
 		-type f -not -path '*/__pycache__/*' -newer .paper/phantoms/cohort.csv)" || { \
-		rm -rf .paper/phantoms .paper/study && \
+		rm -rf .paper && \
 		$(BIN)/python -m jobs.phantoms --config jobs/paper-smoke.toml --train-scans 30 --out .paper/phantoms; }
-	@! test -f .paper/study/report/report.html || test -z "$$(find darnet jobs \
-		-type f -not -path '*/__pycache__/*' -newer .paper/study/report/report.html)" || { \
-		echo "DARNet: the code is newer than .paper/study, which is made anew"; rm -rf .paper/study; }
 	@$(BIN)/python -m jobs.paper --config jobs/paper-smoke.toml --archive .paper/phantoms/archive \
 		--cohort .paper/phantoms/cohort.csv --truth .paper/phantoms/truth --out .paper/study
 	@echo "DARNet: the report is .paper/study/report/report.html"

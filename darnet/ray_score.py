@@ -13,6 +13,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
+import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from darnet.archive import EVERYTHING, Selection
@@ -64,8 +65,9 @@ class ScoringActor:
             self._ensemble = _load_ensemble(model, run, config, device)
         except RunError as error:
             self._ensemble = error
-        except Exception as error:  # as in `__call__`
-            self._ensemble = RunError(f"no network was made: unexpected {name_defect(error)}")
+        except Exception as error:  # no scan is in its text; a driver or a memory of this node's may be
+            told = f"no network was made on node {ray.util.get_node_ip_address()}: {name_defect(error)}: {error}"
+            self._ensemble = RunError(told)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
         """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out.
@@ -80,7 +82,8 @@ class ScoringActor:
         except RunError as error:
             return _pack_failure(error)
         except Exception as error:  # Ray would write its text to its logs, and to the driver's stderr
-            return _pack_failure(RunError(f"scoring ended in an unexpected {name_defect(error)}"))
+            node = ray.util.get_node_ip_address()
+            return _pack_failure(RunError(f"node {node}: scoring ended in an unexpected {name_defect(error)}"))
 
     def _score(
         self, ensemble: Ensemble, batch: dict[str, np.ndarray[Any, Any]]
@@ -283,6 +286,8 @@ def stage_rows(dataset: Dataset, folder: RunFolder, num_sources: int, part_scans
     counters = ScanCounters()
     with show_progress("scoring", num_sources) as meter:
         for source_key, rows in collect_sources(dataset):
+            if source_key in finished and any(row["status"].startswith("ERR_") for row in rows):
+                continue  # a task that was run again met trouble with what it had read before
             finished[source_key] = rows
             num_rows += len(rows)
             counters.note(rows)

@@ -37,7 +37,7 @@ from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.code_version import name_training_code
 from darnet.config import ScoreConfig, TrainConfig
-from darnet.errors import RunError, UsageError
+from darnet.errors import ExitCode, RunError, UsageError
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, build_network
@@ -72,6 +72,7 @@ from darnet.volumes_folder import VolumesTable, read_table
 MAX_FAILURES = 3
 COLLECTIVE_TIMEOUT_S = 120  # a rank that is gone is noticed after this. Source: ours; torch's default is 1800
 PROGRESS_WAIT_S = 0.5
+FAILURE_CHARACTERS = 300  # of a failure that a fold survives
 # How often Ray Train looks at its workers; an epoch's report waits for it. Source: ours; Ray's default is 2 s.
 POLL_VARIABLE, POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
 
@@ -401,7 +402,8 @@ def _run_all(
     """Keep `side_by_side` folds running; hand reports on as they come, in this thread.
 
     Ray counts the failures of a run from its beginning, and on machines that come and go a long one has many: a fold
-    that failed goes on in a new run of the same name, if it has reported a later epoch than all runs before had.
+    that failed goes on in a new run of the same name, if it has reported a later epoch than all runs before had. What
+    asks for an exit code of its own, as a store without rights does, would be met again.
     """
     fits: list[Future[Checkpoint]] = []
     ended: set[int] = set()
@@ -417,9 +419,11 @@ def _run_all(
             if number in ended or not fit.done():
                 continue
             _forward_reports(queue, follow, 0)  # it has no more to come
-            if isinstance(fit.exception(), RunError) and newest[number] > known[number]:
+            failure = fit.exception()
+            may_pass = isinstance(failure, RunError) and failure.exit_code is ExitCode.FAILED
+            if may_pass and newest[number] > known[number]:
                 known[number] = newest[number]
-                told, *_ = str(fit.exception()).splitlines()
+                told = " ".join(str(failure).split())[:FAILURE_CHARACTERS]
                 print(f"{told}; it goes on behind epoch {newest[number]}", file=sys.stderr)
                 fits[number] = _start_fit(tasks[number], make_trainer(number))
                 continue

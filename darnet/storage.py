@@ -299,9 +299,11 @@ class S3Store:
             try:
                 answer = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body, **conditions)
             except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
-                if is_there:
+                if is_there and not _is_unknown_identity(error):
+                    if self._holds(key, md5):  # the second put was carried out, and only its answer is lost
+                        return
                     break
-                if _code(error) not in _DAMAGED_BODY or attempt == UPLOADS - 1:
+                if is_there or _code(error) not in _DAMAGED_BODY or attempt == UPLOADS - 1:
                     raise
                 continue
             if not self._is_md5(answer) or answer["ETag"].strip('"') == md5:
@@ -309,9 +311,17 @@ class S3Store:
             is_there = True
             conditions = {"IfMatch": answer["ETag"]} if is_if_absent else {}
         raise StorageError(
-            f"{self.uri}/{key}: other bytes lie there than were sent, and cannot be replaced; look at the way to the "
-            "store, delete the object and try again"
+            f"{self.uri}/{key}: other bytes lie there than were sent, and this job may not replace them; look at the "
+            "way to the store, let somebody who may delete the object, and start the same command again"
         )
+
+    def _holds(self, key: str, md5: str) -> bool:
+        """Whether these bytes lie there, as far as the store answers."""
+        try:
+            answer = self._client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+        except (boto_errors.ClientError, boto_errors.BotoCoreError):
+            return False
+        return bool(answer["ETag"].strip('"') == md5)
 
     def _copy(self, item: StoredObject, sink: BinaryIO, span: range | None = None) -> bool:
         """Write exactly this object, or a span of it, to a file; whether all of it came. Raises: as `fetch`."""

@@ -299,6 +299,17 @@ def test_a_damaged_object_that_is_not_replaced_is_a_storage_error(
 
 
 @pytest.mark.s3
+def test_a_damaged_object_was_replaced_though_the_answer_is_lost(s3: Callable[[], str], proxy: FaultProxy) -> None:
+    """boto3 asks again, and is refused, as what it would replace is gone."""
+    store = open_through(s3())
+    faults = [Fault("flipped_upload"), Fault("lost"), None]
+    proxy.policy = lambda request: faults[min(request.attempt, 2)] if request.method == "PUT" else None
+    assert store.put_if_absent("k", make_body(0))
+    assert proxy.done["lost"] == 1
+    assert store.read_bytes("k") == make_body(0)
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize("kind", ["flipped_upload", "cut_upload"])
 def test_a_run_of_which_every_object_is_damaged_on_its_way_is_whole(
     s3: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -332,6 +332,7 @@ class LosingTrainer:
 
     def __init__(self, reports: ReportQueue, *told: Sequence[int]) -> None:
         self._reports, self._told = reports, list(told)
+        self.failure: Exception = RuntimeError("the node\nis gone")
         self.num_made = 0
 
     def make(self, number: int) -> TorchTrainer:
@@ -342,7 +343,7 @@ class LosingTrainer:
         for epoch in self._told.pop(0):
             self._reports.put((number, {"epoch": float(epoch)}))
         if self._told:
-            raise WorkerGroupError("2 workers failed", {0: RuntimeError("the node is gone")})
+            raise WorkerGroupError("2 workers failed", {0: self.failure})
         return SimpleNamespace(checkpoint="the last")
 
 
@@ -372,9 +373,17 @@ def test_a_fold_that_gets_further_each_time_survives_any_number_of_failures(caps
 )
 def test_a_fold_that_gets_no_further_is_given_up(told: Sequence[Sequence[int]], num_made: int) -> None:
     losing, _, run = run_losing(*told)
-    with pytest.raises(RunError, match="darnet-da-ca seed 0 fold 1 failed 4 times, the last time with: the node is go"):
+    with pytest.raises(RunError, match="da-ca seed 0 fold 1 failed 4 times, the last time with: the node\nis go"):
         run()
     assert losing.num_made == num_made
+
+
+def test_a_fold_that_gets_further_but_may_not_write_ends_with_that_exit_code() -> None:
+    losing, _, run = run_losing([0, 1], [2], [])
+    losing.failure = CredentialsError("s3://runs: may not be written")
+    with pytest.raises(RunError, match="may not be written") as caught:
+        run()
+    assert (caught.value.exit_code, losing.num_made) == (ExitCode.CREDENTIALS, 1)
 
 
 def test_what_does_not_fit_the_folds_is_refused_without_a_cluster(index: VolumesIndex, tmp_path: Path) -> None:

@@ -306,9 +306,15 @@ def _describe_order(audit: Audit) -> list[Section]:
     """No section where no volume was looked at."""
     if not audit.order_counts:
         return []
+    is_turned = audit.division_settings["cohorts"]["turn_reversed"]
+    told = (
+        "Prepared volumes should be head first, those turned on purpose included."
+        if is_turned
+        else f"{_count(audit.reversed_scans, 'scan')}, by the table reversed, lie as they are stored (turn_reversed)."
+    )
     text = (
         "Told from the standard volumes alone: lungs begin as small discs and end as wide crescents, and a slice is"
-        " most like its neighbours. Prepared volumes should be head first, those turned on purpose included."
+        f" most like its neighbours. {told}"
         f" Not judged: {_count(sum(audit.order_counts[SliceOrder.NOT_JUDGED].values()), 'scan')}."
     )
     counts: list[list[Cell]] = [[order, *row.values()] for order, row in audit.order_counts.items()]

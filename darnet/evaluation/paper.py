@@ -27,7 +27,6 @@ class PrintedMetric:
 
 
 NETWORKS = ("ResNet18", "CA", "DA", "DA+CA")
-BASELINE = NETWORKS[0]
 MODEL_NAMES = dict(zip(("darnet-plain", "darnet-ca", "darnet-da", "darnet-da-ca"), NETWORKS, strict=True))
 """What the paper calls each of our models."""
 DEPTH_PAIRS = (("DA", "ResNet18"), ("DA+CA", "CA"))

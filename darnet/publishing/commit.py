@@ -24,6 +24,7 @@ from darnet.publishing.objects import (
     Listing,
     Stored,
     demand_origin,
+    demand_whole,
     describe_commit,
     list_commit_objects,
     make_commit_key,
@@ -167,6 +168,7 @@ def publish(
     number = 1
     for stored in demand_origin(stream_objects(store, list_commit_objects(store), KEY_COLUMNS), origin):
         if stored.run_id == run_id:
+            demand_whole(store, stored.key)
             return stored.commit
         known.append(_select_related(stored, rows, listing))
         number = stored.commit + 1
@@ -284,9 +286,13 @@ def _claim(store: Store, key: str, path: Path, run_id: str, pause: Callable[[flo
         except PutUncertain:
             pass
         try:
-            return open_parquet(store, key)[1]
+            holder = open_parquet(store, key)[1]
         except ObjectMissing:
             pause(0.2 * 2**attempt)
+            continue
+        if holder == run_id:
+            demand_whole(store, key)
+        return holder
     raise StorageError(f"{store.uri}/{key}: no clear answer to {PUT_ATTEMPTS} puts; start the same run again later")
 
 

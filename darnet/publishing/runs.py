@@ -23,6 +23,7 @@ from darnet.publishing.objects import (
     NOTICE,
     Listing,
     demand_origin,
+    demand_whole,
     describe_file,
     digest_object,
     list_commit_objects,
@@ -342,7 +343,7 @@ def sort_unfinished(store: Store, work: Work) -> tuple[list[RunFolder], dict[str
     differences = {folder.run_id: _spell_difference(record.work, work) for folder, record in begun}
     ours = [(folder, record) for folder, record in begun if not differences[folder.run_id]]
     table = stream_objects(store, list_commit_objects(store), [])
-    published = {stored.run_id for stored in (demand_origin(table, work.origin) if ours else table)}
+    published = {stored.run_id: stored.key for stored in (demand_origin(table, work.origin) if ours else table)}
     others = {run_id: told for run_id, told in differences.items() if told and run_id not in published}
     for folder, record in ours:
         if record.run_id != folder.run_id:
@@ -350,6 +351,8 @@ def sort_unfinished(store: Store, work: Work) -> tuple[list[RunFolder], dict[str
                 f"{store.uri}/{folder.locate(RECORD)}: says what run {record.run_id} would say; somebody changed it. "
                 f"Move {RUNS}{folder.run_id} away, and its sources are planned anew"
             )
+        if folder.run_id in published:  # and its driver ended before it could say so
+            demand_whole(store, published[folder.run_id])
     ours.sort(key=lambda item: item[1].listing.started_at)
     return [folder for folder, _ in ours if folder.run_id not in published], others
 

@@ -18,16 +18,22 @@ import pytest
 from darnet.errors import NEVER_GIVEN_UP, PutUncertain, RunError, Status, StorageError
 from darnet.publishing import commit, staged
 from darnet.publishing.commit import check_rows, publish
-from darnet.publishing.rows import make_table
+from darnet.publishing.objects import list_commits, read_objects
+from darnet.publishing.rows import KEY_COLUMNS, SCHEMA, make_table
+from darnet.publishing.runs import find_unfinished
 from darnet.publishing.staged import StagedRows
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
 from darnet.storage import Store
 from tests.results_fixtures import (
     ORIGIN,
+    WORK,
+    begin_run,
+    flip_bit,
     list_commit_numbers,
     make_listing,
     make_row,
+    make_source,
     publish_history,
     publish_rows,
     read_statuses,
@@ -273,6 +279,38 @@ def test_an_unacknowledged_put_ends_in_exactly_one_commit(store: Store, ends: li
     assert publish_rows(troubled, "run", make_row("a")) == 1
     assert troubled.puts == ["predictions/c00000001.parquet"] * num_puts
     assert list_commit_numbers(store) == [1]
+
+
+def damage(store: Store, key: str) -> None:
+    """One bit of a page that nobody reads but who reads all."""
+    data = store.read_bytes(key)
+    chunk = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0).column(SCHEMA.get_field_index("manufacturer"))
+    store.delete(key)
+    store.write_bytes(key, flip_bit(data, chunk.data_page_offset + chunk.total_compressed_size - 1))
+
+
+@dataclass
+class DamagingStore(TroubledStore):
+    """What it puts arrives with a wrong bit, and it does not say so."""
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+        try:
+            return super().put_if_absent(key, data)
+        finally:
+            damage(self.real, key)
+
+
+def test_what_a_run_left_damaged_in_the_table_is_not_taken_for_done(local: Store) -> None:
+    """Nor by who starts it again, though its keys can be read."""
+    folder = begin_run(local, make_source("a"))
+    row = make_row("a")
+    with pytest.raises(StorageError, match=r"c00000001\.parquet: damaged"):
+        publish_rows(DamagingStore(local, ["done"]), folder.run_id, row)
+    assert [stored.run_id for stored in read_objects(local, list_commits(local), KEY_COLUMNS)] == [folder.run_id]
+    with pytest.raises(StorageError, match=r"c00000001\.parquet: damaged"):
+        publish_rows(local, folder.run_id, row)
+    with pytest.raises(StorageError, match=r"c00000001\.parquet: damaged"):
+        find_unfinished(local, WORK)
 
 
 def test_a_store_that_never_answers_ends_the_run(local: Store) -> None:
