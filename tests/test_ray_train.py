@@ -102,9 +102,13 @@ def killed(
     ray_cluster: None,  # noqa: ARG001
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Killed:
+    return train_and_kill(index, tmp_path_factory.mktemp("runs"))
+
+
+def train_and_kill(index: VolumesIndex, runs: Path) -> Killed:
+    """Train both folds; once each has reported its second epoch, the newest worker dies."""
     reported: list[tuple[int, int]] = []
     victims: list[int] = []
-    runs = tmp_path_factory.mktemp("runs")
 
     def kill_once(task: FoldTask, metrics: Metrics) -> None:
         reported.append((task.fold, int(metrics["epoch"])))
@@ -190,6 +194,21 @@ def test_a_killed_rank_restarts_and_ends_in_the_bits_of_an_undisturbed_training(
     assert [killed.reported.count((fold, 0)) for fold in range(2)] == [1, 1]
     for result, expected in zip(killed.results, undisturbed, strict=True):
         assert (result.fold, result.metrics, result.history) == (expected.fold, expected.metrics, expected.history)
+        assert all(torch.equal(result.state[name], expected.state[name]) for name in expected.state)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_so_does_one_that_ray_has_given_up_and_that_goes_on_in_a_new_run(
+    index: VolumesIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("darnet.ray_train.MAX_FAILURES", 0)
+    killed = train_and_kill(index, tmp_path / "runs")
+    undisturbed = train_with_torch_alone(index.folder, NETWORK, CONFIG, WORKERS, tmp_path)
+    assert "; it goes on behind epoch" in capsys.readouterr().err
+    assert [killed.reported.count((fold, 0)) for fold in range(2)] == [1, 1]
+    for result, expected in zip(killed.results, undisturbed, strict=True):
         assert all(torch.equal(result.state[name], expected.state[name]) for name in expected.state)
 
 
