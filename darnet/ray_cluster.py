@@ -299,8 +299,9 @@ def _decode_source(source: Source, store: Store, road: Road, following: Source |
     except RunError as error:
         return [_pack_failure(source, error, road)]
     except Exception as error:  # Ray would write its text to its logs, and to the driver's stderr
-        told = f"node {ray.util.get_node_ip_address()}: decoding ended in an unexpected {name_defect(error)}"
-        return [_pack_failure(source, RunError(told), road)]
+        node = ray.util.get_node_ip_address()
+        defect = RunError(f"node {node}: decoding ended in an unexpected {name_defect(error)}")
+        return [_pack_failure(source, defect, road)]
     told = (source.key, names.name_source(source.key), source.input_sha256, len(scans))
     named = [replace(scan, scan_id=names.name_scan(scan.scan_id)) for scan in scans]
     return [_pack_scan(DecodedScan(*told, scan), road.volume) for scan in named]
