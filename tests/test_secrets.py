@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,14 +101,14 @@ def list_chunks(png: bytes) -> set[bytes]:
     return kinds
 
 
-def find_texts(texts: tuple[str, ...], folder: Path) -> list[str]:
+def find_texts(texts: tuple[str, ...], folder: Path, but: str = "") -> list[str]:
     """Files of a folder, by their bytes or, of Parquet, their values, that hold one of these, whatever its case.
 
-    A PNG must have no chunk that text could be packed in.
+    A PNG must have no chunk that text could be packed in. `but` names a folder of which nothing is looked at.
     """
     found = []
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.is_socket():
+        if not path.is_file() or path.is_socket() or but in path.parts:
             continue
         data = path.read_bytes().lower()
         if path.suffix == ".png":
@@ -174,3 +175,42 @@ def test_marked_strings_are_nowhere(scan_id: str, short_folder: Path, tmp_path: 
     kept = {name: {str(row[name]) for row in rows} for name in rows[0]}
     assert {name for name, values in kept.items() if FILE in str(values)} <= {"source", "scan_id"}
     assert {name for name, values in kept.items() if FOLDER in str(values)} == {"source", "scan_id"}
+
+
+@pytest.mark.slow
+def test_what_ray_lists_of_a_submitted_night_is_free_of_them(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Head and job have the secrets in their environment, as every node should; Ray lists jobs, workers and tasks."""
+    for name, value in {**SECRETS, "AWS_ACCESS_KEY_ID": "key"}.items():
+        monkeypatch.setenv(name, value)
+    ray, environment = request.getfixturevalue("head_node")
+    write_chest(tmp_path / "archive" / FOLDER, make_chest(), edit=mark)
+    write_random_bundle(tmp_path / "model")
+    places = [f"--{name}={tmp_path / name}" for name in ("archive", "model", "results")]
+    night = ["job", "submit", "--working-dir", str(ROOT), "--submission-id", "marked-night", "--", "python", "-m"]
+
+    def ask(*command: str) -> str:
+        done = subprocess.run(
+            [ray, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    told = {"night": ask(*night, "jobs.score", "--scan-id=hmac", *places)}
+    (row,) = pq.read_table(tmp_path / "results" / "predictions" / "c00000001.parquet").to_pylist()
+    assert (row["status"], row["patient_key"] is not None) == ("OK", True), "the job had the key"
+    address = environment["RAY_API_SERVER_ADDRESS"]
+    told["jobs"], told["logs"] = ask("job", "list"), ask("job", "logs", "marked-night")
+    for kind in ("jobs", "workers", "tasks", "actors", "nodes", "runtime-envs"):
+        listing = ["list", kind, "--format=json", "--detail", "--limit=1000", f"--address={address}"]
+        told[f"list {kind}"] = ask(*listing)
+    for path in ("/api/jobs/", "/nodes?view=summary"):
+        with urllib.request.urlopen(address + path, timeout=30) as answer:
+            told[path] = answer.read().decode()
+    assert "marked-night" in told["/api/jobs/"]
+    assert "ScoringActor" in told["list actors"]
+    forbidden = (TEXT, FOLDER, *SECRETS.values())
+    assert [(place, text) for place, said in told.items() for text in forbidden if text.lower() in said.lower()] == []
+    session = Path(environment["RAY_TMPDIR"])
+    assert find_texts(forbidden, session, but="runtime_resources") == []  # the working directory, as it was submitted
