@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -195,7 +194,9 @@ def draw_nights(nights: Sequence[str], shares: FloatArray) -> Figure:
 
 
 def _wilson(num_right: float, num_scans: float) -> tuple[float, float]:
-    interval = scipy.stats.binomtest(round(num_right), round(num_scans)).proportion_ci(method="wilson")
+    from scipy.stats import binomtest  # here: it takes long to import, and a night draws nothing that needs it
+
+    interval = binomtest(round(num_right), round(num_scans)).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
