@@ -16,6 +16,7 @@ from darnet.cam import find_peak
 from darnet.config import CamChoice
 from darnet.errors import RunError, UsageError
 from darnet.page import HtmlFigure
+from darnet.publishing.outermost import Outermost
 from darnet.publishing.rows import PROBABILITIES, name_probability, spell_key
 from darnet.scan import FloatArray, StandardVolume, Uint8Array
 from darnet.storage import Store
@@ -57,15 +58,22 @@ class CamImages:
             )
         next(iter(self.store.list_objects()), None)
 
+    def wants(self, row: Mapping[str, Any], outermost: Outermost) -> bool:
+        """Whether a picture is kept of a row just made: it is chosen, or the night's page may come to list it.
+
+        `outermost` has taken the rows before it.
+        """
+        row = _spell(row)
+        may_be_listed = row["cam_peak_slice"] is not None and outermost.take(row)
+        return may_be_listed or is_chosen(row, self.choice)
+
     def write(self, row: Mapping[str, Any], volume: StandardVolume, cam: FloatArray) -> None:
-        """Draw and keep the picture of a row just made, if it is chosen. A store that refuses it stops no night.
+        """Draw and keep the picture of a row just made. A store that refuses it stops no night.
 
         Shape: cam (D, H, W) as the volume.
         """
-        row = {**row, "scan_id": spell_key(row["scan_id"])}
-        if is_chosen(row, self.choice):
-            with suppress(RunError):  # `describe` counts what is there
-                self.store.write_bytes(name_image(row), _encode(draw_montage(volume, cam), ".png"))
+        with suppress(RunError):  # `describe` counts what is there
+            self.store.write_bytes(name_image(_spell(row)), _encode(draw_montage(volume, cam), ".png"))
 
     def describe(self, run_id: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Of a run's rows, how many are chosen, and of how many of these there is a picture."""
@@ -86,8 +94,13 @@ class CamImages:
         return figures
 
 
+def _spell(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row just made, its scan named as in the table."""
+    return {**row, "scan_id": spell_key(row["scan_id"])}
+
+
 def is_chosen(row: Mapping[str, Any], choice: CamChoice) -> bool:
-    """Whether a picture is kept of the scan of this row of the table; the same answer whenever it is asked."""
+    """Whether the choice is for the scan of this row of the table; the same answer whenever it is asked."""
     if row["cam_peak_slice"] is None or row["prediction"] not in choice.predictions:
         return False
     low, high = choice.probability

@@ -24,6 +24,7 @@ from darnet.cpus import DECODE_CPUS
 from darnet.errors import RunError, Status, UsageError, name_defect
 from darnet.ingest import Ingester
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
+from darnet.ray_backpressure import bound_waiting
 from darnet.ray_token import asks_for_token, list_addresses, list_nodes, refuse_open_cluster, refuse_open_node
 from darnet.reading.road import Road
 from darnet.scan import IngestedScan, Source
@@ -193,15 +194,21 @@ def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_si
 
 
 def decode_planned(
-    places: Sequence[int], read: Callable[[Sequence[int]], list[Source]], store: Store, road: Road, batch_size: int
+    places: Sequence[int],
+    read: Callable[[Sequence[int]], list[Source]],
+    store: Store,
+    road: Road,
+    batch_size: int,
+    max_waiting: int,
 ) -> Dataset:
     """As `decode_sources`, of sources that are known here by their places in a plan alone, and read by the workers.
 
-    So a driver holds nothing of their objects, of which a night may have millions.
+    So a driver holds nothing of their objects, of which a night may have millions. Where actors take the scans,
+    decoding pauses while `max_waiting` of them wait.
     """
     num_blocks = min(_count_blocks(len(places)), MAX_BLOCKS)
     items = [{"places": few.tolist()} for few in np.array_split(np.asarray(places), num_blocks)]
-    return _decode(items, num_blocks, functools.partial(decode_places, read=read), store, road, batch_size)
+    return _decode(items, num_blocks, functools.partial(decode_places, read=read), store, road, batch_size, max_waiting)
 
 
 def _count_blocks(num_sources: int) -> int:
@@ -215,12 +222,14 @@ def _decode(
     store: Store,
     road: Road,
     batch_size: int,
+    max_waiting: int | None = None,
 ) -> Dataset:
     """`decode` of every item, where there is room."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = size_block(road.volume, batch_size)
+    bound_waiting(context, max_waiting)
     decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
     return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
 

@@ -27,6 +27,7 @@ from darnet.publishing.commit import Outlook, check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.objects import suggest_discard
 from darnet.publishing.origin import Origin
+from darnet.publishing.outermost import Outermost
 from darnet.publishing.planning import plan_night, preview_night, warn_of_others
 from darnet.publishing.runs import RunFolder, RunRecord, Work, list_open_runs, name_part, sort_unfinished
 from darnet.publishing.staged import StagedRows
@@ -40,8 +41,8 @@ from darnet.ray_cluster import (
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_token import list_nodes, refuse_open_node
 from darnet.reading.road import Road
-from darnet.scan import Source
-from darnet.score import Ensemble, RunFacts, make_row
+from darnet.scan import Source, StandardVolume
+from darnet.score import Ensemble, RunFacts, ScanScore, make_row
 from darnet.storage import Store
 from darnet.terminal import show_progress
 from darnet.training_plan import place_networks, plan_actors, read_room
@@ -58,7 +59,8 @@ class ScoringActor:
         self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
     ) -> None:
         # Of this node, which may have another program installed than the driver's machine.
-        self._run, self._images = replace(run, code_version=name_scoring_code()), images
+        self._run = replace(run, code_version=name_scoring_code())
+        self._images, self._outermost = images, Outermost()
         self._ensemble: Ensemble | RunError
         try:
             refuse_open_node()
@@ -97,9 +99,12 @@ class ScoringActor:
             score = next(scores) if item.scan.status is Status.OK else None
             row = make_row(self._run, item.source_name, item.input_sha256, item.scan, score, datetime.now(UTC))
             if self._images is not None and score is not None and item.scan.volume is not None:
-                cam = score.draw_cam(score.prediction, item.scan.volume.voxels.shape)
-                self._images.write(row, item.scan.volume, cam)
+                self._keep_picture(self._images, row, item.scan.volume, score)
             yield item.source_key, item.num_scans, item.failure or row
+
+    def _keep_picture(self, images: CamImages, row: dict[str, Any], volume: StandardVolume, score: ScanScore) -> None:
+        if images.wants(row, self._outermost):
+            images.write(row, volume, score.draw_cam(score.prediction, volume.voxels.shape))
 
 
 def _pack_failure(error: RunError) -> dict[str, list[bytes]]:
@@ -318,7 +323,8 @@ def score_planned(
     plan = plan_actors(read_room(list_nodes()), config.num_actors, config.num_threads, has_gpus=has_gpus)
     print(f"score.device is {config.device}: {plan.title}", file=sys.stderr)
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
-    return decode_planned(places, read, request.archive, road, config.batch_size).map_batches(
+    max_waiting = max(config.part_scans, 2 * config.batch_size * config.num_actors)
+    return decode_planned(places, read, request.archive, road, config.batch_size, max_waiting).map_batches(
         ScoringActor,
         fn_constructor_args=(request.model, run, config, "cuda" if plan.has_gpus else "cpu", request.images),
         batch_size=config.batch_size,

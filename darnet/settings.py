@@ -193,6 +193,7 @@ class ScoreSettings(Settings):
     """Where pictures of CT and class map are kept, apart from archive and results: a folder or s3://bucket/prefix.
     Default: none are made, and the night's page shows none."""
     cam_choice: CamChoice = CamChoice()
+    """Whose pictures are kept, besides those of scans that the night's page may come to list."""
     accept: str | None = None
     """In place of scoring: publish this run, which a quality gate held. Needs reason; archive and model do not."""
     discard: str | None = None

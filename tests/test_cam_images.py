@@ -13,6 +13,7 @@ import pytest
 from darnet.cam_images import CamImages, draw_montage, is_chosen, make_thumbnail, name_image
 from darnet.config import CamChoice
 from darnet.errors import RunError, StorageError, UsageError
+from darnet.publishing.outermost import Outermost
 from darnet.scan import CropBox, FloatArray, Intensity, StandardVolume
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
@@ -129,6 +130,16 @@ def test_class_and_range_choose_the_scan() -> None:
     assert not choose(CamChoice(predictions=("CP",), probability=(0, 0.5)), **cp)  # of the predicted class
     assert not is_chosen(make_row("a", "BAD_TILT"), CamChoice())
     assert not is_chosen(make_row("a", cam_peak_slice=None), CamChoice())  # a map that is nowhere positive
+
+
+def test_a_picture_is_kept_of_what_is_chosen_and_of_what_the_page_may_list(tmp_path: Path) -> None:
+    rows = [make_row(f"{place:02d}", cam_peak_slice=3, probability_ncp=1 - place / 100) for place in range(20)]
+    for share, num_wanted in ((0, 10), (1, 20)):
+        images, outermost = CamImages(LocalStore(tmp_path), CamChoice(share=share)), Outermost()
+        wanted = [images.wants(row | {"fold_std_ncp": 0.0}, outermost) for row in rows]
+        assert wanted == [True] * num_wanted + [False] * (20 - num_wanted)
+    images = CamImages(LocalStore(tmp_path), CamChoice(share=0))
+    assert not images.wants(make_row("a", cam_peak_slice=None), Outermost())
 
 
 def test_a_share_is_that_of_the_scans_the_same_each_time_and_part_of_a_larger_one() -> None:

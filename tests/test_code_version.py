@@ -29,6 +29,7 @@ NEUTRAL = {
     "pseudonym": "keys that no record keeps",
     "range_reader": "bytes of objects of the results table alone",
     "publishing.rows": "names of columns",
+    "ray_backpressure": "how many scans wait",
     "ray_checkpoint": "a resumed training ends in the bits of an undisturbed one",
     "ray_token": "who may reach the cluster",
     "reading.sandbox": "limits; what they end is ERR_*, and recorded nowhere",

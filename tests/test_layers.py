@@ -12,9 +12,9 @@ from tests.places import ROOT
 ROWS = (
     "errors config pseudonym scan",
     "archive auditing.shortcuts augment cam code_version cpus evaluation.paper history lung metrics model page "
-    "phantoms.canvas publishing.rows range_reader ray_token reading.excerpt reading.pixel_length reading.plain_header "
-    "reading.sandbox reading.stored_pixels reading.volume_file report settings storage_local store tables terminal "
-    "threads volume",
+    "phantoms.canvas publishing.outermost publishing.rows range_reader ray_backpressure ray_token reading.excerpt "
+    "reading.pixel_length reading.plain_header reading.sandbox reading.stored_pixels reading.volume_file report "
+    "settings storage_local store tables terminal threads volume",
     "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
     "reading.slice_order reading.zipped storage",

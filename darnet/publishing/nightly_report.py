@@ -9,12 +9,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from darnet.charts import draw_nights, draw_shift
-from darnet.errors import STATUS_MEANINGS, Status
+from darnet.errors import STATUS_MEANINGS
 from darnet.page import Cell, HtmlFigure, HtmlTable, Section, figure_to_svg, render_page
 from darnet.publishing.gates import Measure, Verdict
+from darnet.publishing.outermost import choose_outermost
 from darnet.publishing.rows import PROBABILITIES, SCHEMA, SECONDS, Rows
 from darnet.publishing.tally import TALLY_COLUMNS, Tally
-from darnet.scan import DIAGNOSES, Diagnosis, FloatArray
+from darnet.scan import DIAGNOSES, FloatArray
 
 NIGHT_COLUMNS = [
     *TALLY_COLUMNS,
@@ -22,8 +23,7 @@ NIGHT_COLUMNS = [
     *["run_id", "scan_id", "input_sha256", "status_detail", "model_name", "model_version", "num_bytes"],
     *["fold_std_ncp", "cam_in_lung_fraction", "cam_peak_slice"],
 ]
-NUM_LISTED = 10  # Source: ours; scans of a kind that a person may look at in one morning
-IN_LUNG_FRACTION = 0.5  # Source: ours; below, most of the map lies where no pneumonia can be
+NUM_FAILURES = 10  # Source: ours; scans of a status that a person may look at in one morning
 LIMITS = """\
 The gates compare distributions: they notice that something changed, not what, and not whether the model is right. A \
 night of another hospital, scanner or season may be held though all is well, and an error that leaves the shares as \
@@ -64,7 +64,9 @@ class Night:
 
     def list_scans(self) -> list[str]:
         """The scans that a person should look at, each once."""
-        return list(dict.fromkeys(scan_id for _, frame in _choose_scans(self.listed) for scan_id in frame["scan_id"]))
+        return list(
+            dict.fromkeys(scan_id for _, frame in choose_outermost(self.listed) for scan_id in frame["scan_id"])
+        )
 
     def list_rows(self) -> list[dict[str, Any]]:
         """Their rows, NIGHT_COLUMNS of each."""
@@ -78,7 +80,7 @@ class Night:
 
 
 def _find_listed(rows: pd.DataFrame) -> list[int]:
-    chosen = [*(frame for _, frame in _choose_scans(rows)), _choose_failures(rows), *_choose_slowest(rows).values()]
+    chosen = [*(frame for _, frame in choose_outermost(rows)), _choose_failures(rows), *_choose_slowest(rows).values()]
     return sorted({place for frame in chosen for place in frame.index})
 
 
@@ -205,25 +207,10 @@ def _choose_slowest(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _describe_scans(tonight: Night, pictures: Mapping[str, HtmlFigure]) -> Section:
-    tables = [_list_scans(caption, frame) for caption, frame in _choose_scans(tonight.listed)]
+    tables = [_list_scans(caption, frame) for caption, frame in choose_outermost(tonight.listed)]
     shown = [pictures[scan_id] for scan_id in tonight.list_scans() if scan_id in pictures]
     text = "" if tables else "No scan was scored tonight."
     return Section("Scans to look at", text, tables, shown)
-
-
-def _choose_scans(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Kinds of outermost scans, each with what is outermost in them; kinds without any are left out."""
-    scored = rows[rows["status"] == Status.OK.value]
-    is_ill = scored["prediction"] != Diagnosis.NORMAL
-    strays = scored[is_ill & (scored["cam_in_lung_fraction"] < IN_LUNG_FRACTION)]
-    called, disputed = scored[scored["prediction"] == Diagnosis.NCP], scored[scored["fold_std_ncp"] > 0]
-    stray = f"Predicted CP or NCP with less than {IN_LUNG_FRACTION:.0%} of the class map inside the lungs."
-    chosen = [
-        ("Highest probability of NCP, among those predicted so.", called.nlargest(NUM_LISTED, "probability_ncp")),
-        ("The folds' networks disagree most on NCP.", disputed.nlargest(NUM_LISTED, "fold_std_ncp")),
-        (stray, strays.nsmallest(NUM_LISTED, "cam_in_lung_fraction")),
-    ]
-    return [(caption, frame) for caption, frame in chosen if len(frame)]
 
 
 def _list_scans(caption: str, frame: pd.DataFrame) -> HtmlTable:
@@ -247,13 +234,13 @@ def _describe_failures(tonight: Night) -> Section:
         return Section("Scans that failed", "None tonight.")
     listed = shown[["scan_id", "status", "status_detail"]].to_numpy().tolist()
     num_failed = tonight.tally.count("BAD_") + tonight.tally.count("ERR_")
-    caption = f"{len(listed)} of {num_failed}: the first {NUM_LISTED} of each status. The table has them all."
+    caption = f"{len(listed)} of {num_failed}: the first {NUM_FAILURES} of each status. The table has them all."
     return Section("Scans that failed", "", [HtmlTable(["scan", "status", "what was found"], listed, caption)])
 
 
 def _choose_failures(rows: pd.DataFrame) -> pd.DataFrame:
     failed = rows[rows["status"].str.startswith(("BAD_", "ERR_"))]
-    return failed.sort_values(["status", "scan_id"]).groupby("status").head(NUM_LISTED)
+    return failed.sort_values(["status", "scan_id"]).groupby("status").head(NUM_FAILURES)
 
 
 def _format_share(num_scans: int, num_all: int) -> str | None:

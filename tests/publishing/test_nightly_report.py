@@ -116,11 +116,11 @@ def test_a_scans_name_is_text_and_not_markup() -> None:
 
 
 def test_the_page_is_the_same_in_whatever_pieces_its_rows_come() -> None:
-    """Also where scans are equal in what they are chosen by: the first ones are named."""
+    """Also where scans are equal in what they are chosen by: the first by name are."""
     rows = make_table(
         [
             *make_night_rows(1, 90),
-            *(make_row(f"equal{number}", fold_std_ncp=0.5, probability_ncp=0.99) for number in range(30)),
+            *(make_row(f"equal{number:02d}", fold_std_ncp=0.5, probability_ncp=0.99) for number in range(29, -1, -1)),
             *(make_row(f"bad{number:02d}", "BAD_TILT", fetch_s=9.0) for number in range(30, 0, -1)),
         ]
     ).select(NIGHT_COLUMNS)
@@ -131,7 +131,7 @@ def test_the_page_is_the_same_in_whatever_pieces_its_rows_come() -> None:
             night.add(rows.slice(start, size))
         pages.append(render_nightly(night, Tally(), judge(night.tally, Tally(), ScoreConfig())))
     assert pages[0] == pages[1] == pages[2]
-    assert [f"equal{number}" in pages[0] for number in range(12)] == [True] * 10 + [False] * 2
+    assert [f"equal{number:02d}" in pages[0] for number in range(12)] == [True] * 10 + [False] * 2
     assert [f"bad{number:02d}" in pages[0] for number in (1, 10, 11, 29)] == [True, True, False, False]
     assert find_rows(pages[0], "fetch")[0][-1] == "bad30"
 

@@ -1,0 +1,67 @@
+"""However slow the networks are, no more decoded scans wait for them than may."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from darnet.ray_backpressure import bound_waiting
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")]
+
+NUM_ITEMS, SCANS_PER_ITEM, BATCH_SIZE = 30, 4, 4
+NUM_SCANS = NUM_ITEMS * SCANS_PER_ITEM
+AT_HAND = 6 * SCANS_PER_ITEM  # of two tasks under way, and what an actor has been given besides
+
+
+class SlowNetwork:
+    """Counts the scans that were made and not scored when it takes its next, and waits for all before its first."""
+
+    def __init__(self, folder: Path, patience_s: float) -> None:
+        self._folder, self._num_scored, self._end_s = folder, 0, time.monotonic() + patience_s
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        while (ahead := self._count_made() - self._num_scored) < NUM_SCANS and time.monotonic() < self._end_s:
+            time.sleep(0.05)
+        self._end_s = 0
+        self._num_scored += len(batch["item"])
+        return {"item": batch["item"], "ahead": [ahead] * len(batch["item"])}
+
+    def _count_made(self) -> int:
+        return sum(path.stat().st_size for path in self._folder.iterdir())
+
+
+def run(folder: Path, max_waiting: int | None, patience_s: float) -> tuple[list[int], int]:
+    """The scans that came out, and the most that were ahead of the network."""
+
+    def make(row: dict[str, int]) -> Iterator[dict[str, int]]:
+        for _ in range(SCANS_PER_ITEM):
+            with (folder / str(row["item"])).open("ab") as file:
+                file.write(b"s")
+            yield row
+
+    folder.mkdir()
+    bound_waiting(DataContext.get_current(), max_waiting)
+    items = [{"item": number} for number in range(NUM_ITEMS)]
+    dataset = ray.data.from_items(items, override_num_blocks=NUM_ITEMS).flat_map(make, num_cpus=1)
+    pool = ActorPoolStrategy(size=1)
+    scored = dataset.map_batches(
+        SlowNetwork, fn_constructor_args=(folder, patience_s), batch_size=BATCH_SIZE, compute=pool, num_cpus=0.5
+    )
+    rows = scored.take_all()
+    return sorted(row["item"] for row in rows), max(row["ahead"] for row in rows)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_decoding_pauses_while_as_many_scans_wait_as_may(tmp_path: Path) -> None:
+    every = sorted(list(range(NUM_ITEMS)) * SCANS_PER_ITEM)
+    scans, most = run(tmp_path / "unbound", None, 60)
+    assert scans == every
+    assert most == NUM_SCANS  # Ray alone lets them wait
+    scans, most = run(tmp_path / "bound", 2 * BATCH_SIZE, 5)
+    assert scans == every
+    assert most <= 2 * BATCH_SIZE + AT_HAND
