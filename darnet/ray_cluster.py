@@ -204,7 +204,7 @@ def decode_planned(
     """As `decode_sources`, of sources that are known here by their places in a plan alone, and read by the workers.
 
     So a driver holds nothing of their objects, of which a night may have millions. Where actors take the scans,
-    decoding pauses while `max_waiting` of them wait.
+    no task that decodes is begun while `max_waiting` of them wait.
     """
     num_blocks = min(_count_blocks(len(places)), MAX_BLOCKS)
     items = [{"places": few.tolist()} for few in np.array_split(np.asarray(places), num_blocks)]
@@ -230,6 +230,7 @@ def _decode(
     context.print_on_execution_start = False
     context.target_max_block_size = size_block(road.volume, batch_size)
     bound_waiting(context, max_waiting)
+    context.execution_no_progress_timeout_s = -1  # a GPU may be waited for; fetching and decoding have their own limits
     decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
     return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
 

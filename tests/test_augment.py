@@ -36,6 +36,15 @@ def test_the_warp_agrees_with_scipy_within_four_grey_levels(seed: int) -> None:
     assert difference.mean() < 0.5
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_at_sharp_edges_the_warp_is_as_near_as_its_weights_are_fine(seed: int) -> None:
+    """OpenCV's weights go in steps of 1/32 of a pixel: off by half a step in x and in y, and rounding."""
+    voxels = np.random.default_rng(seed).choice(np.array([0, 255], np.uint8), (2, 48, 64))
+    affine = draw_affine(AugmentConfig(), (48, 64), np.random.default_rng(seed))
+    difference = np.abs(warp_slices(voxels, affine) - warp_with_scipy(voxels, affine))
+    assert difference.max() <= 255 / 32 + 1
+
+
 def test_a_still_configuration_changes_nothing() -> None:
     voxels = np.random.default_rng(0).integers(0, 256, (4, 21, 30), dtype=np.uint8)
     assert np.array_equal(augment_volume(voxels, STILL, np.random.default_rng(1)), voxels)

@@ -179,7 +179,8 @@ def test_the_road_has_two_lengths_of_ours_and_floors_over_the_archive(tmp_path: 
             lengths.setdefault(way.road, []).append(int(way.what.split()[0]))
     assert lengths["monai"] == [12]
     assert (lengths["ours, openvino fp32"], lengths["ours, openvino int8"]) == ([12, 4], [12, 36])
-    assert [way.goals for way in ways if way.what.startswith(("4 scans", "36 scans"))] == [{}, {}]
+    others = [way.goals for way in ways if way.what.startswith(("4 scans", "36 scans"))]
+    assert others == [{}] * (len(lengths) - 1)  # of each of ours one; a processor may have bf16 too
     for count in (4, 12, 36):
         links = sorted((tmp_path / f"archive-{count}").iterdir())
         assert [link.resolve().name for link in links] == list("ab" * (count // 2))
@@ -204,7 +205,8 @@ def make_roads() -> list[Row]:
     named = {"section": "road", "goals": {}, "repeats": 1, "times": {}}
     roads = [
         named | {"what": f"{scans} scans", "road": "ours, x int8", "scans": scans, "repeat": f"road {scans}"}
-        | {"wall_s": 10.0 + 3 * scans, "seconds": 1.0, "processor_s": 20.0 + 4 * scans, "fetch_s": 0.25}
+        | {"wall_s": 10.0 + 3 * scans, "seconds": 1.0, "processor_s": 20.0 + 4 * scans}
+        | {"fetch_s": 0.25, "spilled_mb": 0.0}
         for scans in (12, 36)
     ]  # fmt: skip
     peer = {
@@ -242,7 +244,7 @@ def test_a_scan_more_is_the_difference_of_two_lengths_and_every_ratio_is_of_the_
     assert ours["goals"] == {BARE: 0.9}
     assert monai["goals"] == {}
     assert describe_road(ours) == "of two lengths of the road; start-up and end 10.0 s"
-    assert describe_road(found["12 scans", "ours, x int8"]) == "fetch 0.25 s a scan"
+    assert describe_road(found["12 scans", "ours, x int8"]) == "fetch 0.25 s a scan; 0 MB spilled"
     assert describe_road(found["a scan's floor", "ours, network alone, x int8"]) == ""
 
 

@@ -15,19 +15,22 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings(r"ignore::DeprecationW
 
 NUM_ITEMS, SCANS_PER_ITEM, BATCH_SIZE = 30, 4, 4
 NUM_SCANS = NUM_ITEMS * SCANS_PER_ITEM
-AT_HAND = 6 * SCANS_PER_ITEM  # of two tasks under way, and what an actor has been given besides
+AT_HAND = 6 * SCANS_PER_ITEM  # of tasks under way, and what an actor has been given besides
 
 
 class SlowNetwork:
     """Counts the scans that were made and not scored when it takes its next, and waits for all before its first."""
 
     def __init__(self, folder: Path, patience_s: float) -> None:
-        self._folder, self._num_scored, self._end_s = folder, 0, time.monotonic() + patience_s
+        self._folder, self._num_scored, self._patience_s = folder, 0, patience_s
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        while (ahead := self._count_made() - self._num_scored) < NUM_SCANS and time.monotonic() < self._end_s:
+        end_s = (
+            time.monotonic() + self._patience_s
+        )  # from its first scans on, which the workers that make them have made
+        while (ahead := self._count_made() - self._num_scored) < NUM_SCANS and time.monotonic() < end_s:
             time.sleep(0.05)
-        self._end_s = 0
+        self._patience_s = 0.0
         self._num_scored += len(batch["item"])
         return {"item": batch["item"], "ahead": [ahead] * len(batch["item"])}
 
@@ -45,14 +48,16 @@ def run(folder: Path, max_waiting: int | None, patience_s: float) -> tuple[list[
             yield row
 
     folder.mkdir()
-    bound_waiting(DataContext.get_current(), max_waiting)
+    context = DataContext.get_current().copy()
+    bound_waiting(context, max_waiting)
     items = [{"item": number} for number in range(NUM_ITEMS)]
-    dataset = ray.data.from_items(items, override_num_blocks=NUM_ITEMS).flat_map(make, num_cpus=1)
-    pool = ActorPoolStrategy(size=1)
-    scored = dataset.map_batches(
-        SlowNetwork, fn_constructor_args=(folder, patience_s), batch_size=BATCH_SIZE, compute=pool, num_cpus=0.5
-    )
-    rows = scored.take_all()
+    with DataContext.current(context):
+        dataset = ray.data.from_items(items, override_num_blocks=NUM_ITEMS).flat_map(make, num_cpus=1)
+        pool = ActorPoolStrategy(size=1)
+        scored = dataset.map_batches(
+            SlowNetwork, fn_constructor_args=(folder, patience_s), batch_size=BATCH_SIZE, compute=pool, num_cpus=0.5
+        )
+        rows = scored.take_all()
     return sorted(row["item"] for row in rows), max(row["ahead"] for row in rows)
 
 

@@ -44,7 +44,8 @@ class Outermost:
     def take(self, row: Mapping[str, Any]) -> bool:
         """Whether this row is among the outermost of all so far, and so may be of all that come."""
         new = pd.DataFrame([{name: row[name] for name in OUTERMOST_COLUMNS}]).astype(dict.fromkeys(_NUMBERS, float))
-        rows = new if self._kept.empty else pd.concat([self._kept, new], ignore_index=True)
+        kept = self._kept[self._kept["scan_id"] != row["scan_id"]]  # scored again, it takes no second place
+        rows = new if kept.empty else pd.concat([kept, new], ignore_index=True)
         places = {place for _, frame in choose_outermost(rows) for place in frame.index}
         self._kept = rows.loc[sorted(places)].reset_index(drop=True)
         return len(rows) - 1 in places

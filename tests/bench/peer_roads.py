@@ -1,6 +1,6 @@
 """One road's part of `make bench`, measured in a process of its own; a JSON line comes out.
 
-    python -m tests.bench.peer_roads read monai FOLDER        plain, torchio, pillow (images), ours, ours-child
+    python -m tests.bench.peer_roads read monai FOLDER        plain, torchio, pillow (images), ours, -serial, -child
     python -m tests.bench.peer_roads network eager WEIGHTS    ours BUNDLE BACKEND PRECISION
     python -m tests.bench.peer_roads road monai WEIGHTS ARCHIVE    ours BUNDLE ARCHIVE BACKEND PRECISION
     python -m tests.bench.peer_roads augment scikit-image     ours
@@ -12,6 +12,7 @@ library is imported only by the road that needs it, and before the clock starts.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -91,7 +92,7 @@ def read_pillow() -> Callable[[str], Any]:
     return read
 
 
-def read_ours() -> Callable[[str], Any]:
+def read_ours(num_threads: int = THREADS) -> Callable[[str], Any]:
     """What peers do too: headers with all their checks, pixels, the standard volume; in this process."""
     from darnet.config import DecodeConfig, VolumeConfig
     from darnet.decode import open_images, set_decoder_threads
@@ -107,9 +108,11 @@ def read_ours() -> Callable[[str], Any]:
         staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
         files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
         if not files.series:
-            return make_standard_volume(open_images(files.images, limits, is_head_first=True), VolumeConfig(), THREADS)
+            return make_standard_volume(
+                open_images(files.images, limits, is_head_first=True), VolumeConfig(), num_threads
+            )
         ((_, headers),) = files.series.items()
-        return make_standard_volume(DicomStack(arrange_series(headers, limits)), VolumeConfig(), THREADS)
+        return make_standard_volume(DicomStack(arrange_series(headers, limits)), VolumeConfig(), num_threads)
 
     return read
 
@@ -134,7 +137,7 @@ def read_ours_in_child() -> Callable[[str], Any]:
 
 READERS = {
     "plain": read_plain, "monai": read_monai, "torchio": read_torchio, "pillow": read_pillow,
-    "ours": read_ours, "ours-child": read_ours_in_child,
+    "ours": read_ours, "ours-serial": functools.partial(read_ours, 1), "ours-child": read_ours_in_child,
 }  # fmt: skip
 
 
@@ -323,10 +326,21 @@ def measure_our_road(bundle: str, archive: str, backend: str, precision: str) ->
         config = configure_score(backend, precision)
         score_archive(NightRequest(open_store(archive), open_store(bundle), results, config))
         seconds, processor_s = time.perf_counter() - start_s, read_processors()
+        spilled_mb = read_spilled_bytes() / 1e6
         rows = read_predictions(folder)
     assert (rows["status"] == "OK").all(), rows[["source", "status", "status_detail"]]
     stages = {name: float(rows[name].mean()) for name in ("fetch_s", "decode_s", "model_s")}
-    return {"seconds": seconds, "processor_s": processor_s, "scans": len(rows), **stages}
+    return {"seconds": seconds, "processor_s": processor_s, "scans": len(rows), "spilled_mb": spilled_mb, **stages}
+
+
+def read_spilled_bytes() -> int:
+    """What Ray's object store on this machine has written to disk for want of memory, since its start."""
+    import ray
+    from ray._private.internal_api import node_stats
+
+    (node,) = ray.nodes()
+    found = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+    return int(found.store_stats.spilled_bytes_total)
 
 
 def read_processors() -> float:

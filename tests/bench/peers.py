@@ -231,6 +231,7 @@ def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
             yield Way("reading", what, peer, take(PEERS_PYTHON, "read", peer, folder))
         limits = {"growth_mb": 150.0} if "275 slices" in what else {}
         yield Way("reading", what, "ours", take(sys.executable, "read", "ours", folder), goals, limits)
+        yield Way("reading", what, "ours, on one thread", take(sys.executable, "read", "ours-serial", folder))
         yield Way("reading", what, "ours, lungs and child", take(sys.executable, "read", "ours-child", folder))
 
 
@@ -543,7 +544,8 @@ def describe_road(row: Row) -> str:
     if row["what"] == FLOOR and row["road"].startswith(COMPILING):
         return "with no cache, as on a new machine; the roads below find it compiled"
     stages = [name for name in row if name in STAGE_NAMES]
-    return ", ".join(f"{name.removesuffix('_s')} {row[name]:.3g}" for name in stages) + (" s a scan" if stages else "")
+    told = ", ".join(f"{name.removesuffix('_s')} {row[name]:.3g}" for name in stages) + (" s a scan" if stages else "")
+    return told + (f"; {row['spilled_mb']:.3g} MB spilled" if "spilled_mb" in row else "")
 
 
 def draw_chart(rows: Sequence[Row]) -> Figure:

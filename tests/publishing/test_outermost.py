@@ -43,5 +43,14 @@ def test_of_a_rising_probability_every_scan_is_taken_and_of_a_falling_one_ten() 
     assert [falling.take(row) for row in reversed(rows)] == [True] * NUM_LISTED + [False] * 90
 
 
+def test_a_scan_that_is_scored_twice_takes_one_place() -> None:
+    outermost = Outermost()
+    for place in range(5):
+        row = make_row(f"{place:02d}", fold_std_ncp=0.0, probability_ncp=0.9)
+        assert [outermost.take(row), outermost.take(row)] == [True, True]
+    lower = [make_row(f"{place:02d}", fold_std_ncp=0.0, probability_ncp=0.8) for place in range(5, 11)]
+    assert [outermost.take(row) for row in lower] == [True] * 5 + [False]
+
+
 def test_a_scan_that_was_not_scored_is_none_to_look_at() -> None:
     assert not Outermost().take(make_row("a", "SKIP_NO_LUNG"))
