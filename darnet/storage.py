@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import boto3.session
 import botocore.session
+import urllib3.exceptions
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 from botocore.utils import parse_timestamp
@@ -361,9 +362,8 @@ class S3Store:
         Raises: ScanError(ERR_INPUT_CHANGED) if it is another than `planned`; _OtherSpan; boto3's errors.
         """
         for pause_s in BODY_PAUSES_S:
-            answer = self._request(key, planned, span)
             try:
-                return self._take_body(answer, sink, planned, span)
+                return self._take_body(self._request(key, planned, span), sink, planned, span)
             except boto_errors.FlexibleChecksumError:
                 continue  # what was read wrongly may be right at once; what lies there so gets no better by waiting
             except _BROKEN_BODY:
@@ -373,11 +373,14 @@ class S3Store:
     def _request(self, key: str, planned: StoredObject | None, span: range | None) -> Mapping[str, Any]:
         """The answer to a request for an object, its planned version or a span of it, with its body unread.
 
-        What fails here, botocore has tried again already.
+        What fails here, botocore has tried again already, but for an error's text that breaks off.
         """
         conditions = {} if planned is None else {"IfMatch": f'"{planned.version}"'}
         conditions |= {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
-        answer: Mapping[str, Any] = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
+        try:
+            answer: Mapping[str, Any] = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
+        except urllib3.exceptions.HTTPError as error:  # botocore reads that text without translating what happens
+            raise boto_errors.ResponseStreamingError(error=error) from error
         return answer
 
     def _take_body(

@@ -13,7 +13,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
-from darnet.errors import CredentialsError, ScanError, StorageError
+from darnet.errors import CredentialsError, ObjectMissing, ScanError, Status, StorageError
 from darnet.publishing.check import check_table
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.runs import RunFolder
@@ -167,6 +167,26 @@ def test_a_listing_that_is_cut_is_not_a_shorter_archive(s3: Callable[[], str], p
     proxy.policy = only(Fault("truncated"), "GET", store.bucket, times=2)
     assert len(list(store.list_objects())) == 20
     assert proxy.done["truncated"] == 2
+
+
+@pytest.mark.s3
+def test_a_refusal_whose_text_is_cut_is_asked_for_again(
+    s3: Callable[[], str], proxy: FaultProxy, tmp_path: Path
+) -> None:
+    store = open_through(s3())
+    store.write_bytes("a", b"0")
+    (item,) = store.list_objects()
+    store.write_bytes("a", b"1")
+    proxy.policy = only(Fault("truncated"), "GET", "/", times=1)
+    with pytest.raises(ObjectMissing):
+        store.read_bytes("b")
+    with pytest.raises(ScanError) as caught:
+        store.fetch(item, tmp_path / "a")
+    assert caught.value.status is Status.ERR_INPUT_CHANGED
+    assert proxy.done["truncated"] == 2
+    proxy.policy = lambda _: Fault("truncated")
+    with pytest.raises(StorageError, match="ResponseStreamingError"):
+        store.read_bytes("b")
 
 
 @pytest.mark.s3

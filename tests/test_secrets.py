@@ -9,7 +9,7 @@ import sys
 import tempfile
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydicom.dataset import FileDataset
 
+from darnet.storage import open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
+from tests.fault_proxy import Fault, Request, run_fault_proxy
 from tests.places import ROOT
 from tests.poison_fixtures import write_crash
 
@@ -119,9 +121,10 @@ def find_texts(texts: tuple[str, ...], folder: Path, but: str = "") -> list[str]
     return found
 
 
-def score(folder: Path, ray_folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
-    """The summary of a night on `folder`/archive, and all that was said."""
-    places = [f"--{name}={folder / name}" for name in ("archive", "model", "results", "cam-images")]
+def score(folder: Path, ray_folder: Path, *flags: str, archive: str = "") -> tuple[dict[str, Any], str]:
+    """The summary of a night on `archive`, by default `folder`/archive, and all that was said."""
+    places = [f"--{name}={folder / name}" for name in ("model", "results", "cam-images")]
+    places.append(f"--archive={archive or folder / 'archive'}")
     environment = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", *SECRETS}}
     environment |= {**SECRETS, "AWS_ACCESS_KEY_ID": "key", "RAY_TMPDIR": str(ray_folder)}
     job = subprocess.run(
@@ -175,6 +178,38 @@ def test_marked_strings_are_nowhere(scan_id: str, short_folder: Path, tmp_path: 
     kept = {name: {str(row[name]) for row in rows} for name in rows[0]}
     assert {name for name, values in kept.items() if FILE in str(values)} <= {"source", "scan_id"}
     assert {name for name, values in kept.items() if FOLDER in str(values)} == {"source", "scan_id"}
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_marked_keys_of_a_bucket_are_nowhere_whatever_the_store_refuses(
+    s3: Callable[[], str], short_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store's own error texts name keys. Under --scan-id hmac these are in the plan alone, which fetches by them."""
+    refusals = {"AccessDenied": "ERR_DENIED", "InvalidObjectState": "ERR_ARCHIVED", "truncated": "ERR_STORAGE"}
+    bucket = s3()
+    store = open_store(f"{bucket}/{FOLDER}", create=True)
+    for kind in ("sound", *refusals):
+        for path in write_chest(tmp_path / kind, make_chest(), edit=mark):
+            store.write_bytes(f"{FOLDER} {kind}/{FILE} {path.name}", path.read_bytes())
+
+    def refuse(request: Request) -> Fault | None:
+        kind = next((kind for kind in refusals if f" {kind}/" in request.path and request.method == "GET"), None)
+        return None if kind is None else Fault(kind)
+
+    write_random_bundle(tmp_path / "model")
+    with run_fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.policy = refuse
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        summary, said = score(tmp_path, short_folder, "--scan-id=hmac", archive=store.uri)
+    assert summary["exit_code"] == 0, said[-2000:]
+    rows = pq.read_table(tmp_path / "results" / "predictions" / "c00000001.parquet").to_pylist()
+    assert Counter(row["status"] for row in rows) == Counter(["OK", *refusals.values()])
+    assert all(row["status_detail"] for row in rows if row["status"] != "OK")
+    names = (TEXT, FILE, f"{FOLDER} ", *SECRETS.values())  # the archive's own address is no patient's
+    assert not [text for text in names if text.lower() in said.lower()]
+    assert find_texts(names, short_folder) == []
+    assert {found.partition(":")[0] for found in find_texts(names, tmp_path / "results")} == {"plan.parquet"}
 
 
 @pytest.mark.slow

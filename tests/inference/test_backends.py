@@ -166,6 +166,18 @@ def test_a_batch_of_a_gpu_has_the_right_shapes() -> None:
     assert [tuple(tensor.shape) for tensor in answer] == [(4, 3), (4, 3, 8, 14, 14), (4, 8)]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_a_gpu_gives_the_probabilities_of_a_cpu(
+    precision: str, tolerance: float, trained: Bundle, voxels: Uint8Array
+) -> None:
+    """fp32 as every backend, bf16 as INT8 may move them."""
+    config = ScoreConfig(batch_size=4, precision=precision)
+    here = Ensemble.from_bundle(trained, ScoreConfig(batch_size=4)).score(voxels[:4])
+    there = Ensemble.from_bundle(trained, config, "cuda").score(voxels[:4])
+    np.testing.assert_allclose(_gather(there), _gather(here), atol=tolerance)
+
+
 @pytest.mark.slow
 def test_compiling_takes_the_whole_network_once_for_all_folds(
     trained: Bundle, voxels: Uint8Array, monkeypatch: pytest.MonkeyPatch
