@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from darnet.bundle_writing import add_int8_graphs, make_bundle
+from darnet.config import ModelConfig
 from darnet.errors import UsageError
 from darnet.inference.graph import fold_batch_norm
 from darnet.inference.openvino_backend import convert_network, quantize_graph
@@ -20,7 +22,14 @@ from darnet.phantoms.canvas import acquire
 from darnet.phantoms.files import write_dicom, write_slice_images
 from darnet.threads import set_num_threads
 from darnet.volume import apply_window
-from tests.bench.peer_roads import augment_ours, find_pace, read_children, read_ours, read_ours_in_child
+from tests.bench.peer_roads import (
+    augment_ours,
+    count_operations,
+    find_pace,
+    read_children,
+    read_ours,
+    read_ours_in_child,
+)
 from tests.bench.peers import (
     BARE,
     BUNDLE_CODE,
@@ -358,3 +367,19 @@ def test_the_processors_of_children_are_counted_while_they_run_and_when_they_end
         child.communicate(b"\n")
     assert running_s > 0.15
     assert read_children() - before_s >= running_s
+
+
+def test_operations_are_those_of_every_convolution() -> None:
+    """Of an output voxel two for each weight that makes it; gates and head, which are not counted here, have few."""
+    counted = 0
+
+    def count(layer: torch.nn.Conv3d, _: Any, output: torch.Tensor) -> None:
+        nonlocal counted
+        counted += 2 * output[0, 0].numel() * layer.weight.numel()
+
+    network = build_network(ModelConfig(), 0).to("meta").eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv3d):
+            layer.register_forward_hook(count)
+    network(torch.zeros((1, 1, *network.config.volume_shape), device="meta"))
+    assert count_operations() == pytest.approx(counted, rel=1e-3)

@@ -1,7 +1,7 @@
 """One road's part of `make bench`, measured in a process of its own; a JSON line comes out.
 
     python -m tests.bench.peer_roads read monai FOLDER        plain, torchio, pillow (images), ours, -serial, -child
-    python -m tests.bench.peer_roads network eager WEIGHTS    ours BUNDLE BACKEND PRECISION
+    python -m tests.bench.peer_roads network eager WEIGHTS    products    ours BUNDLE BACKEND PRECISION
     python -m tests.bench.peer_roads road monai WEIGHTS ARCHIVE    ours BUNDLE ARCHIVE BACKEND PRECISION
     python -m tests.bench.peer_roads augment scikit-image     ours
     python -m tests.bench.peer_roads floor reading ARCHIVE    bytes
@@ -29,6 +29,7 @@ WINDOW_HU = (-1350.0, 150.0)
 SHAPE = (64, 224, 224)
 MARGIN = 48  # pixels off each side of 512
 THREADS = min(os.cpu_count() or 1, 2)
+MATRIX_SIDE = 2048  # 16 MiB a matrix: large enough for any processor to reach its best
 Task = Callable[[], Any]
 
 
@@ -252,6 +253,37 @@ def measure_eager(weights: str) -> dict[str, float]:
     return _time(lambda: classify(model, volume))
 
 
+def measure_products() -> dict[str, float]:
+    """As many multiplications and additions as a forward pass has, in products of large matrices of float32.
+
+    What a processor is fastest at: a network that takes longer waits for memory or for a better order of its loops. One
+    that takes less time does with fewer operations, as Winograd's convolutions do, or with smaller numbers.
+    """
+    import torch
+
+    torch.set_num_threads(THREADS)
+    matrix = torch.rand((MATRIX_SIDE, MATRIX_SIDE))
+    num_products = 20
+    matrix @ matrix
+    figures = _time(lambda: [matrix @ matrix for _ in range(num_products)])
+    share = count_operations() / (num_products * 2 * MATRIX_SIDE**3)
+    return {name: value * share for name, value in figures.items()}
+
+
+def count_operations() -> int:
+    """Multiplications and additions of a forward pass of the network at its full size."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from darnet.config import ModelConfig
+    from darnet.model import build_network
+
+    network = build_network(ModelConfig(), 0).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros((1, 1, *network.config.volume_shape), device="meta"))
+    return counter.get_total_flops()
+
+
 def configure_score(backend: str, precision: str) -> Any:
     """How the project scores here: all cores for the network, two scans a batch, as its forward pass takes them."""
     from darnet.config import ScoreConfig
@@ -444,7 +476,9 @@ def main(arguments: list[str]) -> int:
         ("road", True): measure_our_road, ("road", False): measure_monai_road,
         ("compile", True): measure_compiling,
     }  # fmt: skip
-    if given.task in ("read", "augment"):
+    if (given.task, given.road) == ("network", "products"):
+        found = measure_products()
+    elif given.task in ("read", "augment"):
         found = {"read": measure_reading, "augment": measure_augmentation}[given.task](given.road, *given.rest)
     elif given.task == "floor":
         found = measure_floor(given.road, *given.rest)

@@ -73,6 +73,7 @@ BACKENDS = (
     ("openvino", "int8", 2.8, 3.0),
     ("openvino", "bf16", None, None),
 )
+PRODUCTS = "fp32 matrix products of its size"  # what the processor can do at most
 COMPILING = "ours, compiling one fold"  # what a machine pays once, and no road below does
 UNITS = {"seconds": "s", "growth_mb": "MB"}
 STAGE_NAMES = ("fetch_s", "decode_s", "model_s", "headers_s", "pixels_s", "lungs_s", "statistics_s")
@@ -283,6 +284,7 @@ def write_one_fold(out: Path) -> Path:
 def plan_network(bundle: Path) -> Iterator[Way]:
     weights = str(bundle / "fold0.safetensors")
     yield Way("network", "a forward pass", "eager torch", take(PEERS_PYTHON, "network", "eager", weights))
+    yield Way("network", "a forward pass", PRODUCTS, take(sys.executable, "network", "products"))
     for backend, precision, least, _ in list_backends():
         command = take(sys.executable, "network", "ours", str(bundle), backend, precision)
         goals = {"eager torch": least} if least else {}
