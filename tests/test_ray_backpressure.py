@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
 
-from darnet.ray_backpressure import bound_waiting
+from darnet.config import DecodeConfig, VolumeConfig
+from darnet.ray_backpressure import MAX_WAITING, WaitingScansPolicy, bound_waiting
+from darnet.ray_cluster import decode_planned
+from darnet.reading.road import Road
+from darnet.storage import open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")]
 
@@ -70,3 +75,13 @@ def test_decoding_pauses_while_as_many_scans_wait_as_may(tmp_path: Path) -> None
     scans, most = run(tmp_path / "bound", 2 * BATCH_SIZE, 5)
     assert scans == every
     assert most <= 2 * BATCH_SIZE + AT_HAND
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_night_bounds_what_waits_and_waits_itself_for_ever(tmp_path: Path) -> None:
+    """Ray would end a night after half an hour in which its machines with GPUs have not come."""
+    road = Road(VolumeConfig(), DecodeConfig())
+    dataset = decode_planned([0], lambda _: [], open_store(str(tmp_path)), road, 4, 64)
+    assert dataset.context.execution_no_progress_timeout_s == -1
+    assert dataset.context.get_config(MAX_WAITING) == 64
+    assert WaitingScansPolicy in dataset.context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY)
