@@ -166,8 +166,10 @@ def _is_below(key: str, prefix: str) -> bool:
 def _close(branch: tuple[str, list[StoredObject]]) -> Source:
     """A source whose slices lie at the archive's root is called ".".
 
-    A prefix named like a volume file, or ".", keeps its slash: S3 may hold `x.zip` beside `x.zip/1.dcm`.
+    A prefix named like a volume file, or ".", keeps its slash: S3 may hold `x.zip` beside `x.zip/1.dcm`. So it does
+    where it ends in slashes of its own: S3 may also hold `x.zip//1.dcm`.
     """
     prefix, objects = branch
-    is_ambiguous = prefix == "." or prefix.lower().endswith(VOLUME_SUFFIXES)
+    name = prefix.rstrip("/")
+    is_ambiguous = name == "." or name.lower().endswith(VOLUME_SUFFIXES)
     return Source(f"{prefix}/" if is_ambiguous else prefix or ".", tuple(objects))

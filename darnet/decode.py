@@ -144,6 +144,7 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
         reader.ReadImageInformation()
         size, components = reader.GetSize(), reader.GetNumberOfComponents()
         _check_volume(size, components, reader.GetSpacing(), limits)
+        _check_slices(size, np.array(reader.GetDirection()), limits)
         image = reader.Execute()
         image = image[:, :, :, 0] if len(size) == 4 else image
         check_axes(np.array(image.GetDirection()).reshape(3, 3))
@@ -152,8 +153,6 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
     except RuntimeError as error:
         raise _explain(error, Status.BAD_UNREADABLE, "volume file does not decode") from error
     voxels_hu = sitk.GetArrayViewFromImage(image)[::-1].astype(np.float32)
-    if len(voxels_hu) > limits.max_slices:
-        raise ScanError(Status.BAD_LIMIT, f"{len(voxels_hu)} slices, at most {limits.max_slices}")
     if len(voxels_hu) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(voxels_hu)} slices, {limits.min_slices} needed")
     if not np.isfinite(voxels_hu).all():
@@ -250,6 +249,14 @@ def _check_volume(size: tuple[int, ...], components: int, spacing_mm: tuple[floa
     finest, middle, coarsest = sorted(spacing_mm[:3])  # the coarsest may be that of slices, which has no limit
     if not (finest > 0.01 and middle < 100 and math.isfinite(coarsest)):
         raise ScanError(Status.BAD_GEOMETRY, f"voxels of {spacing_mm} mm")
+
+
+def _check_slices(size: tuple[int, ...], direction: NDArray[np.float64], limits: DecodeConfig) -> None:
+    """Also by its header. Slices lie along the axis that runs most from feet to head, as they are turned later."""
+    heights = np.abs(direction.reshape(len(size), len(size))[2, :3])
+    num_slices = size[int(heights.argmax())]
+    if num_slices > limits.max_slices:
+        raise ScanError(Status.BAD_LIMIT, f"{num_slices} slices, at most {limits.max_slices}")
 
 
 def _read_image_header(path: Path) -> tuple[tuple[int, int], bool | None]:

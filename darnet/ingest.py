@@ -129,7 +129,8 @@ class Ingester:
         scans = self._read(staging, clock, fetch.done.result)
         # A wrong bit may also hang, starve or kill a decoder, and none of these is final: the next night fetches anew.
         # But a hang has cost its whole time limit and would again; the other two end soon, and are worth a second look.
-        if staging.took_excerpts and not DOUBTFUL.isdisjoint(scan.status for scan in scans):
+        statuses = {scan.status for scan in scans}
+        if staging.took_excerpts and not DOUBTFUL.isdisjoint(statuses) and Status.ERR_TIMEOUT not in statuses:
             scans = self._read(staging, clock, complete)
         return scans
 

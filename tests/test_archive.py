@@ -36,9 +36,10 @@ def test_each_volume_file_is_a_source_of_its_own() -> None:
 
 def test_no_two_sources_of_a_bucket_have_one_key() -> None:
     """On S3 an object may be named like a prefix, and a prefix be a dot."""
-    keys = ["./1.dcm", "2.dcm", "x.zip", "x.zip/1.dcm", "y.nii.gz/1.dcm"]
+    keys = [".//1.dcm", "./1.dcm", "2.dcm", "x.zip", "x.zip///1.dcm", "x.zip//1.dcm", "x.zip/1.dcm", "y.nii.gz/1.dcm"]
     found = list(list_sources(StoredObject(key, 1, "v") for key in keys))
-    assert sorted(source.key for source in found) == [".", "./", "x.zip", "x.zip/", "y.nii.gz/"]
+    names = [".", "./", ".//", "x.zip", "x.zip/", "x.zip//", "x.zip///", "y.nii.gz/"]
+    assert sorted(source.key for source in found) == names
     assert all(Selection(prefixes=("x.zip/",)).admits(source) for source in found if source.key == "x.zip/")
 
 

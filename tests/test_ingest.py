@@ -34,6 +34,7 @@ from pydicom.uid import (
 
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, VolumeConfig
+from darnet.decode import open_volume
 from darnet.errors import CredentialsError, ScanError, Status
 from darnet.ingest import Ingester, make_sandbox
 from darnet.reading.road import Road, decode_scan
@@ -369,6 +370,21 @@ def test_two_series_in_a_prefix_are_two_scans(ingest: Ingest, tmp_path: Path) ->
     scans = ingest()
     assert {scan.scan_id for scan in scans} == {f"a#{_digest(uid)}" for uid in (SERIES_UID, "1.2.3.4.6")}
     assert [scan.status for scan in scans] == [Status.OK, Status.OK]
+
+
+def test_two_series_of_one_digest_are_one_row_that_says_so(ingest: Ingest, tmp_path: Path) -> None:
+    """Scans are told apart by 8 hex digits of their series: the pair was found by trying."""
+    uids = [f"1.2.840.113619.2.55.{number}" for number in (33550, 72368)]
+    assert len({_digest(uid) for uid in uids}) == 1
+    for uid in [*uids, "1.9"]:
+        for path in write_chest(tmp_path / uid, SeriesInstanceUID=uid):
+            (tmp_path / "archive" / "a").mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "archive" / "a" / f"{uid}-{path.name}")
+    scans = {scan.scan_id: scan for scan in ingest()}
+    both = f"a#{_digest(uids[0])}"
+    statuses = {name: scan.status for name, scan in scans.items()}
+    assert statuses == {both: Status.BAD_MIXED_SERIES, f"a#{_digest('1.9')}": Status.OK}
+    assert (scans[both].facts.num_files, "one digest" in scans[both].status_detail) == (48, True)
 
 
 @pytest.mark.parametrize("key", mark_slow(["a", "a.zip"], but=["a"]))
@@ -848,6 +864,18 @@ def test_limits_of_time_and_memory_are_errors_to_retry(ingest: Ingest, tmp_path:
     assert slow.decode_s >= 0.001
     (large,) = ingest(Road(VOLUME, DecodeConfig(max_slices=20)))
     assert large.status is Status.BAD_LIMIT
+
+
+@pytest.mark.parametrize("axes", ["LPS", "SLP", "LSP"])
+def test_a_volume_of_too_many_slices_is_refused_before_its_voxels_are_read(
+    axes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = sitk.DICOMOrient(sitk.Image((8, 9, 41), sitk.sitkInt16), axes)
+    sitk.WriteImage(image, tmp_path / "a.nii")
+    monkeypatch.setattr(sitk.ImageFileReader, "Execute", lambda _: pytest.fail("voxels were read"))
+    with pytest.raises(ScanError, match="41 slices, at most 40") as caught:
+        open_volume(tmp_path / "a.nii", DecodeConfig(max_slices=40))
+    assert caught.value.status is Status.BAD_LIMIT
 
 
 class Remote(LocalStore):

@@ -97,17 +97,17 @@ def _name(index: int) -> str:
 
 @dataclass
 class FailingSandbox:
-    """A sandbox that counts decodings, of which the first ends as `status` says."""
+    """A sandbox that counts decodings, of which the first end as `statuses` say."""
 
     sandbox: Sandbox
-    status: Status | None = None
+    statuses: Sequence[Status] = ()
     num_decoded: int = 0
 
     def call(self, step: Any, *arguments: Any) -> Any:
         if step is decode_scan:
             self.num_decoded += 1
-            if self.status is not None and self.num_decoded == 1:
-                raise ScanError(self.status, "as the test wants it")
+            if self.num_decoded <= len(self.statuses):
+                raise ScanError(self.statuses[self.num_decoded - 1], "as the test wants it")
         return self.sandbox.call(step, *arguments)
 
 
@@ -425,11 +425,22 @@ def test_what_ended_the_decoder_is_decoded_again_but_for_a_hang(
     status: Status, statuses: list[Status], chest: Path, sandbox: Sandbox, read: Read
 ) -> None:
     """Which costs its time limit each time."""
-    failing = FailingSandbox(sandbox, status)
+    failing = FailingSandbox(sandbox, [status])
     scans, bucket = read(chest, sandbox=failing)
     assert ([scan.status for scan in scans], failing.num_decoded) == (statuses[-1:], len(statuses))
     is_whole = bucket.sent[_name(SKIPPED)] > SMALL.head_bytes
     assert is_whole == (len(statuses) > 1)
+
+
+@pytest.mark.s3
+def test_a_series_that_hangs_beside_one_that_crashes_hangs_once(sandbox: Sandbox, read: Read, tmp_path: Path) -> None:
+    both = _write(tmp_path / "a")
+    for path in write_chest(tmp_path / "other", SeriesInstanceUID="1.9"):
+        path.rename(both / f"other-{path.name}")
+    failing = FailingSandbox(sandbox, [Status.ERR_DECODER_CRASH, Status.ERR_TIMEOUT])
+    scans, _ = read(both, sandbox=failing)
+    assert {scan.status for scan in scans} == {Status.ERR_DECODER_CRASH, Status.ERR_TIMEOUT}
+    assert failing.num_decoded == 2
 
 
 # What becomes of an object between its header and its pixels

@@ -152,7 +152,7 @@ def publish(
     listed later, and those of trouble that is never given up and was the last word already; the third night of the same
     ERR of decoding becomes BAD_GAVE_UP.
     A run that was published before, but never heard of it, gets its number and publishes nothing. `confirm` is called
-    last before a number is claimed, and what it raises keeps the run out of the table. `facts` go into the object's
+    last before every put, and what it raises keeps the run out of the table. `facts` go into the object's
     metadata, for people.
 
     Raises: RunError if the rows are not of this run, its origin, one model and one preprocessing; UsageError if a run
@@ -181,8 +181,7 @@ def publish(
             return None
         key = make_commit_key(number)
         with _write_object(rows, settled, number, description) as path:
-            confirm()
-            holder = _claim(store, key, path, run_id, pause)
+            holder = _claim(store, key, path, run_id, pause, confirm)
         if holder == run_id:
             return number
         for stored in demand_origin([read_stored(store, key, KEY_COLUMNS)], origin):
@@ -274,12 +273,15 @@ def _add_places(rows: StagedRows) -> PlacedKeys:
     return keys.append_column(IS_GIVEN_UP, pa.array(np.zeros(rows.num_rows, np.bool_)))
 
 
-def _claim(store: Store, key: str, path: Path, run_id: str, pause: Callable[[float], None]) -> str:
+def _claim(
+    store: Store, key: str, path: Path, run_id: str, pause: Callable[[float], None], confirm: Callable[[], object]
+) -> str:
     """Put until somebody holds this key; the run that does.
 
     Reads the holder after a refusal too: a repeated request may have been refused because of its own first try.
     """
     for attempt in range(PUT_ATTEMPTS):
+        confirm()
         try:
             if store.put_if_absent(key, path):
                 return run_id

@@ -109,10 +109,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     if run_id not in held and not is_begun:
         raise UsageError(f"{store.uri}: run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
     if settings.discard is not None and not is_begun and is_published(store, run_id):
-        raise UsageError(
-            f"{store.uri}: run {run_id} is in the table already, and what is published stays; say --accept in place of "
-            "--discard, which only ends the hold"
-        )
+        raise _explain_published(store, run_id)
     folder = RunFolder(store, run_id)
     hold = _read_hold(store, run_id) if run_id in held else {"run_id": run_id, "notice": NOTICE}
     decision: dict[str, Any] = hold | {"reason": settings.reason, "published": None}
@@ -123,9 +120,19 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
         decision["published"] = publish_run(folder, rows, record)
     store.write_bytes(folder.locate(ACCEPTED if settings.accept else DISCARDED), _to_json(decision))
     if settings.discard is not None:
+        if is_published(store, run_id):  # by a driver that asked before this was written
+            store.delete(folder.locate(DISCARDED))
+            raise _explain_published(store, run_id)
         folder.delete_work()
     store.delete(folder.locate(HELD))  # last: until here the decision can be carried out again
     return {"decision": "accepted" if settings.accept else "discarded", **decision}
+
+
+def _explain_published(store: Store, run_id: str) -> UsageError:
+    return UsageError(
+        f"{store.uri}: run {run_id} is in the table already, and what is published stays; if it is held, say --accept "
+        "in place of --discard, which only ends the hold"
+    )
 
 
 def is_published(store: Store, run_id: str) -> bool:

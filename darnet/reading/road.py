@@ -5,6 +5,7 @@ Hostile bytes may have made whatever is read here: the owner of the child (`darn
 
 import functools
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,7 +144,10 @@ def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> l
     files = sort_files(staged, road.decode.min_slices)
     images = files.images
     found: list[FoundScan | IngestedScan] = []
+    uids = Counter(hash_series_uid(uid) for uid in files.series)
     for uid, headers in sorted(files.series.items()):
+        if uids[hash_series_uid(uid)] > 1:
+            continue
         told_by = staged if files.spoiling[uid] else [header.file for header in headers]
         found.append(
             FoundScan(
@@ -155,6 +159,11 @@ def _find_slices(source_key: str, staged: Sequence[StagedFile], road: Road) -> l
                 tuple(file.path for file in told_by),
             )
         )
+    for digest in (digest for digest, num_series in uids.items() if num_series > 1):
+        headers = [header for uid, part in files.series.items() if hash_series_uid(uid) == digest for header in part]
+        told = "series whose UIDs have one digest; put them into sources of their own"
+        refused = IngestedScan(f"{source_key}#{digest}", Status.BAD_MIXED_SERIES, told, _describe_series(headers))
+        found.append(refused)
     if files.unplaced:
         facts = _count([*(fragment.file for fragment in files.unplaced), *images])
         found.append(IngestedScan(source_key, Status.BAD_UNREADABLE, files.unplaced[0].error.detail, facts))

@@ -281,6 +281,20 @@ def test_an_unacknowledged_put_ends_in_exactly_one_commit(store: Store, ends: li
     assert list_commit_numbers(store) == [1]
 
 
+def test_a_run_is_asked_for_again_before_every_put(local: Store) -> None:
+    """A person may discard it while the store gives no clear answer."""
+    folder, troubled = begin_run(local, make_source("a")), TroubledStore(local, ["lost"] * 5)
+    folder.write_part("a", [make_row("a", run_id=folder.run_id)])
+
+    def confirm() -> None:
+        if len(troubled.puts) == 2:
+            raise RunError("discarded")
+
+    with pytest.raises(RunError, match="discarded"):
+        publish(troubled, folder.run_id, folder.read_parts(), make_listing(0), ORIGIN, lambda _: None, confirm)
+    assert (len(troubled.puts), list_commit_numbers(local)) == (2, [])
+
+
 def damage(store: Store, key: str) -> None:
     """One bit of a page that nobody reads but who reads all."""
     data = store.read_bytes(key)

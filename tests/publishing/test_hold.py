@@ -228,6 +228,26 @@ def test_a_held_run_that_another_driver_published_is_accepted_and_not_discarded(
     assert (list_commit_numbers(local), list_held_runs(local)) == ([1, 2, 3], [])
 
 
+def test_a_run_that_is_published_while_it_is_discarded_is_told_and_not_half_discarded(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hold_night(local)
+    rows = read_staged(folder.read_parts())
+    write_bytes = type(local).write_bytes
+
+    def publish_then_write(store: Any, key: str, data: bytes) -> None:
+        if key.endswith("DISCARDED.json"):
+            monkeypatch.undo()
+            publish_rows(local, folder.run_id, *rows)
+        write_bytes(store, key, data)
+
+    monkeypatch.setattr(type(local), "write_bytes", publish_then_write)
+    with pytest.raises(UsageError, match=r"in the table already.*--accept"):
+        decide(local, "discard", folder.run_id)
+    assert decide(local, "accept", folder.run_id)["published"] == 3
+    assert (list_commit_numbers(local), list_held_runs(local)) == ([1, 2, 3], [])
+
+
 def test_an_object_says_which_settings_and_device_made_it(local: Store) -> None:
     folder, rows = stage_night(local, 1, "OK")
     assert publish_run(folder, rows, folder.read_record()) == 1
