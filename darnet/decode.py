@@ -42,7 +42,7 @@ IMAGE_READERS = {
 EVEN_SHARE = 0.6  # of the steps between numbers, more than which are the same: fewer are a scan thinned out evenly
 
 # How a file begins, which ITK's PNG reader does not look at. Source: PNG specification, ITU T.81 (SOI), TIFF 6.0.
-_BEGINNINGS = {"PNGImageIO": (b"\x89PNG\r\n\x1a\n",), "JPEGImageIO": (b"\xff\xd8",), "TIFFImageIO": (b"II", b"MM")}
+_BEGINNINGS = {"PNGImageIO": (b"\x89PNG\r\n\x1a\n",), "JPEGImageIO": (b"\xff\xd8\xff",), "TIFFImageIO": (b"II", b"MM")}
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
 _TAIL_BYTES = 64  # in which it is looked for: some writers add a few bytes behind the end

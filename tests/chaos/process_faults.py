@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 
 from tests.chaos.night import ChaosError, Night, count_crashes, end_group, keep_ray_logs
 
@@ -32,7 +33,10 @@ def kill_workers(night: Night) -> str:
 
 
 def kill_child(night: Night) -> str:
-    """SIGKILL to a decoding child, as the system does where memory ends: its source is an ERR row, then scored."""
+    """SIGKILL to a child that has been given a scan, as the system does where memory ends: an ERR row, then scored.
+
+    It is stopped first: one that is killed before it has a scan costs none.
+    """
     return _hit_child(night, signal.SIGKILL, "ERR_MEMORY")
 
 
@@ -44,9 +48,14 @@ def stop_child(night: Night) -> str:
 def _hit_child(night: Night, blow: signal.Signals, status: str) -> str:
     flags = ("--score.decode.timeout-s", str(CHILD_LIMIT_S))
     job = night.start_and_hold(*flags)
-    for pid in night.find_processes(CHILD):  # an idle worker's too
-        os.kill(pid, blow)
+    children = night.find_processes(CHILD)  # an idle worker's too
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
     night.site.proxy.release()
+    if blow != signal.SIGSTOP:
+        time.sleep(CHILD_LIMIT_S / 2)
+        for pid in children:
+            os.kill(pid, blow)
     statuses = night.finish(job, 0)["statuses"]
     if {name: number for name, number in statuses.items() if name.startswith("ERR_")} != {status: 1}:
         raise ChaosError(f"{statuses} in place of one {status}")
