@@ -239,7 +239,7 @@ class ScoreConfig(GateConfig):
     part_scans: int = Field(64, ge=1)
     """Scans whose rows are staged together, and a few more, as a source is staged whole. A kill loses those of whole
     sources that are not yet staged, fewer than these; as many decoded ones that wait for a network, or two batches for
-    each actor if that is more; and what the cluster is then decoding, eight sources a CPU, or scoring."""
+    each actor if that is more; and what the cluster is then decoding or scoring."""
     backend: Literal["torch", "openvino"] = "torch"
     """What runs the networks: `torch` on GPUs and CPUs, or `openvino`, faster on CPUs; needs darnet[cpu]."""
     device: Literal["auto", "cpu", "gpu"] = Field("auto", exclude=True)

@@ -15,10 +15,10 @@ MAX_WAITING = "darnet.max_waiting_scans"
 class WaitingScansPolicy(BackpressurePolicy):
     """While as many scans wait before a pool of actors as may, no task that makes more is begun, and none is read on.
 
-    Were tasks that are under way read, Ray would take them for the last and begin another: with no actor ready yet,
-    nothing else goes on. A task that is not read pauses after two blocks and keeps its CPU. If the pool needs that to
-    replace an actor, Ray's own guard lets a block pass every ten seconds, until a task has ended. A pool whose bound is
-    two batches an actor or more always has a whole one to take.
+    Where no task is active, as before the first actor is ready, Ray begins one whatever a policy says: so those under
+    way must not end. One that is not read pauses after two blocks and keeps its CPU. If the pool needs that to replace
+    an actor, Ray lets a block of it pass every ten seconds, until it has ended. A pool whose bound is two batches an
+    actor or more always has a whole one to take.
     """
 
     def can_add_input(self, op: PhysicalOperator) -> bool:

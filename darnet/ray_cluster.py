@@ -16,6 +16,7 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, Dataset
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -34,6 +35,7 @@ AnswerT = TypeVar("AnswerT")
 SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 RECORD_BYTES = 1000  # of a row beside its voxels and mask, as Ray counts them. Source: ours; 750 to 1,100 were seen
+STANDSTILL_S = 86_400  # Source: ours; machines with GPUs may be waited for that long, and by Ray's default half an hour
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
 
 
@@ -230,7 +232,7 @@ def _decode(
     context.print_on_execution_start = False
     context.target_max_block_size = size_block(road.volume, batch_size)
     bound_waiting(context, max_waiting)
-    context.execution_no_progress_timeout_s = -1  # a GPU may be waited for; fetching and decoding have their own limits
+    context.execution_no_progress_timeout_s = STANDSTILL_S
     decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
     return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
 
@@ -256,6 +258,11 @@ def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]
                 yield batch
     except RayError as error:
         raise RunError(f"the cluster gave up: {_spell_end(error)}") from error
+    except ExecutionTimeoutError as error:
+        raise RunError(
+            "nothing went on for as long as may be: no actor came, or one hangs; look at the nodes, and start the same "
+            "command again"
+        ) from error
 
 
 def _spell_end(error: RayError) -> str:

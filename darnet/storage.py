@@ -362,8 +362,9 @@ class S3Store:
         Raises: ScanError(ERR_INPUT_CHANGED) if it is another than `planned`; _OtherSpan; boto3's errors.
         """
         for pause_s in BODY_PAUSES_S:
+            answer = self._request(key, planned, span)
             try:
-                return self._take_body(self._request(key, planned, span), sink, planned, span)
+                return self._take_body(answer, sink, planned, span)
             except boto_errors.FlexibleChecksumError:
                 continue  # what was read wrongly may be right at once; what lies there so gets no better by waiting
             except _BROKEN_BODY:
@@ -373,15 +374,23 @@ class S3Store:
     def _request(self, key: str, planned: StoredObject | None, span: range | None) -> Mapping[str, Any]:
         """The answer to a request for an object, its planned version or a span of it, with its body unread.
 
-        What fails here, botocore has tried again already, but for an error's text that breaks off.
+        What fails here, botocore has tried again already. But it reads a refusal's text as it comes: one that breaks
+        off is asked for again here.
         """
         conditions = {} if planned is None else {"IfMatch": f'"{planned.version}"'}
         conditions |= {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
-        try:
-            answer: Mapping[str, Any] = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **conditions)
-        except urllib3.exceptions.HTTPError as error:  # botocore reads that text without translating what happens
-            raise boto_errors.ResponseStreamingError(error=error) from error
-        return answer
+        for pause_s in (*BODY_PAUSES_S, None):
+            try:
+                answer: Mapping[str, Any] = self._client.get_object(
+                    Bucket=self.bucket, Key=self.prefix + key, **conditions
+                )
+            except urllib3.exceptions.HTTPError as error:
+                if pause_s is None:
+                    raise boto_errors.ResponseStreamingError(error=error) from error
+                time.sleep(pause_s)
+            else:
+                return answer
+        raise AssertionError("the last pause is None")
 
     def _take_body(
         self, answer: Mapping[str, Any], sink: BinaryIO, planned: StoredObject | None, span: range | None

@@ -187,6 +187,7 @@ def test_a_refusal_whose_text_is_cut_is_asked_for_again(
     proxy.policy = lambda _: Fault("truncated")
     with pytest.raises(StorageError, match="ResponseStreamingError"):
         store.read_bytes("b")
+    assert proxy.done["truncated"] == 2 + 3
 
 
 @pytest.mark.s3

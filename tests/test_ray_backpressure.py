@@ -11,8 +11,9 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
 
 from darnet.config import DecodeConfig, VolumeConfig
+from darnet.errors import RunError
 from darnet.ray_backpressure import MAX_WAITING, WaitingScansPolicy, bound_waiting
-from darnet.ray_cluster import decode_planned
+from darnet.ray_cluster import decode_planned, iterate_blocks
 from darnet.reading.road import Road
 from darnet.storage import open_store
 
@@ -78,10 +79,20 @@ def test_decoding_pauses_while_as_many_scans_wait_as_may(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_night_bounds_what_waits_and_waits_itself_for_ever(tmp_path: Path) -> None:
-    """Ray would end a night after half an hour in which its machines with GPUs have not come."""
+def test_a_night_bounds_what_waits_and_waits_for_machines(tmp_path: Path) -> None:
+    """By Ray's default a night ends after half an hour in which its machines with GPUs have not come."""
     road = Road(VolumeConfig(), DecodeConfig())
     dataset = decode_planned([0], lambda _: [], open_store(str(tmp_path)), road, 4, 64)
-    assert dataset.context.execution_no_progress_timeout_s == -1
+    assert dataset.context.execution_no_progress_timeout_s == 24 * 60 * 60
     assert dataset.context.get_config(MAX_WAITING) == 64
     assert WaitingScansPolicy in dataset.context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_night_that_stands_still_for_too_long_ends_with_a_reason() -> None:
+    context = DataContext.get_current().copy()
+    context.execution_no_progress_timeout_s = 2
+    with DataContext.current(context):
+        dataset = ray.data.from_items([{"a": 1}]).map(lambda row: time.sleep(20) or row)
+        with pytest.raises(RunError, match="nothing went on"):
+            list(iterate_blocks(dataset))

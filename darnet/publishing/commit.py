@@ -281,7 +281,12 @@ def _claim(
     Reads the holder after a refusal too: a repeated request may have been refused because of its own first try.
     """
     for attempt in range(PUT_ATTEMPTS):
-        confirm()
+        try:
+            confirm()
+        except RunError as error:
+            if not attempt:
+                raise
+            raise RunError(f"{error}; but a put of it was not answered, and may yet arrive") from error
         try:
             if store.put_if_absent(key, path):
                 return run_id

@@ -109,6 +109,7 @@ def decide_hold(store: Store, settings: ScoreSettings) -> dict[str, Any]:
     if run_id not in held and not is_begun:
         raise UsageError(f"{store.uri}: run {run_id!r} is not held; held here: {', '.join(held) or 'none'}")
     if settings.discard is not None and not is_begun and is_published(store, run_id):
+        store.delete(RunFolder(store, run_id).locate(DISCARDED))  # as below, where that was killed
         raise _explain_published(store, run_id)
     folder = RunFolder(store, run_id)
     hold = _read_hold(store, run_id) if run_id in held else {"run_id": run_id, "notice": NOTICE}

@@ -73,7 +73,7 @@ BACKENDS = (
     ("openvino", "int8", 2.8, 3.0),
     ("openvino", "bf16", None, None),
 )
-PRODUCTS = "fp32 matrix products of its size"  # what the processor can do at most
+PRODUCTS = "fp32 matrix products of its size"  # how fast it is where nothing is waited for
 COMPILING = "ours, compiling one fold"  # what a machine pays once, and no road below does
 UNITS = {"seconds": "s", "growth_mb": "MB"}
 STAGE_NAMES = ("fetch_s", "decode_s", "model_s", "headers_s", "pixels_s", "lungs_s", "statistics_s")

@@ -244,6 +244,9 @@ def test_a_run_that_is_published_while_it_is_discarded_is_told_and_not_half_disc
     monkeypatch.setattr(type(local), "write_bytes", publish_then_write)
     with pytest.raises(UsageError, match=r"in the table already.*--accept"):
         decide(local, "discard", folder.run_id)
+    local.write_bytes(folder.locate("DISCARDED.json"), b"{}")  # as where it was killed before it looked again
+    with pytest.raises(UsageError, match=r"in the table already.*--accept"):
+        decide(local, "discard", folder.run_id)
     assert decide(local, "accept", folder.run_id)["published"] == 3
     assert (list_commit_numbers(local), list_held_runs(local)) == ([1, 2, 3], [])
 
