@@ -8,7 +8,7 @@ from typing import Any
 
 from darnet.results import read_rows
 from tests.chaos.night import ChaosError, Night, collect_facts, count_crashes, keep_ray_logs
-from tests.hostile import QUICK_CASES
+from tests.hostile import CASES
 from tests.poison_fixtures import write_sound
 
 NUM_SOUND = 200
@@ -16,7 +16,7 @@ LIMITS = ("--score.decode.memory-bytes", str(1 << 30), "--score.decode.timeout-s
 
 
 def hostile_archive(night: Night) -> str:
-    """200 sound scans and every hostile one but the 10,000 slices: each of these in its own status, no worker dead."""
+    """200 sound scans and every hostile one: each of these in its own status, no worker dead."""
     sound, mixed = (night.site.folder / name for name in ("sound", "mixed"))
     for index in range(NUM_SOUND):
         write_sound(sound, index)
@@ -41,8 +41,8 @@ def hostile_archive(night: Night) -> str:
 def _write_cases(archive: Path) -> dict[str, str]:
     """The status in which each hostile source must end; a listing has them between the sound ones."""
     expected = {}
-    for index, case in enumerate(QUICK_CASES.values()):
-        place = f"sound{index * NUM_SOUND // len(QUICK_CASES):05d}-{index}"
+    for index, case in enumerate(CASES.values()):
+        place = f"sound{index * NUM_SOUND // len(CASES):05d}-{index}"
         case.write(archive / place)
         (source,) = (path for path in archive.iterdir() if path.name.partition(".")[0] == place)
         expected[source.name] = str(case.status)
