@@ -37,7 +37,7 @@ def test_a_store_that_puts_blindly_is_found_out(scenario: Any) -> None:
     assert PublishModel(scenario, is_blind=True).walk().faults
 
 
-def _claim_believing(store: Any, key: str, data: bytes, run_id: str, _: Any) -> str:
+def _claim_believing(store: Any, key: str, data: bytes, run_id: str, *_: Any) -> str:
     """A refusal is another's doing, whoever holds the slot."""
     try:
         return run_id if store.put_if_absent(key, data) else "another"
