@@ -379,18 +379,15 @@ class S3Store:
         """
         conditions = {} if planned is None else {"IfMatch": f'"{planned.version}"'}
         conditions |= {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
-        for pause_s in (*BODY_PAUSES_S, None):
-            try:
-                answer: Mapping[str, Any] = self._client.get_object(
-                    Bucket=self.bucket, Key=self.prefix + key, **conditions
-                )
-            except urllib3.exceptions.HTTPError as error:
-                if pause_s is None:
-                    raise boto_errors.ResponseStreamingError(error=error) from error
-                time.sleep(pause_s)
-            else:
-                return answer
-        raise AssertionError("the last pause is None")
+        ask = functools.partial(self._client.get_object, Bucket=self.bucket, Key=self.prefix + key, **conditions)
+        for pause_s in BODY_PAUSES_S:
+            with suppress(urllib3.exceptions.HTTPError):
+                return cast(Mapping[str, Any], ask())
+            time.sleep(pause_s)
+        try:
+            return cast(Mapping[str, Any], ask())
+        except urllib3.exceptions.HTTPError as error:
+            raise boto_errors.ResponseStreamingError(error=error) from error
 
     def _take_body(
         self, answer: Mapping[str, Any], sink: BinaryIO, planned: StoredObject | None, span: range | None
