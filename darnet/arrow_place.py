@@ -5,7 +5,7 @@ pyarrow does not ask boto3 where S3 is; what Ray keeps by it, checkpoints of tra
 
 import pyarrow.fs  # type: ignore[import-untyped]
 
-from darnet.storage import find_s3_endpoint
+from darnet.storage_s3 import find_s3_endpoint
 
 
 def find_arrow_place(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:

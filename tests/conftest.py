@@ -18,7 +18,8 @@ from typing import Any
 import boto3.session
 import pytest
 
-from darnet.storage import Store, _share_client, open_store
+from darnet.storage import Store, open_store
+from darnet.storage_s3 import _share_client
 from tests.places import ROOT
 
 ATTEMPTS = 300  # times 0.1 s

@@ -17,7 +17,8 @@ from darnet.errors import CredentialsError, ObjectMissing, ScanError, Status, St
 from darnet.publishing.check import check_table
 from darnet.publishing.commit import check_rows, publish
 from darnet.publishing.runs import RunFolder
-from darnet.storage import S3Store, connect_s3, open_store, transfer_all
+from darnet.storage import open_store, transfer_all
+from darnet.storage_s3 import S3Store, connect_s3
 from tests.fault_proxy import Fault, FaultProxy, Policy, Request, Weather, run_fault_proxy
 from tests.results_fixtures import ORIGIN, begin_run, make_listing, make_row, make_source
 from tests.small_disk import MountRefused, mount_small_disk

@@ -24,7 +24,8 @@ from darnet.ingest import Ingester, make_sandbox
 from darnet.reading.road import Road
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan
-from darnet.storage import S3Store, open_store
+from darnet.storage import open_store
+from darnet.storage_s3 import S3Store
 from darnet.volume import list_contributions
 from tests.bench.listing_server import PAGE
 from tests.ct_fixtures import SERIES_UID, write_chest

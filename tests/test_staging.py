@@ -25,7 +25,8 @@ from darnet.reading.road import FoundScan, Road, decode_scan, find_scans
 from darnet.reading.sandbox import Sandbox
 from darnet.scan import IngestedScan, Source, StagedFile, StoredObject
 from darnet.staging import Excerpts, Staging
-from darnet.storage import S3Store, open_store
+from darnet.storage import open_store
+from darnet.storage_s3 import S3Store
 from tests.ct_fixtures import make_chest, write_chest
 from tests.hostile.case import cut
 from tests.marks import mark_slow

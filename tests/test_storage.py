@@ -31,19 +31,9 @@ from darnet.errors import (
     UsageError,
 )
 from darnet.scan import StoredObject
-from darnet.storage import (
-    BODY_PAUSES_S,
-    TRANSFERS,
-    S3Endpoint,
-    S3Store,
-    Store,
-    _parse_time,
-    find_s3_endpoint,
-    open_store,
-    read_file,
-    transfer_all,
-)
+from darnet.storage import Store, open_store, read_file, transfer_all
 from darnet.storage_local import LocalStore
+from darnet.storage_s3 import BODY_PAUSES_S, TRANSFERS, S3Endpoint, S3Store, _parse_time, find_s3_endpoint
 from tests.object_server import Answer, serve_objects
 
 TRICKY_KEYS = ["a-b/c", "a.b", "a/b", "a/c.d", "a/c/d", "a0", "a b/ü+%20&.dcm", "A", "z", "é/x", "日本/1", "\U0001f600"]

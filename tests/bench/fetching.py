@@ -26,7 +26,7 @@ from darnet.phantoms.files import write_dicom
 from darnet.reading.road import Road
 from darnet.scan import Diagnosis, Source, StoredObject
 from darnet.staging import EXCERPTS, Excerpts, Staging
-from darnet.storage import TRANSFERS, S3Store
+from darnet.storage_s3 import TRANSFERS, S3Store
 from tests.object_server import Answer, Line, serve_objects
 
 NOTHING = replace(EXCERPTS, min_bytes=sys.maxsize)  # comes as an excerpt

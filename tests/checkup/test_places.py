@@ -17,8 +17,9 @@ from darnet.checkup.findings import Finding, UnfitError, Verdict, examine, repor
 from darnet.checkup.places import Trial, check_archive, check_reach, check_removal, check_results
 from darnet.errors import CredentialsError, ExitCode
 from darnet.scan import StoredObject
-from darnet.storage import S3Store, Store, open_store
+from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
+from darnet.storage_s3 import S3Store
 from tests.conftest import find_free_port, wait_until_it_answers
 
 KEYS = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "secret-of-a-test"}
