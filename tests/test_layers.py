@@ -15,8 +15,8 @@ ROWS = (
     "phantoms.canvas publishing.outermost publishing.rows range_reader ray_backpressure ray_token reading.excerpt "
     "reading.pixel_length reading.plain_header reading.sandbox reading.stored_pixels reading.volume_file report "
     "s3_answers settings storage_local store tables terminal threads volume",
-    "storage_s3",
-    "calibration charts checkup.findings cohort evaluation.intervals evaluation.predictions inference.graph job "
+    "evaluation.intervals storage_s3",
+    "calibration charts checkup.findings cohort evaluation.comparisons evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
     "reading.slice_order reading.zipped storage",
     "arrow_place bundle cam_images decode evaluation.measures evaluation.truth inference.torch_backend phantom "

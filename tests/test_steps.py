@@ -7,7 +7,7 @@ import pytest
 
 from darnet.config import CohortConfig
 from darnet.errors import UsageError
-from darnet.evaluation.intervals import MIN_SEEDS
+from darnet.evaluation.comparisons import MIN_SEEDS
 from darnet.settings import EvaluateSettings, PaperSettings, PhantomsSettings, TrainSettings, read_settings
 from darnet.steps import SETTINGS_FILE, Step, claim_folder, run_steps
 from darnet.storage import Store

@@ -16,15 +16,8 @@ import torch
 from scipy import ndimage
 
 from darnet.cam import class_activation_maps, find_peak
-from darnet.evaluation.intervals import (
-    ALPHA,
-    UNDEFINED,
-    FoldDifference,
-    Interval,
-    Resampling,
-    compare_folds,
-    take_interval,
-)
+from darnet.evaluation.comparisons import FoldDifference, compare_folds
+from darnet.evaluation.intervals import ALPHA, UNDEFINED, Interval, Resampling, take_interval
 from darnet.evaluation.truth import Truth
 from darnet.model import DARNet, build_network
 from darnet.scan import FloatArray, Uint8Array

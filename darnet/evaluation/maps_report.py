@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from darnet.evaluation.cam_truth import CHANGED_BELOW, MEASURES, Estimate, MapStudy, count_needed_patients
-from darnet.evaluation.intervals import MIN_SEEDS
+from darnet.evaluation.comparisons import MIN_SEEDS
 from darnet.evaluation.paper import DEPTH_PAIRS
 from darnet.evaluation.study import Study
 from darnet.evaluation.tabulate import format_difference, format_interval, format_metric, format_p

@@ -13,23 +13,25 @@ import numpy as np
 
 from darnet import NOTICE
 from darnet.errors import UsageError
-from darnet.evaluation.intervals import (
+from darnet.evaluation.comparisons import (
     AucDifference,
     AucEstimate,
     DecisionDifference,
     FoldDifference,
-    Interval,
-    Resampling,
-    bootstrap_differences,
-    bootstrap_intervals,
-    bootstrap_recalls,
-    bootstrap_roc,
     compare_aucs,
     compare_decisions,
     compare_folds,
     correct_holm,
     delong_auc,
     judge_p,
+)
+from darnet.evaluation.intervals import (
+    Interval,
+    Resampling,
+    bootstrap_differences,
+    bootstrap_intervals,
+    bootstrap_recalls,
+    bootstrap_roc,
     measure_cohort_variance,
     resample_scans,
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from darnet.charts import FEW_IN_BIN, draw_confusion, draw_distributions, draw_reliability, draw_roc
-from darnet.evaluation.intervals import judge_p
+from darnet.evaluation.comparisons import judge_p
 from darnet.evaluation.measures import Comparison, Evaluation, Origin, find_warnings
 from darnet.evaluation.paper import NUM_TEST_SCANS
 from darnet.evaluation.tabulate import (

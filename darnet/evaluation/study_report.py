@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from darnet import NOTICE
 from darnet.charts import draw_histories, draw_rocs
-from darnet.evaluation.intervals import MIN_SEEDS, judge_p
+from darnet.evaluation.comparisons import MIN_SEEDS, judge_p
 from darnet.evaluation.maps_report import (
     describe_measured_maps,
     tabulate_map_differences,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from darnet import NOTICE
-from darnet.evaluation.intervals import MIN_SEEDS, Interval, judge_p
+from darnet.evaluation.comparisons import MIN_SEEDS, judge_p
+from darnet.evaluation.intervals import Interval
 from darnet.evaluation.measures import Comparison, Evaluation
 from darnet.evaluation.paper import CITATION, NETWORKS, TABLE_3
 from darnet.evaluation.predictions import Predictions

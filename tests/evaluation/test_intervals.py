@@ -9,18 +9,20 @@ import scipy.stats
 from sklearn.metrics import roc_auc_score
 
 from darnet.auditing.shortcuts import compare_groups
-from darnet.evaluation.intervals import (
+from darnet.evaluation.comparisons import (
     AucEstimate,
-    bootstrap_differences,
-    bootstrap_intervals,
-    bootstrap_recalls,
-    bootstrap_roc,
     compare_aucs,
     compare_decisions,
     compare_folds,
     correct_holm,
     delong_auc,
     judge_p,
+)
+from darnet.evaluation.intervals import (
+    bootstrap_differences,
+    bootstrap_intervals,
+    bootstrap_recalls,
+    bootstrap_roc,
     measure_cohort_variance,
     resample_scans,
     take_interval,

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from darnet.evaluation.cam_truth import Estimate, MapDifference, MapStudy
-from darnet.evaluation.intervals import FoldDifference, Interval
+from darnet.evaluation.comparisons import FoldDifference
+from darnet.evaluation.intervals import Interval
 from darnet.evaluation.maps_report import describe_measured_maps
 from darnet.evaluation.measures import Origin
 from darnet.evaluation.paper import TABLE_1
