@@ -1,6 +1,6 @@
 """What a training consists of: settings, a volumes table and a cluster's resources enter, networks and folds leave.
 
-No Ray: what runs where is decided here and done in `ray_train`; and what `ray_score` counts for its actors.
+No Ray: what runs where is decided here and done in `ray_folds`; and what `ray_score` counts for its actors.
 """
 
 import hashlib

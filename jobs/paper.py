@@ -11,7 +11,7 @@ from darnet.evaluation.truth import refuse_empty
 from darnet.job import run_job
 from darnet.ray_cluster import connect
 from darnet.ray_evaluate import evaluate_on_cluster
-from darnet.ray_train import plan_training
+from darnet.ray_folds import plan_training
 from darnet.settings import EvaluateSettings, PaperSettings, PrepareSettings, TrainSettings
 from darnet.steps import Step, claim_folder, run_steps
 from darnet.storage import has_object, open_store, read_file

@@ -29,8 +29,8 @@ ROWS = (
     "auditing.report checkup.machine demo evaluation.maps_report evaluation.model_card evaluation.networks "
     "evaluation.study_maps gang prepared publishing.hold publishing.planning ray_checkpoint ray_cluster",
     "auditing.record checkup.places evaluation.study_report publishing.check ray_prepare ray_rank ray_score",
-    "evaluation.evaluate ray_doctor ray_train",
-    "ray_evaluate",
+    "evaluation.evaluate ray_doctor ray_folds",
+    "ray_evaluate ray_train",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {

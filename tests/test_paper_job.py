@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-import darnet.ray_train
+import darnet.ray_folds
 import jobs.paper
 from darnet.errors import UsageError
 from darnet.scan import DIAGNOSES
@@ -89,7 +89,7 @@ def start(folder: Path, name: str, **changed: Any) -> None:
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of two CPUs, without Ray."""
     monkeypatch.setattr(jobs.paper, "connect", lambda: None)
-    monkeypatch.setattr(darnet.ray_train, "list_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(darnet.ray_folds, "list_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
 
 
 @pytest.mark.ray

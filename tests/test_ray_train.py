@@ -36,15 +36,8 @@ from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, Us
 from darnet.evaluation.seeds import merge_seeds
 from darnet.history import render_history
 from darnet.model import build_network
-from darnet.ray_train import (
-    _EpochFollower,
-    _fit,
-    _run_all,
-    measure_networks,
-    train_folds,
-    train_model,
-    write_bundles,
-)
+from darnet.ray_folds import _fit, _run_all, train_folds
+from darnet.ray_train import _EpochFollower, measure_networks, train_model, write_bundles
 from darnet.settings import TrainSettings
 from darnet.storage import Store, open_store
 from darnet.terminal import Meter
@@ -203,7 +196,7 @@ def test_a_killed_rank_restarts_and_ends_in_the_bits_of_an_undisturbed_training(
 def test_so_does_one_that_ray_has_given_up_and_that_goes_on_in_a_new_run(
     index: VolumesIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("darnet.ray_train.MAX_FAILURES", 0)
+    monkeypatch.setattr("darnet.ray_folds.MAX_FAILURES", 0)
     killed = train_and_kill(index, tmp_path / "runs")
     undisturbed = train_with_torch_alone(index.folder, NETWORK, CONFIG, WORKERS, tmp_path)
     assert "; it goes on behind epoch" in capsys.readouterr().err
@@ -319,7 +312,7 @@ class FailingTrainer:
 def test_what_a_worker_says_of_store_and_credentials_decides_the_exit_code(error: RunError, tmp_path: Path) -> None:
     task = FoldTask(Places("volumes", "runs", tmp_path, ""), "run", NETWORK, CONFIG, 1)
     with pytest.raises(
-        RunError, match=f"darnet-da-ca seed 0 fold 1 failed 4 times, .* {re.escape(str(error))}"
+        RunError, match=f"darnet-da-ca seed 0 fold 1 failed 4 times in one run, .* {re.escape(str(error))}"
     ) as caught:
         _fit(task, cast(TorchTrainer, FailingTrainer(RuntimeError("Connection closed by peer"), error)))
     assert caught.value.exit_code == error.exit_code > 1
@@ -392,7 +385,9 @@ def test_a_fold_that_gets_further_each_time_survives_any_number_of_failures(caps
 )
 def test_a_fold_that_gets_no_further_is_given_up(told: Sequence[Sequence[int]], num_made: int) -> None:
     losing, _, run = run_losing(*told)
-    with pytest.raises(RunError, match="da-ca seed 0 fold 1 failed 4 times, the last time with: the node\nis go"):
+    with pytest.raises(
+        RunError, match="da-ca seed 0 fold 1 failed 4 times in one run, the last time with: the node\nis go"
+    ):
         run()
     assert losing.num_made == num_made
 
