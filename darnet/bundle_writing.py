@@ -14,24 +14,20 @@ import safetensors.torch
 from torch import Tensor
 
 from darnet import NOTICE
-from darnet.bundle import (
-    CARD_FILE,
+from darnet.bundle import CARD_FILE, Bundle, Int8Graph, build_blueprint, count_network_parameters
+from darnet.config import fingerprint
+from darnet.errors import PutUncertain, StorageError, UsageError
+from darnet.history import HISTORY_FILE, History, render_history
+from darnet.manifest import (
     MANIFEST_FILE,
-    Bundle,
     BundleManifest,
     BundleSettings,
     FoldRecord,
-    Int8Graph,
     Int8Record,
-    build_blueprint,
-    count_network_parameters,
     digest_model,
     list_bundles,
     name_model,
 )
-from darnet.config import fingerprint
-from darnet.errors import PutUncertain, StorageError, UsageError
-from darnet.history import HISTORY_FILE, History, render_history
 from darnet.model import DARNet
 from darnet.scan import DIAGNOSES
 from darnet.storage import Store, has_object, open_store

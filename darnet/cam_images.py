@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from darnet.cam import find_peak
+from darnet.cam_statistics import find_peak
 from darnet.config import CamChoice
 from darnet.errors import RunError, UsageError
 from darnet.page import HtmlFigure

@@ -26,8 +26,8 @@ PREPARING = (
 # And of a row: what `score` makes of a scan, and how it ended. Storage decides only rows that are tried again.
 SCORING = (
     *PREPARING,
-    *("bundle", "cam", "inference.graph", "inference.openvino_backend", "inference.torch_backend", "model"),
-    *("pseudonym", "reading.sandbox", "score", "threads"),
+    *("bundle", "cam", "cam_statistics", "inference.graph", "inference.openvino_backend", "inference.torch_backend"),
+    *("model", "pseudonym", "reading.sandbox", "score", "threads"),
 )
 
 

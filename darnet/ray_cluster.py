@@ -8,7 +8,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -20,8 +20,8 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from darnet.config import VolumeConfig
 from darnet.cpus import DECODE_CPUS
+from darnet.decoded_scan import DecodedScan, pack_scan, size_block
 from darnet.errors import RunError, Status, UsageError, name_defect
 from darnet.ingest import Ingester
 from darnet.pseudonym import OPEN_KEYS, PSEUDONYM_VARIABLE, KeyNames, mark_secret, read_secret
@@ -34,24 +34,8 @@ from darnet.storage import Store
 AnswerT = TypeVar("AnswerT")
 SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
-RECORD_BYTES = 1000  # of a row beside its voxels and mask, as Ray counts them. Source: ours; 750 to 1,100 were seen
 STANDSTILL_S = 86_400  # Source: ours; machines with GPUs may be waited for that long, and by Ray's default half an hour
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
-
-
-@dataclass(frozen=True)
-class DecodedScan:
-    """One scan on its way through the cluster, with what its row needs of its source, which is named there as it says.
-
-    `failure` stops the job when it reaches the driver: raised in a worker, Ray would strip it of its type.
-    """
-
-    source_key: str
-    source_name: str
-    input_sha256: str
-    num_scans: int
-    scan: IngestedScan
-    failure: RunError | None = None
 
 
 def connect() -> None:
@@ -187,10 +171,7 @@ def read_mark() -> str | UsageError | None:
 
 
 def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_size: int) -> Dataset:
-    """A lazy data set with one row a scan: `voxels` (D, H, W) uint8, `lung` its mask as packed bits, `record`.
-
-    A scan that is not OK carries zeros, so that every row and block has one shape. `record` is read by `unpack_scan`.
-    """
+    """A lazy data set with one row a scan, as of `pack_scan`."""
     items = [{"source": pickle.dumps(source)} for source in sources]
     return _decode(items, _count_blocks(len(items)), decode_row, store, road, batch_size)
 
@@ -237,15 +218,6 @@ def _decode(
     return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
 
 
-def size_block(volume: VolumeConfig, batch_size: int) -> int:
-    """Bytes to be named to Ray, so that a block has the rows of a batch: it ends one with the row that exceeds them.
-
-    Half a row less than a batch is as far from a row too few as from one too many. Source: Ray's BlockOutputBuffer.
-    """
-    voxels = int(np.prod(volume.shape))
-    return int((batch_size - 0.5) * (voxels + voxels // 8 + RECORD_BYTES))
-
-
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
     """Run a data set and yield its blocks as they come. What is printed meanwhile goes to people, on stderr.
 
@@ -269,18 +241,6 @@ def _spell_end(error: RayError) -> str:
     """What Ray says of a lost worker or node; of an exception in one, its kind and place."""
     is_defect = isinstance(error, RayTaskError) or 'File "' in str(error)
     return name_defect(error) if is_defect else str(error)
-
-
-def unpack_scan(record: bytes, voxels: np.ndarray[Any, Any], lung: np.ndarray[Any, Any]) -> DecodedScan:
-    """A row of `decode_sources` as the decoded scan it was made of."""
-    decoded: DecodedScan = pickle.loads(record)
-    scan = decoded.scan
-    if scan.volume is None:
-        return decoded
-    mask = np.unpackbits(lung, count=voxels.size).reshape(voxels.shape).astype(np.bool_)
-    has_mask = scan.lung is not None
-    volume = replace(scan.volume, voxels=voxels)
-    return replace(decoded, scan=replace(scan, volume=volume, lung=mask if has_mask else None))
 
 
 def decode_row(row: dict[str, Any], store: Store, road: Road) -> list[dict[str, Any]]:
@@ -321,12 +281,12 @@ def _decode_source(source: Source, store: Store, road: Road, following: Source |
         return [_pack_failure(source, defect, road)]
     told = (source.key, names.name_source(source.key), source.input_sha256, len(scans))
     named = [replace(scan, scan_id=names.name_scan(scan.scan_id)) for scan in scans]
-    return [_pack_scan(DecodedScan(*told, scan), road.volume) for scan in named]
+    return [pack_scan(DecodedScan(*told, scan), road.volume) for scan in named]
 
 
 def _pack_failure(source: Source, error: RunError, road: Road) -> dict[str, Any]:
     scan = IngestedScan(source.key, Status.ERR_STORAGE, str(error))
-    return _pack_scan(DecodedScan(source.key, "", source.input_sha256, 1, scan, error), road.volume)
+    return pack_scan(DecodedScan(source.key, "", source.input_sha256, 1, scan, error), road.volume)
 
 
 @functools.lru_cache(maxsize=1)
@@ -351,15 +311,3 @@ def _compare_secrets(own: str | None, other: str | None) -> str:
     if other is None:
         return f"no {PSEUDONYM_VARIABLE}, which the driver has"
     return f"{'another' if own else 'a'} {PSEUDONYM_VARIABLE} {'than the driver' if own else 'and the driver none'}"
-
-
-def _pack_scan(decoded: DecodedScan, volume: VolumeConfig) -> dict[str, Any]:
-    scan = decoded.scan
-    voxels = np.zeros(volume.shape, np.uint8) if scan.volume is None else scan.volume.voxels
-    lung = np.zeros(volume.shape, np.bool_) if scan.lung is None else scan.lung
-    slim = replace(
-        scan,
-        volume=None if scan.volume is None else replace(scan.volume, voxels=np.empty((0, 0, 0), np.uint8)),
-        lung=None if scan.lung is None else np.empty((0, 0, 0), np.bool_),
-    )
-    return {"voxels": voxels, "lung": np.packbits(lung), "record": pickle.dumps(replace(decoded, scan=slim))}

@@ -22,9 +22,10 @@ from darnet.cohort import (
     record_division,
 )
 from darnet.cpus import DECODE_CPUS
+from darnet.decoded_scan import unpack_scan
 from darnet.errors import RunError, Status, UsageError
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
-from darnet.ray_cluster import connect, decode_sources, iterate_blocks, unpack_scan
+from darnet.ray_cluster import connect, decode_sources, iterate_blocks
 from darnet.reading.road import Road
 from darnet.scan import Source
 from darnet.settings import PrepareSettings

@@ -12,112 +12,31 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any
 
-import numpy as np
-import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from darnet.archive import EVERYTHING, Selection
-from darnet.bundle import BundleManifest, read_manifest, read_model
 from darnet.cam_images import IMAGE_COLUMNS, CamImages
 from darnet.code_version import name_scoring_code
 from darnet.config import GateConfig, ScoreConfig, digest_json
-from darnet.errors import RunError, Status, name_defect
+from darnet.errors import RunError
+from darnet.manifest import BundleManifest, RunFacts, read_manifest
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.commit import Outlook, check_rows, read_outlook
 from darnet.publishing.hold import PAGE, is_published, publish_run, refuse_if_held, review_run
 from darnet.publishing.objects import suggest_discard
 from darnet.publishing.origin import Origin
-from darnet.publishing.outermost import Outermost
 from darnet.publishing.planning import plan_night, preview_night, warn_of_others
 from darnet.publishing.runs import RunFolder, RunRecord, Work, list_open_runs, name_part, sort_unfinished
 from darnet.publishing.staged import StagedRows
-from darnet.ray_cluster import (
-    agree_on_secret,
-    connect,
-    decode_planned,
-    iterate_blocks,
-    unpack_scan,
-)
+from darnet.ray_actor import ScoringActor
+from darnet.ray_cluster import agree_on_secret, connect, decode_planned, iterate_blocks
 from darnet.ray_metrics import ScanCounters
-from darnet.ray_token import list_nodes, refuse_open_node
+from darnet.ray_token import list_nodes
 from darnet.reading.road import Road
-from darnet.scan import Source, StandardVolume
-from darnet.score import Ensemble, RunFacts, ScanScore, make_row
+from darnet.scan import Source
 from darnet.storage import Store
 from darnet.terminal import show_progress
 from darnet.training_plan import place_networks, plan_actors, read_room
-
-
-class ScoringActor:
-    """A cluster actor that holds the ensemble and turns decoded scans into results rows.
-
-    A bundle or a node that it refuses stops the job when that reaches the driver: raised here, Ray would strip it of
-    its type.
-    """
-
-    def __init__(
-        self, model: Store, run: RunFacts, config: ScoreConfig, device: str, images: CamImages | None = None
-    ) -> None:
-        # Of this node, which may have another program installed than the driver's machine.
-        self._run = replace(run, code_version=name_scoring_code())
-        self._images, self._outermost = images, Outermost()
-        self._ensemble: Ensemble | RunError
-        try:
-            refuse_open_node()
-            self._ensemble = _load_ensemble(model, run, config, device)
-        except RunError as error:
-            self._ensemble = error
-        except Exception as error:  # no scan is in its text; a driver or a memory of this node's may be
-            told = f"no network was made on node {ray.util.get_node_ip_address()}: {name_defect(error)}: {error}"
-            self._ensemble = RunError(told)
-
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        """Rows of `decode_planned` in; per scan a pickle of (source, scans of the source, row or failure) out.
-
-        One failure stands for all scans where bundle or node is refused, or scoring fails.
-        """
-        ensemble = self._ensemble
-        if isinstance(ensemble, RunError):
-            return _pack_failure(ensemble)
-        try:
-            return {"row": [pickle.dumps(row) for row in self._score(ensemble, batch)]}
-        except RunError as error:
-            return _pack_failure(error)
-        except Exception as error:  # Ray would write its text to its logs, and to the driver's stderr
-            node = ray.util.get_node_ip_address()
-            return _pack_failure(RunError(f"node {node}: scoring ended in an unexpected {name_defect(error)}"))
-
-    def _score(
-        self, ensemble: Ensemble, batch: dict[str, np.ndarray[Any, Any]]
-    ) -> Iterator[tuple[str, int, dict[str, Any] | RunError]]:
-        decoded = [
-            unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
-        ]
-        is_ok = np.array([item.scan.status is Status.OK for item in decoded])
-        scores = iter(ensemble.score(batch["voxels"][is_ok]) if is_ok.any() else ())
-        for item in decoded:
-            score = next(scores) if item.scan.status is Status.OK else None
-            row = make_row(self._run, item.source_name, item.input_sha256, item.scan, score, datetime.now(UTC))
-            if self._images is not None and score is not None and item.scan.volume is not None:
-                self._keep_picture(self._images, row, item.scan.volume, score)
-            yield item.source_key, item.num_scans, item.failure or row
-
-    def _keep_picture(self, images: CamImages, row: dict[str, Any], volume: StandardVolume, score: ScanScore) -> None:
-        if images.wants(row, self._outermost):
-            images.write(row, volume, score.draw_cam(score.prediction, volume.voxels.shape))
-
-
-def _pack_failure(error: RunError) -> dict[str, list[bytes]]:
-    """What stops the job, for all scans of a batch."""
-    return {"row": [pickle.dumps(("", 1, error))]}
-
-
-def _load_ensemble(model: Store, run: RunFacts, config: ScoreConfig, device: str) -> Ensemble:
-    """Raises: RunError if the bundle is another one by now than the run was planned with; as `read_model`."""
-    bundle = read_model(model, config)
-    if bundle.manifest != run.model:
-        raise RunError(f"{model.uri}: the model bundle changed during the run; start it again")
-    return Ensemble.from_bundle(bundle, config, device)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from darnet.bundle import BundleManifest, BundleSettings
 from darnet.bundle_writing import Files, TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.code_version import name_training_code
 from darnet.config import ScoreConfig
 from darnet.evaluation.model_card import NO_TEST, describe_cohort, describe_test, evaluate_test
 from darnet.inference.torch_backend import TorchBackend
+from darnet.manifest import BundleManifest, BundleSettings
 from darnet.model import DARNet, build_network
 from darnet.ray_folds import ReadFolds, name_failure, train_folds
 from darnet.ray_token import list_nodes, refuse_open_node

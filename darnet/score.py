@@ -6,19 +6,21 @@ The forward pass always has the same batch shape and number of threads, so that 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from typing import Any, Self
 
 import numpy as np
 import torch
 from scipy.special import softmax
 
-from darnet.bundle import Bundle, BundleManifest, load_network, select_model
-from darnet.cam import CamStatistics, measure_cam, upsample_cam
+from darnet.bundle import Bundle, load_network, select_model
+from darnet.cam import upsample_cam
+from darnet.cam_statistics import CamStatistics, measure_cam
 from darnet.config import ScoreConfig
 from darnet.inference.graph import Backend
 from darnet.inference.openvino_backend import OpenVINOBackend
 from darnet.inference.torch_backend import TorchBackend
+from darnet.manifest import RunFacts
 from darnet.publishing.rows import PROBABILITIES
 from darnet.scan import DIAGNOSES, Diagnosis, FloatArray, IngestedScan, StandardVolume, Uint8Array
 
@@ -56,16 +58,6 @@ class ScanScore:
     def draw_cam(self, diagnosis: Diagnosis, shape: tuple[int, int, int]) -> FloatArray:
         """The class's map on the network input, (D, H, W), nowhere negative."""
         return upsample_cam(torch.from_numpy(self.class_maps[DIAGNOSES.index(diagnosis)]), shape)
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What all rows of a run have in common."""
-
-    run_id: str
-    night: date
-    model: BundleManifest
-    code_version: str
 
 
 class Ensemble:

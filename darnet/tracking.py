@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from darnet.bundle import CARD_FILE, MANIFEST_FILE, BundleManifest
+from darnet.bundle import CARD_FILE
 from darnet.errors import UsageError
 from darnet.history import HISTORY_FILE
+from darnet.manifest import MANIFEST_FILE, BundleManifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

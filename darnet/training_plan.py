@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from darnet.bundle import name_model
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig, fingerprint
 from darnet.cpus import CPU_MARGIN, DECODE_CPUS, WORKER_CPUS
 from darnet.errors import ObjectMissing, UsageError
+from darnet.manifest import name_model
 from darnet.settings import TrainSettings
 from darnet.storage import Store
 from darnet.volumes_folder import VolumesTable

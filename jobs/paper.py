@@ -5,10 +5,10 @@ from typing import Any
 
 import jobs.prepare
 import jobs.train
-from darnet.bundle import NETWORK_NAMES
 from darnet.evaluation.evaluate import read_known_truths
 from darnet.evaluation.truth import refuse_empty
 from darnet.job import run_job
+from darnet.manifest import NETWORK_NAMES
 from darnet.ray_cluster import connect
 from darnet.ray_evaluate import evaluate_on_cluster
 from darnet.ray_folds import plan_training

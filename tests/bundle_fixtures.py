@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from darnet.bundle import NETWORKS, Bundle, BundleSettings, name_model
+from darnet.bundle import Bundle
 from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
+from darnet.manifest import NETWORKS, BundleSettings, name_model
 from darnet.model import build_network
 
 SHAPE = (16, 32, 32)

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from darnet.bundle import Bundle, BundleSettings
+from darnet.bundle import Bundle
 from darnet.bundle_writing import TrainedFold
 from darnet.cohort import Division
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig
 from darnet.dataset import VolumeDataset
+from darnet.manifest import BundleSettings
 from darnet.model import DARNet, build_network
 from darnet.storage import open_store
 from darnet.volumes_folder import VolumesIndex, read_index, write_array, write_index

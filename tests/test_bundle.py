@@ -19,20 +19,11 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from darnet import config
-from darnet.bundle import (
-    Bundle,
-    BundleSettings,
-    digest_model,
-    find_bundles,
-    load_networks,
-    name_model,
-    read_bundle,
-    read_manifest,
-    read_model,
-)
+from darnet.bundle import Bundle, load_networks, read_bundle, read_model
 from darnet.bundle_writing import TrainedFold, make_bundle, publish_bundles, refuse_existing
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig, VolumeConfig
 from darnet.errors import StorageError, UsageError
+from darnet.manifest import BundleSettings, digest_model, find_bundles, name_model, read_manifest
 from darnet.model import DARNet, build_network
 from darnet.scan import DIAGNOSES
 from darnet.storage import Store, open_store

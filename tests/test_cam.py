@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from darnet.cam import CamStatistics, class_activation_maps, measure_cam, upsample_cam
+from darnet.cam import class_activation_maps, upsample_cam
+from darnet.cam_statistics import CamStatistics, measure_cam
 from darnet.model import ModelConfig, build_network
 from darnet.scan import BoolArray, CropBox, Diagnosis, FloatArray, Intensity
 

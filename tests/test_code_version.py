@@ -20,12 +20,12 @@ from tests.test_layers import FILES, list_imports
 # What training, preparing or scoring imports that changes no weight, no voxel and no final row, and why.
 NEUTRAL = {
     "arrow_place": "where checkpoints lie",
-    "bundle": "names networks, and keeps weights by their digest",
     "cohort": "divides; the division is in the cohort's digest",
     "config": "settings are digested by value",
     "cpus": "what Ray counts",
     "errors": "names of what can go wrong",
     "history": "metrics for people",
+    "manifest": "names networks; weights are kept by their digest",
     "pseudonym": "keys that no record keeps",
     "range_reader": "bytes of objects of the results table alone",
     "publishing.rows": "names of columns",

@@ -11,14 +11,15 @@ from tests.places import ROOT
 
 ROWS = (
     "errors config pseudonym scan",
-    "archive auditing.shortcuts augment cam code_version cpus evaluation.paper history lung metrics model page "
-    "phantoms.canvas publishing.outermost publishing.rows range_reader ray_backpressure ray_token reading.excerpt "
-    "reading.pixel_length reading.plain_header reading.sandbox reading.stored_pixels reading.volume_file report "
-    "s3_answers settings storage_local store tables terminal threads volume",
+    "archive auditing.shortcuts augment cam cam_statistics code_version cpus decoded_scan evaluation.paper history "
+    "lung metrics model page phantoms.canvas publishing.outermost publishing.rows range_reader ray_backpressure "
+    "ray_token reading.excerpt reading.pixel_length reading.plain_header reading.sandbox reading.stored_pixels "
+    "reading.volume_file report s3_answers settings storage_local store tables terminal threads volume",
     "evaluation.intervals storage_s3",
     "calibration charts checkup.findings cohort evaluation.comparisons evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
     "reading.slice_order reading.zipped storage",
+    "manifest",
     "arrow_place bundle cam_images decode evaluation.measures evaluation.truth inference.torch_backend phantom "
     "phantoms.decoys publishing.gates publishing.objects reading.series steps volumes_folder",
     "auditing.features bundle_writing dataset evaluation.cam_truth evaluation.seeds evaluation.tabulate "
@@ -27,7 +28,7 @@ ROWS = (
     "auditing.audit evaluation.report evaluation.study inference.quantization ingest phantoms.study publishing.commit "
     "publishing.runs score train",
     "auditing.report checkup.machine demo evaluation.maps_report evaluation.model_card evaluation.networks "
-    "evaluation.study_maps gang prepared publishing.hold publishing.planning ray_checkpoint ray_cluster",
+    "evaluation.study_maps gang prepared publishing.hold publishing.planning ray_actor ray_checkpoint ray_cluster",
     "auditing.record checkup.places evaluation.study_report publishing.check ray_prepare ray_rank ray_score",
     "evaluation.evaluate ray_doctor ray_folds",
     "ray_evaluate ray_train",
@@ -101,14 +102,23 @@ def test_importing_does_nothing_and_needs_no_ray_below_its_row(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_decodes_imports_no_torch() -> None:
-    """What it is sent names functions of these modules; a node has such a process a CPU."""
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        # What a worker that decodes is sent names functions of these; a node has such a process a CPU.
+        ("darnet.ray_cluster darnet.ray_prepare darnet.publishing.runs", "torch safetensors openvino scipy.spatial"),
+        # The driver of a night, which has nothing to score as often as not.
+        ("jobs.score", "torch safetensors openvino scipy.spatial scipy.stats"),
+        # Before its first batch: with torch come the networks, and nothing that decodes or draws.
+        ("darnet.ray_actor darnet.score", "SimpleITK pydicom matplotlib"),
+    ],
+)
+def test_what_takes_seconds_to_load_is_loaded_where_it_is_used(modules: str, heavy: str) -> None:
     code = (
-        "import sys\nimport darnet.ray_cluster, darnet.ray_prepare, darnet.publishing.runs\n"
-        "found = {'torch', 'safetensors', 'openvino'} & set(sys.modules)\n"
-        "assert not found, found\n"
+        f"import importlib, sys\nfor name in {modules.split()}: importlib.import_module(name)\n"
+        f"found = set({heavy.split()}) & set(sys.modules)\nassert not found, found\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_no_job_is_longer_than_a_page() -> None:

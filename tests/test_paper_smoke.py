@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from darnet.bundle import find_bundles, read_bundle
+from darnet.bundle import read_bundle
+from darnet.manifest import find_bundles
 from darnet.storage import open_store
 from tests.places import ROOT
 

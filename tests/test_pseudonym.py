@@ -85,7 +85,8 @@ def test_a_node_that_joins_with_another_secret_stops_the_run(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker checks its own node's secret before it decodes anything; the failure goes to the driver whole."""
-    from darnet.ray_cluster import decode_row, unpack_scan
+    from darnet.decoded_scan import unpack_scan
+    from darnet.ray_cluster import decode_row
 
     write_chest(tmp_path / "archive" / "chest")
     store = open_store(str(tmp_path / "archive"))

@@ -18,10 +18,10 @@ import pytest
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.errors import ExitCode, RunError, Status, UsageError
+from darnet.manifest import RunFacts
 from darnet.pseudonym import PSEUDONYM_VARIABLE
 from darnet.reading.road import Road
 from darnet.scan import IngestedScan
-from darnet.score import RunFacts
 from darnet.storage_local import LocalStore
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import write_chest
@@ -99,7 +99,7 @@ def test_what_a_worker_says_of_its_end_is_not_told(
     import ray
 
     from darnet import ray_cluster
-    from darnet.ray_score import ScoringActor
+    from darnet.ray_actor import ScoringActor
 
     text = tmp_path / "text"  # so that no line of code holds it
     text.write_text("Doe^Jane")
@@ -144,7 +144,7 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
 ) -> None:
     """It was not there when the cluster was; the refusal is the row, or the network's error, that ends the job."""
     from darnet import ray_cluster, ray_token
-    from darnet.ray_score import ScoringActor
+    from darnet.ray_actor import ScoringActor
 
     store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(8, 16, 16)), DecodeConfig())
     write_chest(tmp_path / "archive" / "chest")
@@ -182,7 +182,8 @@ def test_a_block_has_the_rows_of_a_batch(
     """In the buffer in which Ray gathers what a worker yields, be it scans or what is said of those refused."""
     from ray.data._internal.output_buffer import BlockOutputBuffer, OutputBlockSizeOption
 
-    from darnet.ray_cluster import decode_row, size_block
+    from darnet.decoded_scan import size_block
+    from darnet.ray_cluster import decode_row
 
     monkeypatch.setattr("ray.data._internal.size_estimator._ray_initialized", True)  # it would start a cluster
     write_chest(tmp_path / "chest")

@@ -24,20 +24,20 @@ from ray.data import Dataset
 import jobs.score
 from darnet import NOTICE
 from darnet.archive import EVERYTHING, list_sources
-from darnet.bundle import read_manifest
 from darnet.code_version import name_scoring_code
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, ObjectMissing, RunError, UsageError
+from darnet.manifest import RunFacts, read_manifest
 from darnet.publishing.commit import check_rows
 from darnet.publishing.hold import decide_hold, refuse_if_held
 from darnet.publishing.objects import suggest_discard
 from darnet.publishing.planning import plan_night
 from darnet.publishing.runs import RunFolder, Work, find_unfinished
+from darnet.ray_actor import ScoringActor
 from darnet.ray_cluster import connect
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_score import (
     NightRequest,
-    ScoringActor,
     collect_sources,
     describe_work,
     finish_run,
@@ -48,7 +48,6 @@ from darnet.ray_score import (
 )
 from darnet.results import read_predictions
 from darnet.scan import StoredObject
-from darnet.score import RunFacts
 from darnet.settings import ScoreSettings, read_settings
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore

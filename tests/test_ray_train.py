@@ -29,12 +29,13 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from rich.console import Console
 
-from darnet.bundle import find_bundles, load_networks, read_bundle
+from darnet.bundle import load_networks, read_bundle
 from darnet.code_version import name_training_code
 from darnet.config import ModelConfig, ScoreConfig, TrainConfig
 from darnet.errors import CredentialsError, ExitCode, RunError, StorageError, UsageError
 from darnet.evaluation.seeds import merge_seeds
 from darnet.history import render_history
+from darnet.manifest import find_bundles
 from darnet.model import build_network
 from darnet.ray_folds import _fit, _run_all, train_folds
 from darnet.ray_train import _EpochFollower, measure_networks, train_model, write_bundles

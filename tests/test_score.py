@@ -14,11 +14,12 @@ from darnet.bundle import Bundle, load_networks
 from darnet.config import ScoreConfig
 from darnet.errors import Status
 from darnet.inference.torch_backend import TorchBackend
+from darnet.manifest import RunFacts
 from darnet.model import DARNet, ResidualBlock
 from darnet.publishing.commit import check_rows
 from darnet.publishing.rows import SCHEMA
 from darnet.scan import CropBox, IngestedScan, Intensity, Manufacturer, ScanFacts, StandardVolume, Uint8Array
-from darnet.score import Ensemble, RunFacts, ScanScore, make_row
+from darnet.score import Ensemble, ScanScore, make_row
 from tests.bundle_fixtures import SHAPE, write_random_bundle
 from tests.results_fixtures import ORIGIN, stage
 

@@ -15,10 +15,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from darnet.bundle import Bundle, BundleSettings
+from darnet.bundle import Bundle
 from darnet.bundle_writing import Files, TrainedFold, make_bundle
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import UsageError
+from darnet.manifest import BundleSettings
 from darnet.model import build_network
 from darnet.tracking import EXPERIMENT, TrackedNetwork, Tracker, track_training
 from tests.places import ROOT

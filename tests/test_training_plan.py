@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from darnet.bundle import name_model
 from darnet.config import CohortConfig, ModelConfig, TrainConfig, VolumeConfig
 from darnet.errors import UsageError
+from darnet.manifest import name_model
 from darnet.settings import TrainSettings
 from darnet.storage import Store
 from darnet.training_plan import (

@@ -15,7 +15,8 @@ import scipy.stats
 import torch
 from scipy import ndimage
 
-from darnet.cam import class_activation_maps, find_peak
+from darnet.cam import class_activation_maps
+from darnet.cam_statistics import find_peak
 from darnet.evaluation.comparisons import FoldDifference, compare_folds
 from darnet.evaluation.intervals import ALPHA, UNDEFINED, Interval, Resampling, take_interval
 from darnet.evaluation.truth import Truth

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from darnet.auditing.record import AUDIT_FILE, AuditRecord, read_audit
-from darnet.bundle import BundleManifest, FoldRecord, count_network_parameters, find_bundles, read_model
+from darnet.bundle import count_network_parameters, read_model
 from darnet.cohort import Division, count_cohort, describe_division, describe_excluded, has_leak, tell_leak
 from darnet.config import digest_json
 from darnet.errors import UsageError
@@ -36,6 +36,7 @@ from darnet.evaluation.study_maps import CohortScores, add_maps
 from darnet.evaluation.study_report import draw_cases, render_study, render_study_csv, render_study_tex
 from darnet.evaluation.tabulate import format_interval, format_metric, render_csv, render_tex
 from darnet.evaluation.truth import Truth, read_truths
+from darnet.manifest import BundleManifest, FoldRecord, find_bundles
 from darnet.page import Section, figure_to_png
 from darnet.scan import LABELS, Intensity
 from darnet.score import ScanScore

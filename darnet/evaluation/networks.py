@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from darnet.bundle import BundleManifest, load_network, read_model
+from darnet.bundle import load_network, read_model
 from darnet.config import ScoreConfig
 from darnet.errors import ObjectMissing, UsageError
 from darnet.evaluation.paper import MODEL_NAMES
 from darnet.evaluation.seeds import merge_seeds
 from darnet.history import HISTORY_FILE
+from darnet.manifest import BundleManifest
 from darnet.model import DARNet
 from darnet.score import Ensemble, ScanScore
 from darnet.storage import Store

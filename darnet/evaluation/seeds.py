@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from darnet.bundle import BundleManifest
 from darnet.config import fingerprint
 from darnet.errors import UsageError
+from darnet.manifest import BundleManifest
 
 
 def merge_seeds(manifests: Sequence[BundleManifest]) -> BundleManifest:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from darnet.bundle import Bundle, FoldRecord, Int8Graph, Int8Record, load_network, read_bundle
+from darnet.bundle import Bundle, Int8Graph, load_network, read_bundle
 from darnet.bundle_writing import add_int8_graphs, publish_bundles, refuse_existing
 from darnet.config import ScoreConfig
 from darnet.errors import HeldError, UsageError
@@ -25,6 +25,7 @@ from darnet.inference.openvino_backend import (
     quantize_graph,
     read_graph,
 )
+from darnet.manifest import FoldRecord, Int8Record
 from darnet.scan import FloatArray, Uint8Array
 from darnet.storage import Store
 from darnet.terminal import show_progress

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from darnet.config import OBLIQUE_DEGREES, TILT_DEGREES, DecodeConfig
 from darnet.errors import ScanError, Status
@@ -227,6 +226,8 @@ def _check_nifti_pose(header: NiftiHeader) -> None:
 
 def _find_qform(header: NiftiHeader) -> Axes:
     """Unit axes of qform, a column each. Source: NIfTI-1 specification, method 2."""
+    from scipy.spatial.transform import Rotation  # here: every reader would wait for it, and few files have a qform
+
     b, c, d = header.quaternion
     a = math.sqrt(max(1 - b * b - c * c - d * d, 0))
     axes: Axes = Rotation.from_quat((b, c, d, a)).as_matrix()

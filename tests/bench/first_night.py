@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from darnet.bundle import read_manifest
 from darnet.config import ScoreConfig
 from darnet.errors import ScanError, Status
+from darnet.manifest import read_manifest
 from darnet.publishing.objects import Listing, make_commit_key, to_parquet
 from darnet.publishing.rows import PROBABILITIES, SCHEMA, Reason
 from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, list_run_files, write_plan

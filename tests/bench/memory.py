@@ -29,11 +29,11 @@ import numpy as np
 from darnet.archive import list_sources
 from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
+from darnet.manifest import RunFacts
+from darnet.ray_actor import ScoringActor
 from darnet.ray_cluster import MAX_BLOCKS, decode_places
-from darnet.ray_score import ScoringActor
 from darnet.reading.road import Road
 from darnet.scan import StoredObject
-from darnet.score import RunFacts
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from darnet.terminal import print_table

@@ -29,13 +29,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
-from darnet.bundle import BundleSettings, Int8Record, load_network
+from darnet.bundle import load_network
 from darnet.bundle_writing import TrainedFold, add_int8_graphs, make_bundle, publish_bundles
 from darnet.checkup.machine import INSTRUCTIONS, list_instructions
 from darnet.code_version import HOME, digest_sources
 from darnet.config import ModelConfig, TrainConfig, VolumeConfig, digest_json
 from darnet.errors import UsageError
 from darnet.inference.openvino_backend import convert_network, describe_openvino, load_nncf, quantize_graph
+from darnet.manifest import BundleSettings, Int8Record
 from darnet.model import build_network
 from darnet.phantom import make_phantom
 from darnet.phantoms.files import DicomStyle, write_dicom, write_slice_images

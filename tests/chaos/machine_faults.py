@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from darnet.archive import EVERYTHING
-from darnet.bundle import read_manifest
 from darnet.config import ScoreConfig
+from darnet.manifest import read_manifest
 from darnet.publishing.planning import plan_night
 from darnet.ray_score import NightRequest, describe_work
 from darnet.results import read_rows

@@ -26,12 +26,13 @@ from darnet.code_version import name_scoring_code
 from darnet.config import ScoreConfig
 from darnet.errors import StorageError
 from darnet.ingest import Ingester
+from darnet.manifest import RunFacts
 from darnet.publishing.check import check_table
 from darnet.publishing.objects import list_commits
 from darnet.publishing.rows import SCHEMA
 from darnet.reading.road import Road
 from darnet.results import read_rows
-from darnet.score import Ensemble, RunFacts, make_row
+from darnet.score import Ensemble, make_row
 from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 from tests.conftest import run_s3_server

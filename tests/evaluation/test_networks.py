@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from darnet.bundle import Bundle, name_model
+from darnet.bundle import Bundle
 from darnet.config import ModelConfig, ScoreConfig
 from darnet.errors import UsageError
 from darnet.evaluation.networks import load_members, read_networks, score_cohort
+from darnet.manifest import name_model
 from darnet.model import DARNet
 from darnet.storage import Store, open_store
 from darnet.volumes_folder import VolumesIndex, read_index, write_index

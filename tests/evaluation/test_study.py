@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from darnet import NOTICE
-from darnet.bundle import NETWORKS, load_networks, name_model, read_bundle
+from darnet.bundle import load_networks, read_bundle
 from darnet.cam import upsample_cam
 from darnet.config import ModelConfig, VolumeConfig
 from darnet.errors import UsageError
@@ -26,6 +26,7 @@ from darnet.evaluation.seeds import merge_seeds, refuse_unlike
 from darnet.evaluation.study_maps import choose_cases
 from darnet.evaluation.truth import Truth, write_truth
 from darnet.job import run_job
+from darnet.manifest import NETWORKS, name_model
 from darnet.model import DARNet, count_parameters
 from darnet.settings import EvaluateSettings
 from darnet.storage import open_store

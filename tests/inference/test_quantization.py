@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from darnet.bundle import Bundle, BundleSettings, Int8Record, load_networks, read_bundle, select_model
+from darnet.bundle import Bundle, load_networks, read_bundle, select_model
 from darnet.bundle_writing import TrainedFold
 from darnet.config import ScoreConfig, TrainConfig
 from darnet.errors import HeldError, UsageError
 from darnet.inference.openvino_backend import load_openvino
 from darnet.inference.quantization import quantize_bundle
+from darnet.manifest import BundleSettings, Int8Record
 from darnet.scan import Uint8Array
 from darnet.score import Ensemble
 from darnet.storage import open_store
