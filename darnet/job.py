@@ -1,5 +1,7 @@
 """From a command line to an exit code: settings in, the work's summary out as one JSON line, errors in plain words."""
 
+import atexit
+import gc
 import json
 import sys
 import time
@@ -22,6 +24,7 @@ def run_job(
     one stream of both.
     """
     started_s = time.monotonic()
+    atexit.register(gc.freeze)  # or the interpreter's last look for garbage goes through all libraries, a second or two
     summary: dict[str, Any] = {"job": name}
     try:
         summary |= work(read_settings(settings_class, arguments, f"python -m jobs.{name}"))
