@@ -17,6 +17,7 @@ import pytest
 
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
+from darnet.decoded_scan import unpack_scan
 from darnet.errors import ExitCode, RunError, Status, UsageError
 from darnet.manifest import RunFacts
 from darnet.pseudonym import PSEUDONYM_VARIABLE
@@ -126,16 +127,16 @@ def test_what_a_worker_says_of_its_end_is_not_told(
     model = LocalStore(tmp_path / "model")
     actor = ScoringActor(model, facts, ScoreConfig(), "cpu")
     assert not isinstance(pickle.loads(actor(batch)["row"][0])[2], RunError)
-    monkeypatch.setattr("darnet.ray_score.make_row", read)
+    monkeypatch.setattr("darnet.score.make_row", read)
     ((_, _, failure),) = map(pickle.loads, actor(batch)["row"])
-    assert ": scoring ended in an unexpected ValueError at ray_score.py:" in str(failure)
-    monkeypatch.setattr("darnet.ray_score.read_model", read)
+    assert ": scoring ended in an unexpected ValueError at ray_actor.py:" in str(failure)
+    monkeypatch.setattr("darnet.bundle.read_model", read)
     ((_, _, failure),) = map(pickle.loads, ScoringActor(model, facts, ScoreConfig(), "cpu")(batch)["row"])
-    assert ": ValueError at ray_score.py:" in str(failure)
+    assert ": ValueError at ray_actor.py:" in str(failure)
     monkeypatch.setattr(ray_cluster.Ingester, "ingest", read)
     (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
     ray_cluster._keep_ingester.cache_clear()
-    failure = ray_cluster.unpack_scan(**row).failure
+    failure = unpack_scan(**row).failure
     assert ": decoding ended in an unexpected ValueError at ray_cluster.py:" in str(failure)
 
 
@@ -159,7 +160,7 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
         ray_cluster._keep_ingester.cache_clear()
         (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
         ray_cluster._keep_ingester.cache_clear()
-        return ray_cluster.unpack_scan(**row).failure
+        return unpack_scan(**row).failure
 
     assert find_failure("", "10.0.0.1") is None
     assert find_failure("token", "10.0.0.1", "10.0.0.2") is None
@@ -212,7 +213,7 @@ def test_a_task_that_nobody_reads_on_leaves_no_file(tmp_path: Path, monkeypatch:
     store, road = Remote(tmp_path / "archive"), Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig())
     sources = list(list_sources(store.list_objects()))
     rows = ray_cluster.decode_places({"places": [0, 1, 2]}, lambda _: sources, store, road)
-    assert ray_cluster.unpack_scan(**next(rows)).source_key == "a"
+    assert unpack_scan(**next(rows)).source_key == "a"
     assert len(list((tmp_path / "temporary").glob("darnet-*"))) == 1
     rows.close()  # type: ignore[attr-defined]
     assert list((tmp_path / "temporary").glob("darnet-*")) == []
