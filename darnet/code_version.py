@@ -27,7 +27,7 @@ PREPARING = (
 SCORING = (
     *PREPARING,
     *("bundle", "cam", "cam_statistics", "inference.graph", "inference.openvino_backend", "inference.torch_backend"),
-    *("model", "pseudonym", "reading.sandbox", "score", "threads"),
+    *("manifest", "model", "pseudonym", "reading.sandbox", "score", "threads"),
 )
 
 

@@ -1,6 +1,7 @@
 """One rank of the gang that trains a fold: its task and a process group of torch's enter, the trained fold leaves.
 
-No Ray: who starts the ranks, and wraps their networks for DDP, is `ray_folds`' business.
+No Ray: who starts the ranks, and wraps their networks for DDP, is the business of `ray_folds` and
+`ray_rank`.
 """
 
 from collections.abc import Callable

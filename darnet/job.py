@@ -24,7 +24,9 @@ def run_job(
     one stream of both.
     """
     started_s = time.monotonic()
-    atexit.register(gc.freeze)  # or the interpreter's last look for garbage goes through all libraries, a second or two
+    # Else the interpreter's last look for garbage goes through all libraries, for a second or two. Files are closed by
+    # then: of one that only a cycle of objects holds, nobody would write the rest any more.
+    atexit.register(gc.freeze)
     summary: dict[str, Any] = {"job": name}
     try:
         summary |= work(read_settings(settings_class, arguments, f"python -m jobs.{name}"))

@@ -1,6 +1,7 @@
 """What a model bundle says of itself: `bundle.json` enters, the records of settings, folds and digests leave.
 
-Whoever plans a night needs no more of a bundle than this, and no torch.
+Whoever plans a night needs no more of a bundle than this, and no torch; with a run's name and night it is what all rows
+of the run have in common.
 """
 
 from collections.abc import Sequence
@@ -170,6 +171,33 @@ def read_manifest(store: Store, config: ScoreConfig) -> BundleManifest:
     return select_folds(read_whole_manifest(store), config)[0]
 
 
+def read_whole_manifest(store: Store) -> BundleManifest:
+    """As it is written, with all folds and in float32. Raises: as `read_manifest`."""
+    return _parse_manifest(read_bundle_file(store, MANIFEST_FILE), f"{store.uri}/{MANIFEST_FILE}")
+
+
+def read_bundle_file(store: Store, name: str) -> bytes:
+    """One file of a bundle. Raises: UsageError if it is missing; StorageError."""
+    try:
+        return store.read_bytes(name)
+    except ObjectMissing as error:
+        remedy = "name a folder that jobs.train wrote, or copy the bundle again, whole"
+        raise UsageError(f"{store.uri}/{name}: missing from the model bundle; {remedy}") from error
+
+
+def select_folds(manifest: BundleManifest, config: ScoreConfig) -> tuple[BundleManifest, list[int]]:
+    """What the settings choose, as `bundle.select_model`, and the places of its folds."""
+    missing = sorted(set(config.folds) - {record.number for record in manifest.folds})
+    if missing:
+        numbers = ", ".join(str(record.number) for record in manifest.folds)
+        raise UsageError(f"folds {', '.join(map(str, missing))}: not in the model bundle, whose folds are {numbers}")
+    places = [place for place, record in enumerate(manifest.folds) if not config.folds or record.number in config.folds]
+    if len(places) == len(manifest.folds) and config.precision == "fp32":
+        return manifest, places
+    folds = tuple(manifest.folds[place] for place in places)
+    return manifest.model_copy(update={"folds": folds, **_name_selection(manifest, folds, config)}), places
+
+
 def find_bundles(store: Store) -> list[Store]:
     """The bundle that a folder is, or those of the compared networks that lie in it at any depth, in the order of
     Table 3: the same network in several places is the same network with several seeds.
@@ -185,6 +213,17 @@ def find_bundles(store: Store) -> list[Store]:
     return found
 
 
+def list_bundles(store: Store) -> list[Store]:
+    """As `find_bundles`, and none where the folder holds none."""
+    if has_object(store, MANIFEST_FILE):
+        return [store]
+    folders = [item.key.rpartition("/")[0] for item in store.list_objects() if item.key.endswith(f"/{MANIFEST_FILE}")]
+    whole = [folder for folder in folders if not folder.startswith(".") and "/." not in folder]  # not being written
+    named = [folder for folder in whole if folder.rpartition("/")[2] in NETWORK_NAMES]
+    order = {name: rank for rank, name in enumerate(NETWORK_NAMES)}
+    return [store.child(folder) for folder in sorted(named, key=lambda path: order[path.rpartition("/")[2]])]
+
+
 def digest_model(settings: BundleSettings, classes: tuple[Diagnosis, ...], folds: Sequence[FoldRecord]) -> str:
     """Digest over all of what changes a prediction; metrics, names and training settings are not among it."""
     facts = _PredictionFacts(
@@ -196,24 +235,6 @@ def digest_model(settings: BundleSettings, classes: tuple[Diagnosis, ...], folds
         temperatures=tuple(fold.temperature for fold in folds),
     )
     return fingerprint(facts)
-
-
-def read_whole_manifest(store: Store) -> BundleManifest:
-    """With all folds, in float32. Raises: as `read_manifest`."""
-    return _parse_manifest(read_bundle_file(store, MANIFEST_FILE), f"{store.uri}/{MANIFEST_FILE}")
-
-
-def select_folds(manifest: BundleManifest, config: ScoreConfig) -> tuple[BundleManifest, list[int]]:
-    """What the settings choose, as `bundle.select_model`, and the places of its folds."""
-    missing = sorted(set(config.folds) - {record.number for record in manifest.folds})
-    if missing:
-        numbers = ", ".join(str(record.number) for record in manifest.folds)
-        raise UsageError(f"folds {', '.join(map(str, missing))}: not in the model bundle, whose folds are {numbers}")
-    places = [place for place, record in enumerate(manifest.folds) if not config.folds or record.number in config.folds]
-    if len(places) == len(manifest.folds) and config.precision == "fp32":
-        return manifest, places
-    folds = tuple(manifest.folds[place] for place in places)
-    return manifest.model_copy(update={"folds": folds, **_name_selection(manifest, folds, config)}), places
 
 
 def _name_selection(manifest: BundleManifest, folds: Sequence[FoldRecord], config: ScoreConfig) -> dict[str, str]:
@@ -238,26 +259,6 @@ def _list_int8_digests(folds: Sequence[FoldRecord]) -> list[tuple[str, str]]:
                 "with python -m jobs.quantize --model BUNDLE --volumes VOLUMES --out BUNDLE2"
             )
     return [record.int8.digests for record in folds if record.int8 is not None]
-
-
-def read_bundle_file(store: Store, name: str) -> bytes:
-    """One file of a bundle. Raises: UsageError if it is missing; StorageError."""
-    try:
-        return store.read_bytes(name)
-    except ObjectMissing as error:
-        remedy = "name a folder that jobs.train wrote, or copy the bundle again, whole"
-        raise UsageError(f"{store.uri}/{name}: missing from the model bundle; {remedy}") from error
-
-
-def list_bundles(store: Store) -> list[Store]:
-    """As `find_bundles`, and none where the folder holds none."""
-    if has_object(store, MANIFEST_FILE):
-        return [store]
-    folders = [item.key.rpartition("/")[0] for item in store.list_objects() if item.key.endswith(f"/{MANIFEST_FILE}")]
-    whole = [folder for folder in folders if not folder.startswith(".") and "/." not in folder]  # not being written
-    named = [folder for folder in whole if folder.rpartition("/")[2] in NETWORK_NAMES]
-    order = {name: rank for rank, name in enumerate(NETWORK_NAMES)}
-    return [store.child(folder) for folder in sorted(named, key=lambda path: order[path.rpartition("/")[2]])]
 
 
 def _parse_manifest(text: bytes, place: str) -> BundleManifest:

@@ -107,6 +107,14 @@ def train_folds(
     return [functools.partial(_read_folds, [checkpoints[task] for task in tasks]) for tasks in tasks_of]
 
 
+def name_failure(title: str, cause: BaseException) -> RunError:
+    """What ended a worker, with the exit code that it asks for."""
+    failure = RunError(f"{title}: {cause}")
+    if isinstance(cause, RunError):
+        failure.exit_code = cause.exit_code
+    return failure
+
+
 class _Holder:
     """Ends with the driver that made it, however that ends; its name is taken until then."""
 
@@ -260,11 +268,3 @@ def _fit(task: FoldTask, trainer: TorchTrainer) -> Checkpoint:
         raise RunError(f"{task.title} failed: {error}") from error
     assert checkpoint is not None, "every epoch reports a checkpoint"
     return checkpoint
-
-
-def name_failure(title: str, cause: BaseException) -> RunError:
-    """What ended a worker, with the exit code that it asks for."""
-    failure = RunError(f"{title}: {cause}")
-    if isinstance(cause, RunError):
-        failure.exit_code = cause.exit_code
-    return failure

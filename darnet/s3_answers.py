@@ -90,7 +90,7 @@ def is_uncertain(error: boto_errors.ClientError) -> bool:
     return status == 409 or (status >= 500 and status != 501) or name_error(error) == "RequestTimeout"
 
 
-def explain(error: Exception, uri: str) -> RunError:
+def explain_error(error: Exception, uri: str) -> RunError:
     """What a boto3 error means to whoever started the job, and what to do about it."""
     code, status = name_error(error), http_status(error)
     if is_unknown_identity(error) or status == 403:
@@ -115,7 +115,7 @@ def explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
     """What an error means to the one scan being fetched, or to all of them if the store refuses who we are."""
     code, status = name_error(error), http_status(error)
     if is_unknown_identity(error):
-        return explain(error, uri)
+        return explain_error(error, uri)
     if code == "InvalidObjectState":
         return ScanError(Status.ERR_ARCHIVED, f"in a storage class for archives ({code}); restore it")
     if status == 403:
@@ -128,6 +128,7 @@ def explain_fetch(error: Exception, uri: str) -> ScanError | RunError:
 
 
 def tell_gone() -> ScanError:
+    """Of an object that is no longer there."""
     return ScanError(Status.ERR_GONE, "deleted since it was listed")
 
 
@@ -137,4 +138,4 @@ def explain_s3_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
-        raise explain(error, uri) from error
+        raise explain_error(error, uri) from error

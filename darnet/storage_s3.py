@@ -1,4 +1,7 @@
-"""An S3 prefix as a store. Nothing but this and `s3_answers` knows boto3."""
+"""An S3 prefix as a store: keys and bytes go in, objects and named errors come out.
+
+Nothing but this and `s3_answers` knows boto3.
+"""
 
 import functools
 import hashlib
@@ -31,7 +34,7 @@ from darnet.s3_answers import (
     NO_ANSWER,
     OtherSpan,
     check_answer,
-    explain,
+    explain_error,
     explain_fetch,
     explain_s3_errors,
     http_status,
@@ -199,11 +202,11 @@ class S3Store:
                 return False
             if is_uncertain(error):
                 raise PutUncertain(f"{uri}: the store did not say whether it wrote ({name_error(error)})") from error
-            raise explain(error, uri) from error
+            raise explain_error(error, uri) from error
         except NO_ANSWER as error:
             raise PutUncertain(f"{uri}: no answer from the store ({name_error(error)})") from error
         except boto_errors.BotoCoreError as error:
-            raise explain(error, uri) from error
+            raise explain_error(error, uri) from error
         return True
 
     def delete(self, key: str) -> None:

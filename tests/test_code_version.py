@@ -25,7 +25,7 @@ NEUTRAL = {
     "cpus": "what Ray counts",
     "errors": "names of what can go wrong",
     "history": "metrics for people",
-    "manifest": "names networks; weights are kept by their digest",
+    "manifest": "names networks, whose training asks for no more of it",
     "pseudonym": "keys that no record keeps",
     "range_reader": "bytes of objects of the results table alone",
     "publishing.rows": "names of columns",

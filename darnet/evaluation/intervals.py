@@ -166,6 +166,11 @@ def bootstrap_roc(
     return np.array([item.low for item in intervals]), np.array([item.high for item in intervals])
 
 
+def number_clusters(num_scans: int, patients: Sequence[str] | None) -> LabelArray:
+    """Whose each scan is, from 0; shape: (N,)."""
+    return np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]
+
+
 def _measure_gaps(probabilities: FloatArray, labels: LabelArray, weights: FloatArray | None = None) -> FloatArray:
     """Confidence minus accuracy of each bin, times its share of the scans.
 
@@ -206,8 +211,3 @@ def _bound_calibration_error(error: float, reach: float, least: float) -> Interv
 def _take_variance(replicates: FloatArray) -> float:
     is_defined = ~np.isnan(replicates)
     return float(replicates[is_defined].var(ddof=1)) if is_defined.mean() >= 1 - MAX_UNDEFINED else math.nan
-
-
-def number_clusters(num_scans: int, patients: Sequence[str] | None) -> LabelArray:
-    """Whose each scan is, from 0; shape: (N,)."""
-    return np.arange(num_scans) if patients is None else np.unique(patients, return_inverse=True)[1]

@@ -180,7 +180,7 @@ def survey_archive(
     is_over = threading.Event()
     waiting = iter(selection.list_prefixes())
     ahead: deque[tuple[_Listing, Future[None]]] = deque()
-    gc.freeze()  # else the collector walks through all of torch for every page: a third of the time
+    gc.freeze()  # else the collector walks through all that was loaded for every page
     with ThreadPoolExecutor(LIST_THREADS) as pool:
         try:
             while True:

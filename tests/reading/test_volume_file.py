@@ -9,11 +9,12 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
 
 from darnet.config import DecodeConfig
 from darnet.decode import open_volume, write_volume
 from darnet.errors import ScanError, Status
-from darnet.reading.volume_file import check_volume_file
+from darnet.reading.volume_file import NiftiHeader, _find_qform, check_volume_file
 from tests.ct_fixtures import SPACING_MM, make_chest
 
 LIMITS = DecodeConfig()
@@ -176,6 +177,26 @@ def test_a_nifti_in_an_unknown_oblique_or_sheared_pose_is_refused(pose: str, tmp
     qform, sform, expected = POSES[pose]
     write_nifti(tmp_path / "a.nii", qform, sform)
     assert judge(tmp_path / "a.nii") is expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sform", [NO_TURN, None])
+def test_a_quaternion_that_is_no_number_is_refused(sform: np.ndarray | None, value: float, tmp_path: Path) -> None:
+    write_nifti(tmp_path / "a.nii", NO_TURN, sform)
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    data[256:260] = np.float32(value).tobytes()  # quatern_b
+    (tmp_path / "a.nii").write_bytes(data)
+    assert judge(tmp_path / "a.nii") is Status.BAD_GEOMETRY
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_a_quaternion_turns_as_scipy_says(scale: float) -> None:
+    """Also one longer than 1, which leaves no turn about the first axis and is brought to length 1."""
+    for quaternion in np.random.default_rng(0).normal(size=(50, 3)):
+        b, c, d = quaternion * scale / np.linalg.norm(quaternion)
+        header = NiftiHeader(352, 2, np.dtype("<i2"), (1, 1), (-1.0, 1.0, 1.0, 1.0), (b, c, d), np.eye(3))
+        expected = Rotation.from_quat((b, c, d, math.sqrt(max(1 - scale**2, 0)))).as_matrix() * (1, 1, -1)
+        np.testing.assert_allclose(_find_qform(header), expected, atol=1e-7)  # the root of a rounding, at length 1
 
 
 def test_the_second_version_of_nifti_is_judged_by_its_own_layout(tmp_path: Path) -> None:
