@@ -43,7 +43,8 @@ class VolumeConfig(Section):
     mask_outside_lung: Literal["no", "outlines", "lungs"] = "no"
     """What becomes 0 in every scan, against scans that come masked; one without lungs is refused. `lungs`: all but the
     lungs, so that all scans are alike, at the cost of lesions at the pleura. `outlines`: those stay, as all within the
-    lungs' hulls and a rim does; there scans that came masked still lack heart and wall (README). Source: ours."""
+    lungs' hulls and a rim does; there scans that came masked still lack heart and wall (docs/training.md).
+    Source: ours."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

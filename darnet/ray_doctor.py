@@ -118,4 +118,5 @@ def _look_at_secrets() -> str:
 
 
 def _look_at_room() -> str:
-    return f"{len(list_nodes())} nodes, {count_resource('CPU'):g} CPUs, {count_resource('GPU'):g} GPUs"
+    nodes = len(list_nodes())
+    return f"{nodes} node{'s' * (nodes != 1)}, {count_resource('CPU'):g} CPUs, {count_resource('GPU'):g} GPUs"

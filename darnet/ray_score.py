@@ -88,7 +88,10 @@ def score_archive(request: NightRequest) -> dict[str, Any]:
         "published": None,
     }
     if not runs:
-        return summary | {"message": "nothing new in the archive: nothing to score, nothing published"}
+        message = "nothing new in the archive: nothing to score, nothing published"
+        if plan.survey.waiting:
+            message += f"; sources that still arrive, left to the next night: {plan.survey.waiting}"
+        return summary | {"message": message}
     return summary | runs[-1] | {"finished_first": runs[:-1]}
 
 

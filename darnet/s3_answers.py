@@ -99,7 +99,7 @@ def explain_error(error: Exception, uri: str) -> RunError:
             remedy = f"set the clock of {os.uname().nodename}"
         return CredentialsError(f"{uri}: the store does not let us in ({code}); {remedy}")
     if code == "NoSuchBucket":
-        return StorageError(f"{uri}: no such bucket; create it or correct the address")
+        return UsageError(f"{uri}: no such bucket; create it or correct the address")
     if status == 404:
         return ObjectMissing(f"{uri}: no such object")
     if isinstance(error, boto_errors.ParamValidationError) or code == "InvalidBucketName":

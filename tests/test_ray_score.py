@@ -23,7 +23,7 @@ from ray.data import Dataset
 
 import jobs.score
 from darnet import NOTICE
-from darnet.archive import EVERYTHING, list_sources
+from darnet.archive import EVERYTHING, Selection, list_sources
 from darnet.code_version import name_scoring_code
 from darnet.config import DecodeConfig, ScoreConfig
 from darnet.errors import CredentialsError, HeldError, ObjectMissing, RunError, UsageError
@@ -127,9 +127,12 @@ def test_every_scan_is_accounted_for_and_only_what_is_new_is_scored_again(model:
 
     again = _score(archive, model, results)
     assert (again["published"], again["planned_sources"]) == (None, 0)
-    assert "nothing new" in again["message"]
+    assert again["message"] == "nothing new in the archive: nothing to score, nothing published"
 
     write_chest(archive / "late", make_chest()[:, :, ::-1])
+    early = score_archive(NightRequest(*stores, CONFIG, NIGHT, Selection(settle_s=3600)))
+    assert (early["published"], early["waiting_sources"]) == (None, 1)
+    assert early["message"].endswith("nothing published; sources that still arrive, left to the next night: 1")
     os.utime(archive / "chest01" / "000.dcm", ns=(1, 1))
     second = _score(archive, model, results)
     assert (second["published"], second["planned_sources"], second["scans"]) == (2, 2, 2)

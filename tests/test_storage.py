@@ -322,9 +322,9 @@ def test_keys_that_no_disk_could_hold_are_listed(s3: Callable[[], str]) -> None:
 @pytest.mark.s3
 def test_a_missing_bucket_is_named(s3: Callable[[], str]) -> None:
     store = open_store(s3() + "-missing/top")
-    with pytest.raises(StorageError, match=r"s3://bucket-\d+-missing/top: no such bucket"):
+    with pytest.raises(UsageError, match=r"s3://bucket-\d+-missing/top: no such bucket"):
         list_keys(store)
-    with pytest.raises(StorageError, match="no such bucket"):
+    with pytest.raises(UsageError, match="no such bucket"):
         store.put_if_absent("a", b"")
 
 
@@ -399,7 +399,7 @@ def answer_with_error(method: str, code: str, status: int) -> S3Store:
         ("InvalidAccessKeyId", 403, CredentialsError),
         ("SignatureDoesNotMatch", 403, CredentialsError),
         ("ExpiredToken", 400, CredentialsError),
-        ("NoSuchBucket", 404, StorageError),
+        ("NoSuchBucket", 404, UsageError),
         ("SlowDown", 503, StorageError),
         ("InvalidBucketName", 400, UsageError),
     ],
@@ -427,7 +427,7 @@ def test_an_ambiguous_answer_to_a_put_is_uncertain(code: str, status: int) -> No
     ("code", "status", "expected"),
     [
         ("AccessDenied", 403, CredentialsError),
-        ("NoSuchBucket", 404, StorageError),
+        ("NoSuchBucket", 404, UsageError),
         ("NotImplemented", 501, StorageError),
     ],
 )

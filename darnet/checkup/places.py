@@ -287,4 +287,4 @@ def _look_at_table(results: Store) -> str:
             "put back what is missing, unless there is no copy: then its scans are scored again and the gap stays",
             Verdict.MIND,
         )
-    return f"{len(numbers)} nights" if numbers else "empty: the first night starts it"
+    return f"{len(numbers)} night{'s' * (len(numbers) != 1)}" if numbers else "empty: the first night starts it"

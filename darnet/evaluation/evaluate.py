@@ -34,10 +34,10 @@ from darnet.evaluation.seeds import refuse_unlike
 from darnet.evaluation.study import NetworkRun, describe_study, make_study
 from darnet.evaluation.study_maps import CohortScores, add_maps
 from darnet.evaluation.study_report import draw_cases, render_study, render_study_csv, render_study_tex
-from darnet.evaluation.tabulate import format_interval, format_metric, render_csv, render_tex
+from darnet.evaluation.tabulate import format_interval, format_metric, render_csv, render_tex, tabulate_comparison
 from darnet.evaluation.truth import Truth, read_truths
 from darnet.manifest import BundleManifest, FoldRecord, find_bundles
-from darnet.page import Section, figure_to_png
+from darnet.page import Cell, Section, figure_to_png
 from darnet.scan import LABELS, Intensity
 from darnet.score import ScanScore
 from darnet.settings import EvaluateSettings
@@ -81,7 +81,12 @@ def run_evaluation(settings: EvaluateSettings) -> dict[str, Any]:
         "report.html": render_report(evaluation, origin, comparison, _tell_audit(audit)).encode(),
     }
     _show(evaluation, origin)
-    return _publish(out, described, files, evaluation)
+    summary = _publish(out, described, files, evaluation)
+    if comparison is None:
+        return summary
+    table = tabulate_comparison(evaluation, comparison)
+    print_table(f"Against {settings.compare} (research use only)", table.header, _spell(table.rows))
+    return summary | {"comparison": round_headlines(comparison.differences)}
 
 
 def _run_study(settings: EvaluateSettings, places: Sequence[Store], out: Store) -> dict[str, Any]:
@@ -190,6 +195,11 @@ def choose_device(settings: EvaluateSettings) -> str:
     if asked == "gpu" and not has_gpu:
         raise UsageError("train.device is gpu, and torch sees no GPU here; run this where there is one, or say cpu")
     return "cuda" if has_gpu and asked != "cpu" else "cpu"
+
+
+def _spell(rows: Sequence[Sequence[Cell]]) -> list[list[str]]:
+    """Cells of a page's table for the screen."""
+    return [[format_metric(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
 
 
 def _publish(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def test_the_settings_digest_tells_settings_and_not_places(tmp_path: Path, capsy
 def test_a_comparison_is_in_metrics_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_table(tmp_path / "a.csv")
     second = write_table(tmp_path / "b.csv", TABLE.replace("0.1,0.5,0.4", "0.1,0.4,0.5"))
-    run(capsys, "--predictions", first, "--compare", second, "--out", tmp_path / "out")
+    summary, told = run(capsys, "--predictions", first, "--compare", second, "--out", tmp_path / "out")
+    assert summary["comparison"]["accuracy_3class"] == -0.25
+    assert f"Against {second} (research use only)" in " ".join(told.split())
+    assert re.search(r"accuracy_3class +│ +0\.7500 +│ +1\.0000 +│ +-0\.2500 +│", told)
     comparison = json.loads((tmp_path / "out" / "metrics.json").read_text())["comparison"]
     assert comparison["decisions_mcnemar"] == {"num_only_first_right": 0, "num_only_second_right": 1, "p_value": 1}
     assert comparison["differences"]["accuracy_3class"] == -0.25
