@@ -1,12 +1,11 @@
 """From a command line to an exit code: settings in, the work's summary out as one JSON line, errors in plain words."""
 
-import atexit
 import gc
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from darnet.errors import ExitCode, RunError, print_defect
 from darnet.settings import Settings, read_settings
@@ -24,9 +23,6 @@ def run_job(
     one stream of both.
     """
     started_s = time.monotonic()
-    # Else the interpreter's last look for garbage goes through all libraries, for a second or two. Files are closed by
-    # then: of one that only a cycle of objects holds, nobody would write the rest any more.
-    atexit.register(gc.freeze)
     summary: dict[str, Any] = {"job": name}
     try:
         summary |= work(read_settings(settings_class, arguments, f"python -m jobs.{name}"))
@@ -41,6 +37,16 @@ def run_job(
         print_defect(error)
     _print_summary(summary, started_s, code)
     return int(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with a job's exit code, without a last look for garbage.
+
+    That would go through all libraries, for a second or two. Files are closed by now: of one that only a cycle of
+    objects holds, nobody writes the rest any more.
+    """
+    gc.freeze()
+    sys.exit(code)
 
 
 def _print_summary(summary: dict[str, Any], started_s: float, code: ExitCode) -> None:

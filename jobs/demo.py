@@ -7,7 +7,7 @@ import jobs.prepare
 import jobs.score
 import jobs.train
 from darnet import demo
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.phantoms.archive import write_archive, write_cohort
 from darnet.results import read_predictions
 from darnet.settings import DemoSettings, PrepareSettings, ScoreSettings, TrainSettings
@@ -67,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,7 +6,7 @@ from typing import Any
 from darnet.checkup.findings import examine, report_findings
 from darnet.checkup.machine import check_bundle
 from darnet.checkup.places import Trial, check_archive, check_removal, check_results
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.ray_doctor import check_cluster, examine_machines
 from darnet.settings import DoctorSettings
 from darnet.storage import open_store
@@ -38,4 +38,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,7 +3,7 @@
 import sys
 
 from darnet.evaluation.evaluate import run_evaluation
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.settings import EvaluateSettings
 
 
@@ -13,4 +13,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,7 +7,7 @@ import jobs.prepare
 import jobs.train
 from darnet.evaluation.evaluate import read_known_truths
 from darnet.evaluation.truth import refuse_empty
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.manifest import NETWORK_NAMES
 from darnet.ray_cluster import connect
 from darnet.ray_evaluate import evaluate_on_cluster
@@ -74,4 +74,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from darnet.errors import UsageError
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.phantoms.archive import write_cohort
 from darnet.phantoms.study import plan_study, write_study
 from darnet.settings import PhantomsSettings
@@ -29,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

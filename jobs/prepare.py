@@ -6,7 +6,7 @@ from typing import Any
 from darnet.auditing.audit import audit_cohort
 from darnet.auditing.report import write_audit
 from darnet.cohort import read_cohort
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.ray_prepare import prepare_volumes
 from darnet.settings import PrepareSettings
 from darnet.storage import open_store, read_file
@@ -26,4 +26,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

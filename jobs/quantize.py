@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from darnet.inference.quantization import quantize_bundle
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.settings import QuantizeSettings
 from darnet.storage import open_store
 from darnet.volumes_cache import open_volumes
@@ -24,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.publishing.check import run_verb
 from darnet.settings import ResultsSettings
 
@@ -13,4 +13,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,7 +8,7 @@ from typing import Any
 from darnet.archive import Selection
 from darnet.cam_images import CamImages
 from darnet.errors import UsageError
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.pseudonym import choose_names
 from darnet.publishing.hold import decide_hold
 from darnet.ray_score import NightRequest, preview_archive, score_archive
@@ -50,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

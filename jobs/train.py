@@ -4,7 +4,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from darnet.job import run_job
+from darnet.job import leave, run_job
 from darnet.ray_cluster import connect
 from darnet.ray_train import train_model
 from darnet.settings import TrainSettings
@@ -22,4 +22,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
