@@ -62,8 +62,8 @@ def run_s3_server(folder: Path) -> Iterator[Callable[[], str]]:
         for name, value in SERVER_ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=sink, stderr=sink, env=dict(os.environ))
+        command = [sys.executable, "-m", "tests.s3_server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=sink, stderr=sink, env=dict(os.environ), cwd=ROOT)
         try:
             wait_until_it_answers(server, port, log)
             _share_client.cache_clear()
