@@ -22,6 +22,7 @@ from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
     CliSettingsSource,
+    CliSuppress,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -233,6 +234,11 @@ class DoctorSettings(Settings):
     """Model bundle, a local folder or s3://bucket/prefix. Only read."""
     results: str = ""
     """Where the results table is or will be: a folder or s3://bucket/prefix. Tried below _runs/, and cleaned up."""
+    # One file of settings serves all jobs; --help shows what this one reads.
+    volume: CliSuppress[VolumeConfig] = VolumeConfig()
+    cohorts: CliSuppress[CohortConfig] = CohortConfig()
+    network: CliSuppress[ModelConfig] = ModelConfig()
+    train: CliSuppress[TrainConfig] = TrainConfig()
 
 
 class ResultsSettings(Settings):
@@ -247,6 +253,12 @@ class ResultsSettings(Settings):
     """File to write, local or s3://: .parquet or .csv for latest, any for schema and for the digests of check."""
     keep_commits: int = Field(28, ge=1)
     """Runs among this many of the newest objects keep their work when cleaning. Source: ours; four weeks of nights."""
+    # One file of settings serves all jobs; --help shows what this one reads.
+    volume: CliSuppress[VolumeConfig] = VolumeConfig()
+    cohorts: CliSuppress[CohortConfig] = CohortConfig()
+    network: CliSuppress[ModelConfig] = ModelConfig()
+    train: CliSuppress[TrainConfig] = TrainConfig()
+    score: CliSuppress[ScoreConfig] = ScoreConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

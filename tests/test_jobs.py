@@ -13,7 +13,16 @@ from darnet.archive import EVERYTHING, Selection
 from darnet.config import fingerprint
 from darnet.errors import CredentialsError, RunError, StorageError, UsageError
 from darnet.job import run_job
-from darnet.settings import DemoSettings, PhantomsSettings, PrepareSettings, ScoreSettings, Settings, read_settings
+from darnet.settings import (
+    DemoSettings,
+    DoctorSettings,
+    PhantomsSettings,
+    PrepareSettings,
+    ResultsSettings,
+    ScoreSettings,
+    Settings,
+    read_settings,
+)
 
 PLACES = ["--archive", "a", "--model", "m", "--results", "r"]
 
@@ -172,6 +181,27 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
                 assert field.description, f"{prefix}{name} has no description"
 
     check(ScoreSettings, "--")
+
+
+@pytest.mark.parametrize(
+    ("job", "given", "read", "unread"),
+    [
+        (ResultsSettings, ["schema"], {"--keep-commits"}, {"--score", "--volume", "--cohorts", "--network", "--train"}),
+        (DoctorSettings, [], {"--score.device"}, {"--volume", "--cohorts", "--network", "--train"}),
+    ],
+)
+def test_help_leaves_out_what_a_job_does_not_read_and_its_file_may_have_it(
+    job: type[Settings], given: list[str], read: set[str], unread: set[str], tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(job, ["--help"], "x")
+    told = capsys.readouterr().out
+    assert all(name in told for name in read)
+    assert not [name for name in unread if name in told]
+    file = tmp_path / "all.toml"
+    file.write_text('[volume]\ncrop = "body"\n[train]\nepochs = 7\n[score]\nbatch_size = 3\n')
+    settings = read_settings(job, [*given, "--config", str(file)], "x")
+    assert (settings.volume.crop, settings.train.epochs, settings.score.batch_size) == ("body", 7, 3)
 
 
 def test_defaults_are_the_papers() -> None:
