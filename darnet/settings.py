@@ -225,7 +225,17 @@ class ScoreSettings(Settings):
         return self
 
 
-class DoctorSettings(Settings):
+class CaretakerSettings(Settings):
+    """What the jobs share that look after an installation: one file of settings serves them too, but --help leaves out
+    what they do not read."""
+
+    volume: CliSuppress[VolumeConfig] = VolumeConfig()
+    cohorts: CliSuppress[CohortConfig] = CohortConfig()
+    network: CliSuppress[ModelConfig] = ModelConfig()
+    train: CliSuppress[TrainConfig] = TrainConfig()
+
+
+class DoctorSettings(CaretakerSettings):
     """Is this installation fit for a night? Machine and cluster are always tried, a place where it is named."""
 
     archive: str = ""
@@ -234,14 +244,9 @@ class DoctorSettings(Settings):
     """Model bundle, a local folder or s3://bucket/prefix. Only read."""
     results: str = ""
     """Where the results table is or will be: a folder or s3://bucket/prefix. Tried below _runs/, and cleaned up."""
-    # One file of settings serves all jobs; --help shows what this one reads.
-    volume: CliSuppress[VolumeConfig] = VolumeConfig()
-    cohorts: CliSuppress[CohortConfig] = CohortConfig()
-    network: CliSuppress[ModelConfig] = ModelConfig()
-    train: CliSuppress[TrainConfig] = TrainConfig()
 
 
-class ResultsSettings(Settings):
+class ResultsSettings(CaretakerSettings):
     """A results table -> is it whole (check), room (clean), one row a scan (latest), or its columns (schema)."""
 
     verb: CliPositionalArg[Literal["check", "clean", "latest", "schema"]]
@@ -253,11 +258,6 @@ class ResultsSettings(Settings):
     """File to write, local or s3://: .parquet or .csv for latest, any for schema and for the digests of check."""
     keep_commits: int = Field(28, ge=1)
     """Runs among this many of the newest objects keep their work when cleaning. Source: ours; four weeks of nights."""
-    # One file of settings serves all jobs; --help shows what this one reads.
-    volume: CliSuppress[VolumeConfig] = VolumeConfig()
-    cohorts: CliSuppress[CohortConfig] = CohortConfig()
-    network: CliSuppress[ModelConfig] = ModelConfig()
-    train: CliSuppress[TrainConfig] = TrainConfig()
     score: CliSuppress[ScoreConfig] = ScoreConfig()
 
     @model_validator(mode="after")
