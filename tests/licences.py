@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from tests.places import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -15,6 +17,7 @@ FAMILIES = {
     "MPL-2.0": r"mozilla|\bmpl\b",
     "PSF-2.0": r"python software foundation|\bpsf",
     "BSD": r"\bbsd\b",
+    "LicenseRef-NVIDIA-Proprietary": r"nvidia.proprietary",
 }
 
 
@@ -32,9 +35,21 @@ def name_licence(package: str) -> str:
     found = [name for name, pattern in FAMILIES.items() if re.search(pattern, told, re.IGNORECASE)]
     if not found and "matplotlib" in told:  # its own, after Python's
         return "PSF-2.0"
+    if package == "cuda-toolkit":  # it names none, and holds nothing but the names of NVIDIA's packages
+        return "NOASSERTION"
     if not found:
         raise ValueError(f"{package}: its metadata name no licence that is known here: {told!r}")
     return " OR ".join(found)
+
+
+def is_of_cuda(package: str) -> bool:
+    """Whether it comes with PyPI's torch on Linux alone, and not with its build for CPUs."""
+    return package == "triton" or package.startswith(("cuda-", "nvidia-"))
+
+
+def has_cuda() -> bool:
+    """Whether the torch that is installed here is a build which brings CUDA with it."""
+    return any(is_of_cuda(Requirement(text).name) for text in importlib.metadata.requires("torch") or ())
 
 
 def list_pins(path: Path) -> dict[str, tuple[str, str]]:
@@ -49,10 +64,13 @@ def list_pins(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def main() -> int:
-    """Write every line anew, its licence behind it."""
+    """Write every line anew, its licence behind it; CUDA's keep what they have where torch is the build for CPUs."""
     pins = list_pins(CONSTRAINTS)
     width = max(len(f"{name}=={version}") for name, (version, _) in pins.items())
-    lines = [f"{f'{name}=={version}':<{width}}  # {name_licence(name)}" for name, (version, _) in pins.items()]
+    lines = []
+    for name, (version, noted) in pins.items():
+        licence = noted if is_of_cuda(name) and not has_cuda() else name_licence(name)
+        lines.append(f"{f'{name}=={version}':<{width}}  # {licence}")
     CONSTRAINTS.write_text("\n".join(lines) + "\n")
     return 0
 
