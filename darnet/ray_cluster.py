@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import pickle
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
@@ -17,7 +18,7 @@ import ray
 import ray.data
 from ray.data import DataContext, Dataset
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from darnet.cpus import DECODE_CPUS
@@ -35,14 +36,15 @@ AnswerT = TypeVar("AnswerT")
 SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 STANDSTILL_S = 86_400  # Source: ours; machines with GPUs may be waited for that long, and by Ray's default half an hour
+TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and copy what `ray get-auth-token` says on its head to ~/.ray/auth_token"
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
 
 
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or start one in this process; a session already joined is kept.
 
-    Raises: UsageError if RAY_ADDRESS leads nowhere or to machines of which any asks for no token, or if a session
-        without it has a single CPU; RunError if a machine does not say whether it asks, if no cluster starts here, or
+    Raises: UsageError as `_join_cluster`, if any of several machines asks for no token, or if a session without
+        RAY_ADDRESS has a single CPU; RunError if a machine does not say whether it asks, if no cluster starts here, or
         if that of RAY_ADDRESS has no two CPUs now: one whose machines come and go may have them another time.
     """
     address = os.environ.get("RAY_ADDRESS")
@@ -51,10 +53,7 @@ def connect() -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool logs a false alarm
         if address:
-            try:
-                ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-            except ConnectionError as error:
-                raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
+            _join_cluster(address)
         else:
             _start_local()
         refuse_open_cluster(list_addresses(), lambda: ask_every_node(asks_for_token))
@@ -75,12 +74,32 @@ def _leave_stdout() -> None:
     sys.stdout = sys.stderr
 
 
+def _join_cluster(address: str) -> None:
+    """Raises: UsageError if no cluster answers there, or none of this Ray, this Python and this process's token."""
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        told = "no Ray cluster answers there; start it, or if it asks for another token than this process has, "
+        raise UsageError(f"RAY_ADDRESS={address}: {told}{TOKEN_REMEDY}") from error
+    except AuthenticationError as error:
+        raise UsageError(f"RAY_ADDRESS={address}: this process has no token for it; {TOKEN_REMEDY}") from error
+    except RuntimeError as error:  # Ray has none of its own for another version
+        told = " ".join(str(error).split())
+        if "version mismatch" not in told.lower():
+            raise
+        raise UsageError(f"RAY_ADDRESS={address}: {told}; install the same Python and Ray here and there") from error
+
+
 def _start_local() -> None:
     """A cluster of this machine alone that ends with this process. Two CPUs are the least it needs.
 
+    Its processes listen on every address of the machine, and Ray asks for a token unless RAY_AUTH_MODE says otherwise:
+    one that this process and its children alone know.
+
     Raises: RunError if one of its processes died or took too long, as on a busy machine.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray would write one to the home folder
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a fold; nobody preempts this machine
     try:
         ray.init(

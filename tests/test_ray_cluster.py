@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import AuthenticationError
 
 from darnet.archive import list_sources
 from darnet.config import DecodeConfig, ScoreConfig, VolumeConfig
 from darnet.decoded_scan import unpack_scan
 from darnet.errors import ExitCode, RunError, Status, UsageError
 from darnet.manifest import RunFacts
-from darnet.pseudonym import PSEUDONYM_VARIABLE
+from darnet.pseudonym import PSEUDONYM_VARIABLE, mark_secret
 from darnet.reading.road import Road
 from darnet.scan import IngestedScan
 from darnet.storage_local import LocalStore
@@ -236,10 +239,71 @@ def test_a_cluster_that_does_not_start_here_is_no_defect(error: Exception, monke
     with pytest.raises(RunError, match="no Ray cluster started on this machine") as caught:
         ray_cluster.connect()
     assert caught.value.exit_code is ExitCode.FAILED
+
+
+OTHER_VERSION = "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.11.9\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionError(), "no Ray cluster answers there; start it, or if it asks for another token"),
+        (AuthenticationError("no token"), "this process has no token for it; set RAY_AUTH_MODE=token, and copy what"),
+        (RuntimeError(OTHER_VERSION), "Ray: 2.59.0 Python: 3.11.9; install the same Python and Ray here and there"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_told_with_what_to_do(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from darnet import ray_cluster
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
-    if isinstance(error, ConnectionError):
-        with pytest.raises(UsageError, match=r"RAY_ADDRESS=10\.0\.0\.9:6379: no Ray cluster answers there"):
-            ray_cluster.connect()
+    with pytest.raises(UsageError, match=rf"^RAY_ADDRESS=10\.0\.0\.9:6379: .*{re.escape(told)}"):
+        ray_cluster.connect()
+
+
+STRANGER = """
+import sys
+from darnet.errors import UsageError
+from darnet.ray_cluster import connect
+try:
+    connect()
+except UsageError as error:
+    sys.exit(error.exit_code)
+"""
+ON_ITS_OWN = """
+import os
+import subprocess
+import sys
+import ray
+from darnet.ray_cluster import connect
+connect()
+address = ray.get_runtime_context().gcs_address
+for mode, token in (("disabled", ""), ("token", "another" * 5), ("token", os.environ["RAY_AUTH_TOKEN"])):
+    variables = os.environ | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": address}
+    print(subprocess.run([sys.executable, "-c", sys.argv[1]], env=variables, stderr=subprocess.PIPE).returncode)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_of_this_machine_alone_takes_nobody_without_its_token(tmp_path: Path) -> None:
+    """Its processes listen on every address of the machine; the token is in their memory alone."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    job = subprocess.run(
+        [sys.executable, "-c", ON_ITS_OWN, STRANGER],
+        cwd=ROOT,
+        env=variables | {"HOME": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert job.stdout.split() == ["2", "2", "0"]
+    assert list(tmp_path.rglob("auth_token")) == []
 
 
 @pytest.mark.parametrize(("address", "code"), [("10.0.0.1:6379", ExitCode.FAILED), ("", ExitCode.WRONG_USE)])
@@ -280,6 +344,26 @@ def test_who_does_not_answer_is_named_unless_it_was_lost(monkeypatch: pytest.Mon
     assert caught.value.exit_code is ExitCode.FAILED
     monkeypatch.setattr(ray_cluster, "list_nodes", lambda: nodes[:1])
     assert ray_cluster.agree_on_secret() is None
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "told"),
+    [
+        (SECRET, None, f"has no {PSEUDONYM_VARIABLE}, which the driver has"),
+        (SECRET, SECRET[::-1], f"has another {PSEUDONYM_VARIABLE} than the driver"),
+        ("", SECRET, f"has a {PSEUDONYM_VARIABLE} and the driver none"),
+    ],
+)
+def test_a_node_of_another_secret_stops_the_run(
+    own: str, other: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from darnet import ray_cluster
+
+    monkeypatch.setenv(PSEUDONYM_VARIABLE, own)
+    answers = [("10.0.0.1", ray_cluster.read_mark()), ("10.0.0.2", mark_secret(other.encode() if other else None))]
+    monkeypatch.setattr(ray_cluster, "ask_every_node", lambda _: answers)
+    with pytest.raises(UsageError, match=rf"^node 10\.0\.0\.2 {re.escape(told)}; set the same on"):
+        ray_cluster.agree_on_secret()
 
 
 @pytest.mark.slow
