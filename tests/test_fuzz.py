@@ -25,8 +25,6 @@ from tests.fuzz import (
     read_finding,
 )
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
@@ -36,6 +34,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
     fuzzer.close()
 
 
+@pytest.mark.slow
 def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
     fuzzer.tally = Tally()
     fuzz(fuzzer, number=0, count=30)
@@ -46,6 +45,7 @@ def test_no_mutated_scan_breaks_a_rule_of_the_road(fuzzer: Fuzzer) -> None:
     assert len(tally.statuses) > 3  # mutations that are all refused for one reason would try nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEDS)
 def test_what_is_mutated_is_sound(name: str, fuzzer: Fuzzer) -> None:
     (scan,) = fuzzer.run(make_seed(name))
@@ -53,6 +53,7 @@ def test_what_is_mutated_is_sound(name: str, fuzzer: Fuzzer) -> None:
     assert measure(make_seed(name), scan.scan_id) is not None  # by another reader
 
 
+@pytest.mark.slow
 def test_hostile_sources_and_real_files_are_mutated_too(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: set[str] = set()
 
@@ -74,6 +75,7 @@ def test_hostile_sources_and_real_files_are_mutated_too(monkeypatch: pytest.Monk
     assert min(len(drawn & names.keys()) for names in (SEEDS, HOSTILE, PYDICOM)) > 10
 
 
+@pytest.mark.slow
 def test_a_source_that_another_reader_cannot_read_is_kept(
     fuzzer: Fuzzer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_source_that_another_reader_cannot_read_is_kept(
     assert read_finding(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "detail", ["decoder died: SIGSEGV", "decoder gave an answer that none may give", "unexpected X"]
 )
