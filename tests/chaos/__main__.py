@@ -1,7 +1,7 @@
 """Everything that can go wrong with a night or a training, one thing after another: what was tried, what was lost.
 
 `make chaos` runs all of it; `python -m tests.chaos --only weather,conflict` some, `--list` names them. `make test` ends
-with one of them, `--quick`.
+with two of them, `--quick`. Where a small disk may not be mounted, what fills one is told as skipped.
 """
 
 import argparse

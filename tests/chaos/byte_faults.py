@@ -48,6 +48,8 @@ def wrong_bundle(night: Night) -> str:
     with _flipped(path, path.stat().st_size * 7 // 10):
         error = night.run(2)["error"]
     _demand("fold3.safetensors", error)
+    if parts := list_parts(night.results):
+        raise ChaosError(f"scored all the same: {parts}")
     night.run(0)
     return "named, then mended"
 

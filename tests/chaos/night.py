@@ -256,6 +256,11 @@ def wait_until(is_there: Callable[[], bool], job: "subprocess.Popen[str]") -> No
         time.sleep(0.05)
 
 
+def list_runs(results: Store) -> set[str]:
+    """The runs that have a plan."""
+    return {item.key.split("/")[1] for item in results.list_objects("_runs/") if item.key.endswith("/plan.parquet")}
+
+
 def list_parts(results: Store) -> list[str]:
     """Keys of what is staged."""
     return [item.key for item in results.list_objects("_runs/") if "/parts/" in item.key]

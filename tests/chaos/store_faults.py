@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from darnet.results import read_rows
-from tests.chaos.night import ChaosError, Night, collect_facts, upload
+from tests.chaos.night import ChaosError, Night, collect_facts, list_runs, upload
 from tests.ct_fixtures import make_chest, write_chest
 from tests.fault_proxy import Fault, Policy, Request, Weather, fair_weather
 
@@ -188,8 +188,11 @@ def _refuse_a_source(night: Night, code: str) -> str:
 def _lock_out(night: Night, code: str) -> str:
     night.site.proxy.policy = _after_objects(100, lambda: Fault(code))
     summary = night.run(5)
+    begun = list_runs(night.results)
     night.site.proxy.policy = fair_weather
     night.run(0)
+    if (ended := set(read_rows(night.results)["run_id"].to_pylist())) != begun:
+        raise ChaosError(f"begun as {begun}, published as {ended}")
     return f"{summary['error'][-60:]}"
 
 
