@@ -77,7 +77,8 @@ class ScoringActor:
             unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
         ]
         is_ok = np.array([item.scan.status is Status.OK for item in decoded])
-        scores = iter(ensemble.score(batch["voxels"][is_ok]) if is_ok.any() else ())
+        voxels = batch["voxels"] if is_ok.all() else batch["voxels"][is_ok]  # the first is no copy
+        scores = iter(ensemble.score(voxels) if is_ok.any() else ())
         for item in decoded:
             score = next(scores) if item.scan.status is Status.OK else None
             row = make_row(self._run, item.source_name, item.input_sha256, item.scan, score, datetime.now(UTC))

@@ -1,4 +1,7 @@
-"""A scan's slices in, one a thread at a time; the standard volume out, beside which no more than these are held."""
+"""A scan's slices in, one a thread at a time; the standard volume out, beside which no more than these are held.
+
+A volume file is the exception: ITK reads it whole, and turns it to canonical axes.
+"""
 
 import functools
 from collections import defaultdict
