@@ -3,6 +3,7 @@
 import functools
 import ipaddress
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import ray
@@ -11,7 +12,6 @@ from darnet.checkup.findings import Check, CheckError, Finding, Verdict, examine
 from darnet.checkup.machine import check_bundle_on_gpu, examine_machine
 from darnet.checkup.places import Trial, check_reach
 from darnet.config import ScoreConfig
-from darnet.errors import ExitCode
 from darnet.ray_cluster import (
     agree_on_secret,
     ask_every_node,
@@ -46,7 +46,9 @@ def examine_machines(
     """
     if not (os.environ.get("RAY_ADDRESS") and ray.is_initialized()):
         return examine_machine()
-    answers = dict(ask_nodes(functools.partial(_examine_node, archive, model, trial, config)))
+    question = functools.partial(_examine_node, archive, model, trial, config)
+    answers: dict[str, list[Finding]] = {}
+    (heard,) = examine([("machine: answers", lambda: _hear_all(question, answers))])
     alike: dict[Finding, list[str]] = {}
     for address, findings in sorted(answers.items()):
         for finding in findings:
@@ -55,11 +57,19 @@ def examine_machines(
         replace(finding, told=f"{', '.join(addresses)}: {finding.told}")
         for finding, addresses in sorted(alike.items(), key=lambda item: item[0].check)
     ]
+    return found if heard.verdict is Verdict.FINE else [*found, heard]
+
+
+def _hear_all(question: Callable[[], list[Finding]], answers: dict[str, list[Finding]]) -> str:
+    """Put what each machine says into `answers`, also of those that were heard before Ray failed.
+
+    Raises: CheckError naming who said nothing.
+    """
+    answers.update(ask_nodes(question))
     if silent := sorted(list_addresses() - answers.keys()):
         remedy = "install the same darnet and Python there as here, or look at that node's log"
-        told = f"{', '.join(silent)}: gave no answer"
-        found.append(Finding("machine: answers", Verdict.WRONG, told, remedy, ExitCode.FAILED))
-    return found
+        raise CheckError(f"{', '.join(silent)}: gave no answer", remedy)
+    return "every machine"
 
 
 def _examine_node(

@@ -1,6 +1,7 @@
 """What `jobs.doctor` says of a cluster and its machines; the whole of it is tried in checkup.test_machine."""
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,29 @@ def test_a_cluster_that_nobody_named_was_not_looked_at(monkeypatch: pytest.Monke
     assert "ray job submit" in caught.value.remedy
 
 
+def _pretend_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+
+
+def test_what_was_heard_before_ray_failed_is_told_with_the_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(_: object) -> Iterator[tuple[str, list[Finding]]]:
+        yield "10.0.0.1", [Finding("machine: GPU", Verdict.FINE, "1: T4")]
+        raise ConnectionError("the head is gone")
+
+    _pretend_joined(monkeypatch)
+    monkeypatch.setattr(ray_doctor, "ask_nodes", ask)
+    heard, failure = ray_doctor.examine_machines(None, None, None, ScoreConfig())
+    assert (heard.verdict, heard.told) == (Verdict.FINE, "10.0.0.1: 1: T4")
+    assert (failure.check, failure.verdict) == ("machine: answers", Verdict.WRONG)
+    assert failure.told.startswith("unexpected ConnectionError at ")
+
+
 def test_each_machine_of_a_cluster_is_told_of_and_what_they_have_alike_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fine = Finding("machine: GPU", Verdict.FINE, "1: T4")
     wrong = Finding("machine: free disk", Verdict.WRONG, "1.0 GiB in /tmp", "free some", ExitCode.FAILED)
     nodes = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    _pretend_joined(monkeypatch)
     monkeypatch.setattr(ray_doctor, "list_addresses", lambda: {*nodes})
     monkeypatch.setattr(ray_doctor, "ask_nodes", lambda _: [(nodes[1], [fine, wrong]), (nodes[0], [fine])])
     told = [
@@ -81,8 +99,7 @@ def test_every_machine_of_a_cluster_is_asked_for_places_and_networks(
     archive, model, results = (open_store(str(tmp_path / name)) for name in ("archive", "bundle", "results"))
     trial = Trial(results)
     trial.write_and_read()
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    _pretend_joined(monkeypatch)
     monkeypatch.setattr(ray_doctor, "list_addresses", lambda: {"10.0.0.1"})
     monkeypatch.setattr(ray_doctor, "ask_nodes", lambda ask: [("10.0.0.1", pickle.loads(pickle.dumps(ask))())])
     monkeypatch.setattr(ray_doctor, "examine_machine", list)

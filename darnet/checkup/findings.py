@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from darnet.errors import ExitCode, RunError, ScanError
+from darnet.errors import ExitCode, RunError, ScanError, name_defect, print_defect
 from darnet.terminal import print_table
 
 
@@ -50,6 +50,11 @@ Check: TypeAlias = tuple[str, Callable[[], str]]
 """A check's name, and what tries it: returns what was seen, or raises CheckError, RunError or ScanError."""
 
 
+DEFECT_REMEDY = (
+    "try again; if it stays, show whoever looks after this program the traceback, which is on stderr here, and of "
+    "another machine in Ray's logs there"
+)
+
 def examine(checks: Sequence[Check]) -> list[Finding]:
     """Try the checks in order. The first of a group that is wrong leaves the rest of it untried: they build on it."""
     findings: list[Finding] = []
@@ -63,6 +68,7 @@ def examine(checks: Sequence[Check]) -> list[Finding]:
 
 def _look(name: str, look: Callable[[], str]) -> Finding:
     try:
+    """A check that ends in an error of any kind is a line too: else all other lines would stay untold."""
         return Finding(name, Verdict.FINE, look())
     except CheckError as error:
         return Finding(name, error.verdict, str(error), error.remedy, error.exit_code)
@@ -72,6 +78,9 @@ def _look(name: str, look: Callable[[], str]) -> Finding:
     except ScanError as error:
         return Finding(name, Verdict.WRONG, str(error), "look at that object and at the store's log", ExitCode.FAILED)
 
+    except Exception as error:  # its text may hold a header's words
+        print_defect(error)
+        return Finding(name, Verdict.WRONG, f"unexpected {name_defect(error)}", DEFECT_REMEDY, ExitCode.FAILED)
 
 class UnfitError(RunError):
     """Something a night needs is wrong; the exit code is that of the first such finding."""

@@ -50,3 +50,18 @@ def test_the_exit_code_is_that_of_the_first_wrong_line() -> None:
         report_findings(findings)
     assert caught.value.exit_code is ExitCode.CREDENTIALS
     assert caught.value.facts["verdicts"] == {"wrong": 2}
+
+
+def test_an_error_that_nobody_expected_is_a_line_and_its_text_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    error = KeyError("Doe^John")
+    findings = examine([("one", lambda: _raise(error)), ("two", lambda: "seen")])
+    findings += examine([("three", lambda: "seen")])
+    assert [item.verdict for item in findings] == [Verdict.WRONG, Verdict.UNTRIED, Verdict.FINE]
+    assert findings[0].told.startswith("unexpected KeyError at ")
+    assert "traceback" in findings[0].remedy
+    with pytest.raises(UnfitError, match="one: unexpected KeyError") as caught:
+        report_findings(findings)
+    assert caught.value.exit_code is ExitCode.FAILED
+    told = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in told
+    assert "Doe" not in told + str(findings)
