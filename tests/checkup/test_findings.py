@@ -2,7 +2,7 @@
 
 import pytest
 
-from darnet.checkup.findings import CheckError, Finding, UnfitError, Verdict, examine, report_findings
+from darnet.checkup.findings import CheckError, Finding, UnfitError, Verdict, examine, report_findings, sum_up
 from darnet.errors import CredentialsError, ExitCode, ScanError, Status
 
 
@@ -65,3 +65,23 @@ def test_an_error_that_nobody_expected_is_a_line_and_its_text_is_not_told(capsys
     told = capsys.readouterr().err
     assert "Traceback (most recent call last)" in told
     assert "Doe" not in told + str(findings)
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ({"fine": 30}, "Fit for a night."),
+        ({"fine": 28, "untried": 1, "mind": 2}, "Fit for a night, but for lines: 1 not tried, 2 to mind."),
+        ({"fine": 29, "mind": 1}, "Fit for a night, but for lines: 1 to mind."),
+        ({"wrong": 1, "untried": 3}, "Not fit for a night; lines: 1 wrong, 3 not tried."),
+    ],
+)
+def test_the_last_line_tells_what_was_left_open(counts: dict[str, int], told: str) -> None:
+    assert sum_up(counts) == told
+
+
+def test_the_last_line_counts_the_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = [Verdict.FINE, Verdict.UNTRIED, Verdict.MIND, Verdict.UNTRIED]
+    report_findings([Finding("one", verdict, "seen") for verdict in verdicts])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "Fit for a night, but for lines: 2 not tried, 1 to mind."
