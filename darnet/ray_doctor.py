@@ -20,7 +20,7 @@ from darnet.ray_cluster import (
     count_resource,
     find_dashboard,
 )
-from darnet.ray_token import asks_for_token, list_addresses, list_nodes
+from darnet.ray_token import AUTH_REMEDY, asks_for_token, list_addresses, list_nodes
 from darnet.store import Store
 
 
@@ -89,13 +89,14 @@ def _join() -> str:
 
 
 def _look_at_auth() -> str:
-    """Several machines without a token were refused on joining."""
+    """Several machines without a token were refused on joining. One listens where its address says."""
     if _is_closed():
         return "RAY_AUTH_MODE=token, here and on every node"
-    if os.environ.get("RAY_ADDRESS"):
-        remedy = "set RAY_AUTH_MODE=token before other machines join"
-        raise CheckError("one machine without a token", remedy, Verdict.MIND)
-    return "on this machine alone"
+    if within_reach := sorted(address for address in list_addresses() if not _is_loopback(address)):
+        told = f"{', '.join(within_reach)} asks nobody for a token, and who reaches it may run programs there"
+        remedy = f"{AUTH_REMEDY}, before other machines join; until then keep its ports from others by a firewall"
+        raise CheckError(told, remedy, Verdict.MIND)
+    return "listens on loopback, which this machine alone reaches"
 
 
 def _is_closed() -> bool:

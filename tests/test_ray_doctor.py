@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from darnet import ray_doctor
-from darnet.checkup.findings import Check, CheckError, Finding, Verdict
+from darnet.checkup.findings import Check, CheckError, Finding, Verdict, examine
 from darnet.checkup.machine import check_bundle_on_gpu
 from darnet.checkup.places import Trial
 from darnet.config import ScoreConfig
-from darnet.errors import ExitCode
+from darnet.errors import ExitCode, RunError, UsageError
 from darnet.storage import Store, open_store
 from tests.bundle_fixtures import write_random_bundle
 
@@ -52,6 +52,80 @@ def test_a_cluster_that_nobody_named_was_not_looked_at(monkeypatch: pytest.Monke
         join[1]()
     assert caught.value.verdict is Verdict.MIND
     assert "ray job submit" in caught.value.remedy
+
+
+def _try_cluster(only: str) -> Finding:
+    (checks,) = ray_doctor.check_cluster()
+    (finding,) = examine([check for check in checks if check[0] == f"cluster: {only}"])
+    return finding
+
+
+@pytest.mark.parametrize("ray_address", ["", "10.0.0.7:6379"])
+@pytest.mark.parametrize(
+    ("mode", "nodes", "addresses", "verdict", "told"),
+    [
+        ("token", "token", {"10.0.0.7"}, Verdict.FINE, "RAY_AUTH_MODE=token, here and on every node"),
+        ("disabled", "disabled", {"127.0.0.1"}, Verdict.FINE, "listens on loopback"),
+        ("disabled", "disabled", {"::1"}, Verdict.FINE, "listens on loopback"),
+        ("disabled", "disabled", {"10.0.0.7"}, Verdict.MIND, "10.0.0.7 asks nobody for a token"),
+        ("token", "disabled", {"10.0.0.7"}, Verdict.MIND, "10.0.0.7 asks nobody for a token"),
+        ("disabled", "disabled", {"127.0.0.1", "10.0.0.8"}, Verdict.MIND, "10.0.0.8 asks nobody for a token"),
+    ],
+)
+def test_a_cluster_without_a_token_is_closed_on_loopback_alone(
+    ray_address: str,
+    mode: str,
+    nodes: str,
+    addresses: set[str],
+    verdict: Verdict,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one that a job starts for itself, of which it is not enough that nobody named it."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setattr(ray_doctor, "ask_every_node", lambda _: [("a node", nodes == "token")])
+    monkeypatch.setattr(ray_doctor, "list_addresses", lambda: addresses)
+    finding = _try_cluster("closed to strangers")
+    assert (finding.verdict, finding.told.startswith(told)) == (verdict, True), finding
+    assert ("RAY_AUTH_MODE=token" in finding.remedy) == (verdict is not Verdict.FINE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "code", "told"),
+    [
+        ("mark", Verdict.FINE, ExitCode.DONE, "the same on every node"),
+        (None, Verdict.FINE, ExitCode.DONE, "none on any node: "),
+        (UsageError("node 10.0.0.7 has none; set it"), Verdict.WRONG, ExitCode.WRONG_USE, "node 10.0.0.7 has none"),
+        (RunError("node 10.0.0.7 does not answer; look"), Verdict.WRONG, ExitCode.FAILED, "node 10.0.0.7 does not"),
+    ],
+)
+def test_nodes_have_one_secret_or_none(
+    answer: str | RunError | None, verdict: Verdict, code: ExitCode, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def agree() -> str | None:
+        if isinstance(answer, RunError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray_doctor, "agree_on_secret", agree)
+    finding = _try_cluster("key of pseudonyms")
+    assert (finding.verdict, finding.exit_code, finding.told.startswith(told)) == (verdict, code, True), finding
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "room", "told"),
+    [
+        (1, {"CPU": 2.0}, "1 node, 2 CPUs, 0 GPUs"),
+        (3, {"CPU": 24.0, "GPU": 2.0}, "3 nodes, 24 CPUs, 2 GPUs"),
+    ],
+)
+def test_room_is_counted(num_nodes: int, room: dict[str, float], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little of it was refused on joining."""
+    monkeypatch.setattr(ray_doctor, "list_nodes", lambda: [{}] * num_nodes)
+    monkeypatch.setattr(ray_doctor, "count_resource", lambda name: room.get(name, 0.0))
+    finding = _try_cluster("room")
+    assert (finding.verdict, finding.told) == (Verdict.FINE, told)
 
 
 def _pretend_joined(monkeypatch: pytest.MonkeyPatch) -> None:
