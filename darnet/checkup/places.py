@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import dropwhile, islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs  # type: ignore[import-untyped]
 
@@ -26,13 +27,17 @@ from darnet.errors import CredentialsError, ExitCode, FolderMissing, ObjectMissi
 from darnet.publishing.hold import list_held_runs
 from darnet.publishing.objects import COMMIT_KEY, list_commit_objects, list_commits
 from darnet.publishing.runs import RUNS
+from darnet.s3_answers import DAMAGED_BODY
 from darnet.scan import StoredObject
 from darnet.storage import Store
+from darnet.storage_s3 import S3Store
 
 FIRST_OBJECTS = 1_000  # Source: ours; one page of a listing
 SMALL_BYTES, LARGE_BYTES = 64 << 10, 24 << 20  # Source: ours; a part, and a night's object of some 100,000 scans
 PUTS_AT_ONCE = 8
 CLOCK_MIND_S, CLOCK_WRONG_S = 30.0, 300.0  # Source: ours; S3 refuses requests that are 15 minutes off
+WRONG_CRC32 = "AAAAAA=="  # Source: base64 of four zero bytes; of random bytes one in 2**32 has this checksum
+REFUSALS = DAMAGED_BODY | {"InvalidDigest"}  # Source: the last is Garage's word
 OTHER_STORE = "use a store with conditional writes: AWS S3, MinIO, Ceph, or a local disk; this one would lose nights"
 
 
@@ -57,6 +62,7 @@ def check_results(trial: "Trial") -> list[list[Check]]:
             ("results: of puts at once one succeeds", trial.put_at_once),
             ("results: a whole night's object", trial.put_large),
             ("results: uploads in parts", trial.upload_in_parts),
+            *([("results: a wrong checksum is refused", trial.put_damaged)] if trial.sends_checksums else []),
             ("results: the right to publish", trial.put_what_is_there),  # last: where two puts succeed it would replace
         ],
     ]
@@ -91,6 +97,11 @@ class Trial:
     def has_written(self) -> bool:
         """Whether there is something that other machines may read."""
         return bool(self._small)
+
+    @property
+    def sends_checksums(self) -> bool:
+        """Whether what is put may carry a checksum: into a bucket, not into a folder."""
+        return isinstance(self._store, S3Store)
 
     def look_at_table(self) -> str:
         """Its numbers, and whether a run is held."""
@@ -178,6 +189,20 @@ class Trial:
         self._compare(key, data)
         return f"{LARGE_BYTES >> 20} MiB"
 
+    def put_damaged(self) -> str:
+        """An upload with a checksum of other bytes, as where one was changed on its way."""
+        assert isinstance(self._store, S3Store)
+        store = replace(self._store, connect=functools.partial(_connect_spoiling, self._store.connect))
+        try:
+            store.write_bytes(self._key("damaged"), secrets.token_bytes(SMALL_BYTES))
+        except StorageError as error:
+            if told := [word for word in sorted(REFUSALS) if f"({word})" in str(error)]:
+                return f"as {told[0]}"
+            raise
+        remedy = "jobs compare what they put with its ETag, where that is an MD5; where it is none (KMS), run "
+        remedy += "jobs.results check after each night, or use a store that compares checksums"
+        raise CheckError("the store keeps uploads whose checksum is wrong", remedy, Verdict.MIND)
+
     def put_what_is_there(self) -> str:
         """The put that publishes, of what is published: to be refused as there already, and not as forbidden.
 
@@ -222,6 +247,17 @@ class Trial:
         given = self._store.read_bytes(key)
         if hashlib.sha256(given).digest() != hashlib.sha256(data).digest():
             raise CheckError(f"{len(given)} bytes came back that are not the {len(data)} written", OTHER_STORE)
+
+
+def _connect_spoiling(connect: Callable[[], Any]) -> Any:
+    """A client of the same store that says another checksum of all it puts than that of the bytes."""
+    client = connect()
+    client.meta.events.register("provide-client-params.s3.PutObject", _spoil_checksum)
+    return client
+
+
+def _spoil_checksum(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+    return params | {"ChecksumCRC32": WRONG_CRC32}
 
 
 def _list_first(archive: Store) -> str:

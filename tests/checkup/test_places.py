@@ -12,6 +12,7 @@ from typing import Any
 import boto3.session
 import pytest
 from botocore.config import Config
+from botocore.stub import ANY, Stubber
 
 from darnet.checkup.findings import Finding, UnfitError, Verdict, examine, report_findings
 from darnet.checkup.places import Trial, check_archive, check_reach, check_removal, check_results
@@ -19,7 +20,7 @@ from darnet.errors import CredentialsError, ExitCode
 from darnet.scan import StoredObject
 from darnet.storage import Store, open_store
 from darnet.storage_local import LocalStore
-from darnet.storage_s3 import S3Store
+from darnet.storage_s3 import UPLOADS, S3Store
 from tests.conftest import find_free_port, wait_until_it_answers
 
 KEYS = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "secret-of-a-test"}
@@ -78,8 +79,46 @@ def _try_archive(store: Store) -> dict[str, Finding]:
 def test_a_good_place_passes_and_is_left_as_it_was(store: Store) -> None:
     store.write_bytes("predictions/c00000001.parquet", b"kept")
     (before,) = store.list_objects()
-    assert {finding.verdict for finding in _try_results(store).values()} == {Verdict.FINE}
+    found = _try_results(store)
+    found.pop("a wrong checksum is refused", None)  # the S3 server of these tests looks at none
+    assert {finding.verdict for finding in found.values()} == {Verdict.FINE}
     assert list(store.list_objects()) == [before]
+
+
+@pytest.mark.s3
+def test_a_server_that_takes_a_wrong_checksum_is_told(s3: Callable[[], str]) -> None:
+    store = open_store(s3())
+    found = _try_results(store)
+    taken = found["a wrong checksum is refused"]
+    assert (taken.verdict, taken.told) == (Verdict.MIND, "the store keeps uploads whose checksum is wrong")
+    assert "jobs.results check" in taken.remedy
+    assert found["removing"].verdict is Verdict.FINE
+    assert list(store.list_objects()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "told"),
+    [
+        ("BadDigest", Verdict.FINE, "as BadDigest"),
+        ("XAmzContentChecksumMismatch", Verdict.FINE, "as XAmzContentChecksumMismatch"),
+        ("InvalidDigest", Verdict.FINE, "as InvalidDigest"),
+        ("InvalidRequest", Verdict.WRONG, "s3://bucket/_runs/doctor-1/damaged: the store failed (InvalidRequest)"),
+    ],
+)
+def test_a_refusal_is_one_for_the_checksum_alone(code: str, verdict: Verdict, told: str) -> None:
+    """And what is refused carried the checksum of other bytes."""
+    client = _connect("http://127.0.0.1:9")
+    sent = {"Bucket": "bucket", "Key": "_runs/doctor-1/damaged", "Body": ANY, "ChecksumCRC32": "AAAAAA=="}
+    with Stubber(client) as stub:
+        for _ in range(UPLOADS):
+            stub.add_client_error("put_object", code, http_status_code=400, expected_params=sent)
+        trial = Trial(S3Store("bucket", "", lambda: client), "_runs/doctor-1/")
+        (finding,) = examine([("checksum", trial.put_damaged)])
+    assert (finding.verdict, finding.told) == (verdict, told)
+
+
+def test_a_folder_is_sent_no_checksum(tmp_path: Path) -> None:
+    assert "a wrong checksum is refused" not in _try_results(LocalStore(tmp_path))
 
 
 def test_the_right_to_publish_is_tried_on_what_is_published_alone(tmp_path: Path) -> None:
