@@ -2,10 +2,15 @@
 
 import importlib.metadata
 import json
+import os
+import resource
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from darnet.checkup import machine
 from darnet.checkup.findings import Finding, Verdict, examine
@@ -46,6 +51,58 @@ def test_the_key_is_judged_by_its_length_and_not_told(
 def test_packages_are_as_pinned() -> None:
     finding = _try_machine("Python packages")
     assert (finding.verdict, finding.told.endswith("all as pinned")) == (Verdict.FINE, True), finding
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "verdict", "told"),
+    [(1.9, Verdict.WRONG, "1.9 GiB in "), (19.5, Verdict.MIND, "19.5 GiB in "), (20, Verdict.FINE, "20 GiB in ")],
+)
+def test_free_disk_is_judged(free_gib: float, verdict: Verdict, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_gib * 2**30))
+    finding = _try_machine("free disk")
+    assert (finding.verdict, finding.told.startswith(told)) == (verdict, True), finding
+    assert ("TMPDIR" in finding.remedy) == (verdict is not Verdict.FINE)
+
+
+@pytest.mark.parametrize(
+    ("total_gib", "verdict", "told"), [(1.9, Verdict.MIND, "1.9 GiB in /dev/shm"), (2, Verdict.FINE, "2 GiB")]
+)
+def test_shared_memory_is_judged(
+    total_gib: float, verdict: Verdict, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=total_gib * 2**30))
+    finding = _try_machine("shared memory")
+    assert (finding.verdict, finding.told) == (verdict, told)
+    assert ("--shm-size" in finding.remedy) == (verdict is not Verdict.FINE)
+
+
+@pytest.mark.parametrize(("num_cpus", "verdict"), [(1, Verdict.WRONG), (2, Verdict.FINE)])
+def test_processors_are_counted_as_far_as_this_process_may_use_them(
+    num_cpus: int, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cpus)))
+    finding = _try_machine("processors and threads")
+    assert (finding.verdict, finding.told.split(",")[0]) == (verdict, "one CPU" if num_cpus == 1 else "2 CPUs")
+
+
+@pytest.mark.parametrize(
+    ("names", "verdict", "told"),
+    [([], Verdict.MIND, "none: "), (["T4"], Verdict.FINE, "1: T4"), (["T4", "L4", "T4"], Verdict.FINE, "3: L4, T4")],
+)
+def test_gpus_are_named(names: list[str], verdict: Verdict, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(names))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    finding = _try_machine("GPU")
+    assert (finding.verdict, finding.told.startswith(told)) == (verdict, True), finding
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(1_024, Verdict.MIND), (4_096, Verdict.FINE)])
+def test_open_files_are_judged(limit: int, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, 1_048_576))
+    finding = _try_machine("open files")
+    assert (finding.verdict, finding.told) == (verdict, f"at most {limit}")
+    assert ("ulimit -n" in finding.remedy) == (verdict is not Verdict.FINE)
 
 
 def test_the_pins_that_are_installed_are_those_of_the_repository() -> None:
