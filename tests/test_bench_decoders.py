@@ -14,7 +14,7 @@ def test_what_scans_are_read_by_gives_simpleitks_values(tmp_path: Path) -> None:
     found = decoders.measure(decoders.list_decoders(tmp_path, stored), repeats=1)
     used = {
         *(("png, 8 bits", "png"), ("jpg, 8 bits", "jpeg8"), ("JPEG-LS", "jpegls"), ("JPEG 2000", "jpeg2k")),
-        ("RLE", "dicomrle"),
+        *(("RLE", "dicomrle"), ("uncompressed", "numpy")),
     }
     assert {way: is_same for way, (_, is_same) in found.items() if way in used} == dict.fromkeys(used, True)
 
@@ -23,5 +23,6 @@ def test_every_format_is_timed_beside_simpleitk(capsys: pytest.CaptureFixture[st
     decoders.main(["--size", "64", "--repeats", "1"])
     told = json.loads(capsys.readouterr().out)["ms"]
     names = {way.rpartition(", ")[0] for way in told}
-    assert names == {"png, 8 bits", "jpg, 8 bits", "JPEG-LS", "JPEG 2000", "JPEG Lossless SV1", "RLE"}
+    assert names == {"png, 8 bits", "jpg, 8 bits", "JPEG-LS", "JPEG 2000", "JPEG Lossless SV1", "RLE", "uncompressed"}
     assert all(f"{name}, SimpleITK" in told for name in names)
+    assert "uncompressed, numpy" in told

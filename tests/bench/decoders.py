@@ -1,11 +1,13 @@
 """Decoders of one slice against SimpleITK, on one thread: `make bench-decoders` prints milliseconds and who agrees.
 
 A phantom's slice of 512 x 512 is written in each format; every decoder opens the file, reads it and decodes it. They
-take turns, and medians are told. `reading.stored_pixels` uses what is faster here, gives SimpleITK's values, and takes
+take turns, and medians are told. Uncompressed DICOM is read by numpy as scans are, rescale and all, which SimpleITK
+applies too. `reading.stored_pixels` uses what is faster here, gives SimpleITK's values, and takes
 no damaged slice that SimpleITK refuses, as the fastest decoder of JPEG Lossless does.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -32,11 +34,12 @@ from pydicom.uid import (
 from darnet.decode import set_decoder_threads
 from darnet.phantom import make_phantom
 from darnet.reading.dicom import read_header
-from darnet.scan import Diagnosis, StagedFile
+from darnet.reading.stored_pixels import read_stored_pixels
+from darnet.scan import Diagnosis, PixelLayout, StagedFile
 from darnet.terminal import print_table
 from tests.ct_fixtures import make_slice
 
-REFERENCE = "SimpleITK"
+REFERENCE, UNCOMPRESSED = "SimpleITK", "uncompressed"
 Decode = Callable[[], NDArray[Any]]
 
 
@@ -73,6 +76,7 @@ def list_decoders(folder: Path, stored: NDArray[np.uint16]) -> dict[tuple[str, s
         chosen = codecs if suffix == ".png" else {"jpeg8": imagecodecs.jpeg8_decode}
         add(f"{suffix[1:]}, 8 bits", path, image_io, path.read_bytes, **chosen)
     syntaxes: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
+        UNCOMPRESSED: (ExplicitVRLittleEndian, {}),
         "JPEG-LS": (JPEGLSLossless, {"jpegls": imagecodecs.jpegls_decode}),
         "JPEG 2000": (JPEG2000Lossless, {"jpeg2k": lambda data: imagecodecs.jpeg2k_decode(data, numthreads=1)}),
         "JPEG Lossless SV1": (
@@ -90,6 +94,10 @@ def list_decoders(folder: Path, stored: NDArray[np.uint16]) -> dict[tuple[str, s
         assert header is not None
         assert header.layout is not None
         start = header.layout.start
+        if name == UNCOMPRESSED:
+            ways[name, REFERENCE] = functools.partial(ask_simpleitk, path, "GDCMImageIO")
+            ways[name, "numpy"] = functools.partial(read_uncompressed, path, header.layout)
+            continue
 
         def read_frame(path: Path = path, start: int = start) -> bytes:
             with path.open("rb") as body:
@@ -98,6 +106,13 @@ def list_decoders(folder: Path, stored: NDArray[np.uint16]) -> dict[tuple[str, s
 
         add(name, path, "GDCMImageIO", read_frame, **decoders)
     return ways
+
+
+def read_uncompressed(path: Path, layout: PixelLayout) -> NDArray[Any]:
+    """The pixels as stored, by way of HU, as a scan is read."""
+    pixels = read_stored_pixels(path, layout)
+    assert pixels is not None, f"{path}: left to SimpleITK"
+    return pixels + 1024
 
 
 def ask_simpleitk(path: Path, image_io: str) -> NDArray[Any]:
