@@ -18,6 +18,7 @@ def test_the_benchmark_lists_every_page_and_finds_nothing_new() -> None:
 @pytest.mark.slow
 @pytest.mark.s3
 def test_a_row_is_repeated_by_its_objects_and_nights(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--objects", "1500", "--nights", "2"]) == 0
+    assert main(["--objects", "1500", "--nights", "2", "--repeats", "3"]) == 0
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["repeats"] == 3
     assert (found["objects"], found["objects_per_source"], found["nights"], found["sources"]) == (1500, 1, 2, 1500)

@@ -5,11 +5,13 @@ planning aside, the driver does all that it does in a night of real scans. Plann
 
 With `--staged` (`make bench-first-night STAGED=1`) rows as large as real ones are staged already, without a cluster:
 what grows then is reading them back, judging them against earlier nights, the page, and publishing, beside tables of
-none to 365 nights.
+none to 365 nights. Each such figure is a median of `--repeats` readings, each of the same staged night anew.
 """
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,8 @@ from tests.bundle_fixtures import write_random_bundle
 
 CONFIG = ScoreConfig()
 NIGHT = date(2030, 1, 1)
-STAGED = ((60_000, 0), (600, 0), (600, 10), (600, 100), (600, 365))  # rows staged, nights published before
+# Rows staged, nights published before.
+STAGED = ((60_000, 0), (6_000, 0), (600, 0), (600, 10), (600, 100), (600, 365))
 ROWS_OF_EARLIER_NIGHT = 1000
 
 
@@ -133,22 +137,30 @@ def measure_here(folder: Path, *, is_staged: bool) -> dict[str, float]:
 def measure(num_sources: int, objects_per_source: int) -> dict[str, float]:
     """The same in a fresh process, of a plan that another one made."""
     asked = {"objects_per_source": objects_per_source}
-    return asked | _measure("--sources", str(num_sources), "--objects", str(objects_per_source))
+    return asked | _measure(1, "--sources", str(num_sources), "--objects", str(objects_per_source))
 
 
-def measure_staged(num_rows: int, num_nights: int) -> dict[str, float]:
-    """The same of a night that is staged already, in a table of so many nights."""
+def measure_staged(num_rows: int, num_nights: int, repeats: int) -> dict[str, float]:
+    """Medians of the same, of a night that is staged already, in a table of so many nights."""
     asked = {"earlier_nights": num_nights}
-    return asked | _measure("--staged", "--sources", str(num_rows), "--earlier", str(num_nights))
+    return asked | _measure(repeats, "--staged", "--sources", str(num_rows), "--earlier", str(num_nights))
 
 
-def _measure(*flags: str) -> dict[str, float]:
+def _measure(repeats: int, *flags: str) -> dict[str, float]:
+    """Begin a night once, and end it so many times, each as it was begun: links to its files, which nobody changes."""
     command = [sys.executable, "-m", "tests.bench.first_night", *flags]
+    readings: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="darnet-first-night-") as folder:
-        subprocess.run([*command, "--begin", folder], check=True)
-        done = subprocess.run([*command, "--here", folder], check=True, stdout=subprocess.PIPE)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        begun, night = Path(folder) / "begun", Path(folder) / "night"
+        night.mkdir()
+        subprocess.run([*command, "--begin", str(night)], check=True)
+        night.rename(begun)
+        for _ in range(repeats):
+            shutil.copytree(begun, night, copy_function=os.link)
+            done = subprocess.run([*command, "--here", str(night)], check=True, stdout=subprocess.PIPE)
+            readings.append(json.loads(done.stdout.splitlines()[-1]))
+            shutil.rmtree(night)
+    return {"repeats": len(readings)} | {name: median(reading[name] for reading in readings) for name in readings[0]}
 
 
 def main(arguments: list[str]) -> int:
@@ -160,6 +172,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--objects", type=int, default=60, help="of each source")
     parser.add_argument("--staged", action="store_true", help="nights of which all is scored, and nothing published")
     parser.add_argument("--earlier", type=int, default=0, help="nights published before a staged one")
+    parser.add_argument("--repeats", type=int, default=3, help="readings of each staged night")
     chosen = parser.parse_args(arguments)
     if chosen.begin and chosen.staged:
         stage_night(chosen.begin, chosen.sources, chosen.earlier)
@@ -169,7 +182,7 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(measure_here(chosen.here, is_staged=chosen.staged)))
     elif chosen.staged:
         for rows, nights in STAGED:
-            print(json.dumps(measure_staged(rows, nights)), flush=True)
+            print(json.dumps(measure_staged(rows, nights, chosen.repeats)), flush=True)
     else:
         for objects_per_source in (1, chosen.objects):
             print(json.dumps(measure(chosen.sources, objects_per_source)), flush=True)

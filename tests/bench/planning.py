@@ -1,7 +1,8 @@
 """What planning a night with nothing new costs: `make bench-planning` prints seconds and growth of memory.
 
 The archive is a bucket of made-up objects (`listing_server`), listed over HTTP by boto3; the results table is a local
-folder of rows as large as real ones, in which every source is settled. Each measurement is a process of its own.
+folder of rows as large as real ones, in which every source is settled. Each reading is a process of its own; figures
+are single readings, or medians where `--repeats` asks for several.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -84,8 +86,8 @@ def read_memory_kb(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(num_objects: int, objects_per_source: int, num_nights: int) -> dict[str, float]:
-    """The same in a fresh process, against a server in another."""
+def measure(num_objects: int, objects_per_source: int, num_nights: int, repeats: int = 1) -> dict[str, float]:
+    """Medians of the same, each time in a fresh process, against a server in another."""
     module = [sys.executable, "-m"]
     with tempfile.TemporaryDirectory() as folder:
         write_results(Path(folder), num_objects // objects_per_source, objects_per_source, num_nights)
@@ -95,14 +97,18 @@ def measure(num_objects: int, objects_per_source: int, num_nights: int) -> dict[
             address = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
             command = [*module, "tests.bench.planning", "--here", folder]
             try:
-                done = subprocess.run(
-                    command, env=os.environ | CREDENTIALS | address, check=True, stdout=subprocess.PIPE
-                )
+                readings = [_read(command, os.environ | CREDENTIALS | address) for _ in range(repeats)]
             finally:
                 server.terminate()
-    found: dict[str, float] = json.loads(done.stdout)
     asked = {"objects": num_objects, "objects_per_source": objects_per_source, "nights": num_nights}
-    return asked | found
+    figures = {name: median(reading[name] for reading in readings) for name in readings[0]}
+    return asked | {"repeats": len(readings)} | figures
+
+
+def _read(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -111,20 +117,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--here", help="measure this results folder, in this process")
     parser.add_argument("--objects", type=int, default=1_000_000, help="of the largest archive")
     parser.add_argument("--nights", type=int, help="measure that archive alone, one object a source, beside so many")
+    parser.add_argument("--repeats", type=int, default=1, help="readings of each, of which medians are told")
     chosen = parser.parse_args(arguments)
     if chosen.here:
         print(json.dumps(measure_here(chosen.here)))
         return 0
     if chosen.nights:
-        print(json.dumps(measure(chosen.objects, 1, chosen.nights)))
+        print(json.dumps(measure(chosen.objects, 1, chosen.nights, chosen.repeats)))
         return 0
     largest, small = chosen.objects, max(chosen.objects // 10, 1000)
     sizes = [max(largest // share, 1000) for share in (100, 10)]
     for plan in [*((size, 1, NIGHTS) for size in sizes), *((small, 1, nights) for nights in (10, 100))]:
-        print(json.dumps(measure(*plan)), flush=True)
+        print(json.dumps(measure(*plan, chosen.repeats)), flush=True)
     is_past = False
     for objects_per_source, nights in ((100, NIGHTS), (1, NIGHTS), (1, 1)):  # the last: a first night of everything
-        found = measure(largest, objects_per_source, nights)
+        found = measure(largest, objects_per_source, nights, chosen.repeats)
         print(json.dumps(found), flush=True)
         is_past |= any(found[name] > limit for name, limit in GOAL.items())
     return int(is_past)
