@@ -33,8 +33,10 @@ from tests.bench.peer_roads import (
 from tests.bench.peers import (
     BARE,
     BUNDLE_CODE,
+    LAYERS,
     ONE_MORE,
     PHANTOM_CODE,
+    SERIAL,
     Row,
     Way,
     add_ratios,
@@ -53,6 +55,8 @@ from tests.bench.peers import (
     merge_rows,
     name_makers,
     parse_settings,
+    plan_images,
+    plan_reading,
     plan_road,
     print_section,
     profile_road,
@@ -75,6 +79,29 @@ def test_roads_are_taken_in_turn_and_give_medians(tmp_path: Path) -> None:
     rows = measure_in_turn(ways, 3)
     assert (tmp_path / "turns").read_text() == "ABABAB"
     assert [(row["road"], row["seconds"]) for row in rows] == [("A", 4), ("B", 4)]
+
+
+def test_of_spilled_bytes_the_most_is_told(tmp_path: Path) -> None:
+    """A night of three that spilled has spilled."""
+    path = tmp_path / "turns"
+    code = (
+        f"import json, pathlib; path = pathlib.Path({str(path)!r}); path.open('a').write('x');"
+        "print(json.dumps(dict(seconds=1, spilled_mb=7.0 * (path.stat().st_size == 2))))"
+    )
+    (row,) = measure_in_turn([make_way("ours", code)], 3)
+    assert row["spilled_mb"] == 7.0
+    assert describe_road(row) == "; at most 7 MB spilled"
+
+
+def test_one_thread_has_the_goals_of_two(tmp_path: Path) -> None:
+    """A night reads on one thread unless it is told otherwise."""
+    scans = {"275 slices JPEG-LS": "a", "98 slices JPEG 2000": "b"}
+    ways = {(way.what, way.road): way for way in [*plan_reading(scans), *plan_images(tmp_path)]}
+    for what in (*scans, "300 slices PNG"):
+        assert ways[what, SERIAL].goals == ways[what, "ours"].goals != {}
+        assert ways[what, SERIAL].limits == ways[what, "ours"].limits
+        assert "ours-serial" in ways[what, SERIAL].command
+    assert ways["275 slices JPEG-LS", SERIAL].goals["monai"] == 6.0
 
 
 def test_a_road_that_fails_is_named_with_its_command() -> None:
@@ -253,7 +280,7 @@ def test_a_scan_more_is_the_difference_of_two_lengths_and_every_ratio_is_of_the_
     assert ours["goals"] == {BARE: 0.9}
     assert monai["goals"] == {}
     assert describe_road(ours) == "of two lengths of the road; start-up and end 10.0 s"
-    assert describe_road(found["12 scans", "ours, x int8"]) == "fetch 0.25 s a scan; 0 MB spilled"
+    assert describe_road(found["12 scans", "ours, x int8"]) == "fetch 0.25 s a scan; at most 0 MB spilled"
     assert describe_road(found["a scan's floor", "ours, network alone, x int8"]) == ""
 
 
@@ -308,6 +335,21 @@ def test_the_road_s_table_ends_with_the_profile(capsys: pytest.CaptureFixture[st
     assert "0.769 x" in table
     assert "statistics" in profile
     assert "most of it lungs" in profile
+
+
+def test_the_network_s_table_ends_with_its_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the road's ends with the phases of its nights; neither is a line of the table, or a panel of the chart."""
+    named = {"section": "network", "what": "a forward pass", "repeats": 1, "repeat": "again", "seconds": 2.0}
+    ours = named | {"road": "ours, openvino fp32", "goals": {"eager torch": 1.5}}
+    table = add_ratios([named | {"road": "eager torch", "goals": {}, "seconds": 5.0}, ours])
+    told = {"layers": [["Convolution", "brgconv", 20, 1.5]], "products_s": 1.25, "products_by": "brgemm"}
+    rows = [*table, table[1] | {"what": LAYERS, "eager_s": 5.0} | told]
+    print_section("network", rows, (0.0, 0.0))
+    before, after = capsys.readouterr().err.split(LAYERS)
+    assert "brgconv" not in before
+    assert "brgconv" in after
+    assert "which a pass would be 4 x eager torch" in after
+    assert len(draw_chart(rows).axes) == 1
 
 
 def test_a_limit_is_told_beside_the_goals(capsys: pytest.CaptureFixture[str]) -> None:

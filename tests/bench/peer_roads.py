@@ -256,8 +256,8 @@ def measure_eager(weights: str) -> dict[str, float]:
 def measure_products() -> dict[str, float]:
     """As many multiplications and additions as a forward pass has, in products of large matrices of float32.
 
-    What a processor is fastest at: a network that takes longer waits for memory or for a better order of its loops. One
-    that takes less time does with fewer operations, as Winograd's convolutions do, or with smaller numbers.
+    torch's own products, which another library may do faster: `layers` has OpenVINO's. A network that takes longer
+    than its library's products waits for memory or for a better order of its loops.
     """
     import torch
 
@@ -344,25 +344,33 @@ def measure_our_road(bundle: str, archive: str, backend: str, precision: str) ->
 
     What a scan more costs is told by nights of two lengths: rows come in batches, and decoding runs ahead of them.
     """
+    marks = {"begun": time.time()}
     import ray
 
     from darnet.ray_score import NightRequest, score_archive
     from darnet.results import read_predictions
     from darnet.storage import open_store
+    from tests.bench.phases import find_phases
 
+    marks["imported"] = time.time()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     start_s = time.perf_counter()
     ray.init("local", num_cpus=max(THREADS, 2), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    marks["ray_up"] = time.time()
     with tempfile.TemporaryDirectory() as folder:
         results = open_store(folder, create=True)
         config = configure_score(backend, precision)
         score_archive(NightRequest(open_store(archive), open_store(bundle), results, config))
         seconds, processor_s = time.perf_counter() - start_s, read_processors()
         spilled_mb = read_spilled_bytes() / 1e6
+        ray.shutdown()
+        marks["ended"] = time.time()
         rows = read_predictions(folder)
+        phases = find_phases(Path(folder), rows, marks, config.batch_size)
     assert (rows["status"] == "OK").all(), rows[["source", "status", "status_detail"]]
     stages = {name: float(rows[name].mean()) for name in ("fetch_s", "decode_s", "model_s")}
-    return {"seconds": seconds, "processor_s": processor_s, "scans": len(rows), "spilled_mb": spilled_mb, **stages}
+    figures = {"seconds": seconds, "processor_s": processor_s, "scans": len(rows), "spilled_mb": spilled_mb}
+    return figures | stages | phases
 
 
 def read_spilled_bytes() -> int:

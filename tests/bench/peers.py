@@ -2,10 +2,12 @@
 
 Prints a table, and writes `bench.json` and `bench.png` to `--out`; what was measured earlier stays in both. Roads are
 measured in turn (A B A B), each time in a fresh process (`peer_roads`), so that no road's memory or loaded library is
-another's; figures are medians. The peers' environment, `.venv-peers`, is built on the first run.
+another's; figures are medians, but for what a night spilled, the most of all. The peers' environment, `.venv-peers`,
+is built on the first run.
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
@@ -44,7 +46,9 @@ from darnet.scan import Diagnosis
 from darnet.storage import open_store
 from darnet.terminal import print_table
 from tests.bench import planning
+from tests.bench.layers import print_layers, profile_network
 from tests.bench.peer_roads import THREADS
+from tests.bench.phases import list_phases, print_phases
 from tests.bench.resampling import list_series
 from tests.places import ROOT
 
@@ -58,6 +62,7 @@ ROAD_SCANS, SHORTER, LONGER, MOST_SERIES = 12, 3, 3, 6
 STEADY = 0.9  # of the bare network, that each scan more must reach
 FLOOR, STAGES, ONE_MORE = "a scan's floor", "a scan beside the network", "one scan more"
 PROFILE, BARE = "where a scan's time goes", "the bare network"
+LAYERS, PHASES = "where a forward pass goes", "where a night's start and end go"
 PROFILE_STAGES = ("bytes", "decode", "lungs", "child", "network", "statistics")  # `bytes` are read within `decode`
 # What a scan is called, how many slices it has, and its transfer syntax. Source: ours, like the real series at hand.
 PHANTOMS = (("275 slices JPEG-LS", 275, JPEGLSLossless), ("98 slices JPEG 2000", 98, JPEG2000Lossless))
@@ -74,7 +79,9 @@ BACKENDS = (
     ("openvino", "int8", 2.8, 3.0),
     ("openvino", "bf16", None, None),
 )
-PRODUCTS = "fp32 matrix products of its size"  # how fast it is where nothing is waited for
+SERIAL = "ours, on one thread"
+PRODUCTS = "fp32 matrix products of its size"  # in torch, how fast it is where nothing is waited for
+WORST = ("spilled_mb",)  # of which the most of all readings is told
 COMPILING = "ours, compiling one fold"  # what a machine pays once, and no road below does
 UNITS = {"seconds": "s", "growth_mb": "MB"}
 STAGE_NAMES = ("fetch_s", "decode_s", "model_s", "headers_s", "pixels_s", "lungs_s", "statistics_s")
@@ -125,7 +132,7 @@ def measure(way: Way) -> Row:
 
 
 def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
-    """Every way `repeats` times, A B A B; a row each with the medians of all figures."""
+    """Every way `repeats` times, A B A B; a row each with the medians of all figures, the most of `WORST`."""
     readings: list[list[Row]] = [[] for _ in ways]
     for repeat in range(repeats):
         for way, taken in zip(ways, readings, strict=True):
@@ -134,7 +141,7 @@ def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
             print(f"{repeat + 1}/{repeats} {way.section}: {way.what}, {way.road}: {seconds:.2f} s", file=sys.stderr)
     rows = []
     for way, taken in zip(ways, readings, strict=True):
-        figures = {name: median(reading[name] for reading in taken) for name in taken[0]}
+        figures = {name: (max if name in WORST else median)(each[name] for each in taken) for name in taken[0]}
         named = {"section": way.section, "what": way.what, "road": way.road, "goals": way.goals, "limits": way.limits}
         rows.append(named | figures | {"repeats": repeats, "repeat": way.repeat})
     return rows
@@ -225,7 +232,10 @@ def list_scans(scans: Path | None, out: Path) -> dict[str, str]:
 
 
 def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
-    """Read and standardise. MONAI has no goal but for the long series, where it was measured."""
+    """Read and standardise. MONAI has no goal but for the long series, where it was measured.
+
+    Goals are of two threads and of one, the default of a night, alike.
+    """
     for what, folder in scans.items():
         goals = {"plain": 3.5, "torchio": 5.0, "monai": 6.0} if "275 slices" in what else {}
         goals = {"torchio": 2.5} if "98 slices" in what else goals
@@ -233,15 +243,18 @@ def plan_reading(scans: dict[str, str]) -> Iterator[Way]:
             yield Way("reading", what, peer, take(PEERS_PYTHON, "read", peer, folder))
         limits = {"growth_mb": 150.0} if "275 slices" in what else {}
         yield Way("reading", what, "ours", take(sys.executable, "read", "ours", folder), goals, limits)
-        yield Way("reading", what, "ours, on one thread", take(sys.executable, "read", "ours-serial", folder))
+        serial = take(sys.executable, "read", "ours-serial", folder)
+        yield Way("reading", what, SERIAL, serial, goals, limits)
         yield Way("reading", what, "ours, lungs and child", take(sys.executable, "read", "ours-child", folder))
 
 
 def plan_images(out: Path) -> Iterator[Way]:
     """Slice images are always phantoms."""
     folder = str((locate_phantoms(out) / IMAGES.replace(" ", "-") / "scan").resolve())
+    goals = {"pillow + scikit-image": 10.0}
     yield Way("images", IMAGES, "pillow + scikit-image", take(PEERS_PYTHON, "read", "pillow", folder))
-    yield Way("images", IMAGES, "ours", take(sys.executable, "read", "ours", folder), {"pillow + scikit-image": 10.0})
+    yield Way("images", IMAGES, "ours", take(sys.executable, "read", "ours", folder), goals)
+    yield Way("images", IMAGES, SERIAL, take(sys.executable, "read", "ours-serial", folder), goals)
 
 
 def list_backends() -> list[tuple[str, str, float | None, float | None]]:
@@ -322,7 +335,7 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
         yield Way("road", FLOOR, f"{COMPILING}, {backend} {precision}", anew)
     for kind in ("reading", "bytes"):
         yield Way("road", FLOOR, f"ours, {kind} alone", take(sys.executable, "floor", kind, place))
-    yield Way("road", STAGES, "ours, on one thread", take(sys.executable, "stages", "ours", place))
+    yield Way("road", STAGES, SERIAL, take(sys.executable, "stages", "ours", place))
     yield Way("road", name_road(whole), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
     for backend, precision, _, least in backends:
         for count in (whole, shorter if precision == "fp32" else longer):
@@ -388,7 +401,7 @@ def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
     network that the floor allows.
     """
     named = {(row["what"], row["road"]): row for row in rows}
-    read, beside = named[FLOOR, "ours, reading alone"], named[STAGES, "ours, on one thread"]
+    read, beside = named[FLOOR, "ours, reading alone"], named[STAGES, SERIAL]
     decode, lungs = beside["headers_s"] + beside["pixels_s"], beside["lungs_s"]
     shared = {
         "bytes": named[FLOOR, "ours, bytes alone"]["processor_s"],
@@ -472,15 +485,15 @@ def plan_augmentation() -> Iterator[Way]:
     yield Way("augmentation", what, "ours", ours, {"scikit-image, three warps": 15.0})
 
 
-def measure_planning() -> list[Row]:
-    """A night with nothing new, against objects and nights."""
+def measure_planning(repeats: int) -> list[Row]:
+    """A night with nothing new, against objects and nights; what repeats a row takes a single reading."""
     rows = []
     for num_objects, num_nights in PLANS:
-        found = planning.measure(num_objects, 1, num_nights)
+        found = planning.measure(num_objects, 1, num_nights, repeats)
         what = f"{num_objects:,} objects, {num_nights} nights"
         print(f"planning: {what}: {found['seconds']} s, {found['growth_mb']} MB", file=sys.stderr)
         limits = {name: float(limit) for name, limit in planning.GOAL.items()} if num_objects == 1_000_000 else {}
-        named = {"section": "planning", "what": what, "road": "ours", "goals": {}, "limits": limits, "repeats": 1}
+        named = {"section": "planning", "what": what, "road": "ours", "goals": {}, "limits": limits}
         rows.append(
             named | found | {"repeat": f"make bench-planning NUM_OBJECTS={num_objects} NUM_NIGHTS={num_nights}"}
         )
@@ -489,8 +502,8 @@ def measure_planning() -> list[Row]:
 
 def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) -> None:
     """A table of the rows, in brackets the first reading of a process; below it how to repeat each."""
-    table, profiles = [], [row for row in rows if row["what"] == PROFILE]
-    rows = [row for row in rows if row["what"] != PROFILE]
+    table, explained = [], [row for row in rows if row["what"] in EXPLAIN]
+    rows = [row for row in rows if row["what"] not in EXPLAIN]
     for row in rows:
         first = {road: f" ({times:.3g})" for road, times in row.get("times_first", {}).items()}
         times = ", ".join(f"{times:.3g}{first.get(road, '')} x {road}" for road, times in row["times"].items())
@@ -507,10 +520,19 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
         print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
         if note := describe_road(row):
             print(f"  {note}", file=sys.stderr)
-    if profiles:
-        print_profile(profiles)
+    for what, explain in EXPLAIN.items():
+        if chosen := [row for row in explained if row["what"] == what]:
+            explain(chosen)
     if section == "planning":
         print(describe_growth(rows), file=sys.stderr)
+
+
+# Rows that are no line of their section's table, and are told below it.
+EXPLAIN: dict[str, Callable[[Sequence[Row]], None]] = {
+    LAYERS: print_layers,
+    PROFILE: print_profile,
+    PHASES: print_phases,
+}
 
 
 def describe_growth(rows: Sequence[Row]) -> str:
@@ -548,14 +570,14 @@ def describe_road(row: Row) -> str:
         return "with no cache, as on a new machine; the roads below find it compiled"
     stages = [name for name in row if name in STAGE_NAMES]
     told = ", ".join(f"{name.removesuffix('_s')} {row[name]:.3g}" for name in stages) + (" s a scan" if stages else "")
-    return told + (f"; {row['spilled_mb']:.3g} MB spilled" if "spilled_mb" in row else "")
+    return told + (f"; at most {row['spilled_mb']:.3g} MB spilled" if "spilled_mb" in row else "")
 
 
 def draw_chart(rows: Sequence[Row]) -> Figure:
     """A panel for each thing measured, a bar for each road; planning as a curve."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["section"] != "planning" and row["what"] not in (FLOOR, STAGES, PROFILE):
+        if row["section"] != "planning" and row["what"] not in (FLOOR, STAGES, *EXPLAIN):
             groups.setdefault((row["section"], row["what"]), []).append(row)
     groups = {key: group for key, group in groups.items() if len(group) > 1}  # with nothing to compare, no panel
     planned = [row for row in rows if row["section"] == "planning"]
@@ -612,13 +634,22 @@ def measure_section(section: str, scans: dict[str, str], out: Path, repeats: int
         "augmentation": plan_augmentation,
     }
     if section == "planning":
-        return add_ratios(measure_planning())
+        return add_ratios(measure_planning(repeats))
     rows = measure_in_turn(list(plans[section]()), repeats)
     if section == "road":
         rows = count_whole_processes(rows)
         rows += find_one_more(rows)
-        return [*add_ratios(rows), *profile_road(rows, THREADS)]
+        return [*add_ratios(rows), *profile_road(rows, THREADS), *list_phases(rows, PHASES)]
+    if section == "network":
+        rows = add_ratios(rows)
+        return [*rows, *profile_network(functools.partial(measure_layers, write_one_fold(out)), rows, LAYERS)]
     return add_ratios(rows)
+
+
+def measure_layers(bundle: Path, precision: str) -> Row:
+    """OpenVINO's own profile of a forward pass, and the command that repeats it."""
+    way = Way("network", LAYERS, precision, (sys.executable, "-m", "tests.bench.layers", str(bundle), precision))
+    return measure(way) | {"repeat": way.repeat}
 
 
 def merge_rows(earlier: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
