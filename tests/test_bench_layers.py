@@ -69,6 +69,7 @@ def test_a_missed_goal_is_explained_by_what_was_measured() -> None:
     assert "none of them by a primitive named after Winograd" in missed
     assert missed.endswith("(brgemm) take 5 s, with which a pass would be 2 x eager torch")
     assert "some of them by a primitive named after Winograd" in layers.explain_layers(make_row("jit_Winograd_f32"))
+    assert layers.explain_layers(make_row() | {"products_s": 8.5}).endswith("8.5 s, more than its layers: no floor")
     assert "at least 1.5: reached" in layers.explain_layers(make_row(times=1.5))
 
 

@@ -150,12 +150,15 @@ def explain_layers(row: Mapping[str, Any]) -> str:
     convolutions = [layer for layer in row["layers"] if layer[0] == CONVOLUTION]
     by_winograd = sum("winograd" in layer[1].lower() for layer in convolutions)
     share = sum(layer[3] for layer in convolutions) / row["seconds"]
+    allowed = f"with which a pass would be {eager_s / products_s:.3g} x {peer}"
+    if products_s > row["seconds"]:
+        allowed = "more than its layers: no floor"
     return (
         f"{row['road']}: {times:.3g} x {peer}, at least {least:g}: {'reached' if times >= least else 'missed'}; "
         f"convolutions take {share:.0%} of its layers' {row['seconds']:.3g} s, "
         f"{'some' if by_winograd else 'none'} of them by a primitive named after Winograd; as many operations in "
-        f"OpenVINO's own products of matrices of {MATRIX_SIDE} ({row['products_by']}) take {products_s:.3g} s, with "
-        f"which a pass would be {eager_s / products_s:.3g} x {peer}"
+        f"OpenVINO's own products of matrices of {MATRIX_SIDE} ({row['products_by']}) take {products_s:.3g} s, "
+        + allowed
     )
 
 
