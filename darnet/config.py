@@ -233,8 +233,8 @@ class ScoreConfig(GateConfig):
     """Scans a model actor takes at a time; on a GPU in one forward pass, where a short batch is padded."""
     num_threads: int = Field(1, ge=1)
     """Threads of one model actor on a CPU; part of what makes numbers repeatable. Decoding has a node's other cores: of
-    many, give the only actor about cores x network / (network + decoding), by the processor time of a scan: with one
-    fold INT8 some 75 to 90% of the cores, fp32 nine in ten; with five folds all but one in ten."""
+    many, give the only actor about cores x network / (network + decoding), where by a night's rows the network takes
+    num_threads x model_s of a scan and decoding decode_s."""
     num_actors: int = Field(1, ge=1)
     """Model actors, one GPU each where they run on GPUs."""
     part_scans: int = Field(64, ge=1)
