@@ -36,7 +36,10 @@ AnswerT = TypeVar("AnswerT")
 SOURCES_PER_BLOCK = 8
 MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 STANDSTILL_S = 86_400  # Source: ours; machines with GPUs may be waited for that long, and by Ray's default half an hour
-TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and copy what `ray get-auth-token` says on its head to ~/.ray/auth_token"
+TOKEN_REMEDY = (
+    "set RAY_AUTH_MODE=token, copy what `ray get-auth-token` says on its head to ~/.ray/auth_token, and unset "
+    "RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH, which go before that file"
+)
 SECRET_REMEDY = "set the same on the machine of the driver and on every node before `ray start`, or on none"
 
 
@@ -47,7 +50,9 @@ def connect() -> None:
         RAY_ADDRESS has a single CPU; RunError if a machine does not say whether it asks, if no cluster starts here, or
         if that of RAY_ADDRESS has no two CPUs now: one whose machines come and go may have them another time.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local":  # Ray's word for a cluster of its own
+        address = ""
     if not ray.is_initialized():
         atexit.register(_leave_stdout)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -93,13 +98,15 @@ def _join_cluster(address: str) -> None:
 def _start_local() -> None:
     """A cluster of this machine alone that ends with this process. Two CPUs are the least it needs.
 
-    Its processes listen on every address of the machine, and Ray asks for a token unless RAY_AUTH_MODE says otherwise:
-    one that this process and its children alone know.
+    Its processes listen on every address of the machine, and ask for a token: one in the environment of this process
+    and its children, unless RAY_AUTH_MODE is set, by which Ray goes then.
 
     Raises: RunError if one of its processes died or took too long, as on a busy machine.
     """
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray would write one to the home folder
+    if not os.environ.get("RAY_AUTH_MODE"):
+        os.environ.pop("RAY_AUTH_MODE", None)  # an empty one would be none to Ray, and no token asked for
+        if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray would write one to the home folder
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a fold; nobody preempts this machine
     try:
         ray.init(

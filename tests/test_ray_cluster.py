@@ -233,12 +233,15 @@ def test_a_cluster_that_does_not_start_here_is_no_defect(error: Exception, monke
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", refuse)
-    for name in ("RAY_AUTH_MODE", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
         monkeypatch.setenv(name, "")  # `connect` sets them; they are put back
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(RunError, match="no Ray cluster started on this machine") as caught:
-        ray_cluster.connect()
-    assert caught.value.exit_code is ExitCode.FAILED
+    for address in ("", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(RunError, match="no Ray cluster started on this machine") as caught:
+            ray_cluster.connect()
+        assert caught.value.exit_code is ExitCode.FAILED
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert "RAY_AUTH_MODE" not in os.environ  # which Ray sets to "token" itself
 
 
 OTHER_VERSION = "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.11.9\n"
@@ -292,7 +295,7 @@ for mode, token in (("disabled", ""), ("token", "another" * 5), ("token", os.env
 
 @pytest.mark.slow
 def test_a_cluster_of_this_machine_alone_takes_nobody_without_its_token(tmp_path: Path) -> None:
-    """Its processes listen on every address of the machine; the token is in their memory alone."""
+    """Its processes listen on every address of the machine; the token is in their environment alone."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     job = subprocess.run(
         [sys.executable, "-c", ON_ITS_OWN, STRANGER],
