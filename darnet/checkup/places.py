@@ -190,15 +190,19 @@ class Trial:
         return f"{LARGE_BYTES >> 20} MiB"
 
     def put_damaged(self) -> str:
-        """An upload with a checksum of other bytes, as where one was changed on its way."""
+        """An upload with a checksum of other bytes in a header, as where one was changed on its way.
+
+        What jobs upload tells it in a trailer, or not at all where they are told so: this is of the store alone.
+        """
         assert isinstance(self._store, S3Store)
         store = replace(self._store, connect=functools.partial(_connect_spoiling, self._store.connect))
         try:
             store.write_bytes(self._key("damaged"), secrets.token_bytes(SMALL_BYTES))
         except StorageError as error:
             if told := [word for word in sorted(REFUSALS) if f"({word})" in str(error)]:
-                return f"as {told[0]}"
-            raise
+                return f"in a header, as {told[0]}"
+            remedy = "if uploads fail, set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, and run jobs.results check"
+            raise CheckError(f"the store takes no CRC32 in a header: {error}", remedy, Verdict.MIND) from error
         remedy = "jobs compare what they put with its ETag, where that is an MD5; where it is none (KMS), run "
         remedy += "jobs.results check after each night, or use a store that compares checksums"
         raise CheckError("the store keeps uploads whose checksum is wrong", remedy, Verdict.MIND)
