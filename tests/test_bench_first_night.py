@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bench.first_night import STAGED, measure, measure_staged
+from tests.bench.first_night import measure, measure_staged
 
 
 @pytest.mark.ray
@@ -20,8 +20,3 @@ def test_the_benchmark_publishes_what_is_staged() -> None:
     found = measure_staged(600, 9, repeats=2)
     assert (found["planned_sources"], found["earlier_nights"], found["repeats"]) == (600, 9, 2)
     assert found["growth_mb"] > 0
-
-
-def test_staged_nights_differ_in_rows_and_in_earlier_nights_alone() -> None:
-    assert sorted(rows for rows, nights in STAGED if nights == 0) == [600, 6_000, 60_000]
-    assert sorted(nights for rows, nights in STAGED if rows == 600) == [0, 10, 100, 365]

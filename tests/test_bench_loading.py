@@ -44,8 +44,15 @@ def test_it_prints_both_shares_of_a_step_on_one_thread(capsys: pytest.CaptureFix
     assert f"the input pipeline's share of a step is {shares}" in printed.err
 
 
+def test_ranks_share_each_batch_evenly() -> None:
+    whole = loading.share_batches(3, 0, 1)
+    first, second = (loading.share_batches(3, rank, 2) for rank in range(2))
+    assert [sorted(a + b) for a, b in zip(first, second, strict=True)] == whole
+    assert {len(part) for part in first + second} == {len(whole[0]) // 2}
+
+
 @pytest.mark.slow
-def test_two_ranks_share_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     loading.main([*TINY, "--ranks", "1", "2"])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"1 rank", "2 ranks"}

@@ -93,6 +93,12 @@ def _run_rank(rank: int, num_ranks: int, folder: Path, steps: Steps) -> None:
     dist.destroy_process_group()
 
 
+def share_batches(num_batches: int, rank: int, num_ranks: int) -> list[list[int]]:
+    """This rank's rows of every batch."""
+    rows: list[list[int]] = np.arange(BATCH * num_batches).reshape(num_batches, BATCH)[:, rank::num_ranks].tolist()
+    return rows
+
+
 def measure_rank(folder: Path, steps: Steps, rank: int = 0, num_ranks: int = 1) -> dict[str, float]:
     """Medians, in seconds: a scan loaded; of each way a step and its wait, and both shares of loading.
 
@@ -101,8 +107,7 @@ def measure_rank(folder: Path, steps: Steps, rank: int = 0, num_ranks: int = 1) 
     """
     set_num_threads(1)
     dataset = VolumeDataset(read_index(folder), Augmentation(AugmentConfig(), 0, 0, 0))
-    rows = np.arange(BATCH * steps.num_batches).reshape(steps.num_batches, BATCH)
-    batches = rows[:, rank::num_ranks].tolist()
+    batches = share_batches(steps.num_batches, rank, num_ranks)
     time_steps(load_in_step, dataset, batches[:1], steps.network, num_ranks)  # loads what is imported late
     readings = [_measure_once(dataset, batches, steps.network, num_ranks) for _ in range(steps.repeats)]
     return {name: median(reading[name] for reading in readings) for name in readings[0]}

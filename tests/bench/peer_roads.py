@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -353,7 +354,8 @@ def measure_our_road(bundle: str, archive: str, backend: str, precision: str) ->
     from tests.bench.phases import find_phases
 
     marks["imported"] = time.time()
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as of a job's own cluster
+    os.environ.pop("RAY_AUTH_MODE", None)
     start_s = time.perf_counter()
     ray.init("local", num_cpus=max(THREADS, 2), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     marks["ray_up"] = time.time()

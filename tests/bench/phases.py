@@ -15,7 +15,7 @@ from darnet.terminal import print_table
 # What ends each phase: this project's modules are there; Ray answers; the plan is written; a network gets its first
 # batch; the last row is made; it is staged, for which Ray Data has ended; the night is published; Ray has ended.
 PHASES = ("imports", "ray_starts", "plan", "first_batch", "networks", "staging", "publishing", "ray_ends")
-RAYS = ("ray_starts", "first_batch", "staging", "ray_ends")  # in which Ray, and what it starts, is waited for
+RAYS = ("ray_starts", "ray_ends")  # which are Ray's alone
 
 
 def find_phases(results: Path, rows: pd.DataFrame, marks: Mapping[str, float], batch_size: int) -> dict[str, float]:
@@ -44,7 +44,7 @@ def _find_newest(results: Path, glob: str) -> float:
 
 
 def list_phases(rows: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Of each road of ours, its shortest night, whose start and end weigh most; `python_s` is what no phase has."""
+    """Of each road of ours, its shortest night, whose start and end weigh most: medians of each phase."""
     shortest: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if "imports_s" in row and row["scans"] <= shortest.get(row["road"], row)["scans"]:
@@ -53,23 +53,24 @@ def list_phases(rows: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, 
     for row in shortest.values():
         phases = {name: row[f"{name}_s"] for name in PHASES}
         kept = {name: row[name] for name in ("section", "road", "scans", "repeats", "repeat")}
-        figures = {"seconds": row["wall_s"], "phases": phases, "python_s": row["wall_s"] - sum(phases.values())}
+        figures = {"seconds": row["wall_s"], "phases": phases}
         found.append(kept | {"what": what, "goals": {}, "times": {}} | figures)
     return found
 
 
 def print_phases(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The phases of each night, and below it how much of start and end is Ray's."""
+    """The phases of each night, and below them how much of start and end is Ray's alone."""
     table = []
     for row in rows:
-        seconds = [*row["phases"].values(), row["python_s"], row["seconds"]]
+        seconds = [*row["phases"].values(), row["seconds"]]
         table.append([f"{row['road'].removeprefix('ours, ')}, {row['scans']:g}", *(f"{each:.3g}" for each in seconds)])
-    columns = [*(name.replace("_", " ") for name in PHASES), "python", "whole"]
+    columns = [*(name.replace("_", " ") for name in PHASES), "whole"]
     print_table("where a night's start and end go: seconds by the clock", ["road, scans", *columns], table)
     print(
         "first batch: until a network gets it, with Ray Data's start, the actor's own and its network's, and the first "
         "scans' decoding beside them. networks: from then to the last row. staging: until that is staged, with Ray "
-        "Data's end. publishing: checks, gates, page, put. python: the interpreter's start and end.",
+        "Data's end. publishing: checks, gates, page, put. whole: with the interpreter's start and end, and what this "
+        "benchmark does when the night is over. Medians, each of its own.",
         file=sys.stderr,
     )
     for row in rows:
@@ -77,9 +78,8 @@ def print_phases(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def explain_phases(row: Mapping[str, Any]) -> str:
-    """How much of what is not networks is Ray's, or waited for by it."""
-    others_s = row["seconds"] - row["phases"]["networks"]
+    """How much of what is not networks is Ray's start and end."""
+    others_s = sum(seconds for name, seconds in row["phases"].items() if name != "networks")
     rays_s = sum(row["phases"][name] for name in RAYS)
     told = " + ".join(f"{row['phases'][name]:.3g} {name.replace('_', ' ')}" for name in RAYS)
-    share = f"{rays_s / others_s:.0%} of them Ray and what it starts"
-    return f"{row['road']}: {others_s:.3g} s beside its networks, {share}: {told}"
+    return f"{row['road']}: {others_s:.3g} s beside its networks, {rays_s / others_s:.0%} of them Ray's alone: {told}"
