@@ -122,7 +122,7 @@ NIFTI = {
     "nii affine NaN": Case(patched(SFORM, "12f", *[NAN] * 12), Status.BAD_GEOMETRY, "no direction"),
     "nii affine infinite": Case(patched(SFORM, "f", np.inf), Status.BAD_GEOMETRY, "no direction"),
     "nii without pose": Case(patched(QFORM_CODE, "2h", 0, 0), Status.BAD_GEOMETRY, "orientation is unknown"),
-    "nii quaternion NaN": Case(patched(QUATERNION, "3f", NAN, 0, 0), Status.BAD_UNREADABLE, ""),
+    "nii quaternion NaN": Case(patched(QUATERNION, "3f", NAN, 0, 0), Status.BAD_GEOMETRY, "no number"),
     "nii quaternion of length 5": Case(patched(QUATERNION, "3f", 3, 4, 0), Status.BAD_GEOMETRY, "differ by"),
     "nii of one slice more": Case(patched(DIM, "4h", 3, 64, 64, 25), Status.BAD_TRUNCATED, "8192 bytes early"),
     "nii of one slice less": Case(patched(DIM, "4h", 3, 64, 64, 23), Status.BAD_UNREADABLE, "longer than"),
