@@ -65,7 +65,7 @@ def test_a_reader_that_did_not_see_the_whole_table_in_the_end_has_seen_nothing(n
 def test_an_object_that_cannot_be_read_is_a_night_seen_in_part(night: Night) -> None:
     path = night.folder / "predictions" / "c00000002.parquet"
     sound = path.read_bytes()
-    reader = TableReader(night.results)
+    reader = TableReader(night.results, night.look)
     reader.start()
     path.write_bytes(sound[: len(sound) // 2])
     while UNREADABLE not in reader.counts:
@@ -83,7 +83,7 @@ def test_an_object_that_cannot_be_read_is_a_night_seen_in_part(night: Night) -> 
 @pytest.mark.parametrize("kind", [TableReader, PollingReader])
 def test_a_reader_that_died_is_told(kind: Any, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kind, "_count", lambda _: 1 // 0)
-    reader = kind(night.results)
+    reader = kind(night.results, night.look) if kind is TableReader else kind(night.results)
     reader.start()
     with pytest.raises((ChaosError, RuntimeError), match=r"after 0 polls: ZeroDivisionError"):
         reader.stop()

@@ -27,22 +27,24 @@ T = TypeVar("T")
 
 def full_results(night: Night) -> str:
     """The disk of the results is full in the middle of the staging: exit code 4; with room, the run goes on."""
-    with mount_small_disk(night.folder, 2048) as disk:
-        ballast = disk / "ballast"
-        job = night.start_and_hold()
-        with contextlib.suppress(OSError), ballast.open("wb", 0) as sink:
-            while True:
-                sink.write(bytes(4096))
-        night.site.proxy.release()
-        summary = night.finish(job, 4)
-        num_parts = len(list_parts(night.results))
-        leftovers = [path.name for path in disk.rglob("*.tmp")]
-        if leftovers or "No space left" not in summary["error"]:
-            raise ChaosError(f"left {leftovers}: {summary['error']}")
-        ballast.unlink()
-        resumed = night.resume()
-        kept = Path(shutil.copytree(disk, night.site.folder / "kept"))
-    kept.rename(night.folder)  # at once: copied there, objects would be seen in part
+    with contextlib.ExitStack() as unseen:
+        with mount_small_disk(night.folder, 2048) as disk:
+            ballast = disk / "ballast"
+            job = night.start_and_hold()
+            with contextlib.suppress(OSError), ballast.open("wb", 0) as sink:
+                while True:
+                    sink.write(bytes(4096))
+            night.site.proxy.release()
+            summary = night.finish(job, 4)
+            num_parts = len(list_parts(night.results))
+            leftovers = [path.name for path in disk.rglob("*.tmp")]
+            if leftovers or "No space left" not in summary["error"]:
+                raise ChaosError(f"left {leftovers}: {summary['error']}")
+            ballast.unlink()
+            resumed = night.resume()
+            kept = Path(shutil.copytree(disk, night.site.folder / "kept"))
+            unseen.enter_context(night.look)  # no poll begins while the disk is taken away
+        kept.rename(night.folder)
     return f"{num_parts} parts were staged; {resumed} sources resumed"
 
 

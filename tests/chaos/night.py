@@ -159,8 +159,9 @@ class Night:
     """One table of results and the jobs that write it, on the disk or in the failing store.
 
     `truth` is what it must end in; sources of `guests` are beside it, and the fault itself judges their rows.
-    `is_table_damaged` is set by a fault that damages an object of the table, and mends it; `day` is the night that jobs
-    are told, or "" if they shall take it from their clock.
+    `is_table_damaged` is set by a fault that damages an object of the table, and mends it; the reader holds `look`
+    while it polls, and a fault while it moves the table; `day` is the night that jobs are told, or "" if they shall
+    take it from their clock.
     """
 
     site: Site
@@ -171,6 +172,7 @@ class Night:
     truth: Truth = field(default_factory=dict)
     guests: set[str] = field(default_factory=set)
     is_table_damaged: bool = False
+    look: threading.Lock = field(default_factory=threading.Lock)
     day: str = NIGHT
     exits: list[int] = field(default_factory=list)
 
@@ -296,19 +298,20 @@ def count_crashes(variables: dict[str, str]) -> int:
 class TableReader(threading.Thread):
     """An analyst who counts the published rows again and again, past the proxy."""
 
-    def __init__(self, results: Store) -> None:
+    def __init__(self, results: Store, look: threading.Lock) -> None:
         super().__init__(daemon=True)
         self.counts: list[int] = []
         self.refusal = ""  # the last reason why the table could not be read
         self.error: Exception | None = None
-        self._results, self._is_over = results, threading.Event()
+        self._results, self._look, self._is_over = results, look, threading.Event()
 
     def run(self) -> None:
         try:
             is_last = False
             while not is_last:  # the last look begins after the last job
                 is_last = self._is_over.wait(0.05)
-                self.counts.append(self._count())
+                with self._look:
+                    self.counts.append(self._count())
         except Exception as error:  # told by `stop`
             self.error = error
 
@@ -338,7 +341,7 @@ def watch(night: Night, disturb: Callable[[Night], str]) -> tuple[Outcome, str]:
     Raises: ChaosError if it did what it must not.
     """
     night.site.proxy.release()
-    reader = TableReader(night.results)
+    reader = TableReader(night.results, night.look)
     reader.start()
     try:
         remark = disturb(night)
