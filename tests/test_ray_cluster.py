@@ -251,7 +251,7 @@ OTHER_VERSION = "Version mismatch: The cluster was started with:\n    Ray: 2.59.
     ("error", "told"),
     [
         (ConnectionError(), "no Ray cluster answers there; start it, or if it asks for another token"),
-        (AuthenticationError("no token"), "this process has no token for it; set RAY_AUTH_MODE=token, and copy what"),
+        (AuthenticationError("no token"), "this process has no token for it; set RAY_AUTH_MODE=token, copy what"),
         (RuntimeError(OTHER_VERSION), "Ray: 2.59.0 Python: 3.11.9; install the same Python and Ray here and there"),
     ],
 )
