@@ -21,13 +21,13 @@ TRAINING = (
 PREPARING = (
     *("archive", "config", "decode", "ingest", "lung", "reading.dicom", "reading.excerpt", "reading.pixel_length"),
     *("reading.plain_header", "reading.road", "reading.series", "reading.stored_pixels", "reading.volume_file"),
-    *("reading.zipped", "scan", "staging", "volume"),
+    *("reading.zipped", "scan", "staging", "threads", "volume"),
 )
 # And of a row: what `score` makes of a scan, and how it ended. Storage decides only rows that are tried again.
 SCORING = (
     *PREPARING,
     *("bundle", "cam", "cam_statistics", "inference.graph", "inference.openvino_backend", "inference.torch_backend"),
-    *("manifest", "model", "pseudonym", "reading.sandbox", "score", "threads"),
+    *("manifest", "model", "pseudonym", "reading.sandbox", "score"),
 )
 
 

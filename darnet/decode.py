@@ -1,4 +1,4 @@
-"""Files in, pixels out: the only module that knows SimpleITK, and the place where x, y, z is turned into z, y, x.
+"""Files in, pixels out: the only module that reads with SimpleITK, and the place where x, y, z is turned into z, y, x.
 
 DICOM slices come as Hounsfield units (the rescale is applied here, once), slice images as 8-bit display values.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import SimpleITK as sitk
 from natsort import os_sorted
@@ -94,12 +93,6 @@ class ImageStack:
                     raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
                 pixels = pixels[..., 0]
             return check_size(pixels.astype(np.float32), self.shape[1:])
-
-
-def set_decoder_threads(num_threads: int) -> None:
-    """Threads SimpleITK and OpenCV may use in this process; a slice's steps are so small that more make it slower."""
-    cv2.setNumThreads(num_threads)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(num_threads)
 
 
 def check_size(pixels: FloatArray, size: tuple[int, int]) -> FloatArray:

@@ -167,7 +167,7 @@ def draw_demo(predictions: pd.DataFrame, scans: Sequence[PhantomScan], archive: 
         (source,) = list_sources(store.list_objects(scan.source_key))
         (ingested,) = ingester.ingest(source)
         assert ingested.volume is not None
-        (score,) = ensemble.score(ingested.volume.voxels[None])
+        (score,) = ensemble.score([ingested.volume.voxels])
         panels.append(_make_panel(scan, ingested.volume, score, int(peak[scan.source_key])))
     ingester.close()
     draw_cam_figure(panels, "DARNet demo: synthetic chests, planted lesions outlined in blue", path)

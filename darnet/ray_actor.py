@@ -10,13 +10,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import ray
+from ray.data.block import BlockAccessor
 
 from darnet.code_version import name_scoring_code
 from darnet.config import ScoreConfig
-from darnet.decoded_scan import unpack_scan
-from darnet.errors import RunError, Status, name_defect
+from darnet.decoded_scan import DecodedScan, unpack_scan
+from darnet.errors import RunError, name_defect
 from darnet.manifest import RunFacts
 from darnet.publishing.outermost import Outermost
 from darnet.ray_token import refuse_open_node
@@ -51,9 +52,9 @@ class ScoringActor:
             told = f"no network was made on node {ray.util.get_node_ip_address()}: {name_defect(error)}: {error}"
             self._ensemble = RunError(told)
 
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        """Rows of `ray_cluster.decode_planned` in; per scan a pickle of (source, scans of the source, row or failure)
-        out.
+    def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        """Rows of `ray_cluster.decode_planned` in, as many blocks as they came in; per scan a pickle of (source, scans
+        of the source, row or failure) out.
 
         One failure stands for all scans where bundle or node is refused, or scoring fails.
         """
@@ -68,19 +69,13 @@ class ScoringActor:
             node = ray.util.get_node_ip_address()
             return _pack_failure(RunError(f"node {node}: scoring ended in an unexpected {name_defect(error)}"))
 
-    def _score(
-        self, ensemble: "Ensemble", batch: dict[str, np.ndarray[Any, Any]]
-    ) -> Iterator[tuple[str, int, dict[str, Any] | RunError]]:
+    def _score(self, ensemble: "Ensemble", batch: pa.Table) -> Iterator[tuple[str, int, dict[str, Any] | RunError]]:
         from darnet.score import make_row
 
-        decoded = [
-            unpack_scan(*columns) for columns in zip(batch["record"], batch["voxels"], batch["lung"], strict=True)
-        ]
-        is_ok = np.array([item.scan.status is Status.OK for item in decoded])
-        voxels = batch["voxels"] if is_ok.all() else batch["voxels"][is_ok]  # the first is no copy
-        scores = iter(ensemble.score(voxels) if is_ok.any() else ())
+        decoded = list(unpack_batch(batch))
+        scores = iter(ensemble.score([item.scan.volume.voxels for item in decoded if item.scan.volume is not None]))
         for item in decoded:
-            score = next(scores) if item.scan.status is Status.OK else None
+            score = None if item.scan.volume is None else next(scores)
             row = make_row(self._run, item.source_name, item.input_sha256, item.scan, score, datetime.now(UTC))
             if self._images is not None and score is not None and item.scan.volume is not None:
                 self._keep_picture(self._images, row, item.scan.volume, score)
@@ -91,6 +86,17 @@ class ScoringActor:
     ) -> None:
         if images.wants(row, self._outermost):
             images.write(row, volume, score.draw_cam(score.prediction, volume.voxels.shape))
+
+
+def unpack_batch(batch: pa.Table) -> Iterator[DecodedScan]:
+    """The scans of a batch, whose voxels stay where the cluster has them.
+
+    One array for all would copy those that came in several blocks.
+    """
+    for block in batch.to_batches():
+        columns = BlockAccessor.for_block(pa.Table.from_batches([block])).to_numpy()
+        assert isinstance(columns, dict)
+        yield from map(unpack_scan, columns["record"], columns["voxels"], columns["lung"])
 
 
 def _pack_failure(error: RunError) -> dict[str, list[bytes]]:

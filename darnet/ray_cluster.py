@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from darnet.cpus import DECODE_CPUS
 from darnet.decoded_scan import DecodedScan, pack_scan, size_block
 from darnet.errors import RunError, Status, UsageError, name_defect
 from darnet.ingest import Ingester
@@ -33,8 +32,9 @@ from darnet.scan import IngestedScan, Source
 from darnet.storage import Store
 
 AnswerT = TypeVar("AnswerT")
-SOURCES_PER_BLOCK = 8
-MAX_BLOCKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
+SOURCES_PER_TASK = 8
+TASKS_PER_CPU = 2  # in a short night, so that all end at about the same time
+MAX_TASKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 STANDSTILL_S = 86_400  # Source: ours; machines with GPUs may be waited for that long, and by Ray's default half an hour
 TOKEN_REMEDY = (
     "set RAY_AUTH_MODE=token, copy what `ray get-auth-token` says on its head to ~/.ray/auth_token, and unset "
@@ -196,10 +196,23 @@ def read_mark() -> str | UsageError | None:
         return error
 
 
-def decode_sources(sources: Sequence[Source], store: Store, road: Road, batch_size: int) -> Dataset:
-    """A lazy data set with one row a scan, as of `pack_scan`."""
+@dataclass(frozen=True, slots=True)
+class DecodeAhead:
+    """How sources are read for networks: `num_cpus` are counted for each, and scans go on in batches.
+
+    Where actors take them, no task that decodes is begun while `max_waiting` scans wait.
+    """
+
+    num_cpus: float
+    batch_size: int
+    max_waiting: int | None = None
+
+
+def decode_sources(sources: Sequence[Source], store: Store, road: Road, num_cpus: float) -> Dataset:
+    """A lazy data set with one row a scan, as of `pack_scan`, each a block of its own."""
     items = [{"source": pickle.dumps(source)} for source in sources]
-    return _decode(items, _count_blocks(len(items)), decode_row, store, road, batch_size)
+    num_tasks = -(-len(items) // count_task_sources(len(items), 1, count_resource("CPU") / num_cpus))
+    return _decode(items, num_tasks, decode_row, store, road, DecodeAhead(num_cpus, 1))
 
 
 def decode_planned(
@@ -207,41 +220,48 @@ def decode_planned(
     read: Callable[[Sequence[int]], list[Source]],
     store: Store,
     road: Road,
-    batch_size: int,
-    max_waiting: int,
+    ahead: DecodeAhead,
 ) -> Dataset:
     """As `decode_sources`, of sources that are known here by their places in a plan alone, and read by the workers.
 
-    So a driver holds nothing of their objects, of which a night may have millions. Where actors take the scans,
-    no task that decodes is begun while `max_waiting` of them wait.
+    So a driver holds nothing of their objects, of which a night may have millions. A block has the scans of a batch.
     """
-    num_blocks = min(_count_blocks(len(places)), MAX_BLOCKS)
-    items = [{"places": few.tolist()} for few in np.array_split(np.asarray(places), num_blocks)]
-    return _decode(items, num_blocks, functools.partial(decode_places, read=read), store, road, batch_size, max_waiting)
+    step = count_task_sources(len(places), ahead.batch_size, count_resource("CPU") / ahead.num_cpus)
+    items = [{"places": list(places[start : start + step])} for start in range(0, len(places), step)]
+    return _decode(items, len(items), functools.partial(decode_places, read=read), store, road, ahead)
 
 
-def _count_blocks(num_sources: int) -> int:
-    return max(1, min(num_sources, max(2 * int(count_resource("CPU")), num_sources // SOURCES_PER_BLOCK)))
+def count_task_sources(num_sources: int, batch_size: int, num_readers: float) -> int:
+    """Sources that a task reads: whole batches, or in a short night an equal part of one.
+
+    So that every batch is made of whole blocks, and of one wherever a task has as many sources: what is left of a block
+    would be padded by itself, and what is joined may be copied. A source of several scans is not foreseen.
+    """
+    share = max(num_sources // max(int(TASKS_PER_CPU * num_readers), 1), 1)
+    most = min(share, max(SOURCES_PER_TASK, batch_size))
+    if most < batch_size:
+        return max(part for part in range(1, most + 1) if batch_size % part == 0)
+    least = -(-num_sources // MAX_TASKS)
+    return batch_size * max(most // batch_size, -(-least // batch_size))
 
 
 def _decode(
     items: list[dict[str, Any]],
-    num_blocks: int,
+    num_tasks: int,
     decode: Callable[..., Iterable[dict[str, Any]]],
     store: Store,
     road: Road,
-    batch_size: int,
-    max_waiting: int | None = None,
+    ahead: DecodeAhead,
 ) -> Dataset:
     """`decode` of every item, where there is room."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = size_block(road.volume, batch_size)
-    bound_waiting(context, max_waiting)
+    context.target_max_block_size = size_block(road.volume, ahead.batch_size)
+    bound_waiting(context, ahead.max_waiting)
     context.execution_no_progress_timeout_s = STANDSTILL_S
     decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
-    return ray.data.from_items(items, override_num_blocks=num_blocks).flat_map(decode, num_cpus=DECODE_CPUS)  # type: ignore[arg-type]  # an iterator is fine
+    return ray.data.from_items(items, override_num_blocks=num_tasks).flat_map(decode, num_cpus=ahead.num_cpus)  # type: ignore[arg-type]  # an iterator is fine
 
 
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:

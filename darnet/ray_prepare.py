@@ -21,16 +21,17 @@ from darnet.cohort import (
     match_cohort,
     record_division,
 )
-from darnet.cpus import DECODE_CPUS
 from darnet.decoded_scan import unpack_scan
 from darnet.errors import RunError, Status, UsageError
 from darnet.prepared import PreparedScan, name_record, read_records, write_record
 from darnet.ray_cluster import connect, decode_sources, iterate_blocks
+from darnet.ray_token import list_nodes
 from darnet.reading.road import Road
 from darnet.scan import Source
 from darnet.settings import PrepareSettings
 from darnet.storage import Store
 from darnet.terminal import print_heading, show_progress
+from darnet.training_plan import count_decode_cpus, read_room
 from darnet.volumes_folder import VOLUMES_FILE, write_array, write_facts, write_index
 
 EXCLUDED_FILE = "excluded.csv"
@@ -150,7 +151,8 @@ def _store_sources(
     A source is recorded when its last scan is there, so that a restart goes on from it.
     """
     store = functools.partial(_store_array, volumes=volumes)
-    dataset = decode_sources(sources, archive, road, batch_size=1).map(store, num_cpus=DECODE_CPUS)
+    num_cpus = count_decode_cpus(read_room(list_nodes()), road.decode.num_threads)
+    dataset = decode_sources(sources, archive, road, num_cpus).map(store, num_cpus=num_cpus)
     prepared: dict[str, list[PreparedScan]] = defaultdict(list)
     with show_progress("preparing", len(sources)) as meter:
         for batch in iterate_blocks(dataset):

@@ -13,7 +13,7 @@ from darnet.history import render_files
 from darnet.ray_checkpoint import read_newest_state, write_state
 from darnet.ray_token import refuse_open_node
 from darnet.storage import open_store
-from darnet.threads import set_num_threads
+from darnet.threads import set_model_threads
 from darnet.train import FoldState, Metrics
 from darnet.training_plan import FoldTask
 
@@ -25,7 +25,7 @@ def train_ray_rank(loop_config: dict[str, Any]) -> None:
     """
     refuse_open_node()
     task: FoldTask = loop_config["task"]
-    set_num_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
+    set_model_threads(1)  # part of what makes numbers repeatable; a node's other ranks use its other CPUs
     enable_reproducibility(task.config.seed)
     checkpoint = ray.train.get_checkpoint()
     report = _report_as_rank(ray.train.get_context().get_world_rank(), task)

@@ -81,29 +81,27 @@ class Ensemble:
         temperatures = [fold.temperature for fold in model.manifest.folds]
         return cls(backend, batch_size=config.batch_size, temperatures=temperatures)
 
-    def score(self, voxels: Uint8Array) -> list[ScanScore]:
+    def score(self, volumes: Sequence[Uint8Array]) -> list[ScanScore]:
         """Score up to a batch of standard volumes.
 
-        Shape:  (n, D, H, W) uint8, n <= batch_size.
+        Shape:  (D, H, W) uint8 each, at most `batch_size` of them.
         Raises: ValueError for more than a batch.
         """
-        num_scans, step = len(voxels), self._backend.forward_scans
+        num_scans, step = len(volumes), self._backend.forward_scans
         if num_scans > self._batch_size:
             raise ValueError(f"{num_scans} volumes in a batch of {self._batch_size}")
         return [
-            score for start in range(0, num_scans, step) for score in self._score_at_once(voxels[start : start + step])
+            score for start in range(0, num_scans, step) for score in self._score_at_once(volumes[start : start + step])
         ]
 
-    def _score_at_once(self, voxels: Uint8Array) -> list[ScanScore]:
-        """One forward pass a fold, padded with zeros where there are too few scans.
+    def _score_at_once(self, volumes: Sequence[Uint8Array]) -> list[ScanScore]:
+        """One forward pass a fold.
 
         The temperature is in the probabilities alone: a class map splits the logit that the network itself gave.
         """
-        num_scans = len(voxels)
+        num_scans = len(volumes)
         start_s = time.perf_counter()
-        batch = np.zeros((self._backend.forward_scans, *voxels.shape[1:]), np.uint8)
-        batch[:num_scans] = voxels
-        answers = self._backend.forward(batch)
+        answers = self._backend.forward(volumes)
         folds = zip(answers, self._temperatures, strict=True)
         logits = np.stack([answer.logits / np.float32(temperature) for answer, temperature in folds], axis=1)
         probability = softmax(logits, axis=2)  # (B, folds, classes)

@@ -3,11 +3,13 @@
 No Ray: what runs where is decided here and done in `ray_folds`; and what `ray_score` counts for its actors.
 """
 
+import functools
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,9 +117,12 @@ class GangPlan:
 
 @dataclass(frozen=True, slots=True)
 class ActorPlan:
-    """What Ray counts for each model actor of a night: `num_cpus`, and a GPU where the networks run on GPUs."""
+    """What Ray counts for each model actor of a night: `num_cpus`, and a GPU where the networks run on GPUs; and
+    `decode_cpus` for a source that is read.
+    """
 
     num_cpus: float
+    decode_cpus: float
     has_gpus: bool
     title: str
     """For people."""
@@ -267,8 +272,12 @@ def _describe_lack(room: ClusterRoom, workers: int, places: int, has_gpus: bool)
     )
 
 
-def plan_actors(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool) -> ActorPlan:
+def plan_actors(
+    room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool, decode_threads: int = 1
+) -> ActorPlan:
     """Place the model actors of a night: on GPUs one each, which those wait for that an autoscaler must add first.
+
+    A source that is read is counted by its threads, or by as many as find room beside the actors.
 
     Raises: UsageError naming what the cluster lacks, and as `reserve_cpus`; an impossible request would wait for ever.
     """
@@ -282,23 +291,40 @@ def plan_actors(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpu
     title = f"scoring on {'GPUs' if has_gpus else 'CPUs'}"
     if has_gpus and now < num_actors:
         title += f": {now} of {num_actors} model actors find one now; the others wait for nodes that an autoscaler adds"
-    return ActorPlan(reserve_cpus(room, num_actors, num_threads, has_gpus=has_gpus), has_gpus, title)
+    reserve = functools.partial(reserve_cpus, room, num_actors, num_threads, has_gpus=has_gpus)
+    decode_cpus = count_decode_cpus(room, decode_threads)
+    while decode_cpus > DECODE_CPUS:
+        with suppress(UsageError):
+            return ActorPlan(reserve(decode_cpus=decode_cpus), decode_cpus, has_gpus, title)
+        decode_cpus -= DECODE_CPUS
+    return ActorPlan(reserve(), DECODE_CPUS, has_gpus, title)
 
 
-def reserve_cpus(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool) -> float:
-    """CPUs that Ray counts for each model actor: those of its threads, or what leaves one to decode on every node.
+def count_decode_cpus(room: ClusterRoom, num_threads: int) -> float:
+    """CPUs that Ray counts for a source that is read: one for each thread, as far as every node has them that has one.
 
-    Ray places actors as it likes and decodes only where a CPU is free, so that a night whose actors can take all of
-    them waits for ever; a node may be the last that is left. The actor has its threads whatever is counted for it.
+    A source that takes more than a node has would never be read there, and it may be the last that is left.
+    """
+    whole = [cpus for node in room.all_nodes if (cpus := _count_cpus(node) // DECODE_CPUS)]
+    return DECODE_CPUS * min([num_threads, *whole]) if whole else DECODE_CPUS
 
-    Raises: UsageError if whatever is counted the actors do not fit, or can take the last CPU of every node.
+
+def reserve_cpus(
+    room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool, decode_cpus: float = DECODE_CPUS
+) -> float:
+    """CPUs that Ray counts for each model actor: those of its threads, or what leaves some to decode on every node.
+
+    Ray places actors as it likes and decodes only where `decode_cpus` are free, so that a night whose actors can take
+    all of them waits for ever; a node may be the last that is left. The actor has its threads whatever is counted.
+
+    Raises: UsageError if whatever is counted the actors do not fit, or can be in decoding's way on every node.
     """
     nodes = [*room.nodes, *_list_more(room, num_actors, has_gpus=has_gpus)]
     most = num_threads - CPU_MARGIN
-    wholes = {_count_cpus(node) - kept for node in nodes for kept in (DECODE_CPUS, 0.0)}
+    wholes = {_count_cpus(node) - kept for node in nodes for kept in (decode_cpus, 0.0)}
     shares = (cpus / (place + 1) - CPU_MARGIN for cpus in wholes for place in range(num_actors))
     for reserve in sorted({most, *(share for share in shares if 0 < share < most)}, reverse=True):
-        if _leaves_room(reserve, nodes, num_actors, has_gpus=has_gpus):
+        if _leaves_room(reserve, nodes, num_actors, decode_cpus, has_gpus=has_gpus):
             return round(reserve, 4)  # Ray counts no finer
     there = ", ".join(f"{_count_cpus(node):g}" for node in nodes)
     beside = " and a GPU" if has_gpus else ""
@@ -320,8 +346,10 @@ def _list_more(room: ClusterRoom, num_actors: int, *, has_gpus: bool) -> list[Ma
     return sorted(room.more, key=rank, reverse=True)[: room.num_more]
 
 
-def _leaves_room(reserve: float, nodes: Sequence[Mapping[str, float]], num_actors: int, *, has_gpus: bool) -> bool:
-    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more than its one CPU,
+def _leaves_room(
+    reserve: float, nodes: Sequence[Mapping[str, float]], num_actors: int, decode_cpus: float, *, has_gpus: bool
+) -> bool:
+    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more CPUs than it takes,
     and on one node at least.
     """
     num_places, num_blocking = 0, 0
@@ -330,10 +358,10 @@ def _leaves_room(reserve: float, nodes: Sequence[Mapping[str, float]], num_actor
         cpus = _count_cpus(node)
         places = min(int(cpus / reserve), int(node.get("GPU", 0)) if has_gpus else num_actors, num_actors)
         num_places += places
-        if cpus < DECODE_CPUS:
+        if cpus < decode_cpus:
             continue
-        blocking = int((cpus - DECODE_CPUS) / reserve) + 1  # so many actors are in decoding's way
-        if blocking <= places and cpus > DECODE_CPUS:
+        blocking = int((cpus - decode_cpus) / reserve) + 1  # so many actors are in decoding's way
+        if blocking <= places and cpus > decode_cpus:
             return False
         num_blocking += blocking
         can_block_all &= blocking <= places

@@ -11,7 +11,7 @@ import torch
 from darnet.config import ModelConfig
 from darnet.dataset import VolumeDataset, load_batches
 from darnet.scan import Uint8Array
-from darnet.threads import set_num_threads
+from darnet.threads import set_model_threads
 from tests.bench import loading
 from tests.volumes_fixtures import SMALL_VOLUME, make_volumes
 
@@ -29,12 +29,12 @@ class SlowDataset(VolumeDataset):
 
 def test_it_prints_both_shares_of_a_step_on_one_thread(capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
-    set_num_threads(2)
+    set_model_threads(2)
     try:
         loading.main([*TINY, "--ranks", "1"])
         assert (torch.get_num_threads(), cv2.getNumThreads()) == (1, 1)
     finally:
-        set_num_threads(before)
+        set_model_threads(before)
     printed = capsys.readouterr()
     found = json.loads(printed.out)["1 rank"]
     for way in ("in_step", "ahead", "there"):

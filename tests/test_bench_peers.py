@@ -20,7 +20,7 @@ from darnet.model import build_network
 from darnet.phantom import make_phantom
 from darnet.phantoms.canvas import acquire
 from darnet.phantoms.files import write_dicom, write_slice_images
-from darnet.threads import set_num_threads
+from darnet.threads import set_model_threads
 from darnet.volume import apply_window
 from tests.bench.peer_roads import (
     augment_ours,
@@ -384,12 +384,12 @@ def test_an_unknown_section_is_wrong_use() -> None:
 
 def test_our_augmentation_is_timed_on_one_thread_as_training_has_it() -> None:
     before = torch.get_num_threads()
-    set_num_threads(2)
+    set_model_threads(2)
     try:
         augment_ours()
         assert cv2.getNumThreads() == 1
     finally:
-        set_num_threads(before)
+        set_model_threads(before)
 
 
 def test_the_pace_of_a_loader_is_counted_once_it_works_ahead() -> None:

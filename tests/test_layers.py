@@ -10,11 +10,11 @@ import pytest
 from tests.places import ROOT
 
 ROWS = (
-    "errors config pseudonym scan",
+    "errors config pseudonym scan threads",
     "archive auditing.shortcuts augment cam cam_statistics code_version cpus decoded_scan evaluation.paper history "
     "lung metrics model page phantoms.canvas publishing.outermost publishing.rows range_reader ray_backpressure "
     "ray_token reading.excerpt reading.pixel_length reading.plain_header reading.sandbox reading.stored_pixels "
-    "reading.volume_file report s3_answers settings storage_local store tables terminal threads volume",
+    "reading.volume_file report s3_answers settings storage_local store tables terminal volume",
     "evaluation.intervals storage_s3",
     "calibration charts checkup.findings cohort evaluation.comparisons evaluation.predictions inference.graph job "
     "phantoms.body phantoms.files phantoms.findings publishing.origin publishing.tally ray_metrics reading.dicom "
@@ -37,7 +37,7 @@ ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 FOREIGN = {
     "boto3": "storage_s3",
     "botocore": "s3_answers storage_s3",
-    "SimpleITK": "decode",
+    "SimpleITK": "decode threads",
     "openvino": "inference.openvino_backend",
     "nncf": "inference.openvino_backend",
 }

@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import pytest
 from ray.exceptions import AuthenticationError
 
@@ -24,9 +24,11 @@ from darnet.decoded_scan import unpack_scan
 from darnet.errors import ExitCode, RunError, Status, UsageError
 from darnet.manifest import RunFacts
 from darnet.pseudonym import PSEUDONYM_VARIABLE, mark_secret
+from darnet.ray_cluster import MAX_TASKS, count_task_sources
 from darnet.reading.road import Road
 from darnet.scan import IngestedScan
 from darnet.storage_local import LocalStore
+from tests.block_fixtures import make_block
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import write_chest
 from tests.places import ROOT
@@ -124,7 +126,7 @@ def test_what_a_worker_says_of_its_end_is_not_told(
     write_chest(tmp_path / "archive" / "chest")
     (source,) = list_sources(store.list_objects())
     (row,) = ray_cluster.decode_row({"source": pickle.dumps(source)}, store, road)
-    batch: dict[str, Any] = {name: np.array([value]) for name, value in row.items()}
+    batch = make_block([row])
     manifest = write_random_bundle(tmp_path / "model", shape=road.volume.shape).manifest
     facts = RunFacts("run", date(2026, 1, 1), manifest, "0")
     model = LocalStore(tmp_path / "model")
@@ -174,7 +176,7 @@ def test_a_machine_that_joins_later_is_asked_by_its_own_workers(
     manifest = write_random_bundle(tmp_path / "model").manifest
     run = RunFacts("run", date(2026, 1, 1), manifest, "0")
     actor = ScoringActor(LocalStore(tmp_path / "model"), run, ScoreConfig(), "cpu")
-    ((_, _, refused),) = map(pickle.loads, actor({})["row"])
+    ((_, _, refused),) = map(pickle.loads, actor(pa.table({}))["row"])
     assert isinstance(refused, UsageError)
     assert str(refused).startswith(told)
 
@@ -202,6 +204,62 @@ def test_a_block_has_the_rows_of_a_batch(
             buffer.add(row)
             num_rows += [block.num_rows for block in buffer.iter_ready_blocks()]
         assert num_rows == [batch_size] * (25 // batch_size)
+
+
+@pytest.mark.parametrize("num_readers", [1, 1.5, 2, 16, 500])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 8, 20])
+def test_tasks_are_made_of_whole_batches_or_batches_of_whole_tasks(batch_size: int, num_readers: float) -> None:
+    for num_sources in (1, 2, 3, 5, 12, 13, 64, 100, 1000, 30_000, 1_000_003):
+        step = count_task_sources(num_sources, batch_size, num_readers)
+        assert step % batch_size == 0 or batch_size % step == 0
+        num_tasks = -(-num_sources // step)
+        assert num_tasks <= MAX_TASKS
+        # Nobody who reads is idle for want of tasks, be it the last; but for those that the driver could not hold.
+        assert num_tasks >= min(num_sources, num_readers) or num_readers > MAX_TASKS / 2
+
+
+def test_a_batch_is_made_of_whole_blocks_and_not_joined_into_one(tmp_path: Path) -> None:
+    """What an actor is handed of a night of 13 scans, be they sound or refused, on the way they take through Ray."""
+    from ray.data import ActorPoolStrategy
+
+    from darnet import ray_cluster
+
+    store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig())
+    for number in range(13):
+        files = write_chest(tmp_path / "archive" / f"{number:02}")
+        if number == 5:
+            files[7].unlink()
+    sources = list(list_sources(store.list_objects()))
+    ray_cluster.connect()
+
+    class Recorder:
+        """Tells of each batch how many rows each of its pieces in memory has."""
+
+        def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+            return {"pieces": [pickle.dumps([len(chunk) for chunk in batch["voxels"].chunks])]}
+
+    def list_batches(batch_size: int) -> list[list[int]]:
+        ahead = ray_cluster.DecodeAhead(1.0, batch_size, 64)
+        read = functools.partial(_choose, sources)
+        dataset = ray_cluster.decode_planned(range(13), read, store, road, ahead).map_batches(
+            Recorder,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=0.99,
+        )
+        found = [pickle.loads(cell) for batch in ray_cluster.iterate_blocks(dataset) for cell in batch["pieces"]]
+        return sorted(found, key=sum, reverse=True)
+
+    step = count_task_sources(13, 8, ray_cluster.count_resource("CPU"))
+    assert 8 % step == 0
+    assert list_batches(8)[0] == [step] * (8 // step)
+    step = count_task_sources(13, 2, ray_cluster.count_resource("CPU"))
+    assert list_batches(2) == [[step] * (2 // step)] * 6 + [[1]]
+
+
+def _choose(sources: list[Any], places: Any) -> list[Any]:
+    return [sources[place] for place in places]
 
 
 def test_a_task_that_nobody_reads_on_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -380,7 +381,8 @@ def test_a_bundle_that_an_actor_refuses_stops_the_job_with_that_error(tmp_path: 
 
     class Blocks:
         def iter_batches(self, **_: Any) -> Iterator[dict[str, list[bytes]]]:
-            yield ScoringActor(LocalStore(tmp_path / "model"), RunFacts("run", NIGHT, manifest, "0"), CONFIG, "cpu")({})
+            run = RunFacts("run", NIGHT, manifest, "0")
+            yield ScoringActor(LocalStore(tmp_path / "model"), run, CONFIG, "cpu")(pa.table({}))
 
     with pytest.raises(UsageError, match=r"fold3\.safetensors: damaged"):
         next(collect_sources(Blocks()))  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from darnet.manifest import name_model
 from darnet.settings import TrainSettings
 from darnet.storage import Store
 from darnet.training_plan import (
+    ActorPlan,
     ClusterRoom,
     choose_networks,
     claim_runs,
@@ -238,30 +239,37 @@ def test_checkpoints_lie_beside_the_bundle_but_never_in_another_bucket(index: Vo
 
 
 def can_decode_wherever_actors_are(
-    nodes: list[dict[str, float]], reserve: float, num_actors: int, has_gpus: bool
+    nodes: list[dict[str, float]], reserve: float, num_actors: int, has_gpus: bool, decode_cpus: float = 1
 ) -> bool:
-    """Every placement of the actors, one by one: all of them are placed, and a CPU is free on some node."""
+    """Every placement of the actors, one by one: all of them are placed, and some node has free what decoding takes."""
     free = [(node["CPU"], node.get("GPU", 0) if has_gpus else num_actors) for node in nodes]
     for placed in itertools.combinations_with_replacement(range(len(nodes)), num_actors):
         left = [
             (cpus - reserve * placed.count(index), gpus - placed.count(index))
             for index, (cpus, gpus) in enumerate(free)
         ]
-        if all(cpus >= 0 and gpus >= 0 for cpus, gpus in left) and not any(cpus >= 1 for cpus, _ in left):
+        if all(cpus >= 0 and gpus >= 0 for cpus, gpus in left) and not any(cpus >= decode_cpus for cpus, _ in left):
             return False
     return sum(min(int(cpus / reserve), gpus) for cpus, gpus in free) >= num_actors
 
 
-def try_to_reserve(nodes: list[dict[str, float]], num_actors: int, num_threads: int, has_gpus: bool) -> float | None:
+def try_to_plan(
+    nodes: list[dict[str, float]], num_actors: int, num_threads: int, has_gpus: bool, decode_threads: int
+) -> ActorPlan | None:
     try:
-        return reserve_cpus(ClusterRoom(nodes), num_actors, num_threads, has_gpus=has_gpus)
+        return plan_actors(
+            ClusterRoom(nodes), num_actors, num_threads, has_gpus=has_gpus, decode_threads=decode_threads
+        )
     except UsageError:
         return None
 
 
+@pytest.mark.parametrize("decode_threads", [1, 3])
 @pytest.mark.parametrize("num_threads", [1, 2, 8])
 @pytest.mark.parametrize("num_actors", [1, 2, 4])
-def test_actors_leave_a_cpu_to_decode_however_they_are_placed(num_actors: int, num_threads: int) -> None:
+def test_actors_leave_cpus_to_decode_however_they_are_placed(
+    num_actors: int, num_threads: int, decode_threads: int
+) -> None:
     kinds = [
         {"CPU": 0.0},
         {"CPU": 1.0},
@@ -272,16 +280,37 @@ def test_actors_leave_a_cpu_to_decode_however_they_are_placed(num_actors: int, n
     ]
     for nodes in (list(some) for size in (1, 2, 3) for some in itertools.combinations_with_replacement(kinds, size)):
         for has_gpus in (False, True) if sum(node.get("GPU", 0) for node in nodes) >= num_actors else (False,):
-            reserve = try_to_reserve(nodes, num_actors, num_threads, has_gpus)
-            if reserve is None:
+            plan = try_to_plan(nodes, num_actors, num_threads, has_gpus, decode_threads)
+            if plan is None:
                 tried = [hundredths / 100 for hundredths in range(1, 101)]
                 assert not any(can_decode_wherever_actors_are(nodes, each, num_actors, has_gpus) for each in tried), (
                     nodes
                 )
                 continue
-            assert can_decode_wherever_actors_are(nodes, reserve, num_actors, has_gpus), (nodes, reserve)
-            assert reserve <= num_threads
-            assert reserve != 1  # or Ray runs decoding and networks in one operator
+            assert can_decode_wherever_actors_are(nodes, plan.num_cpus, num_actors, has_gpus, plan.decode_cpus), nodes
+            assert plan.num_cpus <= num_threads
+            assert 1 <= plan.decode_cpus <= decode_threads
+            assert plan.num_cpus != plan.decode_cpus  # or Ray runs decoding and networks in one operator
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_actors", "num_threads", "decode_threads", "expected"),
+    [
+        ([2], 1, 2, 2, (0.99, 1)),  # both cores cannot be decoding's alone
+        ([4], 1, 2, 2, (1.99, 2)),
+        ([4], 1, 4, 2, (1.99, 2)),
+        ([64], 1, 32, 4, (31.99, 4)),
+        ([64], 1, 32, 100, (0.99, 63)),
+        ([64, 2], 1, 1, 4, (0.99, 2)),  # what the smaller has
+        ([64, 0], 1, 1, 4, (0.99, 4)),  # a head that computes nothing
+    ],
+)
+def test_a_source_that_is_read_is_counted_by_its_threads(
+    cpus: list[float], num_actors: int, num_threads: int, decode_threads: int, expected: tuple[float, float]
+) -> None:
+    room = ClusterRoom([{"CPU": count} for count in cpus])
+    plan = plan_actors(room, num_actors, num_threads, has_gpus=False, decode_threads=decode_threads)
+    assert (plan.num_cpus, plan.decode_cpus) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

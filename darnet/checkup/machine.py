@@ -212,7 +212,7 @@ def _describe_bundle(bundle: Bundle) -> str:
 def _score_nothing(bundle: Bundle, config: ScoreConfig) -> str:
     shape = bundle.manifest.settings.volume.shape
     ensemble = Ensemble.from_bundle(bundle, config, "cuda" if torch.cuda.is_available() else "cpu")
-    (score,) = ensemble.score(np.zeros((1, *shape), np.uint8))
+    (score,) = ensemble.score([np.zeros(shape, np.uint8)])
     if not np.isfinite(score.probability).all() or abs(float(score.probability.sum()) - 1) > 1e-5:
         raise CheckError(f"probabilities of an empty volume: {score.probability}", "train or fetch the bundle again")
     way = f"{config.backend} {config.precision}"

@@ -47,7 +47,7 @@ def describe_leak(table: VolumesTable) -> str:
 def evaluate_test(ensemble: Ensemble, index: VolumesIndex, batch_size: int, seed: int) -> Evaluation:
     """Score the test cohort of the volumes and measure it; intervals count patients."""
     test = index.frame[index.frame["cohort"] == "test"]
-    scores = [score for batch in index.read_batches("test", batch_size) for score in ensemble.score(batch)]
+    scores = [score for batch in index.read_batches("test", batch_size) for score in ensemble.score(list(batch))]
     probabilities = np.stack([score.fold_probability for score in scores], axis=1)  # (folds, N, classes)
     predictions = Predictions(
         name="test cohort",

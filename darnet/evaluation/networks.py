@@ -111,7 +111,7 @@ def _score_by_bundle(
     ensemble = Ensemble.from_bundle(read_model(place, config), config, device)
     scores = []
     for batch in index.read_batches("test", config.batch_size):
-        scores += ensemble.score(batch)
+        scores += ensemble.score(list(batch))
         advance(len(batch))
     return scores
 

@@ -4,6 +4,7 @@ What every backend computes is written here once; a backend decides how.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,10 +35,10 @@ class Backend(Protocol):
     def forward_scans(self) -> int:
         """Scans of one forward pass."""
 
-    def forward(self, voxels: Uint8Array) -> list[FoldAnswer]:
-        """Each fold's answer, in order.
+    def forward(self, volumes: Sequence[Uint8Array]) -> list[FoldAnswer]:
+        """Each fold's answer, in order, to as many volumes as one pass takes or fewer; empty places mean nothing.
 
-        Shape: (forward_scans, D, H, W) uint8, writable.
+        Shape: (D, H, W) uint8 each, which may be read-only, and lie where the cluster left it.
         """
 
 

@@ -24,7 +24,7 @@ from darnet.inference.graph import FoldAnswer, ScoringGraph, fold_batch_norm
 from darnet.model import DARNet
 from darnet.scan import Uint8Array
 from darnet.storage import open_store
-from darnet.threads import set_num_threads
+from darnet.threads import describe_openvino_threads, set_model_threads
 
 GRAPH_REVISION = 1  # raise when the code between weights and compiled network changes what is computed
 DEVICE = "CPU"
@@ -51,13 +51,14 @@ class OpenVINOBackend:
         """Raises: UsageError if openvino is not installed, if this processor has no bf16 and that is asked for, or if
         others may write to the cache.
         """
-        set_num_threads(config.num_threads)
+        set_model_threads(config.num_threads)
         self._request = _prepare(bundle, config).create_infer_request()
         self._num_folds = len(bundle.manifest.folds)
 
-    def forward(self, voxels: Uint8Array) -> list[FoldAnswer]:
+    def forward(self, volumes: Sequence[Uint8Array]) -> list[FoldAnswer]:
         """See `Backend`."""
-        return _ask(self._request, voxels, self._num_folds)
+        (voxels,) = volumes
+        return _ask(self._request, voxels[None], self._num_folds)
 
 
 def load_openvino() -> Any:
@@ -176,15 +177,12 @@ def _refuse_missing(name: str) -> UsageError:
 def _describe_run(config: ScoreConfig) -> dict[str, Any]:
     """How a network is compiled.
 
-    The precision is always said, or OpenVINO would take bf16 wherever it can. Threads are not pinned: several actors
-    on a machine would all be pinned to its first cores.
+    The precision is always said, or OpenVINO would take bf16 wherever it can.
     """
     return {
-        "INFERENCE_NUM_THREADS": config.num_threads,
+        **describe_openvino_threads(config.num_threads),
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[config.precision],
-        "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,
     }
 
 

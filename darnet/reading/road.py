@@ -15,7 +15,7 @@ import numpy as np
 
 from darnet.archive import VOLUME_SUFFIXES
 from darnet.config import DecodeConfig, VolumeConfig
-from darnet.decode import check_size, open_images, open_volume, read_dicom_slice, set_decoder_threads
+from darnet.decode import check_size, open_images, open_volume, read_dicom_slice
 from darnet.errors import ScanError, Status, name_file
 from darnet.lung import has_lung, mask_outside_lung, segment_lung
 from darnet.pseudonym import pseudonymise
@@ -24,6 +24,7 @@ from darnet.reading.excerpt import ExcerptsTooShort
 from darnet.reading.series import sort_files
 from darnet.reading.zipped import unpack_zip
 from darnet.scan import FloatArray, IngestedScan, Intensity, ScanFacts, SliceStack, StagedFile
+from darnet.threads import set_decoder_threads
 from darnet.volume import list_contributions, make_standard_volume
 
 
@@ -112,7 +113,7 @@ def run_step(step: Callable[..., Any], *arguments: Any) -> Any:
 
     An error that nobody thought of is told by its name alone, as its owner knows no class of it.
     """
-    set_decoder_threads(1)
+    set_decoder_threads()
     try:
         return step(*arguments)
     except (ScanError, ExcerptsTooShort, OSError, MemoryError):

@@ -25,6 +25,7 @@ from pydicom.uid import (
 )
 
 from darnet.scan import FloatArray, PixelLayout
+from darnet.threads import SLICE_THREADS
 
 EXACT_IN_FLOAT32 = 2**24  # whole numbers up to here
 PNG_HEAD_BYTES = 33  # signature and first chunk
@@ -72,7 +73,7 @@ def _read_jpeg_2000(path: Path, layout: PixelLayout) -> NDArray[np.uint16]:
         raise ValueError("not the size of the header")
     if b"\xff\xd9" not in frame[-4:]:  # the end of the stream; a fragment may have a byte more to be even
         raise ValueError("the stream ends early")
-    decoded = imagecodecs.jpeg2k_decode(frame, numthreads=1)
+    decoded = imagecodecs.jpeg2k_decode(frame, numthreads=SLICE_THREADS)
     if decoded.dtype != (np.int16 if layout.is_signed else np.uint16):
         raise ValueError("not the sign of the header")
     stored: NDArray[np.uint16] = decoded.view(np.uint16)

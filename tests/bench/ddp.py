@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from darnet.config import ModelConfig, TrainConfig
 from darnet.model import build_network
 from darnet.terminal import print_table
-from darnet.threads import set_num_threads
+from darnet.threads import set_model_threads
 from darnet.train import ALONE, build_optimizer, train_steps
 
 DISTRIBUTED, ALL_THREADS = "2 workers x 1 thread", "1 worker x 2 threads"
@@ -41,7 +41,7 @@ class Steps:
 
 def run_worker(rank: int, num_workers: int, num_threads: int, steps: Steps, scratch: Path) -> None:
     """Train this worker's share of every batch; worker 0 leaves the seconds of a step in `scratch`."""
-    set_num_threads(num_threads)
+    set_model_threads(num_threads)
     network: nn.Module = build_network(steps.network, 0)
     if num_workers > 1:
         meeting = f"file://{scratch / 'meeting'}"

@@ -31,12 +31,12 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from darnet.decode import set_decoder_threads
 from darnet.phantom import make_phantom
 from darnet.reading.dicom import read_header
 from darnet.reading.stored_pixels import read_stored_pixels
 from darnet.scan import Diagnosis, PixelLayout, StagedFile
 from darnet.terminal import print_table
+from darnet.threads import set_decoder_threads
 from tests.ct_fixtures import make_slice
 
 REFERENCE, UNCOMPRESSED = "SimpleITK", "uncompressed"
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--size", type=int, default=512)
     chosen = parser.parse_args(arguments)
-    set_decoder_threads(1)
+    set_decoder_threads()
     chest = make_phantom(Diagnosis.NCP, 1, shape=(24, chosen.size, chosen.size)).voxels_hu[12]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(list_decoders(Path(folder), (chest + 1024).clip(0).astype(np.uint16)), chosen.repeats)

@@ -30,7 +30,7 @@ from darnet.dataset import Augmentation, VolumeDataset, load_batches
 from darnet.model import build_network
 from darnet.storage import open_store
 from darnet.terminal import print_table
-from darnet.threads import set_num_threads
+from darnet.threads import set_model_threads
 from darnet.train import ALONE, train_steps
 from darnet.volumes_folder import read_index, write_index
 from tests.volumes_fixtures import make_cohort
@@ -105,7 +105,7 @@ def measure_rank(folder: Path, steps: Steps, rank: int = 0, num_ranks: int = 1) 
     `<way>_wait_share` is the part of a step in which its scans were waited for, `<way>_loading_share` the part that it
     takes longer than with a batch that is there.
     """
-    set_num_threads(1)
+    set_model_threads(1)
     dataset = VolumeDataset(read_index(folder), Augmentation(AugmentConfig(), 0, 0, 0))
     batches = share_batches(steps.num_batches, rank, num_ranks)
     time_steps(load_in_step, dataset, batches[:1], steps.network, num_ranks)  # loads what is imported late

@@ -31,18 +31,19 @@ from darnet.bundle import read_bundle
 from darnet.config import ScoreConfig
 from darnet.manifest import RunFacts
 from darnet.ray_actor import ScoringActor
-from darnet.ray_cluster import MAX_BLOCKS, decode_places
+from darnet.ray_cluster import MAX_TASKS, decode_places
 from darnet.reading.road import Road
 from darnet.scan import StoredObject
 from darnet.storage import open_store
 from darnet.storage_local import LocalStore
 from darnet.terminal import print_table
+from tests.block_fixtures import make_block
 from tests.bundle_fixtures import write_random_bundle
 from tests.ct_fixtures import make_chest, write_chest
 from tests.poison_fixtures import link_copy, write_sound
 from tests.results_fixtures import begin_run
 
-NUM_PLACES = 1_000_000 // MAX_BLOCKS  # of the plan, for one task
+NUM_PLACES = 1_000_000 // MAX_TASKS  # of the plan, for one task
 COLUMNS = {"worker": 2, "child": 3, "worker_in_use": 4}  # of a line of `measure`
 
 
@@ -98,9 +99,7 @@ def score_all(folder: Path, batch_size: int) -> Iterator[dict[str, Any]]:
     del sources  # a worker has those of its places alone
     decoded = (row for task in tasks for row in decode_places({"places": task}, read, store, road))
     while rows := list(islice(decoded, batch_size)):
-        batch = {name: np.stack([row[name] for row in rows]) for name in ("voxels", "lung")}
-        batch["record"] = np.array([row["record"] for row in rows], object)
-        for _, _, row in map(pickle.loads, actor(batch)["row"]):
+        for _, _, row in map(pickle.loads, actor(make_block(rows))["row"]):
             yield row
 
 

@@ -32,7 +32,7 @@ from darnet.inference.openvino_backend import (
 from darnet.inference.torch_backend import TorchBackend
 from darnet.model import DARNet, build_network, scale_voxels
 from darnet.terminal import print_table
-from darnet.threads import set_num_threads
+from darnet.threads import set_model_threads
 
 NUM_FOLDS = 5
 BASELINE = "torch as trained, 2 at once"  # what scoring did before it had backends
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="ways whose name begins so, and the baseline")
     chosen = parser.parse_args(arguments)
-    set_num_threads(chosen.threads)
+    set_model_threads(chosen.threads)
     config = ModelConfig(volume_shape=tuple(chosen.shape), base_channels=chosen.base_channels)
     networks = [build_network(config, fold, 1.0).eval() for fold in range(NUM_FOLDS)]
     has_bf16 = "BF16" in describe_openvino()["processor"]  # else it is put together from float32, five times as slow

@@ -97,14 +97,15 @@ def read_pillow() -> Callable[[str], Any]:
 def read_ours(num_threads: int = THREADS) -> Callable[[str], Any]:
     """What peers do too: headers with all their checks, pixels, the standard volume; in this process."""
     from darnet.config import DecodeConfig, VolumeConfig
-    from darnet.decode import open_images, set_decoder_threads
+    from darnet.decode import open_images
     from darnet.reading.dicom import arrange_series
     from darnet.reading.road import DicomStack
     from darnet.reading.series import sort_files
     from darnet.scan import StagedFile
+    from darnet.threads import set_decoder_threads
     from darnet.volume import make_standard_volume
 
-    set_decoder_threads(1)
+    set_decoder_threads()
 
     def read(folder: str) -> Any:
         staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
@@ -178,7 +179,6 @@ def measure_stages(archive: str) -> dict[str, float]:
     `seconds` is all of it. In one process and on one thread; what travels between processes is not in it.
     """
     from darnet.config import DecodeConfig, VolumeConfig
-    from darnet.decode import set_decoder_threads
     from darnet.errors import Status
     from darnet.lung import has_lung, segment_lung
     from darnet.reading.dicom import arrange_series
@@ -186,11 +186,11 @@ def measure_stages(archive: str) -> dict[str, float]:
     from darnet.reading.series import sort_files
     from darnet.scan import IngestedScan, StagedFile, StandardVolume
     from darnet.score import ScanScore, measure_score
-    from darnet.threads import set_num_threads
+    from darnet.threads import set_decoder_threads, set_model_threads
     from darnet.volume import make_standard_volume
 
-    set_num_threads(1)  # threads that wait for work would count as work
-    set_decoder_threads(1)
+    set_model_threads(1)  # threads that wait for work would count as work
+    set_decoder_threads()
     config, limits = VolumeConfig(), DecodeConfig()
     maps = np.random.default_rng(0).random((1, 3, 4, 14, 14), np.float32)
 
@@ -427,9 +427,9 @@ def augment_ours() -> Task:
     """On one thread, as training does it and as scikit-image does."""
     from darnet.augment import augment_volume
     from darnet.config import AugmentConfig
-    from darnet.threads import set_num_threads
+    from darnet.threads import set_model_threads
 
-    set_num_threads(1)
+    set_model_threads(1)
     volume = _draw_volume()
     return lambda: augment_volume(volume, AugmentConfig(), np.random.default_rng(0))
 

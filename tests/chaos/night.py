@@ -127,7 +127,7 @@ def score_alone(archive: Store, model: Store, results: Store) -> None:
     run, rows = RunFacts("alone", date(2026, 1, 1), bundle.manifest, name_scoring_code()), []
     for source in list_sources(archive.list_objects()):
         for scan in ingester.ingest(source):
-            scores = [] if scan.volume is None else ensemble.score(scan.volume.voxels[None])
+            scores = [] if scan.volume is None else ensemble.score([scan.volume.voxels])
             score = next(iter(scores), None)
             rows.append(make_row(run, source.key, source.input_sha256, scan, score, datetime.now(UTC)))
     ingester.close()

@@ -166,6 +166,19 @@ def test_a_batch_of_a_gpu_has_the_right_shapes() -> None:
     assert [tuple(tensor.shape) for tensor in answer] == [(4, 3), (4, 3, 8, 14, 14), (4, 8)]
 
 
+def test_a_forward_pass_of_several_scans_takes_them_from_wherever_they_lie() -> None:
+    """Read-only, apart from each other, and fewer than the pass has room for, which zeros fill."""
+    backend = TorchBackend([], batch_size=2, num_threads=1)
+    volumes = [np.full((2, 3, 4), value, np.uint8) for value in (7, 9)]
+    for voxels in volumes:
+        voxels.flags.writeable = False
+    sent = backend._send(volumes).numpy()
+    np.testing.assert_array_equal(sent, np.stack(volumes))
+    np.testing.assert_array_equal(
+        backend._send(volumes[1:]).numpy(), np.stack([volumes[1], np.zeros((2, 3, 4), np.uint8)])
+    )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
 def test_a_gpu_gives_the_probabilities_of_a_cpu(
