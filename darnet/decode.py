@@ -49,9 +49,9 @@ _TAIL_BYTES = 64  # in which it is looked for: some writers add a few bytes behi
 
 @dataclass(frozen=True)
 class VolumeStack:
-    """A whole volume file, turned to canonical axes. `voxels_hu` (D, H, W)."""
+    """A whole volume file, turned to canonical axes. `voxels_hu` (D, H, W) in the file's own kind of number."""
 
-    voxels_hu: FloatArray
+    voxels_hu: NDArray[Any]
     spacing_mm: tuple[float, float, float]
     intensity: Intensity = Intensity.HU
 
@@ -63,7 +63,7 @@ class VolumeStack:
 
     def read_slice(self, index: int) -> FloatArray:
         """One slice of the volume already in memory, (rows, columns) float32 HU."""
-        slice_hu: FloatArray = self.voxels_hu[index]
+        slice_hu: FloatArray = self.voxels_hu[index].astype(np.float32)
         return slice_hu
 
 
@@ -124,7 +124,10 @@ def read_dicom_slice(path: Path, layout: PixelLayout | None = None) -> FloatArra
 
 
 def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
-    """Read a NIfTI, NRRD or MetaImage volume whole and turn it to canonical axes.
+    """Read a NIfTI, NRRD or MetaImage volume and turn it to canonical axes.
+
+    It is in memory as a whole: mostly it is compressed in one stream, and turned it may have slices along any of its
+    stored axes. Twice its own bytes are the most that it takes.
 
     Raises: ScanError: BAD_LIMIT, BAD_PIXELS, BAD_GEOMETRY, BAD_INTENSITY, BAD_TILT, BAD_TRUNCATED, BAD_UNREADABLE,
             SKIP_FEW_SLICES, SKIP_ORIENTATION.
@@ -145,10 +148,10 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
         image = sitk.DICOMOrient(image, "LPS")
     except RuntimeError as error:
         raise _explain(error, Status.BAD_UNREADABLE, "volume file does not decode") from error
-    voxels_hu = sitk.GetArrayViewFromImage(image)[::-1].astype(np.float32)
+    voxels_hu = sitk.GetArrayFromImage(image)[::-1]
     if len(voxels_hu) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(voxels_hu)} slices, {limits.min_slices} needed")
-    if not np.isfinite(voxels_hu).all():
+    if voxels_hu.dtype.kind == "f" and not all(np.isfinite(each.astype(np.float32)).all() for each in voxels_hu):
         raise ScanError(Status.BAD_INTENSITY, "volume holds values that are no numbers")
     x_mm, y_mm, z_mm = image.GetSpacing()
     return VolumeStack(voxels_hu, (z_mm, y_mm, x_mm))
