@@ -46,7 +46,9 @@ from tests.bench.peers import (
     describe_growth,
     describe_road,
     draw_chart,
+    explain_goal,
     explain_profile,
+    explain_reading,
     find_one_more,
     list_backends,
     list_scans,
@@ -220,6 +222,9 @@ def test_the_road_has_two_lengths_of_ours_and_floors_over_the_archive(tmp_path: 
     for count in (4, 12, 36):
         links = sorted((tmp_path / f"archive-{count}").iterdir())
         assert [link.resolve().name for link in links] == list("ab" * (count // 2))
+    beside = {way.road: way.command for way in ways if way.road.startswith("ours, network beside reading, openvino")}
+    assert beside["ours, network beside reading, openvino int8"][-1] == "2"
+    assert beside["ours, network beside reading, openvino int8, its one thread"][-1] == "1"
     (reading,) = [way for way in ways if way.road == "ours, reading alone"]
     assert reading.command[-1] == str((tmp_path / "archive-12").resolve())
 
@@ -289,6 +294,7 @@ def make_stages(network_s: float, lungs_s: float, whole_s: float) -> list[Row]:
     named = {"section": "road", "goals": {}, "repeats": 3, "times": {}, "repeat": "again"}
     reading_s = 0.3 + lungs_s + 0.1
     floors = {"network alone, x int8": 2 * network_s, "reading alone": reading_s, "bytes alone": 0.1}
+    floors["network beside reading, x int8"] = 2 * 1.25 * network_s
     stages = {"headers_s": 0.1, "pixels_s": 0.2, "lungs_s": lungs_s, "statistics_s": 0.05}
     beside = named | stages | {"what": "a scan beside the network", "road": "ours, on one thread", "seconds": 1.0}
     more = {"seconds": whole_s, "processor_s": 2 * whole_s - 0.5, "bare_s": network_s, "start_up_s": 9.0}
@@ -310,7 +316,8 @@ def test_the_profile_adds_up_the_stages_and_shares_them_among_the_cores() -> Non
     assert row["sum"] == pytest.approx(4.8)  # without the bytes, which decoding reads
     assert row["floor_s"] == pytest.approx(2.4)
     assert (row["whole"], row["idle"]) == pytest.approx((4.5, 0.5))
-    assert (row["share"], row["best_share"]) == pytest.approx((0.8, 2 / 2.4))
+    assert (row["share"], row["best_share"], row["beside_s"]) == pytest.approx((0.8, 2 / 2.4, 2.5))
+    assert row["goal"] is None
 
 
 def test_the_profile_says_what_a_missed_goal_is_owed_to() -> None:
@@ -323,8 +330,37 @@ def test_the_profile_says_what_a_missed_goal_is_owed_to() -> None:
     assert "the other stages take 0.95 s of a core a scan, most of it lungs" in costly
     assert "2 cores leave 0.44 s; without any other loss 0.81 could be reached" in costly
     lossy = explain(8.0, 0.3, 10.0)
-    assert "leave room for 0.96: beside them the road took 2.75 s of a core a scan" in lossy
+    assert "leave room for 0.96: network and reading side by side without Ray take 10 s a scan, 0.80 of" in lossy
+    assert "beside the stages the road took 2.75 s of a core a scan" in lossy
     assert lossy.endswith("left cores idle for 0.50 s")
+
+
+def test_a_missed_goal_beside_a_peer_is_told_with_what_would_reach_it() -> None:
+    """Twelve scans: MONAI's 120 s against 60; the network alone 24, all stages 28.8, with start and end 37.8."""
+    rows = make_stages(network_s=2.0, lungs_s=0.35, whole_s=2.5)
+    named = {"section": "road", "what": "12 scans", "repeats": 1, "scans": 12}
+    rows += [
+        named | {"road": "monai", "seconds": 120.0, "goals": {}, "times": {}},
+        named | {"road": "ours, x int8", "seconds": 60.0, "goals": {"monai": 3.0}, "times": {"monai": 2.0}},
+    ]
+    (row,) = profile_road(rows, num_cores=2)
+    told = explain_goal(row)
+    assert told.startswith("ours, x int8: 2 x monai in 12 scans, at least 3: missed; would be, of the network alone 5,")
+    assert told.endswith("all stages on cores never idle 4.17, those with start and end 3.17")
+    row["goal"]["least"] = 2.0
+    assert "at least 2: reached" in explain_goal(row)
+
+
+def test_a_missed_reading_is_told_with_what_decoding_alone_would_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"what": "275", "road": SERIAL, "seconds": 2.0, "goals": {"monai": 6.0, "plain": 3.5}, "decoding_s": 1.5}
+    row |= {"times": {"monai": 5.0, "plain": 4.0}, "repeats": 3, "repeat": "again", "headers_s": 0.2}
+    told = "5 x monai of 6: missed, decoding the slices that count alone would be 6.67"
+    assert explain_reading(row) == told
+    print_section("reading", [row | {"section": "reading"}], (0.0, 0.0))
+    printed = capsys.readouterr().err
+    assert told in printed
+    assert "decoding 1.5, headers 0.2 s a scan" in printed
+    assert explain_reading(row | {"goals": {"plain": 3.5}}) == ""
 
 
 def test_the_road_s_table_ends_with_the_profile(capsys: pytest.CaptureFixture[str]) -> None:

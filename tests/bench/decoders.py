@@ -4,10 +4,15 @@ A phantom's slice of 512 x 512 is written in each format; every decoder opens th
 take turns, and medians are told. Uncompressed DICOM is read by numpy as scans are, rescale and all, which SimpleITK
 applies too. `reading.stored_pixels` uses what is faster here, gives SimpleITK's values, and takes
 no damaged slice that SimpleITK refuses, as the fastest decoder of JPEG Lossless does.
+
+pylibjpeg's decoders take part where they are installed (`pip install --target DIR pylibjpeg-openjpeg pylibjpeg-libjpeg
+pylibjpeg-rle`, and DIR in PYTHONPATH); they are no dependency, and pylibjpeg-libjpeg is under the GPL.
 """
 
 import argparse
+import contextlib
 import functools
+import importlib
 import json
 import sys
 import tempfile
@@ -17,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import cv2
 import imagecodecs
 import numpy as np
 import SimpleITK as sitk
@@ -73,19 +79,28 @@ def list_decoders(folder: Path, stored: NDArray[np.uint16]) -> dict[tuple[str, s
         path = folder / f"a{suffix}"
         Image.fromarray(gray).save(path)
         codecs = {"png": imagecodecs.png_decode, "spng": imagecodecs.spng_decode}
-        chosen = codecs if suffix == ".png" else {"jpeg8": imagecodecs.jpeg8_decode}
-        add(f"{suffix[1:]}, 8 bits", path, image_io, path.read_bytes, **chosen)
+        chosen = codecs if suffix == ".png" else {"jpeg8": imagecodecs.jpeg8_decode} | list_pylibjpeg(libjpeg="libjpeg")
+        add(f"{suffix[1:]}, 8 bits", path, image_io, path.read_bytes, opencv=ask_opencv, **chosen)
     syntaxes: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
         UNCOMPRESSED: (ExplicitVRLittleEndian, {}),
-        "JPEG-LS": (JPEGLSLossless, {"jpegls": imagecodecs.jpegls_decode}),
-        "JPEG 2000": (JPEG2000Lossless, {"jpeg2k": lambda data: imagecodecs.jpeg2k_decode(data, numthreads=1)}),
+        "JPEG-LS": (JPEGLSLossless, {"jpegls": imagecodecs.jpegls_decode} | list_pylibjpeg(libjpeg="libjpeg")),
+        "JPEG 2000": (
+            JPEG2000Lossless,
+            {"jpeg2k": lambda data: imagecodecs.jpeg2k_decode(data, numthreads=1), "opencv": ask_opencv}
+            | list_pylibjpeg(openjpeg="openjpeg"),
+        ),
         "JPEG Lossless SV1": (
             JPEGLosslessSV1,
-            {name: getattr(imagecodecs, f"{name}_decode") for name in ("ljpeg", "jpegsof3", "jpeg8")},
+            {name: getattr(imagecodecs, f"{name}_decode") for name in ("ljpeg", "jpegsof3", "jpeg8")}
+            | list_pylibjpeg(libjpeg="libjpeg"),
         ),
         "RLE": (
             RLELossless,
-            {"dicomrle": lambda data: np.frombuffer(imagecodecs.dicomrle_decode(data, "<u2"), "<u2").reshape(shape)},
+            {"dicomrle": lambda data: np.frombuffer(imagecodecs.dicomrle_decode(data, "<u2"), "<u2").reshape(shape)}
+            | {
+                name: functools.partial(ask_pylibjpeg_rle, decode, shape)
+                for name, decode in list_pylibjpeg("decode_frame", rle="rle.rle").items()
+            },
         ),
     }
     for name, (syntax, decoders) in syntaxes.items():
@@ -106,6 +121,25 @@ def list_decoders(folder: Path, stored: NDArray[np.uint16]) -> dict[tuple[str, s
 
         add(name, path, "GDCMImageIO", read_frame, **decoders)
     return ways
+
+
+def list_pylibjpeg(function: str = "decode", **modules: str) -> dict[str, Callable[..., Any]]:
+    """Its decoders of these modules that are installed, by their packages' names."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name, module in modules.items():
+        with contextlib.suppress(ImportError):
+            found[f"pylibjpeg-{name}"] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def ask_pylibjpeg_rle(decode: Callable[..., Any], shape: tuple[int, ...], data: bytes) -> NDArray[Any]:
+    """Its planes of bytes as numbers of 16 bits."""
+    return np.frombuffer(decode(data, shape[0] * shape[1], 16, "<"), "<u2").reshape(shape)
+
+
+def ask_opencv(data: bytes) -> NDArray[Any] | None:
+    """The picture as it is stored, None if OpenCV does not take it."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def read_uncompressed(path: Path, layout: PixelLayout) -> NDArray[Any]:

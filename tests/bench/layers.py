@@ -131,7 +131,7 @@ def print_layers(rows: Sequence[Mapping[str, Any]]) -> None:
         title = f"where a forward pass goes, {row['road'].removeprefix('ours, ')}: by OpenVINO's profile"
         print_table(title, ["layer", "primitive", "number", "s", "share"], list_lines(row))
     for row in rows:
-        print(explain_layers(row), file=sys.stderr)
+        print(f"{explain_layers(row)}; repeat by `{row['repeat']}`", file=sys.stderr)
 
 
 def list_lines(row: Mapping[str, Any]) -> list[list[Any]]:

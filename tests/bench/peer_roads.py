@@ -5,6 +5,7 @@
     python -m tests.bench.peer_roads road monai WEIGHTS ARCHIVE    ours BUNDLE ARCHIVE BACKEND PRECISION
     python -m tests.bench.peer_roads augment scikit-image     ours
     python -m tests.bench.peer_roads floor reading ARCHIVE    bytes
+    python -m tests.bench.peer_roads beside ours BUNDLE ARCHIVE BACKEND PRECISION THREADS
     python -m tests.bench.peer_roads stages ours ARCHIVE
 
 A peer is used as its documentation shows. Its roads run in `.venv-peers`, ours in the project's environment; so a
@@ -14,6 +15,7 @@ library is imported only by the road that needs it, and before the clock starts.
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import secrets
 import sys
@@ -94,30 +96,49 @@ def read_pillow() -> Callable[[str], Any]:
     return read
 
 
-def read_ours(num_threads: int = THREADS) -> Callable[[str], Any]:
-    """What peers do too: headers with all their checks, pixels, the standard volume; in this process."""
-    from darnet.config import DecodeConfig, VolumeConfig
+def open_stack(folder: str) -> Any:
+    """A scan's slices in their order, all headers read and checked."""
+    from darnet.config import DecodeConfig
     from darnet.decode import open_images
     from darnet.reading.dicom import arrange_series
     from darnet.reading.road import DicomStack
     from darnet.reading.series import sort_files
     from darnet.scan import StagedFile
+
+    staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
+    files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
+    if not files.series:
+        return open_images(files.images, limits, is_head_first=True)
+    ((_, headers),) = files.series.items()
+    return DicomStack(arrange_series(headers, limits))
+
+
+def read_ours(num_threads: int = THREADS) -> Callable[[str], Any]:
+    """What peers do too: headers with all their checks, pixels, the standard volume; in this process."""
+    from darnet.config import VolumeConfig
     from darnet.threads import set_decoder_threads
     from darnet.volume import make_standard_volume
 
     set_decoder_threads()
+    return lambda folder: make_standard_volume(open_stack(folder), VolumeConfig(), num_threads)
 
-    def read(folder: str) -> Any:
-        staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
-        files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
-        if not files.series:
-            return make_standard_volume(
-                open_images(files.images, limits, is_head_first=True), VolumeConfig(), num_threads
-            )
-        ((_, headers),) = files.series.items()
-        return make_standard_volume(DicomStack(arrange_series(headers, limits)), VolumeConfig(), num_threads)
 
-    return read
+def measure_parts(folder: str) -> dict[str, float]:
+    """Where our reading goes on one thread: headers, the decoding alone of the slices that count, and all else."""
+    from darnet.config import VolumeConfig
+    from darnet.volume import list_contributions, make_standard_volume
+
+    config = VolumeConfig()
+    stack, headers = _keep(lambda: open_stack(folder))
+    slices = {item.source for item in list_contributions(stack.shape[0], config.shape[0], config.depth_resampling)}
+
+    def decode() -> None:
+        for index in sorted(slices):
+            stack.read_slice(index)
+
+    decoding_s = _time(decode)["seconds"]
+    pixels_s = _time(lambda: make_standard_volume(stack, config))["seconds"]
+    return {"headers_s": headers["seconds"], "decoding_s": decoding_s, "shrinking_s": pixels_s - decoding_s}
 
 
 def read_ours_in_child() -> Callable[[str], Any]:
@@ -157,7 +178,7 @@ def measure_reading(road: str, folder: str) -> dict[str, float]:
     figures = _time(lambda: read(folder)) | {"first_s": first["seconds"], "growth_mb": growth_bytes / 1e6}
     if road == "ours-child":  # works in another process than the one whose memory is measured
         return {name: figures[name] for name in ("seconds", "first_s", "processor_s")}
-    return figures
+    return figures | (measure_parts(folder) if road == "ours-serial" else {})
 
 
 def measure_floor(kind: str, archive: str) -> dict[str, float]:
@@ -178,26 +199,18 @@ def measure_stages(archive: str) -> dict[str, float]:
 
     `seconds` is all of it. In one process and on one thread; what travels between processes is not in it.
     """
-    from darnet.config import DecodeConfig, VolumeConfig
+    from darnet.config import VolumeConfig
     from darnet.errors import Status
     from darnet.lung import has_lung, segment_lung
-    from darnet.reading.dicom import arrange_series
-    from darnet.reading.road import DicomStack
-    from darnet.reading.series import sort_files
-    from darnet.scan import IngestedScan, StagedFile, StandardVolume
+    from darnet.scan import IngestedScan, StandardVolume
     from darnet.score import ScanScore, measure_score
     from darnet.threads import set_decoder_threads, set_model_threads
     from darnet.volume import make_standard_volume
 
     set_model_threads(1)  # threads that wait for work would count as work
     set_decoder_threads()
-    config, limits = VolumeConfig(), DecodeConfig()
+    config = VolumeConfig()
     maps = np.random.default_rng(0).random((1, 3, 4, 14, 14), np.float32)
-
-    def arrange(folder: Path) -> DicomStack:
-        staged = [StagedFile(path.name, path, path.name) for path in sorted(folder.iterdir())]
-        ((_, headers),) = sort_files(staged, limits.min_slices).series.items()
-        return DicomStack(arrange_series(headers, limits))
 
     def find_lung(volume: StandardVolume) -> Any:
         lung = segment_lung(volume, config.window_hu)
@@ -205,7 +218,7 @@ def measure_stages(archive: str) -> dict[str, float]:
         return lung
 
     def measure(folder: Path) -> dict[str, float]:
-        stack, headers = _keep(lambda: arrange(folder))
+        stack, headers = _keep(lambda: open_stack(str(folder)))
         volume, pixels = _keep(lambda: make_standard_volume(stack, config))
         lung, lungs = _keep(lambda: find_lung(volume))
         scan = IngestedScan("a", Status.OK, volume=volume, lung=lung)
@@ -302,6 +315,48 @@ def measure_network(bundle: str, backend: str, precision: str) -> dict[str, floa
     batch = np.stack([_draw_volume()] * 2)
     ensemble.score(batch[:1])
     return {name: value / 2 for name, value in _time(lambda: ensemble.score(batch)).items()}
+
+
+def measure_beside(bundle: str, archive: str, backend: str, precision: str, num_threads: str) -> dict[str, float]:
+    """The network while another process reads as many scans, without Ray: seconds a scan until both are done.
+
+    The other works as a worker does, on one thread, and begins with the network; both are warm.
+    """
+    from darnet.bundle import read_bundle
+    from darnet.score import Ensemble
+    from darnet.storage import open_store
+
+    config = configure_score(backend, precision).model_copy(update={"num_threads": int(num_threads)})
+    ensemble = Ensemble.from_bundle(read_bundle(open_store(bundle)), config)
+    volume, folders = _draw_volume(), [str(path.resolve()) for path in sorted(Path(archive).iterdir())]
+    ensemble.score([volume])
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    reader = context.Process(target=_read_when_told, args=(there, folders))
+    reader.start()
+    here.recv()
+
+    def run() -> None:
+        here.send("now")
+        for _ in folders:
+            ensemble.score([volume])
+        here.recv()
+
+    figures = _time(run)
+    reader.join()
+    return {name: value / len(folders) for name, value in figures.items()}
+
+
+def _read_when_told(line: Any, folders: list[str]) -> None:
+    """Say when all is loaded, read on a word, say when all is read."""
+    read = read_ours_in_child()
+    for folder in dict.fromkeys(folders):
+        read(folder)
+    line.send("ready")
+    line.recv()
+    for folder in folders:
+        read(folder)
+    line.send("done")
 
 
 def measure_compiling(bundle: str, backend: str, precision: str) -> dict[str, float]:
@@ -477,14 +532,14 @@ def _read_memory(name: str) -> int:
 def main(arguments: list[str]) -> int:
     """Measure what is asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("read", "network", "compile", "road", "augment", "floor", "stages"))
+    parser.add_argument("task", choices=("read", "network", "compile", "road", "augment", "floor", "beside", "stages"))
     parser.add_argument("road")
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args(arguments)
     tasks: dict[tuple[str, bool], Callable[..., dict[str, Any]]] = {
         ("network", True): measure_network, ("network", False): measure_eager,
         ("road", True): measure_our_road, ("road", False): measure_monai_road,
-        ("compile", True): measure_compiling,
+        ("compile", True): measure_compiling, ("beside", True): measure_beside,
     }  # fmt: skip
     if (given.task, given.road) == ("network", "products"):
         found = measure_products()

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,7 +62,7 @@ PEERS = ("torch==2.13.0", "monai", "itk", "torchio", "SimpleITK", "scikit-image"
 ROAD_SCANS, SHORTER, LONGER, MOST_SERIES = 12, 3, 3, 6
 STEADY = 0.9  # of the bare network, that each scan more must reach
 FLOOR, STAGES, ONE_MORE = "a scan's floor", "a scan beside the network", "one scan more"
-PROFILE, BARE = "where a scan's time goes", "the bare network"
+PROFILE, BARE, BESIDE = "where a scan's time goes", "the bare network", "network beside reading"
 LAYERS, PHASES = "where a forward pass goes", "where a night's start and end go"
 PROFILE_STAGES = ("bytes", "decode", "lungs", "child", "network", "statistics")  # `bytes` are read within `decode`
 # What a scan is called, how many slices it has, and its transfer syntax. Source: ours, like the real series at hand.
@@ -80,11 +81,15 @@ BACKENDS = (
     ("openvino", "bf16", None, None),
 )
 SERIAL = "ours, on one thread"
+ON_ONE = ", its one thread"
 PRODUCTS = "fp32 matrix products of its size"  # in torch, how fast it is where nothing is waited for
 WORST = ("spilled_mb",)  # of which the most of all readings is told
 COMPILING = "ours, compiling one fold"  # what a machine pays once, and no road below does
 UNITS = {"seconds": "s", "growth_mb": "MB"}
-STAGE_NAMES = ("fetch_s", "decode_s", "model_s", "headers_s", "pixels_s", "lungs_s", "statistics_s")
+STAGE_NAMES = (
+    *("fetch_s", "decode_s", "model_s", "headers_s", "decoding_s", "shrinking_s", "pixels_s", "lungs_s"),
+    "statistics_s",
+)
 PLANS = ((10_000, 365), (100_000, 365), (1_000_000, 365), (100_000, 10), (100_000, 100))  # objects, nights
 
 
@@ -319,6 +324,8 @@ def choose_lengths(num_series: int) -> tuple[int, int, int]:
 def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
     """The floors, the network alone first, which leaves it compiled: compiling, reading and the bytes alone.
 
+    Also network and reading side by side, with as many threads for the network as there are cores and with one.
+
     Then twelve scans or a few more, the same ones again if there are fewer, through MONAI's loader and through a night
     of ours, by each backend with a goal or bf16; and a shorter night of ours in fp32, a longer one in the others.
     """
@@ -335,6 +342,10 @@ def plan_road(scans: dict[str, str], bundle: Path, out: Path) -> Iterator[Way]:
         yield Way("road", FLOOR, f"{COMPILING}, {backend} {precision}", anew)
     for kind in ("reading", "bytes"):
         yield Way("road", FLOOR, f"ours, {kind} alone", take(sys.executable, "floor", kind, place))
+    for (backend, precision, *_), threads in product(backends, sorted({THREADS, 1}, reverse=True)):
+        command = take(sys.executable, "beside", "ours", str(bundle), str(archives[shorter]), backend, precision)
+        road = f"ours, {BESIDE}, {backend} {precision}" + (ON_ONE if threads < THREADS else "")
+        yield Way("road", FLOOR, road, (*command, str(threads)))
     yield Way("road", STAGES, SERIAL, take(sys.executable, "stages", "ours", place))
     yield Way("road", name_road(whole), "monai", take(PEERS_PYTHON, "road", "monai", weights, place))
     for backend, precision, _, least in backends:
@@ -388,9 +399,9 @@ def find_one_more(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def name_alone(road: str) -> str:
-    """The row of the network alone, of a road of ours."""
-    return road.replace("ours,", "ours, network alone,")
+def name_alone(road: str, alone: str = "network alone") -> str:
+    """The row of the network alone, or beside reading, of a road of ours."""
+    return road.replace("ours,", f"ours, {alone},")
 
 
 def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
@@ -398,7 +409,8 @@ def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
 
     `floor_s`: the seconds a scan takes on these cores if none is ever idle and nothing but the stages is done.
     `idle`: seconds of a core a scan in which the whole road left it without work. `best_share`: the share of the bare
-    network that the floor allows.
+    network that the floor allows; `beside_share` the one that network and reading have side by side without Ray.
+    `goal`: the road's beside the peer's, with its seconds, scans, and start and end, where it has one.
     """
     named = {(row["what"], row["road"]): row for row in rows}
     read, beside = named[FLOOR, "ours, reading alone"], named[STAGES, SERIAL]
@@ -430,10 +442,53 @@ def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
             "bare_s": alone["seconds"],
             "best_share": alone["seconds"] / floor_s,
             "share": alone["seconds"] / whole["seconds"],
+            "beside_s": named[FLOOR, name_alone(whole["road"], BESIDE)]["seconds"],
+            "start_up_s": whole["start_up_s"],
+            "goal": find_goal(rows, whole["road"]),
         }
         kept = {name: whole[name] for name in ("section", "road", "repeats", "repeat")}
         found.append(kept | {"what": PROFILE, "goals": {}, "times": {}} | figures)
     return found
+
+
+def find_goal(rows: Sequence[Row], road: str) -> Row | None:
+    """The goal of a road of ours beside a peer's: who and how many times, both seconds, and the scans."""
+    for row in rows:
+        if row["road"] == road and "scans" in row and row["goals"]:
+            ((peer, least),) = row["goals"].items()
+            (other,) = [each for each in rows if (each["what"], each["road"]) == (row["what"], peer)]
+            seconds = {"peer_s": other["seconds"], "seconds": row["seconds"]}
+            return seconds | {"peer": peer, "least": least, "scans": row["scans"]}
+    return None
+
+
+def explain_goal(row: Row) -> str:
+    """What of the goal beside the peer the network alone would allow, then all stages, then with start and end."""
+    goal = row["goal"]
+    steps = {
+        "the network alone": row["bare_s"] * goal["scans"],
+        "all stages on cores never idle": row["floor_s"] * goal["scans"],
+        "those with start and end": row["floor_s"] * goal["scans"] + row["start_up_s"],
+    }
+    times = goal["peer_s"] / goal["seconds"]
+    is_reached = "reached" if times >= goal["least"] else "missed"
+    allowed = ", ".join(f"{name} {goal['peer_s'] / seconds:.3g}" for name, seconds in steps.items())
+    return (
+        f"{row['road']}: {times:.3g} x {goal['peer']} in {goal['scans']:g} scans, at least {goal['least']:g}: "
+        f"{is_reached}; would be, of {allowed}"
+    )
+
+
+def explain_reading(row: Row) -> str:
+    """Of a reading on one thread that misses a goal, what its decoding alone would reach; else nothing."""
+    missed = {peer: least for peer, least in row["goals"].items() if row["times"].get(peer, least) < least}
+    told = [
+        f"{row['times'][peer]:.3g} x {peer} of {least:g}: missed, decoding the slices that count alone would be "
+        f"{row['times'][peer] * row['seconds'] / row['decoding_s']:.3g}"
+        for peer, least in missed.items()
+        if "decoding_s" in row
+    ]
+    return "; ".join(told)
 
 
 def explain_profile(row: Row) -> str:
@@ -450,8 +505,10 @@ def explain_profile(row: Row) -> str:
     )
     if row["best_share"] >= STEADY:
         why = (
-            f"missed, though the stages leave room for {row['best_share']:.2f}: beside them the road took "
-            f"{row['whole'] - row['sum']:.2f} s of a core a scan, and left cores idle for {row['idle']:.2f} s"
+            f"missed, though the stages leave room for {row['best_share']:.2f}: network and reading side by side "
+            f"without Ray take {row['beside_s']:.3g} s a scan, {row['bare_s'] / row['beside_s']:.2f} of {BARE}; beside "
+            f"the stages the road took {row['whole'] - row['sum']:.2f} s of a core a scan, and left cores idle for "
+            f"{row['idle']:.2f} s"
         )
     return f"{reached}: {why}"
 
@@ -463,18 +520,21 @@ def print_profile(rows: Sequence[Row]) -> None:
     for row in rows:
         figures = row["stages"] | {name: row[name] for name in ("sum", "whole", "idle")}
         seconds = [f"{figures[name]:.3g}" for name in columns]
-        found = [f"{row['floor_s']:.3g}", f"{row['seconds']:.3g}", f"{row['share']:.2f}"]
+        found = [*(f"{row[name]:.3g}" for name in ("floor_s", "beside_s", "seconds")), f"{row['share']:.2f}"]
         table.append([row["road"].removeprefix("ours, "), *seconds, *found])
-    title = f"{PROFILE}: seconds of one core a scan; of floor and one more, of {rows[0]['num_cores']} cores"
-    print_table(title, ["road", *columns, "floor", "more", "share"], table)
+    title = f"{PROFILE}: seconds of one core a scan; from floor on, of {rows[0]['num_cores']} cores"
+    print_table(title, ["road", *columns, "floor", "beside", "more", "share"], table)
     print(
         "Stages each alone; bytes are read within decode. child: what reading in a limited process costs besides. sum: "
         "without bytes. whole: a scan more of the whole road. idle: cores without work meanwhile. floor: sum / cores, "
-        f"or the network alone where that takes longer. more: seconds of a scan more; share: {BARE} in it.",
+        "or the network alone where that takes longer. beside: network and reading side by side without Ray. more: "
+        f"seconds of a scan more; share: {BARE} in it.",
         file=sys.stderr,
     )
     for row in rows:
-        print(explain_profile(row), file=sys.stderr)
+        print(f"{explain_profile(row)}; repeat by `{row['repeat']}`", file=sys.stderr)
+        if row["goal"]:
+            print(explain_goal(row), file=sys.stderr)
 
 
 def plan_augmentation() -> Iterator[Way]:
@@ -518,7 +578,7 @@ def print_section(section: str, rows: Sequence[Row], load: tuple[float, float]) 
     print(describe_processor(), file=sys.stderr)
     for row in rows:
         print(f"{row['what']}, {row['road']}: repeat by `{row['repeat']}`", file=sys.stderr)
-        if note := describe_road(row):
+        for note in filter(None, (describe_road(row), explain_reading(row))):
             print(f"  {note}", file=sys.stderr)
     for what, explain in EXPLAIN.items():
         if chosen := [row for row in explained if row["what"] == what]:
@@ -545,7 +605,8 @@ def describe_growth(rows: Sequence[Row]) -> str:
     bytes_more = (last_mb - first_mb) * 1e6 / (most - fewest)
     return (
         f"{most / fewest:g} times the objects take {last_s / first_s:.3g} times the seconds, and "
-        f"{bytes_more:.0f} bytes more of memory for each (digests of what is settled)"
+        f"{bytes_more:.0f} bytes more of memory for each (digests of what is settled), so that it is "
+        f"{'flat' if bytes_more < 1 else 'not flat'}"
     )
 
 

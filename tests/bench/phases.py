@@ -74,7 +74,7 @@ def print_phases(rows: Sequence[Mapping[str, Any]]) -> None:
         file=sys.stderr,
     )
     for row in rows:
-        print(explain_phases(row), file=sys.stderr)
+        print(f"{explain_phases(row)}; repeat by `{row['repeat']}`", file=sys.stderr)
 
 
 def explain_phases(row: Mapping[str, Any]) -> str:
