@@ -198,8 +198,9 @@ class DecodeConfig(Section):
     memory_bytes: int = Field(4 << 30, ge=1 << 28)
     """Address space the decoding child may use."""
     num_threads: int = Field(1, ge=1, exclude=True)  # it changes no row, so it is in no digest
-    """Threads that decode slices of one scan side by side. Ray counts a CPU for them all, as it reads several scans at
-    once: more than 1 helps where there are fewer scans than CPUs."""
+    """Threads that decode slices of one scan side by side. Ray counts a CPU for each, as far as every node has them
+    beside a model actor. A night reads several scans at once anyway: more than 1 helps where scans are fewer than CPUs.
+    """
 
 
 class GateConfig(Section):

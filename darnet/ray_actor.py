@@ -53,8 +53,8 @@ class ScoringActor:
             self._ensemble = RunError(told)
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        """Rows of `ray_cluster.decode_planned` in, as many blocks as they came in; per scan a pickle of (source, scans
-        of the source, row or failure) out.
+        """Rows of `ray_cluster.decode_planned` in, of one block or several; per scan a pickle of (source, scans of the
+        source, row or failure) out.
 
         One failure stands for all scans where bundle or node is refused, or scoring fails.
         """

@@ -33,7 +33,7 @@ from darnet.storage import Store
 
 AnswerT = TypeVar("AnswerT")
 SOURCES_PER_TASK = 8
-TASKS_PER_CPU = 2  # in a short night, so that all end at about the same time
+TASKS_PER_READER = 2  # in a short night, so that all end at about the same time
 MAX_TASKS = 10_000  # Source: ours; the driver keeps some 20 KB of each
 STANDSTILL_S = 86_400  # Source: ours; machines with GPUs may be waited for that long, and by Ray's default half an hour
 TOKEN_REMEDY = (
@@ -197,8 +197,8 @@ def read_mark() -> str | UsageError | None:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeAhead:
-    """How sources are read for networks: `num_cpus` are counted for each, and scans go on in batches.
+class DecodePlan:
+    """How sources are read on the cluster: `num_cpus` are counted for each, and scans go on in batches.
 
     Where actors take them, no task that decodes is begun while `max_waiting` scans wait.
     """
@@ -209,10 +209,10 @@ class DecodeAhead:
 
 
 def decode_sources(sources: Sequence[Source], store: Store, road: Road, num_cpus: float) -> Dataset:
-    """A lazy data set with one row a scan, as of `pack_scan`, each a block of its own."""
+    """A lazy data set with one row a scan, as of `pack_scan`."""
     items = [{"source": pickle.dumps(source)} for source in sources]
     num_tasks = -(-len(items) // count_task_sources(len(items), 1, count_resource("CPU") / num_cpus))
-    return _decode(items, num_tasks, decode_row, store, road, DecodeAhead(num_cpus, 1))
+    return _decode(items, num_tasks, decode_row, store, road, DecodePlan(num_cpus, 1))
 
 
 def decode_planned(
@@ -220,29 +220,32 @@ def decode_planned(
     read: Callable[[Sequence[int]], list[Source]],
     store: Store,
     road: Road,
-    ahead: DecodeAhead,
+    how: DecodePlan,
 ) -> Dataset:
     """As `decode_sources`, of sources that are known here by their places in a plan alone, and read by the workers.
 
     So a driver holds nothing of their objects, of which a night may have millions. A block has the scans of a batch.
     """
-    step = count_task_sources(len(places), ahead.batch_size, count_resource("CPU") / ahead.num_cpus)
+    step = count_task_sources(len(places), how.batch_size, count_resource("CPU") / how.num_cpus)
     items = [{"places": list(places[start : start + step])} for start in range(0, len(places), step)]
-    return _decode(items, len(items), functools.partial(decode_places, read=read), store, road, ahead)
+    return _decode(items, len(items), functools.partial(decode_places, read=read), store, road, how)
 
 
 def count_task_sources(num_sources: int, batch_size: int, num_readers: float) -> int:
-    """Sources that a task reads: whole batches, or in a short night an equal part of one.
+    """Sources that a task reads: equal parts of a batch or whole ones, so that batches are made of whole blocks.
 
-    So that every batch is made of whole blocks, and of one wherever a task has as many sources: what is left of a block
-    would be padded by itself, and what is joined may be copied. A source of several scans is not foreseen.
+    The scans that a block has beyond a batch would be a batch by themselves, which a GPU pads. As many as
+    `SOURCES_PER_TASK` or fewer, unless parts of that size are none or the plan is too long; sources of several scans
+    are not foreseen.
     """
-    share = max(num_sources // max(int(TASKS_PER_CPU * num_readers), 1), 1)
-    most = min(share, max(SOURCES_PER_TASK, batch_size))
-    if most < batch_size:
-        return max(part for part in range(1, most + 1) if batch_size % part == 0)
-    least = -(-num_sources // MAX_TASKS)
-    return batch_size * max(most // batch_size, -(-least // batch_size))
+    share = num_sources // max(int(TASKS_PER_READER * num_readers), 1)
+    wanted = max(min(share, SOURCES_PER_TASK), -(-num_sources // MAX_TASKS), 1)
+    parts = [part for part in range(1, batch_size) if batch_size % part == 0]
+    fitting = [*parts, *range(batch_size, wanted + batch_size, batch_size)]
+    below: int = max(step for step in fitting if step <= wanted)
+    above: int = min(step for step in fitting if step >= wanted)
+    has_small_parts = 2 * below < wanted and num_sources >= above * num_readers
+    return above if has_small_parts or below * MAX_TASKS < num_sources else below
 
 
 def _decode(
@@ -251,17 +254,17 @@ def _decode(
     decode: Callable[..., Iterable[dict[str, Any]]],
     store: Store,
     road: Road,
-    ahead: DecodeAhead,
+    how: DecodePlan,
 ) -> Dataset:
     """`decode` of every item, where there is room."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = size_block(road.volume, ahead.batch_size)
-    bound_waiting(context, ahead.max_waiting)
+    context.target_max_block_size = size_block(road.volume, how.batch_size)
+    bound_waiting(context, how.max_waiting)
     context.execution_no_progress_timeout_s = STANDSTILL_S
     decode = functools.partial(decode, store=store, road=replace(road, pseudonym_key=None))
-    return ray.data.from_items(items, override_num_blocks=num_tasks).flat_map(decode, num_cpus=ahead.num_cpus)  # type: ignore[arg-type]  # an iterator is fine
+    return ray.data.from_items(items, override_num_blocks=num_tasks).flat_map(decode, num_cpus=how.num_cpus)  # type: ignore[arg-type]  # an iterator is fine
 
 
 def iterate_blocks(dataset: Dataset) -> Iterator[dict[str, np.ndarray[Any, Any]]]:

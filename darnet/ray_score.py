@@ -29,7 +29,7 @@ from darnet.publishing.planning import plan_night, preview_night, warn_of_others
 from darnet.publishing.runs import RunFolder, RunRecord, Work, list_open_runs, name_part, sort_unfinished
 from darnet.publishing.staged import StagedRows
 from darnet.ray_actor import ScoringActor
-from darnet.ray_cluster import DecodeAhead, agree_on_secret, connect, decode_planned, iterate_blocks
+from darnet.ray_cluster import DecodePlan, agree_on_secret, connect, decode_planned, iterate_blocks
 from darnet.ray_metrics import ScanCounters
 from darnet.ray_token import list_nodes
 from darnet.reading.road import Road
@@ -248,8 +248,8 @@ def score_planned(
     print(f"score.device is {config.device}: {plan.title}", file=sys.stderr)
     road = Road(run.model.settings.volume, config.decode, secret_mark=agree_on_secret(), hides_keys=hides_keys)
     max_waiting = max(config.part_scans, 2 * config.batch_size * config.num_actors)
-    ahead = DecodeAhead(plan.decode_cpus, config.batch_size, max_waiting)
-    return decode_planned(places, read, request.archive, road, ahead).map_batches(
+    how = DecodePlan(plan.decode_cpus, config.batch_size, max_waiting)
+    return decode_planned(places, read, request.archive, road, how).map_batches(
         ScoringActor,
         fn_constructor_args=(request.model, run, config, "cuda" if plan.has_gpus else "cpu", request.images),
         batch_size=config.batch_size,

@@ -9,6 +9,8 @@ from typing import Any
 # Of the libraries that decode one slice, in which more would only wait for each other. Source: ours, measured. Slices
 # of a scan are decoded side by side by as many of Python's threads as score.decode.num_threads says.
 SLICE_THREADS = 1
+# The same for numpy, which reads it when it is loaded: of a worker Ray has told it to use as many as are counted.
+SLICE_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(SLICE_THREADS))
 
 
 def set_decoder_threads() -> None:

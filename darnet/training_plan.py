@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -277,7 +276,7 @@ def plan_actors(
 ) -> ActorPlan:
     """Place the model actors of a night: on GPUs one each, which those wait for that an autoscaler must add first.
 
-    A source that is read is counted by its threads, or by as many as find room beside the actors.
+    A source that is read is counted by its threads, as far as any actor can be placed beside it on every node.
 
     Raises: UsageError naming what the cluster lacks, and as `reserve_cpus`; an impossible request would wait for ever.
     """
@@ -292,12 +291,17 @@ def plan_actors(
     if has_gpus and now < num_actors:
         title += f": {now} of {num_actors} model actors find one now; the others wait for nodes that an autoscaler adds"
     reserve = functools.partial(reserve_cpus, room, num_actors, num_threads, has_gpus=has_gpus)
-    decode_cpus = count_decode_cpus(room, decode_threads)
-    while decode_cpus > DECODE_CPUS:
-        with suppress(UsageError):
-            return ActorPlan(reserve(decode_cpus=decode_cpus), decode_cpus, has_gpus, title)
-        decode_cpus -= DECODE_CPUS
-    return ActorPlan(reserve(), DECODE_CPUS, has_gpus, title)
+    num_cpus, decode_cpus = 0.0, count_decode_cpus(room, decode_threads)
+    while not num_cpus and decode_cpus > DECODE_CPUS:
+        try:
+            num_cpus = reserve(decode_cpus=decode_cpus)
+        except UsageError:
+            decode_cpus -= DECODE_CPUS
+    if decode_cpus < decode_threads:
+        title += (
+            f"; a source's {decode_threads} threads count as {decode_cpus:g}, as nodes have no more beside an actor"
+        )
+    return ActorPlan(num_cpus or reserve(), decode_cpus, has_gpus, title)
 
 
 def count_decode_cpus(room: ClusterRoom, num_threads: int) -> float:
@@ -349,8 +353,8 @@ def _list_more(room: ClusterRoom, num_actors: int, *, has_gpus: bool) -> list[Ma
 def _leaves_room(
     reserve: float, nodes: Sequence[Mapping[str, float]], num_actors: int, decode_cpus: float, *, has_gpus: bool
 ) -> bool:
-    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more CPUs than it takes,
-    and on one node at least.
+    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more than one CPU, and on
+    one node at least.
     """
     num_places, num_blocking = 0, 0
     can_block_all = True
@@ -361,7 +365,7 @@ def _leaves_room(
         if cpus < decode_cpus:
             continue
         blocking = int((cpus - decode_cpus) / reserve) + 1  # so many actors are in decoding's way
-        if blocking <= places and cpus > decode_cpus:
+        if blocking <= places and cpus > DECODE_CPUS:
             return False
         num_blocking += blocking
         can_block_all &= blocking <= places

@@ -13,7 +13,7 @@ from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSUR
 from darnet.config import DecodeConfig, VolumeConfig
 from darnet.errors import RunError
 from darnet.ray_backpressure import MAX_WAITING, WaitingScansPolicy, bound_waiting
-from darnet.ray_cluster import DecodeAhead, decode_planned, iterate_blocks
+from darnet.ray_cluster import DecodePlan, decode_planned, iterate_blocks
 from darnet.reading.road import Road
 from darnet.storage import open_store
 
@@ -82,7 +82,7 @@ def test_decoding_pauses_while_as_many_scans_wait_as_may(tmp_path: Path) -> None
 def test_a_night_bounds_what_waits_and_waits_for_machines(tmp_path: Path) -> None:
     """By Ray's default a night ends after half an hour in which its machines with GPUs have not come."""
     road = Road(VolumeConfig(), DecodeConfig())
-    dataset = decode_planned([0], lambda _: [], open_store(str(tmp_path)), road, DecodeAhead(1, 4, 64))
+    dataset = decode_planned([0], lambda _: [], open_store(str(tmp_path)), road, DecodePlan(1, 4, 64))
     assert dataset.context.execution_no_progress_timeout_s == 24 * 60 * 60
     assert dataset.context.get_config(MAX_WAITING) == 64
     assert WaitingScansPolicy in dataset.context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY)

@@ -207,25 +207,46 @@ def test_a_block_has_the_rows_of_a_batch(
 
 
 @pytest.mark.parametrize("num_readers", [1, 1.5, 2, 16, 500])
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 8, 20])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 7, 8, 13, 20, 31, 32])
 def test_tasks_are_made_of_whole_batches_or_batches_of_whole_tasks(batch_size: int, num_readers: float) -> None:
-    for num_sources in (1, 2, 3, 5, 12, 13, 64, 100, 1000, 30_000, 1_000_003):
+    for num_sources in (1, 2, 3, 5, 12, 13, 64, 100, 1000, 12_399, 30_000, 50_000, 1_000_003):
         step = count_task_sources(num_sources, batch_size, num_readers)
         assert step % batch_size == 0 or batch_size % step == 0
         num_tasks = -(-num_sources // step)
         assert num_tasks <= MAX_TASKS
-        # Nobody who reads is idle for want of tasks, be it the last; but for those that the driver could not hold.
-        assert num_tasks >= min(num_sources, num_readers) or num_readers > MAX_TASKS / 2
+        has_enough = num_tasks >= min(num_sources, int(num_readers))
+        assert has_enough or num_sources > MAX_TASKS, "some who read have no task, for which there would be room"
+
+
+@pytest.mark.parametrize(
+    ("num_sources", "batch_size", "num_readers", "expected"),
+    [
+        (12, 4, 2, 2),  # six tasks for two readers, and no batch of one scan
+        (1000, 4, 2, 8),
+        (1000, 32, 16, 8),  # four tasks make a batch: a worker that dies costs no more
+        (1000, 31, 16, 31),  # which has no smaller parts but single sources
+        (40, 31, 16, 1),  # unless some would have nothing to read
+        (1_000_000, 4, 64, 100),
+        (3, 4, 64, 1),
+    ],
+)
+def test_a_task_is_neither_so_long_that_some_wait_nor_so_short_that_nothing_is_fetched_ahead(
+    num_sources: int, batch_size: int, num_readers: float, expected: int
+) -> None:
+    assert count_task_sources(num_sources, batch_size, num_readers) == expected
 
 
 def test_a_batch_is_made_of_whole_blocks_and_not_joined_into_one(tmp_path: Path) -> None:
-    """What an actor is handed of a night of 13 scans, be they sound or refused, on the way they take through Ray."""
+    """What an actor is handed of a night of 26 scans, be they sound or refused, on the way they take through Ray.
+
+    Tasks are of six sources for batches of two, and of four for batches of eight; one task at a time has room.
+    """
     from ray.data import ActorPoolStrategy
 
     from darnet import ray_cluster
 
     store, road = LocalStore(tmp_path / "archive"), Road(VolumeConfig(shape=(16, 32, 32)), DecodeConfig())
-    for number in range(13):
+    for number in range(26):
         files = write_chest(tmp_path / "archive" / f"{number:02}")
         if number == 5:
             files[7].unlink()
@@ -239,23 +260,21 @@ def test_a_batch_is_made_of_whole_blocks_and_not_joined_into_one(tmp_path: Path)
             return {"pieces": [pickle.dumps([len(chunk) for chunk in batch["voxels"].chunks])]}
 
     def list_batches(batch_size: int) -> list[list[int]]:
-        ahead = ray_cluster.DecodeAhead(1.0, batch_size, 64)
+        ahead = ray_cluster.DecodePlan(2.0, batch_size, 64)
         read = functools.partial(_choose, sources)
-        dataset = ray_cluster.decode_planned(range(13), read, store, road, ahead).map_batches(
+        dataset = ray_cluster.decode_planned(list(range(26)), read, store, road, ahead).map_batches(
             Recorder,  # type: ignore[arg-type]
             batch_size=batch_size,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=1),
             num_cpus=0.99,
         )
-        found = [pickle.loads(cell) for batch in ray_cluster.iterate_blocks(dataset) for cell in batch["pieces"]]
-        return sorted(found, key=sum, reverse=True)
+        return [pickle.loads(cell) for batch in ray_cluster.iterate_blocks(dataset) for cell in batch["pieces"]]
 
-    step = count_task_sources(13, 8, ray_cluster.count_resource("CPU"))
-    assert 8 % step == 0
-    assert list_batches(8)[0] == [step] * (8 // step)
-    step = count_task_sources(13, 2, ray_cluster.count_resource("CPU"))
-    assert list_batches(2) == [[step] * (2 // step)] * 6 + [[1]]
+    assert ray_cluster.count_resource("CPU") == 4
+    assert [count_task_sources(26, batch_size, 2) for batch_size in (8, 2)] == [4, 6]
+    assert list_batches(8) == [[4, 4]] * 3 + [[2]]
+    assert list_batches(2) == [[2]] * 13
 
 
 def _choose(sources: list[Any], places: Any) -> list[Any]:

@@ -241,14 +241,19 @@ def test_checkpoints_lie_beside_the_bundle_but_never_in_another_bucket(index: Vo
 def can_decode_wherever_actors_are(
     nodes: list[dict[str, float]], reserve: float, num_actors: int, has_gpus: bool, decode_cpus: float = 1
 ) -> bool:
-    """Every placement of the actors, one by one: all of them are placed, and some node has free what decoding takes."""
+    """Every placement of the actors, one by one: all of them are placed, and what decoding takes is free on some node,
+    and on each that has more than one CPU, as it may be the last that is left.
+    """
     free = [(node["CPU"], node.get("GPU", 0) if has_gpus else num_actors) for node in nodes]
     for placed in itertools.combinations_with_replacement(range(len(nodes)), num_actors):
         left = [
             (cpus - reserve * placed.count(index), gpus - placed.count(index))
             for index, (cpus, gpus) in enumerate(free)
         ]
-        if all(cpus >= 0 and gpus >= 0 for cpus, gpus in left) and not any(cpus >= decode_cpus for cpus, _ in left):
+        if not all(cpus >= 0 and gpus >= 0 for cpus, gpus in left):
+            continue
+        can_decode = [cpus >= decode_cpus for cpus, _ in left]
+        if not any(can_decode) or not all(can for can, node in zip(can_decode, nodes, strict=True) if node["CPU"] > 1):
             return False
     return sum(min(int(cpus / reserve), gpus) for cpus, gpus in free) >= num_actors
 
@@ -301,7 +306,8 @@ def test_actors_leave_cpus_to_decode_however_they_are_placed(
         ([4], 1, 4, 2, (1.99, 2)),
         ([64], 1, 32, 4, (31.99, 4)),
         ([64], 1, 32, 100, (0.99, 63)),
-        ([64, 2], 1, 1, 4, (0.99, 2)),  # what the smaller has
+        ([64, 2], 1, 1, 4, (0.99, 1)),  # what the smaller has beside the actor
+        ([4, 4], 1, 1, 4, (0.99, 3)),  # either may be lost
         ([64, 0], 1, 1, 4, (0.99, 4)),  # a head that computes nothing
     ],
 )

@@ -36,9 +36,9 @@ class Backend(Protocol):
         """Scans of one forward pass."""
 
     def forward(self, volumes: Sequence[Uint8Array]) -> list[FoldAnswer]:
-        """Each fold's answer, in order, to as many volumes as one pass takes or fewer; empty places mean nothing.
+        """Each fold's answer, in order, to at most `forward_scans` volumes; to fewer, others may follow theirs.
 
-        Shape: (D, H, W) uint8 each, which may be read-only, and lie where the cluster left it.
+        Shape: (D, H, W) uint8 each; it may be read-only, and lies where the cluster has it.
         """
 
 

@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from darnet.errors import ScanError, Status
+from darnet.threads import SLICE_ENVIRONMENT
 
 START_TIMEOUT_S = 120.0  # Source: ours; imports take a second, on a machine with too much to do many more
 
@@ -34,7 +35,7 @@ MAX_ANSWER_BYTES = 1 << 30  # Source: ours; 512 x 512 x 512 voxels and their lun
 KINDS: tuple[Any, ...] = (ScanError, Status, np.dtype, np.zeros(1).__reduce_ex__(5)[0])
 
 # Of the environment, all that a child gets: hostile bytes may take a decoder over, and other names may hold secrets.
-GIVEN = re.compile(r"PATH|HOME|LANG|LC_\w+|TMPDIR|LD_LIBRARY_PATH|PYTHON\w*|\w+_NUM_THREADS")
+GIVEN = re.compile(r"PATH|HOME|LANG|LC_\w+|TMPDIR|LD_LIBRARY_PATH|PYTHON\w*")
 _LENGTH = struct.Struct("<Q")
 _ENTRY = "import sys; from darnet.reading.sandbox import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
@@ -101,6 +102,7 @@ class Sandbox:
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", _ENTRY, self.target, str(self.memory_bytes)]
         environment = {name: value for name, value in os.environ.items() if GIVEN.fullmatch(name)}
+        environment |= SLICE_ENVIRONMENT
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0)
 

@@ -179,10 +179,10 @@ def test_what_takes_too_much_of_processors_is_ended_by_the_system(sandbox: Sandb
 
 def test_the_child_knows_none_of_its_owners_secrets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = "AWS_SECRET_ACCESS_KEY DARNET_PSEUDONYM_KEY RAY_AUTH_TOKEN HTTPS_PROXY HF_TOKEN PATH_TOKEN DSN".split()
-    for name in (*secrets, "LANG", "LC_ALL", "PYTHONHASHSEED", "OMP_NUM_THREADS"):
+    for name in (*secrets, "LANG", "LC_ALL", "PYTHONHASHSEED"):
         monkeypatch.setenv(name, "1")
     names = sandbox.call("environment")
-    assert {"PATH", "LANG", "LC_ALL", "PYTHONHASHSEED", "PYTHONPATH", "OMP_NUM_THREADS"} <= set(names)
+    assert {"PATH", "LANG", "LC_ALL", "PYTHONHASHSEED", "PYTHONPATH"} <= set(names)
     others = [name for name in names if not name.startswith(("LC_", "PYTHON")) and not name.endswith("_NUM_THREADS")]
     assert set(others) <= {"PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH"}
 
