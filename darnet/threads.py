@@ -14,7 +14,10 @@ SLICE_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), s
 
 
 def set_decoder_threads() -> None:
-    """Let SimpleITK and OpenCV use `SLICE_THREADS` in this process; imagecodecs is told with every slice."""
+    """Let SimpleITK and OpenCV use `SLICE_THREADS` in this process; imagecodecs is told with every slice.
+
+    Of one thing nobody is asked: SimpleITK's reader of JPEG 2000 takes all cores for the slices that are left to it.
+    """
     import cv2
     import SimpleITK as sitk
 

@@ -16,7 +16,7 @@ def test_what_scans_are_read_by_gives_simpleitks_values(tmp_path: Path) -> None:
         *(("png, 8 bits", "png"), ("jpg, 8 bits", "jpeg8"), ("JPEG-LS", "jpegls"), ("JPEG 2000", "jpeg2k")),
         *(("RLE", "dicomrle"), ("uncompressed", "numpy")),
     }
-    assert {way: is_same for way, (_, is_same) in found.items() if way in used} == dict.fromkeys(used, True)
+    assert {way: is_same for way, (*_, is_same) in found.items() if way in used} == dict.fromkeys(used, True)
 
 
 def test_every_format_is_timed_beside_simpleitk(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,9 @@ def test_ratios_say_how_many_times_as_fast_we_are_on_the_same_scan() -> None:
         {"what": "a", "road": "ours", "seconds": 2.0},
     ]
     assert [row["times"] for row in add_ratios(rows)] == [{}, {}, {"monai": 5.0}]
+    spent = [{**row, "processor_s": 2 * row["seconds"]} for row in rows[:1]]
+    (_, ours) = add_ratios([*spent, {**rows[2], "processor_s": 2.5, "decoding_s": 1.0}])
+    assert ours["times_cpu"] == {"monai": 8.0}
 
 
 @pytest.mark.slow
@@ -354,7 +357,8 @@ def test_a_missed_goal_beside_a_peer_is_told_with_what_would_reach_it() -> None:
 def test_a_missed_reading_is_told_with_what_decoding_alone_would_reach(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"what": "275", "road": SERIAL, "seconds": 2.0, "goals": {"monai": 6.0, "plain": 3.5}, "decoding_s": 1.5}
     row |= {"times": {"monai": 5.0, "plain": 4.0}, "repeats": 3, "repeat": "again", "headers_s": 0.2}
-    told = "5 x monai of 6: missed, decoding the slices that count alone would be 6.67"
+    row |= {"times_cpu": {"monai": 7.0, "plain": 4.0}}
+    told = "5 x monai of 6: missed, 7 by processors' seconds; decoding the slices that count alone would be 6.67"
     assert explain_reading(row) == told
     print_section("reading", [row | {"section": "reading"}], (0.0, 0.0))
     printed = capsys.readouterr().err

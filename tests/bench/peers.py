@@ -155,12 +155,14 @@ def measure_in_turn(ways: Sequence[Way], repeats: int) -> list[Row]:
 def add_ratios(rows: Sequence[Row], figure: str = "seconds") -> list[Row]:
     """How many times as fast each of our rows is as every peer on the same thing; `times_first` of first readings.
 
+    `times_cpu` by the processors' seconds: a peer may take more cores than it was asked to.
     Of a scan more also as the bare network, of which it is a share.
     """
     return [
         row
         | {"times": _divide(rows, row, figure)}
         | ({"times_first": _divide(rows, row, "first_s")} if "first_s" in row else {})
+        | ({"times_cpu": _divide(rows, row, "processor_s")} if "decoding_s" in row else {})
         for row in rows
     ]
 
@@ -480,11 +482,11 @@ def explain_goal(row: Row) -> str:
 
 
 def explain_reading(row: Row) -> str:
-    """Of a reading on one thread that misses a goal, what its decoding alone would reach; else nothing."""
+    """Of a reading on one thread that misses a goal, its ratio by processors' seconds, and what decoding alone would be."""
     missed = {peer: least for peer, least in row["goals"].items() if row["times"].get(peer, least) < least}
     told = [
-        f"{row['times'][peer]:.3g} x {peer} of {least:g}: missed, decoding the slices that count alone would be "
-        f"{row['times'][peer] * row['seconds'] / row['decoding_s']:.3g}"
+        f"{row['times'][peer]:.3g} x {peer} of {least:g}: missed, {row['times_cpu'][peer]:.3g} by processors' seconds; "
+        f"decoding the slices that count alone would be {row['times'][peer] * row['seconds'] / row['decoding_s']:.3g}"
         for peer, least in missed.items()
         if "decoding_s" in row
     ]
