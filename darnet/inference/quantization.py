@@ -43,7 +43,9 @@ MAX_DIFFERENCE = 0.05
 def quantize_bundle(
     model: Store, index: VolumesIndex, out: str, config: ScoreConfig, bound: float = MAX_DIFFERENCE
 ) -> Bundle:
-    """Make a bundle with INT8 graphs, measure what they change, and publish it; threads are those of `config`.
+    """Make a bundle with INT8 graphs, measure what they change, and publish it.
+
+    Both networks are run with the threads of `config`; while nncf measures ranges, OpenVINO takes what it likes.
 
     Raises: HeldError if a probability of a fold moves by more than `bound`; UsageError if the volumes are not those
         the bundle was trained on, or darnet[cpu] is not installed; as `read_bundle` and `publish_bundles`.

@@ -482,7 +482,7 @@ def explain_goal(row: Row) -> str:
 
 
 def explain_reading(row: Row) -> str:
-    """Of a reading on one thread that misses a goal, its ratio by processors' seconds, and what decoding alone would be."""
+    """Of a reading on one thread that misses a goal, its ratio by processors' seconds, and what decoding alone is."""
     missed = {peer: least for peer, least in row["goals"].items() if row["times"].get(peer, least) < least}
     told = [
         f"{row['times'][peer]:.3g} x {peer} of {least:g}: missed, {row['times_cpu'][peer]:.3g} by processors' seconds; "
