@@ -127,7 +127,7 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
     """Read a NIfTI, NRRD or MetaImage volume and turn it to canonical axes.
 
     It is in memory as a whole: mostly it is compressed in one stream, and turned it may have slices along any of its
-    stored axes. Twice its own bytes are the most that it takes.
+    stored axes. While it is turned SimpleITK holds it three times, and later it is here once.
 
     Raises: ScanError: BAD_LIMIT, BAD_PIXELS, BAD_GEOMETRY, BAD_INTENSITY, BAD_TILT, BAD_TRUNCATED, BAD_UNREADABLE,
             SKIP_FEW_SLICES, SKIP_ORIENTATION.

@@ -228,7 +228,7 @@ def decode_planned(
     """
     step = count_task_sources(len(places), how.batch_size, count_resource("CPU") / how.num_cpus)
     items = [{"places": list(places[start : start + step])} for start in range(0, len(places), step)]
-    return _decode(items, len(items), functools.partial(decode_places, read=read), store, road, how)
+    return _decode(items, max(len(items), 1), functools.partial(decode_places, read=read), store, road, how)
 
 
 def count_task_sources(num_sources: int, batch_size: int, num_readers: float) -> int:

@@ -1,4 +1,4 @@
-"""Threads of every library that computes, set here and nowhere else: a number enters, and the libraries keep to it.
+"""Threads of the libraries that decode and run networks, set here and nowhere else: a number goes in, they keep to it.
 
 Each library is loaded where it is set: who decodes needs no torch, and who scores no SimpleITK. What runs side by side
 beyond them is the cluster's to place, a CPU for each thread of `cpus` and `training_plan`.
@@ -9,7 +9,7 @@ from typing import Any
 # Of the libraries that decode one slice, in which more would only wait for each other. Source: ours, measured. Slices
 # of a scan are decoded side by side by as many of Python's threads as score.decode.num_threads says.
 SLICE_THREADS = 1
-# The same for numpy, which reads it when it is loaded: of a worker Ray has told it to use as many as are counted.
+# The same for numpy, which reads it when it is loaded; Ray tells its workers to use about as many as are counted.
 SLICE_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(SLICE_THREADS))
 
 

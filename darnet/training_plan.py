@@ -3,7 +3,6 @@
 No Ray: what runs where is decided here and done in `ray_folds`; and what `ray_score` counts for its actors.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -276,8 +275,6 @@ def plan_actors(
 ) -> ActorPlan:
     """Place the model actors of a night: on GPUs one each, which those wait for that an autoscaler must add first.
 
-    A source that is read is counted by its threads, as far as any actor can be placed beside it on every node.
-
     Raises: UsageError naming what the cluster lacks, and as `reserve_cpus`; an impossible request would wait for ever.
     """
     now, most = (room.count_gpus(is_grown=is_grown) for is_grown in (False, True))
@@ -290,45 +287,49 @@ def plan_actors(
     title = f"scoring on {'GPUs' if has_gpus else 'CPUs'}"
     if has_gpus and now < num_actors:
         title += f": {now} of {num_actors} model actors find one now; the others wait for nodes that an autoscaler adds"
-    reserve = functools.partial(reserve_cpus, room, num_actors, num_threads, has_gpus=has_gpus)
-    num_cpus, decode_cpus = 0.0, count_decode_cpus(room, decode_threads)
-    while not num_cpus and decode_cpus > DECODE_CPUS:
-        try:
-            num_cpus = reserve(decode_cpus=decode_cpus)
-        except UsageError:
-            decode_cpus -= DECODE_CPUS
+    num_cpus = reserve_cpus(room, num_actors, num_threads, has_gpus=has_gpus)
+    decode_cpus = count_decode_cpus(room, decode_threads, num_actors, num_cpus, has_gpus=has_gpus)
     if decode_cpus < decode_threads:
         title += (
-            f"; a source's {decode_threads} threads count as {decode_cpus:g}, as nodes have no more beside an actor"
+            f"; the {decode_threads} threads that read a source count as {decode_cpus:g}: no more fit on every node"
         )
-    return ActorPlan(num_cpus or reserve(), decode_cpus, has_gpus, title)
+    return ActorPlan(num_cpus, decode_cpus, has_gpus, title)
 
 
-def count_decode_cpus(room: ClusterRoom, num_threads: int) -> float:
-    """CPUs that Ray counts for a source that is read: one for each thread, as far as every node has them that has one.
-
-    A source that takes more than a node has would never be read there, and it may be the last that is left.
-    """
-    whole = [cpus for node in room.all_nodes if (cpus := _count_cpus(node) // DECODE_CPUS)]
-    return DECODE_CPUS * min([num_threads, *whole]) if whole else DECODE_CPUS
-
-
-def reserve_cpus(
-    room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool, decode_cpus: float = DECODE_CPUS
+def count_decode_cpus(
+    room: ClusterRoom, num_threads: int, num_actors: int = 0, reserve: float = 1.0, *, has_gpus: bool = False
 ) -> float:
-    """CPUs that Ray counts for each model actor: those of its threads, or what leaves some to decode on every node.
+    """CPUs that Ray counts for a source that is read: one for each thread, as far as every node has them.
 
-    Ray places actors as it likes and decodes only where `decode_cpus` are free, so that a night whose actors can take
-    all of them waits for ever; a node may be the last that is left. The actor has its threads whatever is counted.
+    That is each that has a CPU, beside as many of the actors, at `reserve` each, as it may be given: a source for which
+    too much is counted is never read there, and it may be the last node that is left. One CPU where nobody knows what
+    nodes may come.
+    """
+    if room.more is None:
+        return DECODE_CPUS
+    decode_cpus = num_threads * DECODE_CPUS
+    for node in room.all_nodes:
+        cpus = _count_cpus(node)
+        num_here = min(int(cpus / reserve), int(node.get("GPU", 0)) if has_gpus else num_actors, num_actors)
+        if cpus >= DECODE_CPUS:
+            decode_cpus = min(decode_cpus, (cpus - num_here * reserve) // DECODE_CPUS * DECODE_CPUS)
+    return max(decode_cpus, DECODE_CPUS)
 
-    Raises: UsageError if whatever is counted the actors do not fit, or can be in decoding's way on every node.
+
+def reserve_cpus(room: ClusterRoom, num_actors: int, num_threads: int, *, has_gpus: bool) -> float:
+    """CPUs that Ray counts for each model actor: those of its threads, or what leaves one to decode on every node.
+
+    Ray places actors as it likes and decodes only where a CPU is free, so that a night whose actors can take all of
+    them waits for ever; a node may be the last that is left. The actor has its threads whatever is counted for it.
+
+    Raises: UsageError if whatever is counted the actors do not fit, or can take the last CPU of every node.
     """
     nodes = [*room.nodes, *_list_more(room, num_actors, has_gpus=has_gpus)]
     most = num_threads - CPU_MARGIN
-    wholes = {_count_cpus(node) - kept for node in nodes for kept in (decode_cpus, 0.0)}
+    wholes = {_count_cpus(node) - kept for node in nodes for kept in (DECODE_CPUS, 0.0)}
     shares = (cpus / (place + 1) - CPU_MARGIN for cpus in wholes for place in range(num_actors))
     for reserve in sorted({most, *(share for share in shares if 0 < share < most)}, reverse=True):
-        if _leaves_room(reserve, nodes, num_actors, decode_cpus, has_gpus=has_gpus):
+        if _leaves_room(reserve, nodes, num_actors, has_gpus=has_gpus):
             return round(reserve, 4)  # Ray counts no finer
     there = ", ".join(f"{_count_cpus(node):g}" for node in nodes)
     beside = " and a GPU" if has_gpus else ""
@@ -350,11 +351,9 @@ def _list_more(room: ClusterRoom, num_actors: int, *, has_gpus: bool) -> list[Ma
     return sorted(room.more, key=rank, reverse=True)[: room.num_more]
 
 
-def _leaves_room(
-    reserve: float, nodes: Sequence[Mapping[str, float]], num_actors: int, decode_cpus: float, *, has_gpus: bool
-) -> bool:
-    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more than one CPU, and on
-    one node at least.
+def _leaves_room(reserve: float, nodes: Sequence[Mapping[str, float]], num_actors: int, *, has_gpus: bool) -> bool:
+    """Whether the actors fit and, wherever they are, decoding does too: on each node that has more than its one CPU,
+    and on one node at least.
     """
     num_places, num_blocking = 0, 0
     can_block_all = True
@@ -362,9 +361,9 @@ def _leaves_room(
         cpus = _count_cpus(node)
         places = min(int(cpus / reserve), int(node.get("GPU", 0)) if has_gpus else num_actors, num_actors)
         num_places += places
-        if cpus < decode_cpus:
+        if cpus < DECODE_CPUS:
             continue
-        blocking = int((cpus - decode_cpus) / reserve) + 1  # so many actors are in decoding's way
+        blocking = int((cpus - DECODE_CPUS) / reserve) + 1  # so many actors are in decoding's way
         if blocking <= places and cpus > DECODE_CPUS:
             return False
         num_blocking += blocking

@@ -21,6 +21,7 @@ from darnet.training_plan import (
     ClusterRoom,
     choose_networks,
     claim_runs,
+    count_decode_cpus,
     match_division,
     match_network,
     name_run,
@@ -305,7 +306,7 @@ def test_actors_leave_cpus_to_decode_however_they_are_placed(
         ([4], 1, 2, 2, (1.99, 2)),
         ([4], 1, 4, 2, (1.99, 2)),
         ([64], 1, 32, 4, (31.99, 4)),
-        ([64], 1, 32, 100, (0.99, 63)),
+        ([64], 1, 32, 100, (31.99, 32)),
         ([64, 2], 1, 1, 4, (0.99, 1)),  # what the smaller has beside the actor
         ([4, 4], 1, 1, 4, (0.99, 3)),  # either may be lost
         ([64, 0], 1, 1, 4, (0.99, 4)),  # a head that computes nothing
@@ -317,6 +318,26 @@ def test_a_source_that_is_read_is_counted_by_its_threads(
     room = ClusterRoom([{"CPU": count} for count in cpus])
     plan = plan_actors(room, num_actors, num_threads, has_gpus=False, decode_threads=decode_threads)
     assert (plan.num_cpus, plan.decode_cpus) == pytest.approx(expected)
+    assert ("threads that read a source count as" in plan.title) is (expected[1] < decode_threads)
+
+
+def test_a_node_that_may_come_can_decode_too() -> None:
+    head, small, large = {"CPU": 0.0}, {"CPU": 2.0}, {"CPU": 16.0}
+    grown = ClusterRoom([head, large], [small, small, large], 2)
+    assert plan_actors(grown, 1, 1, has_gpus=False, decode_threads=8).decode_cpus == 1
+    assert plan_actors(ClusterRoom([head, large], [large], 1), 1, 1, has_gpus=False, decode_threads=8).decode_cpus == 8
+    assert plan_actors(ClusterRoom([large], None), 1, 1, has_gpus=False, decode_threads=8).decode_cpus == 1
+    assert plan_actors(ClusterRoom([large | {"GPU": 4}]), 4, 1, has_gpus=True, decode_threads=16).decode_cpus == 12
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_threads", "expected"),
+    [([2], 2, 2), ([2], 8, 2), ([16, 4], 8, 4), ([0, 0.5, 16], 8, 8), ([1.5], 4, 1)],
+)
+def test_where_there_are_no_actors_a_source_takes_what_the_smallest_node_has(
+    cpus: list[float], num_threads: int, expected: float
+) -> None:
+    assert count_decode_cpus(ClusterRoom([{"CPU": count} for count in cpus]), num_threads) == expected
 
 
 @pytest.mark.parametrize(

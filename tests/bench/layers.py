@@ -19,6 +19,7 @@ from darnet.bundle import Bundle, load_network, read_bundle
 from darnet.inference.openvino_backend import DEVICE, PRECISION_HINTS, convert_network, load_openvino, read_graph
 from darnet.storage import open_store
 from darnet.terminal import print_table
+from darnet.threads import describe_openvino_threads
 from tests.bench.peer_roads import MATRIX_SIDE, SHAPE, THREADS, count_operations
 
 PASSES, PRODUCTS = 3, 20  # after one of each that is not counted
@@ -54,11 +55,9 @@ def make_graph(bundle: Bundle, precision: str) -> Any:
 def compile_profiled(graph: Any, precision: str) -> Any:
     """A request to the graph, compiled as scoring has it, with a profile of every layer."""
     asked = {
-        "INFERENCE_NUM_THREADS": THREADS,
+        **describe_openvino_threads(THREADS),
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
-        "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,
         "PERF_COUNT": True,
     }
     return load_openvino().Core().compile_model(graph, DEVICE, asked).create_infer_request()

@@ -318,7 +318,7 @@ def measure_network(bundle: str, backend: str, precision: str) -> dict[str, floa
 
 
 def measure_beside(bundle: str, archive: str, backend: str, precision: str, num_threads: str) -> dict[str, float]:
-    """The network while another process reads as many scans, without Ray: seconds a scan until both are done.
+    """The network while one other process reads as many scans, without Ray: seconds a scan until both are done.
 
     The other works as a worker does, on one thread, and begins with the network; both are warm.
     """
@@ -334,6 +334,7 @@ def measure_beside(bundle: str, archive: str, backend: str, precision: str, num_
     here, there = context.Pipe()
     reader = context.Process(target=_read_when_told, args=(there, folders))
     reader.start()
+    there.close()  # or its death would not be noticed
     here.recv()
 
     def run() -> None:

@@ -411,7 +411,7 @@ def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
 
     `floor_s`: the seconds a scan takes on these cores if none is ever idle and nothing but the stages is done.
     `idle`: seconds of a core a scan in which the whole road left it without work. `best_share`: the share of the bare
-    network that the floor allows; `beside_share` the one that network and reading have side by side without Ray.
+    network that the floor allows; `beside_s` what a scan takes by network and one reader side by side, without Ray.
     `goal`: the road's beside the peer's, with its seconds, scans, and start and end, where it has one.
     """
     named = {(row["what"], row["road"]): row for row in rows}
@@ -454,7 +454,7 @@ def profile_road(rows: Sequence[Row], num_cores: int) -> list[Row]:
 
 
 def find_goal(rows: Sequence[Row], road: str) -> Row | None:
-    """The goal of a road of ours beside a peer's: who and how many times, both seconds, and the scans."""
+    """The goal of a road of ours, which is beside one peer: who and how many times, both seconds, and the scans."""
     for row in rows:
         if row["road"] == road and "scans" in row and row["goals"]:
             ((peer, least),) = row["goals"].items()
@@ -529,7 +529,7 @@ def print_profile(rows: Sequence[Row]) -> None:
     print(
         "Stages each alone; bytes are read within decode. child: what reading in a limited process costs besides. sum: "
         "without bytes. whole: a scan more of the whole road. idle: cores without work meanwhile. floor: sum / cores, "
-        "or the network alone where that takes longer. beside: network and reading side by side without Ray. more: "
+        "or the network alone where that takes longer. beside: network and one reader side by side without Ray. more: "
         f"seconds of a scan more; share: {BARE} in it.",
         file=sys.stderr,
     )
@@ -620,10 +620,10 @@ def describe_processor() -> str:
 
 
 def describe_road(row: Row) -> str:
-    """What a row of the section `road` says beside its figures; nothing of other rows.
+    """What a row says beside its figures.
 
-    Of a scan more, how it was found and what the road takes besides; of a night and of what is beside the network, the
-    stages.
+    Of a scan more, how it was found and what the road takes besides; of a night, of what is beside the network, and of
+    reading on one thread, the stages.
     """
     if row["what"] == ONE_MORE:
         if not row["road"].startswith("ours"):

@@ -56,7 +56,7 @@ def act(order: str) -> object:
     if order == "scan error":
         raise ScanError(Status.BAD_PIXELS, "said so")
     if order == "environment":
-        return sorted(os.environ)
+        return dict(os.environ)
     if order == "forge":
         return [Forged()]
     if order == "forge an error":
@@ -181,9 +181,13 @@ def test_the_child_knows_none_of_its_owners_secrets(sandbox: Sandbox, monkeypatc
     secrets = "AWS_SECRET_ACCESS_KEY DARNET_PSEUDONYM_KEY RAY_AUTH_TOKEN HTTPS_PROXY HF_TOKEN PATH_TOKEN DSN".split()
     for name in (*secrets, "LANG", "LC_ALL", "PYTHONHASHSEED"):
         monkeypatch.setenv(name, "1")
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "7")
     names = sandbox.call("environment")
+    threads = {name: names.pop(name) for name in sorted(names) if name.endswith("_NUM_THREADS")}
+    assert threads == {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     assert {"PATH", "LANG", "LC_ALL", "PYTHONHASHSEED", "PYTHONPATH"} <= set(names)
-    others = [name for name in names if not name.startswith(("LC_", "PYTHON")) and not name.endswith("_NUM_THREADS")]
+    others = [name for name in names if not name.startswith(("LC_", "PYTHON"))]
     assert set(others) <= {"PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH"}
 
 

@@ -50,10 +50,24 @@ def test_a_whole_file_of_our_own_is_read(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
 def test_a_file_without_compression_is_read_in_any_number(suffix: str, kind: Any, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
-    sitk.WriteImage(sitk.GetImageFromArray(make_chest().clip(0).astype(kind)), str(path))
+    chest = make_chest().clip(0).astype(kind)
+    sitk.WriteImage(sitk.GetImageFromArray(chest), str(path))
     check_volume_file(path, LIMITS)
+    stack = open_volume(path, LIMITS)
+    read = np.stack([stack.read_slice(index) for index in range(len(chest))])
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, chest[::-1].astype(np.float32))
     path.write_bytes(path.read_bytes()[:-1])
     assert judge(path) is Status.BAD_TRUNCATED
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_number_that_the_network_cannot_take_is_refused_wherever_it_is(value: float, tmp_path: Path) -> None:
+    """Also in the last slice, and of a double that is too large for a float."""
+    path, chest = tmp_path / "a.nii", make_chest().astype(np.float64)
+    chest[-1, 0, 0] = value
+    sitk.WriteImage(sitk.GetImageFromArray(chest), str(path))
+    assert judge(path) is Status.BAD_INTENSITY
 
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9, 0.9999])
