@@ -96,8 +96,8 @@ def read_pillow() -> Callable[[str], Any]:
     return read
 
 
-def open_stack(folder: str) -> Any:
-    """A scan's slices in their order, all headers read and checked."""
+def find_opener() -> Callable[[str], Any]:
+    """What opens a scan's slices in their order, all headers read and checked; what it needs is loaded here."""
     from darnet.config import DecodeConfig
     from darnet.decode import open_images
     from darnet.reading.dicom import arrange_series
@@ -105,12 +105,15 @@ def open_stack(folder: str) -> Any:
     from darnet.reading.series import sort_files
     from darnet.scan import StagedFile
 
-    staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
-    files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
-    if not files.series:
-        return open_images(files.images, limits, is_head_first=True)
-    ((_, headers),) = files.series.items()
-    return DicomStack(arrange_series(headers, limits))
+    def open_stack(folder: str) -> Any:
+        staged = [StagedFile(path.name, path, path.name) for path in sorted(Path(folder).iterdir())]
+        files, limits = sort_files(staged, DecodeConfig().min_slices), DecodeConfig()
+        if not files.series:
+            return open_images(files.images, limits, is_head_first=True)
+        ((_, headers),) = files.series.items()
+        return DicomStack(arrange_series(headers, limits))
+
+    return open_stack
 
 
 def read_ours(num_threads: int = THREADS) -> Callable[[str], Any]:
@@ -120,6 +123,7 @@ def read_ours(num_threads: int = THREADS) -> Callable[[str], Any]:
     from darnet.volume import make_standard_volume
 
     set_decoder_threads()
+    open_stack = find_opener()
     return lambda folder: make_standard_volume(open_stack(folder), VolumeConfig(), num_threads)
 
 
@@ -128,7 +132,7 @@ def measure_parts(folder: str) -> dict[str, float]:
     from darnet.config import VolumeConfig
     from darnet.volume import list_contributions, make_standard_volume
 
-    config = VolumeConfig()
+    config, open_stack = VolumeConfig(), find_opener()
     stack, headers = _keep(lambda: open_stack(folder))
     slices = {item.source for item in list_contributions(stack.shape[0], config.shape[0], config.depth_resampling)}
 
@@ -209,7 +213,7 @@ def measure_stages(archive: str) -> dict[str, float]:
 
     set_model_threads(1)  # threads that wait for work would count as work
     set_decoder_threads()
-    config = VolumeConfig()
+    config, open_stack = VolumeConfig(), find_opener()
     maps = np.random.default_rng(0).random((1, 3, 4, 14, 14), np.float32)
 
     def find_lung(volume: StandardVolume) -> Any:
