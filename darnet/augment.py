@@ -11,6 +11,7 @@ from darnet.config import AugmentConfig
 from darnet.scan import Uint8Array
 
 PAPER_WIDTH = 224  # `translation_voxels` is stated at this width. Source: paper sec. 4.2
+PLANES = 4  # channels that OpenCV resamples together; two take longer than one by one. Source: ours, measured
 
 
 def augment_volume(voxels: Uint8Array, config: AugmentConfig, rng: np.random.Generator) -> Uint8Array:
@@ -45,12 +46,16 @@ def warp_slices(voxels: Uint8Array, affine: NDArray[np.float64]) -> Uint8Array:
     """Resample every slice once, linearly, under the map from input to output (x, y); outside is 0 (air).
 
     OpenCV takes weights in steps of 1/32 of a pixel: beside an exact resampling a voxel is off by at most 1/32 of the
-    range of the four around it, and rounding.
+    range of the four around it, and rounding. `PLANES` slices at once, as the channels of a picture, have the bits they
+    have alone in half the time.
 
     Shape: (D, H, W) uint8, (2, 3) -> (D, H, W) uint8.
     """
-    _, height, width = voxels.shape
+    depth, height, width = voxels.shape
     warped = np.empty_like(voxels)
-    for index, plane in enumerate(voxels):
-        cv2.warpAffine(plane, affine, (width, height), dst=warped[index], flags=cv2.INTER_LINEAR, borderValue=0)
+    for start in range(0, depth, PLANES):
+        planes = [voxels[min(place, depth - 1)] for place in range(start, start + PLANES)]  # the last fills up
+        picture = cv2.warpAffine(cv2.merge(planes), affine, (width, height), flags=cv2.INTER_LINEAR, borderValue=0)
+        for place, plane in zip(range(start, depth), cv2.split(picture), strict=False):
+            warped[place] = plane
     return warped

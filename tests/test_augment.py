@@ -1,5 +1,6 @@
 """The affine map against scipy's, and its geometry on single bright voxels."""
 
+import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -43,6 +44,14 @@ def test_at_sharp_edges_the_warp_is_as_near_as_its_weights_are_fine(seed: int) -
     affine = draw_affine(AugmentConfig(), (48, 64), np.random.default_rng(seed))
     difference = np.abs(warp_slices(voxels, affine) - warp_with_scipy(voxels, affine))
     assert difference.max() <= 255 / 32 + 1
+
+
+@pytest.mark.parametrize("depth", range(1, 10))
+def test_a_slice_has_the_bits_that_it_has_alone_however_many_there_are(depth: int) -> None:
+    voxels = np.random.default_rng(depth).integers(0, 256, (depth, 48, 64), dtype=np.uint8)
+    affine = draw_affine(AugmentConfig(), (48, 64), np.random.default_rng(depth))
+    alone = [cv2.warpAffine(plane, affine, (64, 48), flags=cv2.INTER_LINEAR, borderValue=0) for plane in voxels]
+    np.testing.assert_array_equal(warp_slices(voxels, affine), alone)
 
 
 def test_a_still_configuration_changes_nothing() -> None:
