@@ -151,7 +151,9 @@ def open_volume(path: Path, limits: DecodeConfig) -> VolumeStack:
     voxels_hu = sitk.GetArrayFromImage(image)[::-1]
     if len(voxels_hu) < limits.min_slices:
         raise ScanError(Status.SKIP_FEW_SLICES, f"{len(voxels_hu)} slices, {limits.min_slices} needed")
-    if voxels_hu.dtype.kind == "f" and not all(np.isfinite(each.astype(np.float32)).all() for each in voxels_hu):
+    with np.errstate(over="ignore"):  # a double that is too large for a float is none of its numbers either
+        is_finite = voxels_hu.dtype.kind != "f" or all(np.isfinite(each.astype(np.float32)).all() for each in voxels_hu)
+    if not is_finite:
         raise ScanError(Status.BAD_INTENSITY, "volume holds values that are no numbers")
     x_mm, y_mm, z_mm = image.GetSpacing()
     return VolumeStack(voxels_hu, (z_mm, y_mm, x_mm))

@@ -1,7 +1,7 @@
 """Threads of the libraries that decode and run networks, set here and nowhere else: a number goes in, they keep to it.
 
 Each library is loaded where it is set: who decodes needs no torch, and who scores no SimpleITK. What runs side by side
-beyond them is the cluster's to place, a CPU for each thread of `cpus` and `training_plan`.
+beyond them Ray places, which counts CPUs for it (`cpus`, `training_plan`).
 """
 
 from typing import Any

@@ -304,7 +304,7 @@ def test_actors_leave_cpus_to_decode_however_they_are_placed(
     [
         ([2], 1, 2, 2, (0.99, 1)),  # both cores cannot be decoding's alone
         ([4], 1, 2, 2, (1.99, 2)),
-        ([4], 1, 4, 2, (1.99, 2)),
+        ([4], 1, 4, 2, (2.99, 1)),  # the network's threads come first
         ([64], 1, 32, 4, (31.99, 4)),
         ([64], 1, 32, 100, (31.99, 32)),
         ([64, 2], 1, 1, 4, (0.99, 1)),  # what the smaller has beside the actor
