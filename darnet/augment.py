@@ -47,7 +47,7 @@ def warp_slices(voxels: Uint8Array, affine: NDArray[np.float64]) -> Uint8Array:
 
     OpenCV takes weights in steps of 1/32 of a pixel: beside an exact resampling a voxel is off by at most 1/32 of the
     range of the four around it, and rounding. `PLANES` slices at once, as the channels of a picture, have the bits they
-    have alone in half the time.
+    have alone, in less time.
 
     Shape: (D, H, W) uint8, (2, 3) -> (D, H, W) uint8.
     """
