@@ -100,29 +100,28 @@ def plan_night(
     Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters; as `choose_device`.
         StorageError, also where there is no room for the plan on this machine.
     """
-    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)  # first: see Listing
-    started_at = results.read_clock()
-    survey = Survey()
+    survey, place = Survey(), tempfile.gettempdir()
+    with read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin) as keys:  # see Listing
+        started_at = results.read_clock()
 
-    def make_record(plan_sha256: str) -> RunRecord:
-        listing = Listing(keys.last_commit, started_at, results.read_clock())
-        record = RunRecord(night, chosen, selection.describe(), plan_sha256, listing)
-        while RunFolder(results, record.run_id).is_over:
-            record = replace(record, attempt=record.attempt + 1)
-        return record
+        def make_record(plan_sha256: str) -> RunRecord:
+            listing = Listing(keys.last_commit, started_at, results.read_clock())
+            record = RunRecord(night, chosen, selection.describe(), plan_sha256, listing)
+            while RunFolder(results, record.run_id).is_over:
+                record = replace(record, attempt=record.attempt + 1)
+            return record
 
-    place = tempfile.gettempdir()
-    # Closed whatever happens: an error keeps this frame, and threads that list ahead would wait for room for ever.
-    with contextlib.closing(survey_archive(archive, keys, selection, started_at.timestamp(), survey)) as planned:
-        first = next(planned, None)
-        if first is None:
-            return Plan(None, survey)
-        chosen = replace(work, device=work.device or choose_device())
-        with explain_os_errors(place, "write a plan"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
-            path = Path(temporary) / "plan.parquet"
-            record = write_plan(chain([first], planned), path, make_record)
-            folder = RunFolder(results, record.run_id)
-            folder.begin(record, path)
+        # Closed whatever happens: an error keeps this frame, and threads that list ahead would wait for ever.
+        with contextlib.closing(survey_archive(archive, keys, selection, started_at.timestamp(), survey)) as planned:
+            first = next(planned, None)
+            if first is None:
+                return Plan(None, survey)
+            chosen = replace(work, device=work.device or choose_device())
+            with explain_os_errors(place, "write a plan"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
+                path = Path(temporary) / "plan.parquet"
+                record = write_plan(chain([first], planned), path, make_record)
+                folder = RunFolder(results, record.run_id)
+                folder.begin(record, path)
     return Plan(folder, survey)
 
 
@@ -139,9 +138,11 @@ def preview_night(
     """
     unfinished, others = sort_unfinished(results, work)
     warn_of_others(results, others)
-    keys = read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin)
     survey = Survey()
-    with contextlib.closing(survey_archive(archive, keys, selection, clock().timestamp(), survey)) as planned:
+    with (
+        read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin) as keys,
+        contextlib.closing(survey_archive(archive, keys, selection, clock().timestamp(), survey)) as planned,
+    ):
         for item in planned:
             line = {
                 "source": keys.names.name_source(item.source.key),

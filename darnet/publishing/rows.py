@@ -148,7 +148,7 @@ def _make_column(field: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
         if field.name in ("source", "scan_id", "status_detail"):  # all three may hold a file's name
             values = [spell_key(value) for value in values]
         column = pa.array(values, field.type)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
         raise RunError(f"results row: column {field.name}: {error}") from error
     if column.null_count and not field.nullable:
         raise RunError(f"results row: column {field.name} may not be null")
@@ -160,6 +160,8 @@ def spell_key(key: str) -> str:
 
     A backslash that would read as such an escape becomes `\x5c`; all other keys stay as they are.
     """
+    if key.isascii() and "\\" not in key:
+        return key
     return re.sub(r"[\udc80-\udcff]|\\(?=x[0-9a-f]{2})", lambda found: rf"\x{os.fsencode(found[0])[0]:02x}", key)
 
 

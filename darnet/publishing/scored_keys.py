@@ -1,61 +1,110 @@
-"""The table's key columns go in; which sources of an archive are settled comes out, in some 50 bytes a source."""
+"""The table's key columns go in; which sources of an archive are settled comes out, from a database on local disk.
+
+So planning takes as much memory for a million sources as for ten thousand, and some 60 bytes of disk for each.
+"""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
-import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 
+from darnet.errors import StorageError
 from darnet.pseudonym import OPEN_KEYS, KeyNames
 from darnet.publishing.objects import Stored, demand_origin, list_commit_objects, read_commit_number, stream_objects
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import MODEL_KEY, SOURCE_KEY, Reason, is_of_model, spell_key
-from darnet.scan import BoolArray, Source
+from darnet.scan import Source
 from darnet.storage import Store
 
-# Of a source and its bytes: 64 bits of a digest of the source's key, and 64 of one of key and bytes. All 128 decide
-# what is scored, the first half alone no more than the reason that people read. numpy sorts and finds byte strings of
-# a fixed length; that it hides zeros at their end concerns those who take them out of the array, and nobody does.
-Digests: TypeAlias = NDArray[np.bytes_]
-HALF_BYTES = 8
-PAIR_BYTES = 2 * HALF_BYTES
+CACHE_KIB = 1_024  # Source: ours; of the database in memory, and as much to sort it: more was no faster
+DIGEST_BYTES = 8
+
+# `source` is a digest of 64 bits of a source's key, `input` one of key and bytes. Both decide what is scored, the first
+# alone no more than the reason that people read. What its scans say of a source in `said` is as new as its `newness`:
+# twice a commit's number, and one more if the scan is open. The newest counts.
+_BEGIN = """
+CREATE TABLE said (source INTEGER, input INTEGER, newness INTEGER);
+CREATE TABLE said_elsewhere (source INTEGER);
+"""
+_SETTLE = """
+CREATE TABLE scored (source INTEGER, input INTEGER, is_open INTEGER, PRIMARY KEY (source, input)) WITHOUT ROWID;
+INSERT INTO scored SELECT source, input, max(newness) % 2 FROM said GROUP BY source, input;
+DROP TABLE said;
+CREATE TABLE scored_elsewhere (source INTEGER PRIMARY KEY);
+INSERT INTO scored_elsewhere SELECT DISTINCT source FROM said_elsewhere ORDER BY source;
+DROP TABLE said_elsewhere;
+"""
+_FIND_UNSETTLED = """
+WITH wanted AS MATERIALIZED (
+    SELECT key AS place, json_extract(value, '$[0]') AS source, json_extract(value, '$[1]') AS input FROM json_each(?)
+)
+SELECT
+    place,
+    is_open IS NOT NULL,
+    EXISTS (SELECT 1 FROM scored AS known WHERE known.source = wanted.source),
+    EXISTS (SELECT 1 FROM scored_elsewhere AS known WHERE known.source = wanted.source)
+FROM wanted LEFT JOIN scored USING (source, input)
+WHERE is_open IS NOT 0
+"""
 
 
-@dataclass(frozen=True)
 class ScoredKeys:
     """What the table says of sources under one model and preprocessing, as of its object `last_commit`.
 
-    Shape:  `pairs` (n,) sorted digests of every (source, input_sha256) under this model; `is_done` (n,), whether all
-            scans of it are final; `known_elsewhere` sorted first halves of the digests of sources under other models.
+    Several threads may ask it. Its database is one of SQLite, in a file without a name that is gone at the end of the
+    `with` block, or of the process.
     """
 
-    last_commit: int
-    pairs: Digests
-    is_done: BoolArray
-    known_elsewhere: Digests
-    names: KeyNames = OPEN_KEYS
+    def __init__(self, names: KeyNames = OPEN_KEYS) -> None:
+        self.last_commit, self.names = 0, names
+        self._lock = threading.Lock()
+        with _explain_disk():
+            self._database = sqlite3.connect("", check_same_thread=False)
+            for setting in ("temp_store = FILE", "journal_mode = OFF", f"cache_size = -{CACHE_KIB}"):
+                self._database.execute(f"PRAGMA {setting}")
+            self._database.executescript(_BEGIN)
+
+    def note(self, stored: Stored, is_ours: Any) -> None:
+        """Add rows of a commit, which may come in several pieces; `is_ours` says which are under this model."""
+        rows = stored.rows.filter(is_ours)
+        sources, inputs = _digest_pairs(rows["source"].to_pylist(), rows["input_sha256"].to_pylist())
+        newness = pc.add(2 * stored.commit, pc.starts_with(rows["status"], "ERR_").cast("int64")).to_pylist()
+        elsewhere = _digest(stored.rows["source"].filter(pc.invert(is_ours)).unique().to_pylist())
+        with _explain_disk():
+            self._database.executemany("INSERT INTO said VALUES (?, ?, ?)", zip(sources, inputs, newness, strict=True))
+            self._database.executemany("INSERT INTO said_elsewhere VALUES (?)", zip(elsewhere, strict=True))
+
+    def settle(self, last_commit: int) -> None:
+        """Sort what was noted, and forget what was said before the newest of it."""
+        self.last_commit = last_commit
+        with _explain_disk():
+            self._database.executescript(_SETTLE)
 
     def find_reasons(self, sources: Sequence[Source]) -> list[Reason | None]:
         """Why to score each source tonight; None if every one of its scans has a final row."""
         spelled = [spell_key(self.names.name_source(source.key)) for source in sources]
-        wanted = _digest_pairs(spelled, [source.input_sha256 for source in sources])
-        places = _find_places(self.pairs, wanted)
-        is_found = _is_equal(self.pairs, places, wanted)
-        is_open = ~is_found
-        is_open[is_found] = ~self.is_done[places[is_found]]
+        wanted = zip(*_digest_pairs(spelled, [source.input_sha256 for source in sources]), strict=True)
+        asked = json.dumps(list(wanted))
+        with self._lock, _explain_disk():
+            unsettled = self._database.execute(_FIND_UNSETTLED, (asked,)).fetchall()
         reasons: list[Reason | None] = [None] * len(sources)
-        if is_open.any():
-            halves = _take_halves(wanted)
-            first_places = _find_places(self.pairs, halves.astype(wanted.dtype))  # zeros behind a half sort first
-            is_known = _is_equal(_take_halves(self.pairs), first_places, halves)
-            is_elsewhere = _is_equal(self.known_elsewhere, _find_places(self.known_elsewhere, halves), halves)
-            for index in np.flatnonzero(is_open):
-                told = (is_found[index], is_known[index], is_elsewhere[index])
-                reasons[index] = _name_reason(*map(bool, told))
+        for place, *told in unsettled:
+            reasons[place] = _name_reason(*map(bool, told))
         return reasons
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the disk back; who asks afterwards gets an error."""
+        with self._lock:
+            self._database.close()
 
 
 def _name_reason(is_retried: bool, is_known: bool, is_known_elsewhere: bool) -> Reason:
@@ -70,103 +119,44 @@ def read_scored_keys(store: Store, model_sha256: str, preprocessing_version: str
     """What is settled under this model and preprocessing, read commit after commit.
 
     A source is done if its newest commit holds no ERR row: a commit tells of all its scans that were not final.
-    Raises: UsageError if a run of this origin may not add to the table.
+    Raises: UsageError if a run of this origin may not add to the table; StorageError, also where there is no room on
+        this machine.
     """
-    names, objects = origin.recall_names(), list_commit_objects(store)
-    events, elsewhere = _Events(), _Halves()
-    for stored in demand_origin(stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]), origin):
-        is_ours = is_of_model(stored.rows, model_sha256, preprocessing_version)
-        events.note(stored, is_ours)
-        elsewhere.note(stored.rows["source"].filter(pc.invert(is_ours)))
-    last_commit = read_commit_number(objects[-1].key) if objects else 0
-    return ScoredKeys(last_commit, *events.settle(), elsewhere.collect(), names)
+    keys, objects = ScoredKeys(origin.recall_names()), list_commit_objects(store)
+    with _give_memory_back():
+        for stored in demand_origin(stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]), origin):
+            keys.note(stored, is_of_model(stored.rows, model_sha256, preprocessing_version))
+    keys.settle(read_commit_number(objects[-1].key) if objects else 0)
+    return keys
 
 
-class _Events:
-    """What each commit says of a source: whether all is well with it. The newest one counts."""
-
-    def __init__(self) -> None:
-        self._pairs, self._is_open = bytearray(), bytearray()  # they grow without a second copy
-        self._held: list[Digests] = []
-        self._commit = 0
-
-    def note(self, stored: Stored, is_ours: Any) -> None:
-        """Add the rows of a commit, which may come in several pieces."""
-        if stored.commit != self._commit:
-            self._end_commit()
-            self._commit = stored.commit
-        rows = stored.rows.filter(is_ours)
-        rows = rows.append_column("is_open", pc.starts_with(rows["status"], "ERR_"))
-        found = rows.group_by(SOURCE_KEY, use_threads=False).aggregate([("is_open", "any")])
-        pairs = _digest_pairs(found["source"].to_pylist(), found["input_sha256"].to_pylist())
-        is_open = np.asarray(found["is_open_any"].to_numpy(), np.bool_)
-        self._add(pairs[~is_open], is_open=False)
-        self._held.append(pairs[is_open])
-
-    def _end_commit(self) -> None:
-        """What is open comes last of its commit, and so counts: a source may lie across the border of two pieces."""
-        for pairs in self._held:
-            self._add(pairs, is_open=True)
-        self._held = []
-
-    def _add(self, pairs: Digests, *, is_open: bool) -> None:
-        self._pairs += pairs.tobytes()
-        self._is_open += bytes([is_open]) * len(pairs)
-
-    def settle(self) -> tuple[Digests, BoolArray]:
-        """Each source and bytes once, sorted, and whether they are done; forgets the rest."""
-        self._end_commit()
-        pairs, is_open = np.frombuffer(self._pairs, f"S{PAIR_BYTES}"), np.frombuffer(self._is_open, np.bool_)
-        order = np.argsort(pairs, kind="stable")  # of equal ones the newest comes last
-        pairs, is_done = pairs[order], ~is_open[order]
-        self._pairs, self._is_open = bytearray(), bytearray()
-        is_newest = np.append(pairs[1:] != pairs[:-1], True)[: len(pairs)]
-        return (pairs, is_done) if is_newest.all() else (pairs[is_newest], is_done[is_newest])
+@contextmanager
+def _give_memory_back() -> Iterator[None]:
+    """Let Arrow take memory as C does: its own way keeps what was freed, and more of it the larger the objects are."""
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)
 
 
-class _Halves:
-    """First halves of sources' digests, each once. Merged when they have doubled: most of a night's are known."""
-
-    def __init__(self) -> None:
-        self._merged = _digest([], HALF_BYTES)
-        self._fresh: list[Digests] = []
-        self._num_fresh = 0
-
-    def note(self, column: Any) -> None:
-        """Add a column of sources."""
-        self._fresh.append(_digest(column.unique().to_pylist(), HALF_BYTES))
-        self._num_fresh += len(self._fresh[-1])
-        if self._num_fresh > len(self._merged):
-            self.collect()
-
-    def collect(self) -> Digests:
-        """All so far, sorted."""
-        self._merged = np.unique(np.concatenate([self._merged, *self._fresh]))
-        self._fresh, self._num_fresh = [], 0
-        return self._merged
+@contextmanager
+def _explain_disk() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StorageError(
+            f"this machine's folder for temporary files: cannot keep what is settled ({error}); make room in it, or "
+            "set TMPDIR to another"
+        ) from error
 
 
-def _digest_pairs(keys: Sequence[str], input_sha256: Sequence[str]) -> Digests:
-    halves = np.empty((len(keys), 2), f"S{HALF_BYTES}")
-    halves[:, 0] = _digest(keys, HALF_BYTES)
-    halves[:, 1] = _digest(map("\0".join, zip(keys, input_sha256, strict=True)), HALF_BYTES)
-    return halves.view(f"S{PAIR_BYTES}").ravel()
+def _digest_pairs(keys: Sequence[str], input_sha256: Sequence[str]) -> tuple[list[int], list[int]]:
+    return _digest(keys), _digest(map("\0".join, zip(keys, input_sha256, strict=True)))
 
 
-def _take_halves(pairs: Digests) -> Digests:
-    return pairs.view(f"S{HALF_BYTES}")[::2]
-
-
-def _digest(texts: Iterable[str], num_bytes: int) -> Digests:
-    joined = b"".join(hashlib.blake2b(text.encode(), digest_size=num_bytes).digest() for text in texts)
-    return np.frombuffer(joined, f"S{num_bytes}")
-
-
-def _find_places(found: Digests, wanted: Digests) -> NDArray[np.intp]:
-    """Where in a sorted array each digest is, or would be."""
-    return np.minimum(np.searchsorted(found, wanted), max(len(found) - 1, 0))
-
-
-def _is_equal(found: Digests, places: NDArray[np.intp], wanted: Digests) -> BoolArray:
-    """Whether each digest is where it would be."""
-    return found[places] == wanted if len(found) else np.zeros(len(wanted), np.bool_)
+def _digest(texts: Iterable[str]) -> list[int]:
+    """Of each text 64 bits, as the integers that SQLite has."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in texts)
+    return [int.from_bytes(digest, "big", signed=True) for digest in digests]

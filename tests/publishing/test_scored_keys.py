@@ -1,22 +1,21 @@
 """What the table settles is what a person would find who reads it row by row."""
 
 import hashlib
+import os
 import random
+import resource
+import sqlite3
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from darnet.publishing import objects
+from darnet.errors import StorageError
+from darnet.publishing import objects, scored_keys
 from darnet.publishing.rows import Reason
-from darnet.publishing.scored_keys import (
-    ScoredKeys,
-    _digest_pairs,
-    _find_places,
-    _is_equal,
-    _take_halves,
-    read_scored_keys,
-)
+from darnet.publishing.scored_keys import ScoredKeys, _digest_pairs, read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store
 from tests.marks import mark_slow
@@ -126,26 +125,49 @@ def test_a_large_object_is_not_fetched_whole(store: Store, monkeypatch: pytest.M
     assert find_reasons(store, source) == [None]
 
 
-def test_digests_are_compared_to_their_last_zero() -> None:
-    texts = [bytes(16), bytes(15) + b"\1", b"a" * 15 + b"\0", b"a" * 14 + b"\0\1", b"\xff" * 16]
-    digests = np.frombuffer(b"".join(texts), "S16")
-    for left_out in range(len(texts)):
-        found = np.sort(np.delete(digests, left_out))
-        is_there = _is_equal(found, _find_places(found, digests), digests)
-        assert is_there.tolist() == [index != left_out for index in range(len(texts))]
-    assert not _is_equal(digests[:0], _find_places(digests[:0], digests), digests).any()
+def test_digests_are_those_of_hashlib_in_the_integers_of_sqlite() -> None:
+    keys = [f"k{number}" for number in range(500)]
+    sources, inputs = _digest_pairs(keys, ["i"] * len(keys))
+    for found, texts in ((sources, keys), (inputs, [f"{key}\0i" for key in keys])):
+        expected = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+        assert [struct.pack(">q", number) for number in found] == expected
+    assert min(sources) < 0 < max(sources)
 
 
-def test_digests_are_those_of_hashlib_with_the_source_first() -> None:
-    """Some end in zeros, which numpy would not show."""
-    keys = [f"k{number}" for number in range(2000)]
-    pairs = _digest_pairs(keys, ["i"] * len(keys))
-    expected = [
-        hashlib.blake2b(key.encode(), digest_size=8).digest()
-        + hashlib.blake2b(f"{key}\0i".encode(), digest_size=8).digest()
-        for key in keys
-    ]
-    assert any(digest[7] == 0 for digest in expected)
-    assert any(digest[15] == 0 for digest in expected)
-    assert pairs.tobytes() == b"".join(expected)
-    assert _take_halves(pairs).tobytes() == b"".join(digest[:8] for digest in expected)
+def publish_many(store: Store, numbers: range) -> list[Source]:
+    sources = [make_source(f"ct/{number:05d}") for number in numbers]
+    publish_rows(store, "many", *(make_rows_of(source)[0] for source in sources))
+    return sources
+
+
+def test_what_is_settled_lies_on_disk_and_several_threads_may_ask(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scored_keys, "CACHE_KIB", 16)
+    sources = publish_many(local, range(3000))
+    with read_keys(local) as keys:
+        on_disk = sum(file.stat().st_size for file in list_nameless_files())
+        assert on_disk > len(sources) * 16
+        asked = [[*sources[start : start + 300], make_source(f"new/{start}")] for start in range(0, 3000, 300)]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(keys.find_reasons, asked)) == [[None] * 300 + [Reason.NEW]] * 10
+    assert not list_nameless_files()
+    with pytest.raises(sqlite3.ProgrammingError):
+        keys.find_reasons(sources)
+
+
+def list_nameless_files() -> list[Path]:
+    """This process's files of SQLite that no folder names, by their descriptors."""
+    return [file for file in Path("/proc/self/fd").iterdir() if "etilqs" in str(os.path.realpath(file))]
+
+
+def test_a_full_disk_is_told_with_what_to_do(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scored_keys, "CACHE_KIB", 16)
+    publish_many(local, range(3000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"temporary files: .*; make room in it, or set TMPDIR"):
+            read_keys(local)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
