@@ -28,7 +28,7 @@ from darnet.reading.stored_pixels import (
     read_stored_pixels,
 )
 from darnet.reading.volume_file import check_axes, check_volume_file
-from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile
+from darnet.scan import FloatArray, Intensity, PixelLayout, Pixels, StagedFile
 
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
@@ -76,8 +76,8 @@ class ImageStack:
     spacing_mm: None = None
     intensity: Intensity = Intensity.DISPLAY
 
-    def read_slice(self, index: int) -> FloatArray:
-        """Decode one image; (rows, columns) float32 display values.
+    def read_slice(self, index: int) -> Pixels:
+        """Decode one image; (rows, columns) uint8 display values.
 
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
         """
@@ -92,10 +92,10 @@ class ImageStack:
                 if pixels.shape[2] < 3 or np.ptp(pixels[..., :3], axis=2).any():
                     raise ScanError(Status.BAD_PIXELS, "slice image is in colour")
                 pixels = pixels[..., 0]
-            return check_size(pixels.astype(np.float32), self.shape[1:])
+            return check_size(pixels, self.shape[1:])
 
 
-def check_size(pixels: FloatArray, size: tuple[int, int]) -> FloatArray:
+def check_size(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """The pixels, if they are as many as the slice's header says.
 
     Raises: ScanError(BAD_PIXELS).

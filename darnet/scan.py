@@ -17,6 +17,7 @@ from darnet.errors import Status
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 Uint8Array: TypeAlias = NDArray[np.uint8]
 BoolArray: TypeAlias = NDArray[np.bool_]
+Pixels: TypeAlias = FloatArray | Uint8Array
 
 
 class Diagnosis(StrEnum):
@@ -139,10 +140,10 @@ class SliceStack(Protocol):
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """Distance between voxel centres along z, y, x."""
 
-    def read_slice(self, index: int) -> FloatArray:
+    def read_slice(self, index: int) -> Pixels:
         """Decode one slice.
 
-        Shape:  (rows, columns) float32.
+        Shape:  (rows, columns) float32, or uint8 as 8-bit images are stored.
         Raises: ScanError naming the file if its pixels do not decode, or to another size than its header says.
         """
 

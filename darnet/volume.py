@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from darnet.config import VolumeConfig
 from darnet.errors import ScanError, Status
-from darnet.scan import BoolArray, CropBox, FloatArray, Intensity, SliceStack, StandardVolume
+from darnet.scan import BoolArray, CropBox, FloatArray, Intensity, Pixels, SliceStack, StandardVolume
 
 # Source: authors' code crops 48 of 512 pixels off each side.
 CROP_FRACTION = 48 / 512
@@ -63,7 +63,7 @@ def make_standard_volume(stack: SliceStack, config: VolumeConfig, num_threads: i
     Raises: ScanError from the slices' decoding; BAD_INTENSITY for values that cannot be HU.
     """
     depth, height, width = config.shape
-    kept: dict[int, FloatArray] = {}
+    kept: dict[int, Pixels] = {}
     box = find_crop(stack, config, kept)
     grid = np.zeros((depth, height, width), np.float32)
     by_source = defaultdict(list)
@@ -102,7 +102,7 @@ def list_contributions(num_slices: int, depth: int, resampling: str) -> list[Con
     return contributions
 
 
-def find_crop(stack: SliceStack, config: VolumeConfig, kept: dict[int, FloatArray] | None = None) -> CropBox:
+def find_crop(stack: SliceStack, config: VolumeConfig, kept: dict[int, Pixels] | None = None) -> CropBox:
     """The part of each slice that the network sees; slices that had to be read for it are put in `kept`.
 
     Raises: ScanError(BAD_INTENSITY) if `body` is asked for and no body is found.
@@ -167,7 +167,7 @@ def _run_in_order(
 
 
 def _shrink_slice(
-    stack: SliceStack, box: CropBox, config: VolumeConfig, kept: dict[int, FloatArray], source: int
+    stack: SliceStack, box: CropBox, config: VolumeConfig, kept: dict[int, Pixels], source: int
 ) -> SmallSlice:
     """One slice, windowed and cropped; read, unless it was and is among `kept`, where it is forgotten.
 
@@ -182,18 +182,18 @@ def _shrink_slice(
     return SmallSlice(small, darkest, brightest, 0.0 if is_plausible else _measure_implausible(pixels))
 
 
-def _crop(pixels: FloatArray, box: CropBox) -> FloatArray:
+def _crop(pixels: Pixels, box: CropBox) -> Pixels:
     return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def _to_unit(pixels: FloatArray, intensity: Intensity, config: VolumeConfig) -> FloatArray:
+def _to_unit(pixels: Pixels, intensity: Intensity, config: VolumeConfig) -> FloatArray:
     """To [0, 1]: display values as they are, HU through the window."""
     if intensity is Intensity.DISPLAY:
         return pixels / np.float32(255)
     return apply_window(pixels, config.window_hu)
 
 
-def apply_window(voxels_hu: FloatArray, window_hu: tuple[float, float]) -> FloatArray:
+def apply_window(voxels_hu: Pixels, window_hu: tuple[float, float]) -> FloatArray:
     """Map Hounsfield units to [0, 1]; values outside the window clip.
 
     Shape:  any, float32 -> same.
@@ -215,13 +215,13 @@ def _resize(pixels: FloatArray, shape: tuple[int, int]) -> FloatArray:
     )
 
 
-def _find_body(pixels: FloatArray, intensity: Intensity) -> BoolArray:
+def _find_body(pixels: Pixels, intensity: Intensity) -> BoolArray:
     """The largest connected part of one slice that is not air, couch and clothes cut off by an opening.
 
     Shape:  (rows, columns) -> same; nowhere true where there is no such part.
     Units:  HU, or display values, of which those above their mean are no air.
     """
-    threshold = BODY_HU if intensity is Intensity.HU else float(pixels.mean())
+    threshold = BODY_HU if intensity is Intensity.HU else float(pixels.mean(dtype=np.float32))
     tissue: BoolArray = ndimage.binary_opening(pixels > threshold, iterations=max(1, pixels.shape[1] // 128))
     labels, num_parts = ndimage.label(tissue)
     if num_parts == 0:
@@ -232,7 +232,7 @@ def _find_body(pixels: FloatArray, intensity: Intensity) -> BoolArray:
     return largest
 
 
-def _measure_implausible(pixels_hu: FloatArray) -> float:
+def _measure_implausible(pixels_hu: Pixels) -> float:
     """The share of a slice that no scanner gives."""
     low, high = PLAUSIBLE_HU
     return float((~((pixels_hu >= low) & (pixels_hu <= high))).mean())  # what is no number lies outside
