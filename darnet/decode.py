@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -28,7 +28,7 @@ from darnet.reading.stored_pixels import (
     read_stored_pixels,
 )
 from darnet.reading.volume_file import check_axes, check_volume_file
-from darnet.scan import FloatArray, Intensity, PixelLayout, Pixels, StagedFile
+from darnet.scan import FloatArray, Intensity, PixelLayout, StagedFile, Uint8Array
 
 # A reader chosen by the suffix, which was checked by it: chosen by content, it could be one that was not.
 VOLUME_READERS = {".nii": "NiftiImageIO", ".gz": "NiftiImageIO", ".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
@@ -45,6 +45,8 @@ _BEGINNINGS = {"PNGImageIO": (b"\x89PNG\r\n\x1a\n",), "JPEGImageIO": (b"\xff\xd8
 # How a complete file ends; a cut one does not. Source: PNG specification (IEND chunk), ITU T.81 (EOI marker).
 _ENDINGS = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}
 _TAIL_BYTES = 64  # in which it is looked for: some writers add a few bytes behind the end
+
+PixelsT = TypeVar("PixelsT", FloatArray, Uint8Array)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ImageStack:
     spacing_mm: None = None
     intensity: Intensity = Intensity.DISPLAY
 
-    def read_slice(self, index: int) -> Pixels:
+    def read_slice(self, index: int) -> Uint8Array:
         """Decode one image; (rows, columns) uint8 display values.
 
         Raises: ScanError(BAD_PIXELS) for colour, or pixels that do not decode.
@@ -95,7 +97,7 @@ class ImageStack:
             return check_size(pixels, self.shape[1:])
 
 
-def check_size(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+def check_size(pixels: PixelsT, size: tuple[int, int]) -> PixelsT:
     """The pixels, if they are as many as the slice's header says.
 
     Raises: ScanError(BAD_PIXELS).

@@ -232,6 +232,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def find_temporary_folder() -> str:
+    """This machine's folder for temporary files, which TMPDIR names.
+
+    Raises: StorageError if there is none that can be written to.
+    """
+    with explain_os_errors("this machine", "find a folder for temporary files"):
+        folder = tempfile.gettempdir()  # as it was found once: it may be gone
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: no folder for temporary files; make it, or set TMPDIR to another")
+    return folder
+
+
 @contextmanager
 def explain_os_errors(place: str, doing: str) -> Iterator[None]:
     """Turn the operating system's errors into a StorageError that names the place."""

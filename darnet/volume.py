@@ -221,7 +221,7 @@ def _find_body(pixels: Pixels, intensity: Intensity) -> BoolArray:
     Shape:  (rows, columns) -> same; nowhere true where there is no such part.
     Units:  HU, or display values, of which those above their mean are no air.
     """
-    threshold = BODY_HU if intensity is Intensity.HU else float(pixels.mean())
+    threshold = BODY_HU if intensity is Intensity.HU else float(pixels.astype(np.float32).mean())
     tissue: BoolArray = ndimage.binary_opening(pixels > threshold, iterations=max(1, pixels.shape[1] // 128))
     labels, num_parts = ndimage.label(tissue)
     if num_parts == 0:

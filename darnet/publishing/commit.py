@@ -52,7 +52,7 @@ from darnet.publishing.rows import (
 from darnet.publishing.staged import ROW_KEY, StagedRows
 from darnet.scan import DIAGNOSES, BoolArray
 from darnet.storage import Store
-from darnet.storage_local import explain_os_errors
+from darnet.storage_local import explain_os_errors, find_temporary_folder
 
 GIVE_UP_NIGHTS = 3  # Source: design: the same ERR on the same bytes for the third night is final
 PUT_ATTEMPTS = 6  # Source: ours; with doubling pauses from 0.2 s this spans about 12 s of a store's trouble
@@ -200,7 +200,7 @@ def _write_object(rows: StagedRows, settled: PlacedKeys, number: int, descriptio
     is_given_up, group = np.zeros(rows.num_rows, np.bool_), np.full(rows.num_rows, NOWHERE)
     is_given_up[places] = settled[IS_GIVEN_UP].to_numpy()
     group[places[pc.sort_indices(settled, ORDER)]] = np.arange(len(places)) // ROW_GROUP_ROWS
-    place = tempfile.gettempdir()
+    place = find_temporary_folder()
     with explain_os_errors(place, "write rows"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
         path = Path(temporary, "commit.parquet")
         with open_writer(path, SCHEMA, description) as writer:

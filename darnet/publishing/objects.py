@@ -5,8 +5,9 @@ Also the numbering of the table's commits.
 
 import hashlib
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from darnet import RESEARCH_USE
-from darnet.archive import batch_by
 from darnet.errors import FolderMissing, StorageError, UsageError
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import PLAN_SCHEMA, SCHEMA, Rows
@@ -29,7 +29,7 @@ LISTED_UNTIL = "listed_until"
 NOTICE = RESEARCH_USE.lower()  # as every object of a table has had it
 ROW_GROUP_ROWS = 16_384  # Source: ours; about 8 MB of rows: a writer holds as many, a reader of few columns skips well
 WHOLE_BYTES = 1 << 20  # Source: ours; up to here one request for all is quicker than several for a few columns
-HELD_BYTES = 2 << 20  # Source: ours; of objects that are fetched whole at once: eight of a night of 500 scans
+HELD_BYTES = 2 << 20  # Source: ours; of small objects ahead of who reads them, at most one object more
 PIECE_ROWS = 8_192  # Source: ours; a few MB of key columns and of what Python makes of them
 READ_THREADS = 8  # Source: ours; half of the store's connections
 
@@ -188,14 +188,25 @@ def read_objects(store: Store, keys: Sequence[str], columns: list[str] | None = 
 def stream_objects(store: Store, items: Sequence[StoredObject], columns: list[str]) -> Iterator[Stored]:
     """Read some columns of objects in their order, a large object in several pieces and nothing else of it.
 
+    Small ones are read ahead while those before them are looked at.
     Raises: StorageError, as `read_stored`.
     """
+    rest = deque(items)
+    ahead = deque[tuple[StoredObject, Future[Stored] | None]]()
+    held_bytes = 0
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for few in batch_by(items, lambda item: min(item.num_bytes, WHOLE_BYTES), HELD_BYTES):
-            small = [item for item in few if item.num_bytes <= WHOLE_BYTES]
-            whole = dict(zip(small, pool.map(lambda item: read_stored(store, item.key, columns), small), strict=True))
-            for item in few:
-                yield from [whole.pop(item)] if item in whole else _stream_object(store, item, columns)
+        while rest or ahead:
+            while rest and len(ahead) < READ_THREADS and held_bytes < HELD_BYTES:
+                item = rest.popleft()
+                is_small = item.num_bytes <= WHOLE_BYTES
+                ahead.append((item, pool.submit(read_stored, store, item.key, columns) if is_small else None))
+                held_bytes += item.num_bytes if is_small else 0
+            item, small = ahead.popleft()
+            if small is None:
+                yield from _stream_object(store, item, columns)
+            else:
+                yield small.result()
+                held_bytes -= item.num_bytes
 
 
 def _stream_object(store: Store, item: StoredObject, columns: list[str]) -> Iterator[Stored]:

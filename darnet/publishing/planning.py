@@ -27,7 +27,7 @@ from darnet.publishing.runs import PlannedSource, RunFolder, RunRecord, Work, so
 from darnet.publishing.scored_keys import ScoredKeys, read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store
-from darnet.storage_local import explain_os_errors
+from darnet.storage_local import explain_os_errors, find_temporary_folder
 from darnet.terminal import print_table
 
 LIST_THREADS = 8  # Source: ours; half of the store's connections
@@ -100,8 +100,9 @@ def plan_night(
     Raises: UsageError as `survey_archive`, and for a run of the same name and other parameters; as `choose_device`.
         StorageError, also where there is no room for the plan on this machine.
     """
-    survey, place = Survey(), tempfile.gettempdir()
-    with read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin) as keys:  # see Listing
+    survey = Survey()
+    # The table is read first, then the clock: see Listing.
+    with read_scored_keys(results, work.model_sha256, work.preprocessing_version, work.origin) as keys:
         started_at = results.read_clock()
 
         def make_record(plan_sha256: str) -> RunRecord:
@@ -117,6 +118,7 @@ def plan_night(
             if first is None:
                 return Plan(None, survey)
             chosen = replace(work, device=work.device or choose_device())
+            place = find_temporary_folder()
             with explain_os_errors(place, "write a plan"), tempfile.TemporaryDirectory(prefix="darnet-") as temporary:
                 path = Path(temporary) / "plan.parquet"
                 record = write_plan(chain([first], planned), path, make_record)

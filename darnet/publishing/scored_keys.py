@@ -1,33 +1,34 @@
 """The table's key columns go in; which sources of an archive are settled comes out, from a database on local disk.
 
-So planning takes as much memory for a million sources as for ten thousand, and some 60 bytes of disk for each.
+So planning takes as much memory for a million sources as for ten thousand. On disk a row takes some 70 bytes while the
+table is read, and 50 while the archive is listed.
 """
 
 import hashlib
-import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Self
+from contextlib import closing, contextmanager
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from darnet.errors import StorageError
-from darnet.pseudonym import OPEN_KEYS, KeyNames
+from darnet.pseudonym import KeyNames
 from darnet.publishing.objects import Stored, demand_origin, list_commit_objects, read_commit_number, stream_objects
 from darnet.publishing.origin import Origin
 from darnet.publishing.rows import MODEL_KEY, SOURCE_KEY, Reason, is_of_model, spell_key
 from darnet.scan import Source
 from darnet.storage import Store
+from darnet.storage_local import find_temporary_folder
 
 CACHE_KIB = 1_024  # Source: ours; of the database in memory, and as much to sort it: more was no faster
 DIGEST_BYTES = 8
 
 # `source` is a digest of 64 bits of a source's key, `input` one of key and bytes. Both decide what is scored, the first
-# alone no more than the reason that people read. What its scans say of a source in `said` is as new as its `newness`:
-# twice a commit's number, and one more if the scan is open. The newest counts.
+# alone no more than the reason that people read. `newness` is twice a commit's number, and one more of an open scan:
+# the largest is the newest commit's word on the source, and odd if any of its scans is open.
 _BEGIN = """
 CREATE TABLE said (source INTEGER, input INTEGER, newness INTEGER);
 CREATE TABLE said_elsewhere (source INTEGER);
@@ -40,99 +41,99 @@ CREATE TABLE scored_elsewhere (source INTEGER PRIMARY KEY);
 INSERT INTO scored_elsewhere SELECT DISTINCT source FROM said_elsewhere ORDER BY source;
 DROP TABLE said_elsewhere;
 """
-_FIND_UNSETTLED = """
-WITH wanted AS MATERIALIZED (
-    SELECT key AS place, json_extract(value, '$[0]') AS source, json_extract(value, '$[1]') AS input FROM json_each(?)
+_LACKS_DISK = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CORRUPT,
 )
-SELECT
-    place,
-    is_open IS NOT NULL,
-    EXISTS (SELECT 1 FROM scored AS known WHERE known.source = wanted.source),
-    EXISTS (SELECT 1 FROM scored_elsewhere AS known WHERE known.source = wanted.source)
-FROM wanted LEFT JOIN scored USING (source, input)
-WHERE is_open IS NOT 0
-"""
 
 
 class ScoredKeys:
     """What the table says of sources under one model and preprocessing, as of its object `last_commit`.
 
-    Several threads may ask it. Its database is one of SQLite, in a file without a name that is gone at the end of the
-    `with` block, or of the process.
+    Several threads may ask it. `read_scored_keys` makes it, and takes its database away.
     """
 
-    def __init__(self, names: KeyNames = OPEN_KEYS) -> None:
-        self.last_commit, self.names = 0, names
-        self._lock = threading.Lock()
-        with _explain_disk():
-            self._database = sqlite3.connect("", check_same_thread=False)
-            for setting in ("temp_store = FILE", "journal_mode = OFF", f"cache_size = -{CACHE_KIB}"):
-                self._database.execute(f"PRAGMA {setting}")
-            self._database.executescript(_BEGIN)
-
-    def note(self, stored: Stored, is_ours: Any) -> None:
-        """Add rows of a commit, which may come in several pieces; `is_ours` says which are under this model."""
-        rows = stored.rows.filter(is_ours)
-        sources, inputs = _digest_pairs(rows["source"].to_pylist(), rows["input_sha256"].to_pylist())
-        newness = pc.add(2 * stored.commit, pc.starts_with(rows["status"], "ERR_").cast("int64")).to_pylist()
-        elsewhere = _digest(stored.rows["source"].filter(pc.invert(is_ours)).unique().to_pylist())
-        with _explain_disk():
-            self._database.executemany("INSERT INTO said VALUES (?, ?, ?)", zip(sources, inputs, newness, strict=True))
-            self._database.executemany("INSERT INTO said_elsewhere VALUES (?)", zip(elsewhere, strict=True))
-
-    def settle(self, last_commit: int) -> None:
-        """Sort what was noted, and forget what was said before the newest of it."""
-        self.last_commit = last_commit
-        with _explain_disk():
-            self._database.executescript(_SETTLE)
+    def __init__(self, database: sqlite3.Connection, last_commit: int, names: KeyNames) -> None:
+        self.last_commit, self.names = last_commit, names
+        self._database, self._lock = database, threading.Lock()
 
     def find_reasons(self, sources: Sequence[Source]) -> list[Reason | None]:
-        """Why to score each source tonight; None if every one of its scans has a final row."""
+        """Why to score each source tonight; None if every one of its scans has a final row.
+
+        Raises: StorageError if this machine's disk fails.
+        """
         spelled = [spell_key(self.names.name_source(source.key)) for source in sources]
-        wanted = zip(*_digest_pairs(spelled, [source.input_sha256 for source in sources]), strict=True)
-        asked = json.dumps(list(wanted))
+        pairs = _digest_pairs(spelled, [source.input_sha256 for source in sources])
         with self._lock, _explain_disk():
-            unsettled = self._database.execute(_FIND_UNSETTLED, (asked,)).fetchall()
-        reasons: list[Reason | None] = [None] * len(sources)
-        for place, *told in unsettled:
-            reasons[place] = _name_reason(*map(bool, told))
-        return reasons
+            return [self._find_reason(*pair) for pair in pairs]
 
-    def __enter__(self) -> Self:
-        return self
+    def _find_reason(self, source: int, input_: int) -> Reason | None:
+        found = self._ask("SELECT is_open FROM scored WHERE source = ? AND input = ?", source, input_)
+        if found is not None:
+            return Reason.RETRY if found[0] else None
+        if self._ask("SELECT 1 FROM scored WHERE source = ?", source):
+            return Reason.CHANGED
+        return (
+            Reason.OTHER_MODEL if self._ask("SELECT 1 FROM scored_elsewhere WHERE source = ?", source) else Reason.NEW
+        )
 
-    def __exit__(self, *_: object) -> None:
-        """Give the disk back; who asks afterwards gets an error."""
-        with self._lock:
-            self._database.close()
-
-
-def _name_reason(is_retried: bool, is_known: bool, is_known_elsewhere: bool) -> Reason:
-    if is_retried:
-        return Reason.RETRY
-    if is_known:
-        return Reason.CHANGED
-    return Reason.OTHER_MODEL if is_known_elsewhere else Reason.NEW
+    def _ask(self, question: str, *digests: int) -> Any:
+        return self._database.execute(question, digests).fetchone()
 
 
-def read_scored_keys(store: Store, model_sha256: str, preprocessing_version: str, origin: Origin) -> ScoredKeys:
-    """What is settled under this model and preprocessing, read commit after commit.
+@contextmanager
+def read_scored_keys(
+    store: Store, model_sha256: str, preprocessing_version: str, origin: Origin
+) -> Iterator[ScoredKeys]:
+    """What is settled under this model and preprocessing, read commit after commit, until the `with` block ends.
 
     A source is done if its newest commit holds no ERR row: a commit tells of all its scans that were not final.
     Raises: UsageError if a run of this origin may not add to the table; StorageError, also where there is no room on
         this machine.
     """
-    keys, objects = ScoredKeys(origin.recall_names()), list_commit_objects(store)
-    with _give_memory_back():
-        for stored in demand_origin(stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]), origin):
-            keys.note(stored, is_of_model(stored.rows, model_sha256, preprocessing_version))
-    keys.settle(read_commit_number(objects[-1].key) if objects else 0)
-    return keys
+    names, objects = origin.recall_names(), list_commit_objects(store)
+    with closing(_open_database()) as database:
+        with _give_memory_back(), _explain_disk():
+            for stored in demand_origin(stream_objects(store, objects, [*SOURCE_KEY, *MODEL_KEY, "status"]), origin):
+                _note(database, stored, is_of_model(stored.rows, model_sha256, preprocessing_version))
+            database.executescript(_SETTLE)
+        last_commit = read_commit_number(objects[-1].key) if objects else 0
+        yield ScoredKeys(database, last_commit, names)
+
+
+def _open_database() -> sqlite3.Connection:
+    """An empty database in a file without a name, which is gone when it is closed, or with the process."""
+    folder = find_temporary_folder()
+    with _explain_disk():
+        database = sqlite3.connect("", check_same_thread=False)
+        quoted = folder.replace("'", "''")  # else SQLite takes /var/tmp, where nobody looks for it
+        settings = (f"temp_store_directory = '{quoted}'", "temp_store = FILE", "journal_mode = OFF")
+        for setting in (*settings, f"cache_size = -{CACHE_KIB}"):
+            database.execute(f"PRAGMA {setting}")
+        database.executescript(_BEGIN)
+    return database
+
+
+def _note(database: sqlite3.Connection, stored: Stored, is_ours: Any) -> None:
+    """Add rows of a commit, which may come in several pieces; `is_ours` says which are under this model."""
+    rows = stored.rows.filter(is_ours)
+    pairs = _digest_pairs(rows["source"].to_pylist(), rows["input_sha256"].to_pylist())
+    newness = pc.add(2 * stored.commit, pc.starts_with(rows["status"], "ERR_").cast("int64")).to_pylist()
+    elsewhere = _digest(stored.rows["source"].filter(pc.invert(is_ours)).unique().to_pylist())
+    said = ((*pair, new) for pair, new in zip(pairs, newness, strict=True))
+    database.executemany("INSERT INTO said VALUES (?, ?, ?)", said)
+    database.executemany("INSERT INTO said_elsewhere VALUES (?)", zip(elsewhere, strict=True))
 
 
 @contextmanager
 def _give_memory_back() -> Iterator[None]:
-    """Let Arrow take memory as C does: its own way keeps what was freed, and more of it the larger the objects are."""
+    """Let Arrow take memory as C does: its own way keeps what was freed, and more of it the larger the objects are.
+
+    It is one setting for all of a process, and one thread's business at a time.
+    """
     usual = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
     try:
@@ -143,17 +144,21 @@ def _give_memory_back() -> Iterator[None]:
 
 @contextmanager
 def _explain_disk() -> Iterator[None]:
+    """Turn what SQLite says of a disk into a StorageError that names the folder."""
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
+        kind = getattr(error, "sqlite_errorcode", 0) & 0xFF  # Source: SQLite, result codes
+        if kind not in _LACKS_DISK:
+            raise
         raise StorageError(
-            f"this machine's folder for temporary files: cannot keep what is settled ({error}); make room in it, or "
-            "set TMPDIR to another"
+            f"{find_temporary_folder()}: cannot keep what is settled ({error}); make room there, or set TMPDIR to a "
+            "folder that has it"
         ) from error
 
 
-def _digest_pairs(keys: Sequence[str], input_sha256: Sequence[str]) -> tuple[list[int], list[int]]:
-    return _digest(keys), _digest(map("\0".join, zip(keys, input_sha256, strict=True)))
+def _digest_pairs(keys: Sequence[str], input_sha256: Sequence[str]) -> Iterator[tuple[int, int]]:
+    return zip(_digest(keys), _digest(map("\0".join, zip(keys, input_sha256, strict=True))), strict=True)
 
 
 def _digest(texts: Iterable[str]) -> list[int]:

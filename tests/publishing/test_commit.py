@@ -494,7 +494,7 @@ def test_no_room_for_the_object_on_this_machine_is_a_storage_error(
     local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(StorageError, match="gone: cannot write rows"):
+    with pytest.raises(StorageError, match="gone: no folder for temporary files"):
         publish_rows(local, "run", make_row("a"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert publish_rows(local, "run", make_row("a")) == 1

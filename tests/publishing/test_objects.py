@@ -1,5 +1,7 @@
 """Numbered objects of a store: ours are found, others left alone or named."""
 
+import time
+
 import pytest
 
 from darnet.errors import StorageError
@@ -59,6 +61,32 @@ def test_a_large_object_comes_in_small_pieces(
     monkeypatch.setattr(objects, "PIECE_ROWS", 8)
     pieces = list(objects.stream_objects(local, list_commit_objects(local), columns))
     assert [(piece.run_id, piece.rows.num_rows) for piece in pieces] == [("run", 8), ("run", 8), ("run", 4)]
+
+
+def test_no_more_is_read_ahead_than_may_be_held(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small objects; a large one among them is read when its turn comes, in its place."""
+    for number in range(9):
+        publish_rows(
+            local, f"run{number}", *(make_row(f"{number}{row:02d}") for row in range(200 if number == 4 else 1))
+        )
+    items = list_commit_objects(local)
+    (large,) = (item for item in items if item.num_bytes == max(item.num_bytes for item in items))
+    monkeypatch.setattr(objects, "WHOLE_BYTES", large.num_bytes - 1)
+    monkeypatch.setattr(objects, "HELD_BYTES", items[0].num_bytes * 2 + 1)
+    read, read_stored = list[str](), objects.read_stored
+
+    def note(store: Store, key: str, columns: list[str]) -> objects.Stored:
+        read.append(key)
+        return read_stored(store, key, columns)
+
+    monkeypatch.setattr(objects, "read_stored", note)
+    stream = objects.stream_objects(local, items, ["source"])
+    found = [next(stream).run_id]
+    time.sleep(0.3)  # in which all of them would be read
+    assert sorted(read) == [item.key for item in items[:3]]
+    found += [stored.run_id for stored in stream]
+    assert found == [f"run{number}" for number in range(9)]
+    assert sorted(read) == [item.key for item in items if item is not large]
 
 
 def test_commits_are_listed_by_their_numbers(store: Store) -> None:

@@ -73,7 +73,8 @@ def test_a_table_takes_rows_of_one_origin(local: Store, first: Origin, second: O
     folder = begin_run(local, make_source("b"), work=work)
     is_of_here = second.names in ("", NAMES.scheme)
     if not refusal:
-        read_scored_keys(local, MODEL, "1-abc", second)
+        with read_scored_keys(local, MODEL, "1-abc", second):
+            pass
         assert [found.run_id for found in find_unfinished(local, work)] == [folder.run_id]
         assert publish_rows(local, "second", row_of("b", second), origin=second) == 2
         return
@@ -81,8 +82,9 @@ def test_a_table_takes_rows_of_one_origin(local: Store, first: Origin, second: O
         publish_rows(local, "second", row_of("b", second), origin=second)
     with pytest.raises(UsageError, match=refusal):
         find_unfinished(local, work)
-    with pytest.raises(UsageError, match=refusal if is_of_here else "this machine has not"):
-        read_scored_keys(local, MODEL, "1-abc", second)
+    expected = refusal if is_of_here else "this machine has not"
+    with pytest.raises(UsageError, match=expected), read_scored_keys(local, MODEL, "1-abc", second):
+        pass
     assert list_commit_numbers(local) == [1]
 
 
@@ -109,7 +111,8 @@ def test_two_first_nights_of_two_origins_leave_one(local: Store, other: Origin) 
 
 def test_an_object_that_says_nothing_is_judged_by_its_names(local: Store) -> None:
     put_object(local, 1, "before", name_row("a", NAMES))
-    read_scored_keys(local, MODEL, "1-abc", HIDDEN)
+    with read_scored_keys(local, MODEL, "1-abc", HIDDEN):
+        pass
     with pytest.raises(UsageError, match="by --scan-id hmac"):
         publish_rows(local, "run", make_row("b"))
     assert publish_rows(local, "run", name_row("b", NAMES), origin=HIDDEN) == 2

@@ -56,8 +56,8 @@ def list_slices(*keys: str, num_slices: int = 2, age_s: float = 1e6) -> list[Sto
 
 def survey(archive: Any, results: Store, selection: Selection = EVERYTHING) -> tuple[list[PlannedSource], Survey]:
     counted = Survey()
-    keys = read_scored_keys(results, MODEL, "1-abc", ORIGIN)
-    return list(survey_archive(archive, keys, selection, MIDNIGHT_S, counted)), counted
+    with read_scored_keys(results, MODEL, "1-abc", ORIGIN) as keys:
+        return list(survey_archive(archive, keys, selection, MIDNIGHT_S, counted)), counted
 
 
 def list_keys(planned: Sequence[PlannedSource]) -> list[str]:
@@ -137,17 +137,17 @@ def test_sources_come_while_the_listing_still_streams(local: Store) -> None:
             asked.append(number)
             yield StoredObject(f"ct/{number:08d}.nii", 1, "v")
 
-    keys = read_scored_keys(local, MODEL, "1-abc", ORIGIN)
-    found = survey_archive(ListedStore(stream), keys, EVERYTHING, MIDNIGHT_S, Survey())  # type: ignore[arg-type]
-    assert next(found).source.key == "ct/00000000.nii"
-    most = (AHEAD_LOOKUPS + 2) * LOOKUP_OBJECTS  # one lookup is being read, and one waits for room
-    deadline_s = time.monotonic() + 30
-    while len(asked) < most and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert most <= len(asked) <= most + 1
-    found.close()
-    assert len(asked) <= most + 1
+    with read_scored_keys(local, MODEL, "1-abc", ORIGIN) as keys:
+        found = survey_archive(ListedStore(stream), keys, EVERYTHING, MIDNIGHT_S, Survey())  # type: ignore[arg-type]
+        assert next(found).source.key == "ct/00000000.nii"
+        most = (AHEAD_LOOKUPS + 2) * LOOKUP_OBJECTS  # one lookup is being read, and one waits for room
+        deadline_s = time.monotonic() + 30
+        while len(asked) < most and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert most <= len(asked) <= most + 1
+        found.close()
+        assert len(asked) <= most + 1
 
 
 def test_a_prefix_is_listed_on_while_another_blocks(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,9 +408,12 @@ def test_a_full_temporary_disk_is_named(local: Store, tmp_path: Path, monkeypatc
     archive = ListedStore([StoredObject(f"{name}.nii", 10, "v") for name in names])
     try:
         with mount_small_disk(tmp_path / "disk", 32) as disk:
-            for place in (disk, disk / "gone"):
+            for place, told in (
+                (disk, "cannot write a plan .*; check rights, space"),
+                (disk / "gone", "no folder for"),
+            ):
                 monkeypatch.setattr(tempfile, "tempdir", str(place))
-                with pytest.raises(StorageError, match=f"{place}: cannot write a plan .*; check rights, space"):
+                with pytest.raises(StorageError, match=f"{place}: {told}"):
                     plan(archive, local)
     except MountRefused as refused:
         pytest.skip(str(refused))

@@ -302,4 +302,5 @@ def test_odd_names_on_disk_reach_the_table_and_the_plan(tmp_path: Path) -> None:
     publish_rows(results, "run", make_row(source.key, "BAD_TRUNCATED", input_sha256=source.input_sha256))
     assert folder.read_sources([0]) == [source]
     assert read_statuses(results) == {"caf\\xe9.nii": Status.BAD_TRUNCATED}
-    assert read_scored_keys(results, MODEL, "1-abc", ORIGIN).find_reasons([source]) == [None]
+    with read_scored_keys(results, MODEL, "1-abc", ORIGIN) as keys:
+        assert keys.find_reasons([source]) == [None]

@@ -3,33 +3,40 @@
 import hashlib
 import os
 import random
+import re
 import resource
 import sqlite3
 import struct
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from darnet.errors import StorageError
 from darnet.publishing import objects, scored_keys
 from darnet.publishing.rows import Reason
-from darnet.publishing.scored_keys import ScoredKeys, _digest_pairs, read_scored_keys
+from darnet.publishing.scored_keys import ScoredKeys, _digest_pairs, _explain_disk, read_scored_keys
 from darnet.scan import Source
 from darnet.storage import Store
 from tests.marks import mark_slow
 from tests.results_fixtures import MODEL, ORIGIN, make_row, make_source, publish_rows, read_statuses
 
+NUM_MANY = 3000
 KEYS = ["a", "b", "c é", "caf\udce9"]
 
 
-def read_keys(store: Store) -> ScoredKeys:
-    return read_scored_keys(store, MODEL, "1-abc", ORIGIN)
+def read_keys(store: Store, model: str = MODEL, preprocessing: str = "1-abc") -> AbstractContextManager[ScoredKeys]:
+    return read_scored_keys(store, model, preprocessing, ORIGIN)
 
 
-def find_reasons(store: Store, *sources: Source) -> list[Reason | None]:
-    return read_keys(store).find_reasons(sources)
+def find_reasons(store: Store, *sources: Source, **under: str) -> list[Reason | None]:
+    with read_keys(store, **under) as keys:
+        return keys.find_reasons(sources)
 
 
 def make_rows_of(source: Source, *scans: str, status: str = "OK", **changes: Any) -> list[dict[str, Any]]:
@@ -46,22 +53,20 @@ def test_reasons_follow_what_was_published(store: Store) -> None:
     assert find_reasons(store, make_source("a", "2"), make_source("b", "2")) == [Reason.CHANGED] * 2
     publish_rows(store, "two", *make_rows_of(a, "a#1", "a#2"))
     assert find_reasons(store, a, b, make_source("d")) == [None, None, Reason.NEW]
-    assert read_keys(store).last_commit == 2
+    with read_keys(store) as keys:
+        assert keys.last_commit == 2
 
 
 def test_another_model_or_preprocessing_scores_all_anew_and_says_so(local: Store) -> None:
     a, b = make_source("a"), make_source("b")
     publish_rows(local, "one", *make_rows_of(a), *make_rows_of(b))
     for model, preprocessing in (("n" * 64, "1-abc"), (MODEL, "2-abc")):
-        keys = read_scored_keys(local, model, preprocessing, ORIGIN)
-        assert keys.find_reasons([a, make_source("b", "2"), make_source("c")]) == [
-            Reason.OTHER_MODEL,
-            Reason.OTHER_MODEL,
-            Reason.NEW,
-        ]
+        asked = (a, make_source("b", "2"), make_source("c"))
+        told = find_reasons(local, *asked, model=model, preprocessing=preprocessing)
+        assert told == [Reason.OTHER_MODEL, Reason.OTHER_MODEL, Reason.NEW]
     publish_rows(local, "two", *make_rows_of(a, model_sha256="n" * 64))
-    keys = read_scored_keys(local, "n" * 64, "1-abc", ORIGIN)
-    assert keys.find_reasons([a, make_source("a", "2"), b]) == [None, Reason.CHANGED, Reason.OTHER_MODEL]
+    told = find_reasons(local, a, make_source("a", "2"), b, model="n" * 64)
+    assert told == [None, Reason.CHANGED, Reason.OTHER_MODEL]
 
 
 def test_a_source_error_does_not_outlive_its_scans(local: Store) -> None:
@@ -127,28 +132,41 @@ def test_a_large_object_is_not_fetched_whole(store: Store, monkeypatch: pytest.M
 
 def test_digests_are_those_of_hashlib_in_the_integers_of_sqlite() -> None:
     keys = [f"k{number}" for number in range(500)]
-    sources, inputs = _digest_pairs(keys, ["i"] * len(keys))
-    for found, texts in ((sources, keys), (inputs, [f"{key}\0i" for key in keys])):
-        expected = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-        assert [struct.pack(">q", number) for number in found] == expected
-    assert min(sources) < 0 < max(sources)
+    pairs = list(_digest_pairs(keys, ["i"] * len(keys)))
+    for key, pair in zip(keys, pairs, strict=True):
+        expected = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in (key, f"{key}\0i"))
+        assert struct.pack(">qq", *pair) == b"".join(expected)
+    assert min(pairs)[0] < 0 < max(pairs)[0]
 
 
-def publish_many(store: Store, numbers: range) -> list[Source]:
-    sources = [make_source(f"ct/{number:05d}") for number in numbers]
+def publish_many(store: Store) -> list[Source]:
+    sources = [make_source(f"ct/{number:05d}") for number in range(NUM_MANY)]
     publish_rows(store, "many", *(make_rows_of(source)[0] for source in sources))
     return sources
 
 
-def test_what_is_settled_lies_on_disk_and_several_threads_may_ask(
-    local: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This machine's folder for temporary files, and next to no memory for the database."""
     monkeypatch.setattr(scored_keys, "CACHE_KIB", 16)
-    sources = publish_many(local, range(3000))
+    folder = tmp_path / "it's scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def list_nameless_files() -> list[Path]:
+    """This process's files of SQLite that no folder names, by their descriptors."""
+    return [file for file in Path("/proc/self/fd").iterdir() if "etilqs" in os.path.realpath(file)]
+
+
+def test_what_is_settled_lies_on_disk_and_several_threads_may_ask(local: Store, scratch: Path) -> None:
+    sources = publish_many(local)
     with read_keys(local) as keys:
-        on_disk = sum(file.stat().st_size for file in list_nameless_files())
-        assert on_disk > len(sources) * 16
-        asked = [[*sources[start : start + 300], make_source(f"new/{start}")] for start in range(0, 3000, 300)]
+        files = list_nameless_files()
+        assert {Path(os.path.realpath(file)).parent for file in files} == {scratch}
+        assert sum(file.stat().st_size for file in files) > len(sources) * 16
+        asked = [[*sources[start : start + 300], make_source(f"new/{start}")] for start in range(0, NUM_MANY, 300)]
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(keys.find_reasons, asked)) == [[None] * 300 + [Reason.NEW]] * 10
     assert not list_nameless_files()
@@ -156,18 +174,53 @@ def test_what_is_settled_lies_on_disk_and_several_threads_may_ask(
         keys.find_reasons(sources)
 
 
-def list_nameless_files() -> list[Path]:
-    """This process's files of SQLite that no folder names, by their descriptors."""
-    return [file for file in Path("/proc/self/fd").iterdir() if "etilqs" in str(os.path.realpath(file))]
-
-
-def test_a_full_disk_is_told_with_what_to_do(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scored_keys, "CACHE_KIB", 16)
-    publish_many(local, range(3000))
+@contextmanager
+def limit_files(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow further."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
-        with pytest.raises(StorageError, match=r"temporary files: .*; make room in it, or set TMPDIR"):
-            read_keys(local)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("num_bytes", [NUM_MANY * 10, NUM_MANY * 30])
+def test_a_full_disk_is_told_with_what_to_do(local: Store, scratch: Path, num_bytes: int) -> None:
+    """While rows are read, which takes some 23 bytes of each, or while they are sorted."""
+    publish_many(local)
+    told = f"{re.escape(str(scratch))}: .*; make room there, or set TMPDIR"
+    with pytest.raises(StorageError, match=told), limit_files(num_bytes), read_keys(local):
+        pass
+    assert not list_nameless_files()
+
+
+def test_a_disk_that_fails_while_the_archive_is_listed_is_told(local: Store, scratch: Path) -> None:
+    sources = publish_many(local)
+    with read_keys(local) as keys:
+        for file in list_nameless_files():
+            os.truncate(file, 0)
+        with pytest.raises(StorageError, match=f"{re.escape(str(scratch))}: cannot keep what is settled"):
+            keys.find_reasons(sources)
+
+
+def test_what_is_no_fault_of_a_disk_is_not_told_as_one() -> None:
+    with pytest.raises(sqlite3.OperationalError, match="syntax"), _explain_disk():
+        sqlite3.connect(":memory:").execute("SELEC")
+
+
+def test_arrow_gives_memory_back_while_keys_are_read_and_not_later(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_rows(local, "one", *make_rows_of(make_source("a")))
+    seen = []
+
+    def look(*_: Any) -> None:
+        seen.append(pa.default_memory_pool().backend_name)
+        raise KeyError
+
+    monkeypatch.setattr(scored_keys, "_note", look)
+    usual = pa.default_memory_pool().backend_name
+    with pytest.raises(KeyError), read_keys(local):
+        pass
+    assert [*seen, pa.default_memory_pool().backend_name] == ["system", usual]

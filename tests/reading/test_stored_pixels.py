@@ -276,7 +276,9 @@ def test_a_png_is_opened_once_for_its_ends_and_once_for_its_pixels(tmp_path: Pat
     CountedPath.opened.clear()
     stack = open_images(files, DecodeConfig(), is_head_first=True)
     assert CountedPath.opened == dict.fromkeys(names, 1)
-    np.testing.assert_array_equal(stack.read_slice(4), values)
+    pixels = stack.read_slice(4)
+    np.testing.assert_array_equal(pixels, values)
+    assert pixels.dtype == np.uint8  # a quarter of the bytes; only what is cropped becomes float32
     assert CountedPath.opened == dict.fromkeys(names, 1) | {"4.png": 2}
 
 
