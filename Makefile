@@ -94,9 +94,9 @@ bench-kills: $(ENVIRONMENT) ## what a night loses when its driver is killed at 2
 bench-first-night: $(ENVIRONMENT) ## how the driver's memory grows while 20,000 sources are scored; NUM_OBJECTS=60 of each, or STAGED=1
 	@$(BIN)/python -m tests.bench.first_night $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)") $(if $(STAGED),--staged)
 
-bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; NUM_OBJECTS=1000000 NUM_NIGHTS=365 for one row
+bench-planning: $(ENVIRONMENT) ## seconds and memory of a night with nothing new; REPEATS=3, NUM_OBJECTS=1000 NUM_NIGHTS=365 for one row
 	@$(BIN)/python -m tests.bench.planning $(if $(NUM_OBJECTS),--objects "$(NUM_OBJECTS)") \
-		$(if $(NUM_NIGHTS),--nights "$(NUM_NIGHTS)")
+		$(if $(NUM_NIGHTS),--nights "$(NUM_NIGHTS)") $(if $(REPEATS),--repeats $(REPEATS))
 
 fuzz: $(ENVIRONMENT) ## mutated scans through the reader for SECONDS=240; what breaks a rule is kept in tests/findings
 	@$(BIN)/python -m tests.fuzz $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(SEED),--seed "$(SEED)")
