@@ -8,8 +8,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 # The environment is installed without byte code: whoever imports a module first compiles it, for all processes after.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo paper-smoke test test-quick test-slow bench-resampling walk-publishing bench-loading bench-fetching
-.PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills bench-planning bench-networks
+.PHONY: help demo paper-smoke test test-quick test-ray test-nights test-slow
+.PHONY: bench-resampling walk-publishing bench-loading bench-fetching bench-planning bench-networks
+.PHONY: bench bench-memory bench-first-night bench-poison bench-workers bench-kills
 .PHONY: bench-ddp bench-decoders chaos fuzz licences advisories
 .PHONY: lint format clean
 
@@ -41,13 +42,18 @@ paper-smoke: $(ENVIRONMENT) ## the paper's whole evaluation on phantoms: four ne
 
 test: $(ENVIRONMENT) ## style, types and all tests but the slow ones
 	@$(MAKE) --no-print-directory -j 2 lint test-quick
+	@$(MAKE) --no-print-directory -j 2 test-ray test-nights
+
+test-quick: $(ENVIRONMENT) # three processes of one thread each: many of these tests wait
+	@echo "DARNet: tests without Ray, three at a time"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not ray and not slow'
+
+test-ray: $(ENVIRONMENT)
 	@echo "DARNet: tests that start Ray"
 	@$(BIN)/python -m pytest -q -m 'ray and not slow'
-	@$(BIN)/python -m tests.chaos --quick --only kill_driver,conflict
 
-test-quick: $(ENVIRONMENT) # two processes of one thread each
-	@echo "DARNet: tests without Ray, two at a time"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not ray and not slow'
+test-nights: $(ENVIRONMENT)
+	@$(BIN)/python -m tests.chaos --quick --only kill_driver,conflict
 
 test-slow: $(ENVIRONMENT) ## what takes longer than a person waits
 	@$(BIN)/python -m pytest -q -m slow
