@@ -53,6 +53,7 @@ def make_row(primitive: str = "brgconv_avx2_f32", times: float = 1.25) -> dict[s
         "layers": [*found, ["Reorder", "ref", 1, 0.01]],
         "products_s": 5.0,
         "products_by": "brgemm",
+        "products_side": 512,
     }
 
 
@@ -67,7 +68,7 @@ def test_a_missed_goal_is_explained_by_what_was_measured() -> None:
     missed = layers.explain_layers(make_row())
     assert missed.startswith("ours, openvino fp32: 1.25 x eager torch, at least 1.5: missed; convolutions take 90% of")
     assert "none of them by a primitive named after Winograd" in missed
-    assert missed.endswith("(brgemm) take 5 s, with which a pass would be 2 x eager torch")
+    assert missed.endswith("of 512 (brgemm), take 5 s, with which a pass would be 2 x eager torch")
     assert "some of them by a primitive named after Winograd" in layers.explain_layers(make_row("jit_Winograd_f32"))
     assert layers.explain_layers(make_row() | {"products_s": 8.5}).endswith("8.5 s, more than its layers: no floor")
     assert "at least 1.5: reached" in layers.explain_layers(make_row(times=1.5))

@@ -382,7 +382,9 @@ def test_the_network_s_table_ends_with_its_layers(capsys: pytest.CaptureFixture[
     named = {"section": "network", "what": "a forward pass", "repeats": 1, "repeat": "again", "seconds": 2.0}
     ours = named | {"road": "ours, openvino fp32", "goals": {"eager torch": 1.5}}
     table = add_ratios([named | {"road": "eager torch", "goals": {}, "seconds": 5.0}, ours])
-    told = {"layers": [["Convolution", "brgconv", 20, 1.5]], "products_s": 1.25, "products_by": "brgemm"}
+    told = {"layers": [["Convolution", "brgconv", 20, 1.5]], "products_s": 1.25, "products_by": "brgemm"} | {
+        "products_side": 512
+    }
     rows = [*table, table[1] | {"what": LAYERS, "eager_s": 5.0} | told]
     print_section("network", rows, (0.0, 0.0))
     before, after = capsys.readouterr().err.split(LAYERS)
@@ -405,11 +407,16 @@ def test_a_limit_is_told_beside_the_goals(capsys: pytest.CaptureFixture[str]) ->
     assert "3 x b, at most 150 MB" in " ".join(capsys.readouterr().err.split())
 
 
-def test_growth_is_told_for_the_table_of_most_nights() -> None:
-    """Ten times the objects, twelve times the seconds; 90 objects more for 9 kB more."""
-    figures = ((10, 2.0, 1.0, 365), (100, 24.0, 1.009, 365), (100, 99.0, 99.0, 10))
+@pytest.mark.parametrize(
+    ("last_mb", "told"), [(9.018, "1e+02 bytes more for each, so that it is not flat"), (9.0, "0")]
+)
+def test_growth_is_told_for_the_table_of_most_nights(last_mb: float, told: str) -> None:
+    """A hundred times the objects, 120 times the seconds; 180 objects more than before for 18 kB more, or none."""
+    figures = ((2, 2.0, 1.0, 365), (20, 24.0, 9.0, 365), (200, 240.0, last_mb, 365), (200, 99.0, 99.0, 10))
     rows = [dict(zip(("objects", "seconds", "growth_mb", "nights"), row, strict=True)) for row in figures]
-    assert describe_growth(rows).startswith("10 times the objects take 12 times the seconds, and 100 bytes more")
+    expected = f"100 times the objects take 120 times the seconds; of memory the last 10 times took {told}"
+    assert describe_growth(rows).startswith(expected)
+    assert describe_growth(rows).endswith("not flat") == (last_mb > 9)
 
 
 def test_every_section_is_taken_three_times_unless_told_otherwise() -> None:

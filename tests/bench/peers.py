@@ -601,13 +601,14 @@ def describe_growth(rows: Sequence[Row]) -> str:
     """How seconds and memory follow the objects of an archive, beside a table of as many nights."""
     longest = max(row["nights"] for row in rows)
     curve = sorted((row["objects"], row["seconds"], row["growth_mb"]) for row in rows if row["nights"] == longest)
-    (fewest, first_s, first_mb), (most, last_s, last_mb) = curve[0], curve[-1]
+    (fewest, first_s, _), (most, last_s, last_mb) = curve[0], curve[-1]
     if most == fewest:
         return "one size of archive alone says nothing of growth"
-    bytes_more = (last_mb - first_mb) * 1e6 / (most - fewest)
+    before, _, before_mb = curve[-2]  # by when what is bounded, such as caches, is full
+    bytes_more = (last_mb - before_mb) * 1e6 / (most - before)
     return (
-        f"{most / fewest:g} times the objects take {last_s / first_s:.3g} times the seconds, and "
-        f"{bytes_more:.0f} bytes more of memory for each (digests of what is settled), so that it is "
+        f"{most / fewest:g} times the objects take {last_s / first_s:.3g} times the seconds; of memory the last "
+        f"{most / before:g} times took {bytes_more:.2g} bytes more for each, so that it is "
         f"{'flat' if bytes_more < 1 else 'not flat'}"
     )
 
